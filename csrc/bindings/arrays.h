@@ -1,0 +1,95 @@
+// Views of NumPy arrays for kernels: checked here, never converted. Every message names the argument, what it takes and what came.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <exception>
+#include <string>
+#include <vector>
+
+#include "repetition/repetition.h"
+
+namespace pycodesign::bindings {
+
+namespace py = pybind11;
+
+// Not gil_scoped_release: its destructor ends the process when Python exits while a daemon thread computes.
+template <class F> void without_gil(F&& compute) {
+  PyThreadState* state = PyEval_SaveThread();
+  std::exception_ptr error;
+  try {
+    compute();
+  } catch (...) {
+    error = std::current_exception();
+  }
+  PyEval_RestoreThread(state);
+  if (error) std::rethrow_exception(error);
+}
+
+inline std::string describe(const py::array& a) {
+  std::string text = py::str(a.dtype()).cast<std::string>() + " (";
+  for (py::ssize_t i = 0; i < a.ndim(); ++i) text += (i ? ", " : "") + std::to_string(a.shape(i));
+  return text + (a.ndim() == 1 ? ",)" : ")");
+}
+
+// -1 stands for any size, spelled by `shape`.
+inline void check_array(const py::array& a, const char* name, const char* dtype, bool dtype_fits, const std::vector<int64_t>& sizes, const std::string& shape) {
+  const std::string text = std::string(name) + ": expected " + dtype + " " + shape + ", got " + describe(a);
+  if (!dtype_fits) throw py::type_error(text);
+  bool fits = static_cast<size_t>(a.ndim()) == sizes.size();
+  for (size_t i = 0; fits && i < sizes.size(); ++i) fits = sizes[i] < 0 || sizes[i] == a.shape(static_cast<py::ssize_t>(i));
+  if (!fits) throw py::value_error(text);
+  if (!(a.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_)) throw py::value_error(std::string(name) + ": expected elements aligned in memory, got an unaligned view");
+}
+
+template <class T> bool holds(const py::array& a) { return py::isinstance<py::array_t<T>>(a); }
+
+inline bool holds(const py::array& a, repetition::DType dtype) {
+  switch (dtype) {
+    case repetition::DType::f32: return holds<float>(a);
+    case repetition::DType::u8: return holds<uint8_t>(a);
+    case repetition::DType::i8: return holds<int8_t>(a);
+    default: return holds<int32_t>(a);
+  }
+}
+
+inline const char* dtype_name(repetition::DType dtype) {
+  switch (dtype) {
+    case repetition::DType::f32: return "float32";
+    case repetition::DType::u8: return "uint8";
+    case repetition::DType::i8: return "int8";
+    default: return "int32";
+  }
+}
+
+inline repetition::DType parse_dtype(const std::string& name, const char* argument, bool allow_int32) {
+  if (name == "float32") return repetition::DType::f32;
+  if (name == "uint8") return repetition::DType::u8;
+  if (name == "int8") return repetition::DType::i8;
+  if (allow_int32 && name == "int32") return repetition::DType::i32;
+  throw py::value_error(std::string(argument) + ": expected 'float32', 'uint8'" + (allow_int32 ? ", 'int8' or 'int32'" : " or 'int8'") + ", got '" + name + "'");
+}
+
+// First and one-past-last byte an array can touch; null, null when it is empty.
+inline std::pair<const char*, const char*> extent(const py::array& a) {
+  const char *low = static_cast<const char*>(a.data()), *high = low + a.itemsize();
+  if (a.size() == 0) return {nullptr, nullptr};
+  for (py::ssize_t i = 0; i < a.ndim(); ++i) (a.strides(i) < 0 ? low : high) += a.strides(i) * (a.shape(i) - 1);
+  return {low, high};
+}
+
+inline void check_apart(const py::array& out, const py::array& other, const char* name) {
+  const auto [a, b] = extent(out);
+  const auto [c, d] = extent(other);
+  if (a && c && a < d && c < b) throw py::value_error(std::string("out: expected memory apart from ") + name + ", got an array that overlaps it");
+}
+
+inline void check_writeable(const py::array& out) {
+  bool repeats = false;
+  for (py::ssize_t i = 0; i < out.ndim(); ++i) repeats |= out.strides(i) == 0 && out.shape(i) > 1;
+  if (!out.writeable() || repeats) throw py::value_error("out: expected a writeable array, got a read-only or broadcast one");
+}
+
+}  // namespace pycodesign::bindings

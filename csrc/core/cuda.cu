@@ -1,0 +1,71 @@
+#include "core/cuda.h"
+
+#include <cuda_runtime_api.h>
+
+#include <stdexcept>
+
+namespace pycodesign::core::cuda {
+namespace {
+
+void check(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+
+std::string format_version(int version) {
+  return version == 0 ? "none" : std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+}  // namespace
+
+int device_count() {
+  int count = 0;
+  return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
+}
+
+std::string absence() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaSuccess && count > 0) return "";
+  const std::string cpu = "; the CPU kernels work without it";
+  switch (error) {
+    case cudaSuccess:
+    case cudaErrorNoDevice: return "no CUDA device is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES" + cpu;
+    case cudaErrorInsufficientDriver:
+      if (driver_version() == "none") return "no CUDA driver: install the NVIDIA driver" + cpu;
+      return "the CUDA driver serves CUDA " + driver_version() + ", this build needs " + runtime_version() +
+             ": update the NVIDIA driver" + cpu;
+    default: return std::string("CUDA does not start (") + cudaGetErrorString(error) + ")" + cpu;
+  }
+}
+
+std::string runtime_version() {
+  int version = 0;
+  check(cudaRuntimeGetVersion(&version));
+  return format_version(version);
+}
+
+std::string driver_version() {
+  int version = 0;
+  check(cudaDriverGetVersion(&version));
+  return format_version(version);
+}
+
+DeviceProperties device_properties(int device) {
+  const int count = device_count();
+  if (count == 0) throw std::runtime_error(absence());
+  if (device < 0 || device >= count) {
+    throw std::invalid_argument("device: expected 0 to " + std::to_string(count - 1) + ", got " +
+                                std::to_string(device));
+  }
+  cudaDeviceProp properties;
+  check(cudaGetDeviceProperties(&properties, device));
+  return {properties.name,
+          properties.major,
+          properties.minor,
+          properties.multiProcessorCount,
+          properties.totalGlobalMem,
+          static_cast<std::size_t>(properties.l2CacheSize),
+          properties.sharedMemPerBlockOptin};
+}
+
+}  // namespace pycodesign::core::cuda

@@ -1,0 +1,26 @@
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+namespace pycodesign::core::cuda {
+
+struct DeviceProperties {
+  std::string name;
+  int capability_major;
+  int capability_minor;
+  int multiprocessors;
+  std::size_t memory_bytes;
+  std::size_t l2_bytes;
+  std::size_t shared_bytes_per_block;  // with opt-in
+};
+
+int device_count();             // 0 where there is no driver or no device; never throws
+std::string absence();          // why device_count() is 0, one sentence; empty where there are devices
+std::string runtime_version();  // of the runtime inside this module, e.g. "13.0"
+std::string driver_version();   // the newest CUDA version that the driver serves; "none" without a driver
+
+// Throws std::runtime_error with absence() where there is no device, std::invalid_argument for one that does not exist.
+DeviceProperties device_properties(int device);
+
+}  // namespace pycodesign::core::cuda

@@ -1,0 +1,300 @@
+#include "core/thread_pool.h"
+
+#include <dlfcn.h>
+#include <link.h>
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <mutex>
+#include <stdexcept>
+#include <string_view>
+#include <thread>
+#include <vector>
+
+#include "core/cpu.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace pycodesign::core {
+namespace {
+
+constexpr int most_threads = 4096;
+constexpr auto spin_time = std::chrono::microseconds(50);
+
+std::atomic<int> requested_threads = 0;  // 0: not yet decided
+std::atomic<bool> team_in_use = false;   // by one caller, whose chunks may call again
+std::atomic<bool> is_forked = false;     // this process is a fork without an exec
+
+// One call of parallel_for, shared by the threads that work on it.
+struct Job {
+  ChunkBody body;
+  void* context;
+  int64_t chunks;
+  int slots;
+  std::atomic<int64_t> next_chunk = 0;
+  std::atomic<int> next_slot = 0;
+  std::atomic<bool> failed = false;
+  std::exception_ptr error = nullptr;
+
+  // Any number of threads may call this, at any time until the job's owner has seen them return.
+  void run() noexcept {
+    const int slot = next_slot.fetch_add(1, std::memory_order_relaxed);
+    if (slot >= slots) return;
+    try {
+      while (!failed.load(std::memory_order_relaxed)) {
+        const int64_t chunk = next_chunk.fetch_add(1, std::memory_order_relaxed);
+        if (chunk >= chunks) break;
+        body(context, chunk, slot);
+      }
+    } catch (...) {
+      if (!failed.exchange(true)) error = std::current_exception();
+    }
+  }
+};
+
+void relax_cpu() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+// True when `done` came true within spin_time.
+template <class Done>
+bool spin_until(Done done) {
+  const auto end = std::chrono::steady_clock::now() + spin_time;
+  do {
+    for (int i = 0; i < 32; ++i) {
+      if (done()) return true;
+      relax_cpu();
+    }
+  } while (std::chrono::steady_clock::now() < end);
+  return false;
+}
+
+// A thread and its mailbox, one word that says whose turn it is.
+class alignas(64) Worker {
+ public:
+  Worker() { std::thread(&Worker::serve, this).detach(); }
+
+  void post(Job* job) {
+    job_ = job;
+    if (state_.exchange(posted) == parked) state_.notify_one();
+  }
+
+  // Returns when the worker is through with the posted job, or has not begun: then it never will, so that
+  // nobody waits for a thread that is slow to wake up.
+  void finish() {
+    int state = posted;
+    if (state_.compare_exchange_strong(state, idle)) return;
+    if (spin_until([this] { return state_.load(std::memory_order_acquire) == idle; })) return;
+    state = busy;
+    if (state_.compare_exchange_strong(state, awaited)) state_.wait(awaited);
+  }
+
+ private:
+  enum State : int { idle, parked, posted, busy, awaited };
+
+  [[noreturn]] void serve() {
+    for (;;) {
+      if (!spin_until([this] { return state_.load(std::memory_order_relaxed) == posted; })) {
+        int state = idle;
+        if (state_.compare_exchange_strong(state, parked)) state_.wait(parked);
+      }
+      int state = posted;
+      if (!state_.compare_exchange_strong(state, busy)) continue;
+      job_->run();
+      if (state_.exchange(idle) == awaited) state_.notify_one();
+    }
+  }
+
+  std::atomic<int> state_ = idle;
+  Job* job_ = nullptr;
+};
+
+// Never destroyed: parked workers outlive main() and end with the process. Used under team_in_use.
+std::vector<Worker*>* workers = nullptr;
+
+void run_on_pool(Job& job) {
+  if (!workers) workers = new std::vector<Worker*>;
+  const size_t others = static_cast<size_t>(job.slots - 1);
+  try {
+    while (workers->size() < others) {
+      workers->reserve(workers->size() + 1);
+      workers->push_back(new Worker);
+    }
+  } catch (const std::exception&) {
+    // No more threads to be had: those there are do the work.
+  }
+  const size_t posted = std::min(others, workers->size());
+  for (size_t i = 0; i < posted; ++i) (*workers)[i]->post(&job);
+  job.run();
+  for (size_t i = 0; i < posted; ++i) (*workers)[i]->finish();
+}
+
+// An OpenMP runtime that somebody else loaded.
+struct OpenMp {
+  void (*parallel)(void (*body)(void*), void* data, unsigned num_threads, unsigned flags) = nullptr;
+  int (*get_max_threads)() = nullptr;
+  int (*in_parallel)() = nullptr;
+  std::string path;
+};
+
+bool has_prefix(std::string_view name, std::string_view prefix) { return name.substr(0, prefix.size()) == prefix; }
+
+// Where several runtimes are loaded, the one that torch uses comes first.
+int library_rank(const char* path) {
+  const char* slash = std::strrchr(path, '/');
+  const std::string_view name = slash ? slash + 1 : path;
+  if (has_prefix(name, "libtorch_cpu.")) return 2;
+  return has_prefix(name, "libgomp") || has_prefix(name, "libomp") || has_prefix(name, "libiomp5");
+}
+
+unsigned long long count_loaded_libraries() {
+  unsigned long long count = 0;
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* result) {
+        *static_cast<unsigned long long*>(result) = info->dlpi_adds;
+        return 1;
+      },
+      &count);
+  return count;
+}
+
+template <class Function>
+bool find_function(void* library, const char* name, Function*& function) {
+  function = reinterpret_cast<Function*>(dlsym(library, name));
+  return function != nullptr;
+}
+
+std::unique_ptr<OpenMp> load_runtime(const std::string& path) {
+  void* library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);  // keeps it loaded from here on
+  if (!library) return nullptr;
+  auto runtime = std::make_unique<OpenMp>();
+  Dl_info info;
+  if (find_function(library, "GOMP_parallel", runtime->parallel) &&
+      find_function(library, "omp_get_max_threads", runtime->get_max_threads) &&
+      find_function(library, "omp_in_parallel", runtime->in_parallel) &&
+      dladdr(reinterpret_cast<void*>(runtime->parallel), &info)) {
+    runtime->path = info.dli_fname;
+    return runtime;
+  }
+  dlclose(library);
+  return nullptr;
+}
+
+std::unique_ptr<OpenMp> search_runtime() {
+  std::vector<std::string> paths[3];
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* found) {
+        if (const int rank = library_rank(info->dlpi_name))
+          static_cast<std::vector<std::string>*>(found)[rank].push_back(info->dlpi_name);
+        return 0;
+      },
+      paths);
+  for (int rank : {2, 1})
+    for (const std::string& path : paths[rank])
+      if (auto runtime = load_runtime(path)) return runtime;
+  return nullptr;
+}
+
+// Searches again only after a library was loaded. A child of fork() has lost the runtime's threads, and the
+// runtime does not know.
+const OpenMp* find_runtime() {
+  static std::mutex mutex;
+  static std::atomic<unsigned long long> searched_at = 0;
+  static std::atomic<const OpenMp*> runtime = nullptr;
+  if (is_forked.load(std::memory_order_relaxed)) return nullptr;
+  if (count_loaded_libraries() != searched_at.load(std::memory_order_acquire)) {
+    const std::lock_guard lock(mutex);
+    const unsigned long long count = count_loaded_libraries();
+    if (count != searched_at.load(std::memory_order_relaxed)) {
+      std::unique_ptr<OpenMp> found = search_runtime();
+      const OpenMp* known = runtime.load();
+      if (!found || !known || found->parallel != known->parallel) runtime.store(found.release());
+      searched_at.store(count, std::memory_order_release);
+    }
+  }
+  return runtime.load(std::memory_order_relaxed);
+}
+
+void run_on_openmp(const OpenMp& runtime, Job& job) {
+  // A team of another size than before costs the runtime new threads, so ask for the one that others ask for:
+  // threads without a slot return at once.
+  const int size = std::max(num_threads(), runtime.get_max_threads());
+  runtime.parallel([](void* data) { static_cast<Job*>(data)->run(); }, &job, static_cast<unsigned>(size), 0);
+}
+
+// In the child of a fork() only the calling thread lives on.
+void forget_team() {
+  is_forked = true;
+  team_in_use = false;
+  workers = nullptr;
+}
+
+[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, forget_team);
+
+}  // namespace
+
+void parallel_for(int64_t chunks, ChunkBody body, void* context, int max_threads) {
+  int64_t width = num_threads();
+  if (max_threads > 0) width = std::min<int64_t>(width, max_threads);
+  width = std::min(width, chunks);
+
+  const OpenMp* runtime = nullptr;
+  bool alone = width <= 1;
+  if (!alone) {
+    runtime = find_runtime();
+    alone = (runtime && runtime->in_parallel()) || team_in_use.exchange(true, std::memory_order_acquire);
+  }
+  if (alone) {
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) body(context, chunk, 0);
+    return;
+  }
+
+  Job job{body, context, chunks, static_cast<int>(width)};
+  if (runtime) {
+    run_on_openmp(*runtime, job);
+  } else {
+    run_on_pool(job);
+  }
+  team_in_use.store(false, std::memory_order_release);
+  if (job.error) std::rethrow_exception(job.error);
+}
+
+int num_threads() {
+  int n = requested_threads.load(std::memory_order_relaxed);
+  if (n > 0) return n;
+  int initial = std::min(available_cores(), most_threads);
+  if (const char* text = std::getenv("PYCODESIGN_NUM_THREADS"); text && *text) {
+    char* end = nullptr;
+    const long value = std::strtol(text, &end, 10);
+    if (*end || value < 1 || value > most_threads)
+      throw std::invalid_argument("PYCODESIGN_NUM_THREADS: expected a number from 1 to " +
+                                  std::to_string(most_threads) + ", got '" + text + "'");
+    initial = static_cast<int>(value);
+  }
+  return requested_threads.compare_exchange_strong(n, initial) ? initial : n;
+}
+
+void set_num_threads(int n) {
+  if (n < 1 || n > most_threads)
+    throw std::invalid_argument("n: expected a number from 1 to " + std::to_string(most_threads) + ", got " +
+                                std::to_string(n));
+  requested_threads = n;
+}
+
+std::string team_name() {
+  const OpenMp* runtime = find_runtime();
+  return runtime ? "openmp: " + runtime->path : "pool";
+}
+
+}  // namespace pycodesign::core

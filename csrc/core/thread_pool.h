@@ -1,0 +1,43 @@
+// One team of threads per process, for one pattern: independent chunks of work, taken in order by whoever is free.
+//
+// The team is a small pool of our own, unless an OpenMP runtime is loaded (torch brings one): then it is that
+// runtime's team, because two teams that spin on the same cores cost milliseconds per call.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <type_traits>
+
+namespace pycodesign::core {
+
+using ChunkBody = void (*)(void* context, int64_t chunk, int slot);
+
+// Calls body(context, chunk, slot) once for each chunk in [0, chunks), on up to max_threads threads, the caller among
+// them. Chunks that run at the same time have different slots, all below max_threads (0 stands for num_threads()).
+// Per-slot workspaces need an explicit max_threads: num_threads() may change between their allocation and this call.
+//
+// Runs on the caller alone, with slot 0, inside another parallel region and while another thread uses the team.
+// The first exception skips the chunks not yet started and is rethrown here.
+void parallel_for(int64_t chunks, ChunkBody body, void* context, int max_threads = 0);
+
+// The same for a callable body(chunk, slot).
+template <class F>
+void parallel_for(int64_t chunks, F&& body, int max_threads = 0) {
+  using Body = std::remove_reference_t<F>;
+  parallel_for(
+      chunks, [](void* context, int64_t chunk, int slot) { (*static_cast<Body*>(context))(chunk, slot); },
+      const_cast<void*>(static_cast<const void*>(std::addressof(body))), max_threads);
+}
+
+// Threads within an operation: the last set_num_threads(), else PYCODESIGN_NUM_THREADS, else available_cores().
+// Throws std::invalid_argument when PYCODESIGN_NUM_THREADS is not a positive number.
+int num_threads();
+
+// Throws std::invalid_argument unless 1 <= n <= 4096.
+void set_num_threads(int n);
+
+// The team the next call would run on: "pool" or "openmp: <path of the runtime>".
+std::string team_name();
+
+}  // namespace pycodesign::core

@@ -1,0 +1,7 @@
+// AVX2 with AVX-VNNI: the loops of AVX2, compiled with a one-instruction dot4.
+#include "repetition/lanes8.h"
+#include "repetition/loops.h"
+
+namespace pycodesign::repetition {
+void fill_avx2_vnni(Kernels& k) { fill(k); }
+}  // namespace pycodesign::repetition

@@ -1,0 +1,59 @@
+// AVX-512 F, BW, VL, DQ and VNNI: 16 lanes, 32 registers.
+#include <immintrin.h>
+
+#include "repetition/kernels.h"
+
+namespace pycodesign::repetition {
+namespace {
+
+constexpr int lanes = 16;
+constexpr int max_table_vectors = 8, max_dense_vectors = 3, dense_block = 8;
+constexpr int linear_rows = 6, linear_vectors = 4, packed_rows = 3;
+
+typedef float f32v __attribute__((vector_size(64), may_alias));
+typedef int32_t i32v __attribute__((vector_size(64), may_alias));
+typedef uint32_t u32v __attribute__((vector_size(64), may_alias));
+
+inline f32v fma(f32v a, f32v b, f32v c) { return _mm512_fmadd_ps(a, b, c); }
+inline i32v dot4(i32v acc, i32v x, i32v w) { return (i32v)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)x, (__m512i)w); }
+
+struct Lookup { f32v low, high; };
+inline Lookup load_lookup(const float* table) { return {_mm512_loadu_ps(table), _mm512_loadu_ps(table + 16)}; }
+inline f32v look_up(const Lookup& t, i32v index) { return _mm512_permutex2var_ps(t.low, (__m512i)index, t.high); }
+
+using Levels = __m512i;
+inline Levels load_levels(const int8_t* p) { return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline i32v levels_of(Levels levels, i32v codes) { return (i32v)_mm512_shuffle_epi8(levels, (__m512i)codes); }
+
+// 16 x 16 words; strides in bytes. Rows are stored in order: unlift lets them overlap.
+inline void transpose(const char* from, int64_t from_stride, char* to, int64_t to_stride) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(from + i * from_stride);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    b[i] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+    b[i + 4] = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+    b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+    b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) _mm512_storeu_si512(to + i * to_stride, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
+  for (int i = 0; i < 8; ++i) _mm512_storeu_si512(to + (i + 8) * to_stride, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+}
+
+}  // namespace
+}  // namespace pycodesign::repetition
+
+#include "repetition/loops.h"
+
+namespace pycodesign::repetition {
+void fill_avx512(Kernels& k) { fill(k); }
+}  // namespace pycodesign::repetition

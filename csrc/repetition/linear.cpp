@@ -1,0 +1,225 @@
+// Linear layers: lanes are outputs, so that weights stream once and rows need no transposition.
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+#include "core/thread_pool.h"
+#include "repetition/plan.h"
+
+namespace pycodesign::repetition {
+
+namespace {
+
+int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+int64_t panel_count(int64_t outputs) { return (outputs + panel_outputs - 1) / panel_outputs; }
+
+char* scratch(int which, size_t bytes) {
+  thread_local core::AlignedBuffer<char> buffers[3];
+  return buffers[which].reserve(bytes);
+}
+
+}  // namespace
+
+PackedLinear::PackedLinear(const Weights& w, const Activations& a, Algorithm algorithm) : PackedLayer(w, a, algorithm), group_inputs_(w.inputs / w.scale_groups) {
+  const bool is_float = a.dtype == DType::f32, packed = algorithm == Algorithm::packed;
+  if (algorithm == Algorithm::tables) throw std::invalid_argument("algorithm: expected 'dense' or 'packed', got 'tables'");
+  if (packed) {
+    values_ = distinct_levels(w);
+    const size_t count = values_.size();
+    if (count > 4) throw std::invalid_argument("algorithm: expected at most 4 distinct levels for 'packed', got " + std::to_string(count));
+    if (is_float) {
+      // As many inputs as a 32-entry table holds: 5 binary, 3 ternary, 2 of four levels.
+      code_inputs_ = count <= 2 ? 5 : count == 3 ? 3 : 2;
+      code_bits_ = count == 4 ? 4 : 5;
+      codes_per_word_ = 32 / code_bits_;
+      word_inputs_ = codes_per_word_ * code_inputs_;
+      const auto base = static_cast<int64_t>(std::max<size_t>(count, 2));
+      float* digit = digits_.reserve(static_cast<size_t>(code_inputs_) * 32);
+      for (int64_t i = 0, place = 1; i < code_inputs_; ++i, place *= base)
+        for (int64_t e = 0; e < 32; ++e) {
+          // Four levels: 4-bit codes, the fifth bit belongs to the next code and must not matter.
+          const auto at = static_cast<size_t>((count == 4 ? e & 15 : e) / place % base);
+          digit[i * 32 + e] = at < count ? values_[at] : 0;
+        }
+    } else {
+      code_bits_ = count <= 2 ? 1 : 2;
+      word_inputs_ = 32 / code_bits_;
+      for (size_t i = 0; i < 16; ++i) level_bytes_[i] = i < count ? static_cast<int8_t>(values_[i]) : int8_t{0};
+    }
+  } else {
+    word_inputs_ = is_float ? 1 : 4;
+  }
+  group_words_ = (group_inputs_ + word_inputs_ - 1) / word_inputs_;
+  weights_size_ = static_cast<size_t>(panel_count(outputs_) * scale_groups_ * group_words_ * panel_outputs);
+  uint32_t* to = weights_.reserve(weights_size_);
+  std::fill_n(to, weights_size_, 0u);
+  const auto base = static_cast<uint32_t>(std::max<size_t>(values_.size(), 2));
+  for (int64_t o = 0; o < outputs_; ++o)
+    for (int64_t i = 0; i < inputs_; ++i) {
+      const int64_t group = i / group_inputs_, at = i % group_inputs_, field = at % word_inputs_;
+      uint32_t& word = to[((o / panel_outputs * scale_groups_ + group) * group_words_ + at / word_inputs_) * panel_outputs + o % panel_outputs];
+      const float level = w.level(o, i);
+      const auto code = static_cast<uint32_t>(std::lower_bound(values_.begin(), values_.end(), level) - values_.begin());
+      if (packed && is_float) {
+        uint32_t place = 1;
+        for (int64_t d = 0; d < field % code_inputs_; ++d) place *= base;
+        word += code * place << (field / code_inputs_ * code_bits_);
+      } else if (packed) {
+        word |= code << (8 * (field % 4) + field / 4 * code_bits_);
+      } else if (is_float) {
+        std::memcpy(&word, &level, 4);
+      } else {
+        word |= (static_cast<uint32_t>(static_cast<int>(level)) & 0xff) << (8 * field);
+      }
+    }
+}
+
+std::vector<uint8_t> PackedLinear::codes() const {
+  std::vector<uint8_t> codes(static_cast<size_t>(outputs_ * inputs_));
+  const bool is_float = activations_.dtype == DType::f32;
+  const auto base = static_cast<uint32_t>(std::max<size_t>(values_.size(), 2));
+  for (int64_t o = 0; o < outputs_; ++o)
+    for (int64_t i = 0; i < inputs_; ++i) {
+      const int64_t group = i / group_inputs_, at = i % group_inputs_, field = at % word_inputs_;
+      const uint32_t word = weights_[static_cast<size_t>(((o / panel_outputs * scale_groups_ + group) * group_words_ + at / word_inputs_) * panel_outputs + o % panel_outputs)];
+      float level;
+      if (algorithm_ == Algorithm::packed && is_float) {
+        uint32_t code = word >> (field / code_inputs_ * code_bits_) & ((1u << code_bits_) - 1);
+        for (int64_t d = 0; d < field % code_inputs_; ++d) code /= base;
+        level = values_[code % base];
+      } else if (algorithm_ == Algorithm::packed) {
+        level = values_[word >> (8 * (field % 4) + field / 4 * code_bits_) & ((1u << code_bits_) - 1)];
+      } else if (is_float) {
+        std::memcpy(&level, &word, 4);
+      } else {
+        level = static_cast<float>(static_cast<int8_t>(word >> (8 * field)));
+      }
+      codes[static_cast<size_t>(o * inputs_ + i)] = code_of(o, level);
+    }
+  return codes;
+}
+
+Counts PackedLinear::counts() const {
+  Counts c;
+  c.bytes = static_cast<int64_t>(weights_size_ * 4 + digits_.size() * 4) + level_bytes();
+  if (algorithm_ == Algorithm::packed && activations_.dtype == DType::f32) {
+    const int64_t codes = scale_groups_ * group_words_ * codes_per_word_;
+    c.multiplies = codes * 32 * code_inputs_;
+    c.adds = codes * 32 * (code_inputs_ - 1) + outputs_ * (codes - 1);
+  } else {
+    c.multiplies = outputs_ * inputs_;
+    c.adds = outputs_ * (inputs_ - 1);
+  }
+  return c;
+}
+
+void PackedLinear::run(const Tensor& x, const Tensor& out, const Tensor* residual, const Epilogue& epilogue) const {
+  const int64_t T = x.size[3], G = scale_groups_;
+  if (T * outputs_ == 0) return;
+  const Kernels& k = kernels();
+  const bool is_float = activations_.dtype == DType::f32, lookup = is_float && algorithm_ == Algorithm::packed;
+  const int64_t element = is_float ? 4 : 1;
+
+  // Rows as the kernels read them: each scale group padded with zeros to whole words.
+  const int64_t padded = group_words_ * word_inputs_, row_bytes = round_up(G * padded * element, 64);
+  char* rows = scratch(0, static_cast<size_t>(T * row_bytes));
+  const auto flip = static_cast<char>(activations_.dtype == DType::i8 ? 0x80 : 0);
+  core::parallel_for(T, [&](int64_t t, int) {
+    char* row = rows + t * row_bytes;
+    std::memset(row, 0, static_cast<size_t>(row_bytes));
+    for (int64_t g = 0; g < G; ++g) {
+      const char* from = x.data + t * x.stride[3] + g * group_inputs_ * x.stride[1];
+      char* to = row + g * padded * element;
+      if (x.stride[1] == element) std::memcpy(to, from, static_cast<size_t>(group_inputs_ * element));
+      else for (int64_t i = 0; i < group_inputs_; ++i) std::memcpy(to + i * element, from + i * x.stride[1], static_cast<size_t>(element));
+      for (int64_t i = 0; flip && i < group_inputs_; ++i) to[i] = static_cast<char>(to[i] ^ flip);
+    }
+  });
+
+  // A few rows at a time: their lookup tables stay in the second-level cache while the weights pass.
+  const int64_t positions = lookup ? G * group_words_ * codes_per_word_ : 0, step = lookup ? 6 : T;
+  Epilogue last = epilogue;
+  if (G > 1 && epilogue.out_dtype != DType::i32) last.acc_dtype = DType::f32;
+  static constexpr auto ones = [] { std::array<float, panel_outputs> a{}; a.fill(1); return a; }();
+  for (int64_t first = 0; first < T; first += step) {
+    const int64_t count = std::min(step, T - first);
+    float* tables = nullptr;
+    if (lookup) {
+      tables = reinterpret_cast<float*>(scratch(1, static_cast<size_t>(count * positions * 32 * 4)));
+      const int64_t piece = 512, pieces = (positions + piece - 1) / piece;
+      core::parallel_for(count * pieces, [&](int64_t chunk, int) {
+        const int64_t t = chunk / pieces, at = chunk % pieces * piece;
+        const float* row = reinterpret_cast<const float*>(rows + (first + t) * row_bytes);
+        k.build_lookup({row + at * code_inputs_, std::min(piece, positions - at), code_inputs_, digits_.data(), tables + (t * positions + at) * 32});
+      });
+    }
+    core::parallel_for(panel_count(outputs_), [&](int64_t panel, int) {
+      const int64_t sums_bytes = count * panel_outputs * 4;
+      char* sums = scratch(2, static_cast<size_t>(2 * sums_bytes));
+      char* total = G > 1 ? sums + sums_bytes : sums;
+      const int64_t outputs_here = std::min<int64_t>(panel_outputs, outputs_ - panel * panel_outputs);
+      for (int64_t g = 0; g < G; ++g) {
+        LinearTile t{};
+        t.x = rows + first * row_bytes + g * padded * element;
+        t.x_stride = row_bytes;
+        t.rows = static_cast<int>(count);
+        t.weights = reinterpret_cast<const char*>(weights_.data() + (panel * G + g) * group_words_ * panel_outputs);
+        t.words = group_words_;
+        t.table = tables + g * group_words_ * codes_per_word_ * 32;
+        t.table_stride = positions * 32;
+        t.code_bits = code_bits_;
+        t.codes_per_word = codes_per_word_;
+        t.level_bytes = level_bytes_.data();
+        t.acc = sums;
+        t.acc_stride = panel_outputs * 4;
+        if (algorithm_ == Algorithm::packed) (is_float ? k.linear_packed_f32 : k.linear_packed_i8)(t);
+        else (is_float ? k.linear_f32 : k.linear_i8)(t);
+        if (G == 1) break;
+        add_group(sums, total, count, panel, outputs_here, g, epilogue.out_dtype == DType::i32);
+      }
+      Finish f{};
+      f.epilogue = &last;
+      f.count = outputs_here;
+      f.per_element = true;
+      f.multiplier = G > 1 ? ones.data() : &multiplier_[static_cast<size_t>(panel * panel_outputs)];
+      f.bias = bias_.empty() ? nullptr : &bias_[static_cast<size_t>(panel * panel_outputs)];
+      static constexpr std::array<int32_t, panel_outputs> zeros{};
+      f.correction = G > 1 ? zeros.data() : correction_.empty() ? nullptr : &correction_[static_cast<size_t>(panel * panel_outputs)];
+      f.out_stride = out.stride[1];
+      f.residual_stride = residual ? residual->stride[1] : 0;
+      for (int64_t t = 0; t < count; ++t) {
+        f.acc = total + t * panel_outputs * 4;
+        f.out = out.data + (first + t) * out.stride[3] + panel * panel_outputs * out.stride[1];
+        if (residual) f.residual = residual->data + (first + t) * residual->stride[3] + panel * panel_outputs * residual->stride[1];
+        k.finish(f);
+      }
+    });
+  }
+}
+
+// total (+)= sums * multiplier of one scale group, in float32, groups in ascending order; or the plain integer sum.
+void PackedLinear::add_group(const char* sums, char* total, int64_t rows, int64_t panel, int64_t outputs_here, int64_t group, bool integers) const {
+  const size_t at = static_cast<size_t>(group * outputs_ + panel * panel_outputs);
+  for (int64_t t = 0; t < rows; ++t)
+    for (int64_t o = 0; o < outputs_here; ++o) {
+      const int64_t index = t * panel_outputs + o;
+      const auto* acc = reinterpret_cast<const int32_t*>(sums) + index;
+      if (activations_.dtype != DType::f32) {
+        const int32_t sum = static_cast<int32_t>(static_cast<uint32_t>(*acc) + static_cast<uint32_t>(correction_[at + static_cast<size_t>(o)]));
+        auto* to = reinterpret_cast<int32_t*>(total) + index;
+        if (integers) {
+          *to = group == 0 ? sum : *to + sum;
+          continue;
+        }
+        const float term = static_cast<float>(sum) * multiplier_[at + static_cast<size_t>(o)];
+        auto* y = reinterpret_cast<float*>(total) + index;
+        *y = group == 0 ? term : *y + term;
+      } else {
+        const float term = reinterpret_cast<const float*>(sums)[index] * multiplier_[at + static_cast<size_t>(o)];
+        auto* y = reinterpret_cast<float*>(total) + index;
+        *y = group == 0 ? term : *y + term;
+      }
+    }
+}
+
+}  // namespace pycodesign::repetition

@@ -1,0 +1,425 @@
+// The loops of all kernels, written once over a vector type. Each instruction set's file defines, in an unnamed namespace of
+// pycodesign::repetition, the types f32v, i32v, u32v of `lanes` words, and
+//   fma(a, b, c), dot4(acc, x_u8x4, w_i8x4), Lookup / load_lookup(p) / look_up(table, index), table_byte(levels, codes), transpose(...)
+// then includes this file. Everything here has internal linkage: no other file may share its code.
+#pragma once
+
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+namespace pycodesign::repetition {
+namespace {
+
+inline u32v splat_bits(uint32_t value) { return value - u32v{}; }
+
+// The arithmetic of a kernel: float, 32-bit integers, or 8-bit integers four to a word. (Types that may alias lose that as template arguments,
+// so kernels are templates over these.)
+struct Float {
+  using vec = f32v;
+  static vec load(const void* p) { return *static_cast<const vec*>(p); }
+  static void store(void* p, vec v) { *static_cast<vec*>(p) = v; }
+  static vec splat(float value) { return value - vec{}; }   // exact for -0 and NaN too
+  static vec broadcast(const char* p) { return splat(*reinterpret_cast<const float*>(p)); }
+  static vec multiply_add(vec acc, vec x, vec w) { return fma(x, w, acc); }
+  static float coefficient(const TableStep& step) { return step.coefficient.f; }
+  // Plus or minus an entry: the top bit of the stream's byte is the sign.
+  static vec sign(uint32_t byte) { return reinterpret_cast<vec>(splat_bits(0x3f800000u | (byte & 128u) << 24)); }
+  static vec add_entry(vec acc, vec entry, vec sign) { return fma(entry, sign, acc); }
+};
+struct Int {
+  using vec = i32v;
+  static vec load(const void* p) { return *static_cast<const vec*>(p); }
+  static void store(void* p, vec v) { *static_cast<vec*>(p) = v; }
+  static vec splat(int32_t value) { return value - vec{}; }
+  static vec broadcast(const char* p) { return splat(*reinterpret_cast<const int32_t*>(p)); }
+  static vec multiply_add(vec acc, vec x, vec w) { return acc + x * w; }
+  static int32_t coefficient(const TableStep& step) { return step.coefficient.i; }
+  static vec sign(uint32_t byte) { return splat(-static_cast<int32_t>(byte >> 7)); }
+  static vec add_entry(vec acc, vec entry, vec sign) { return acc + (entry ^ sign); }   // one too little when negative
+};
+struct Byte : Int {
+  static vec multiply_add(vec acc, vec x, vec w) { return dot4(acc, x, w); }
+};
+
+constexpr int64_t vector_bytes = lanes * 4;
+
+// ---- staging and its inverse --------------------------------------------------------------------------------------------------
+
+template <class T> void convert_row(const char* source, int64_t stride, int64_t count, int32_t zero_point, int32_t* out) {
+  if (stride == sizeof(T)) {
+    const T* p = reinterpret_cast<const T*>(source);
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<int32_t>(p[i]) - zero_point;
+  } else {
+    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<int32_t>(*reinterpret_cast<const T*>(source + i * stride)) - zero_point;
+  }
+}
+
+void copy_row(const char* source, int64_t stride, int64_t count, char* out) {
+  if (stride == 4) {
+    std::memcpy(out, source, count * 4);
+  } else {
+    for (int64_t i = 0; i < count; ++i) std::memcpy(out + i * 4, source + i * stride, 4);
+  }
+}
+
+void interleave_row(const unsigned char* const* source, int64_t stride, int64_t count, uint32_t flip, uint32_t* out) {
+  const unsigned char *a = source[0], *b = source[1], *c = source[2], *d = source[3];
+  if (stride == 1) {
+    for (int64_t i = 0; i < count; ++i)
+      out[i] = (uint32_t(a[i]) | uint32_t(b[i]) << 8 | uint32_t(c[i]) << 16 | uint32_t(d[i]) << 24) ^ flip;
+  } else {
+    for (int64_t i = 0; i < count; ++i, a += stride, b += stride, c += stride, d += stride)
+      out[i] = (uint32_t(*a) | uint32_t(*b) << 8 | uint32_t(*c) << 16 | uint32_t(*d) << 24) ^ flip;
+  }
+}
+
+void stage(const Stage& s) {
+  const int64_t positions = lanes * s.segment + (s.vectors - s.segment);
+  const uint32_t flip = s.dtype == DType::i8 ? 0x80808080u : 0u;
+  uint32_t padding = 0;
+  if (s.staging == Staging::bytes4) padding = (static_cast<uint32_t>(s.zero_point) & 0xff) * 0x01010101u ^ flip;
+  uint32_t* flat = reinterpret_cast<uint32_t*>(s.flat);
+  for (int64_t i = 0; i < positions + lanes; ++i) flat[i] = padding;
+
+  for (int64_t n = 0; n < s.images; ++n) {
+    for (int64_t r = 0; r < s.rows.data; ++r) {
+      uint32_t* row = flat + n * s.image_pitch + (s.rows.lead + r) * s.row_pitch + s.columns.lead;
+      const char* p[4];
+      for (int c = 0; c < 4; ++c) p[c] = s.source[c < s.channels ? c : 0] + n * s.stride_n + r * s.stride_h;
+      switch (s.staging) {
+        case Staging::f32:
+          copy_row(p[0], s.stride_w, s.columns.data, reinterpret_cast<char*>(row));
+          break;
+        case Staging::centered_i32:
+          if (s.dtype == DType::u8) convert_row<uint8_t>(p[0], s.stride_w, s.columns.data, s.zero_point, reinterpret_cast<int32_t*>(row));
+          else convert_row<int8_t>(p[0], s.stride_w, s.columns.data, s.zero_point, reinterpret_cast<int32_t*>(row));
+          break;
+        case Staging::bytes4:
+          interleave_row(reinterpret_cast<const unsigned char* const*>(p), s.stride_w, s.columns.data, flip, row);
+          break;
+      }
+    }
+  }
+
+  // [lanes][segment] -> [segment][lanes]; a block that runs past the segment writes vectors that are right as well.
+  for (int64_t j = 0; j < s.segment; j += lanes)
+    transpose(s.flat + j * 4, s.segment * 4, s.lifted + j * vector_bytes, vector_bytes);
+  // The vectors behind the segment are earlier ones moved up by one lane.
+  for (int64_t j = s.segment; j < s.vectors; ++j) {
+    uint32_t* to = reinterpret_cast<uint32_t*>(s.lifted + j * vector_bytes);
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(s.lifted + (j - s.segment) * vector_bytes);
+    for (int l = 0; l + 1 < lanes; ++l) to[l] = from[l + 1];
+    to[lanes - 1] = flat[(lanes - 1) * s.segment + j];
+  }
+}
+
+void unlift(const Unlift& u) {
+  // Last block first: what a block writes past its segment is then overwritten by its owner.
+  for (int64_t j = (u.segment - 1) / lanes * lanes; j >= 0; j -= lanes)
+    transpose(u.lifted + j * vector_bytes, vector_bytes, u.flat + j * 4, u.segment * 4);
+  char* out = u.out;
+  for (int64_t n = 0; n < u.images; ++n)
+    for (int64_t r = 0; r < u.rows; ++r, out += u.columns * 4)
+      std::memcpy(out, u.flat + (n * u.image_pitch + r * u.row_pitch) * 4, u.columns * 4);
+}
+
+// ---- epilogue -----------------------------------------------------------------------------------------------------------------
+
+template <class T> void add_residual(float* y, const char* p, int64_t stride, int64_t count, float zero_point, float scale) {
+  if (stride == sizeof(T)) {
+    const T* r = reinterpret_cast<const T*>(p);
+    for (int64_t i = 0; i < count; ++i) y[i] = y[i] + scale * (static_cast<float>(r[i]) - zero_point);
+  } else {
+    for (int64_t i = 0; i < count; ++i) y[i] = y[i] + scale * (static_cast<float>(*reinterpret_cast<const T*>(p + i * stride)) - zero_point);
+  }
+}
+
+// saturate(rint(y / scale) + zero_point); clamped before rounding, so that adding 1.5 * 2^23 rounds to even on every machine.
+template <class T> void quantize(float* y, char* out, int64_t stride, int64_t count, float scale, int32_t zero_point) {
+  const float lowest = static_cast<float>(std::numeric_limits<T>::min() - zero_point), highest = lowest + 255.0f;
+  constexpr float magic = 12582912.0f;
+  int32_t q[64];
+  for (int64_t first = 0; first < count; first += 64) {
+    const int64_t n = count - first < 64 ? count - first : 64;
+    float* t = y + first;
+    for (int64_t i = 0; i < n; ++i) {
+      float v = t[i] / scale;
+      v = v > lowest ? v : lowest;
+      v = v < highest ? v : highest;
+      q[i] = static_cast<int32_t>((v + magic) - magic) + zero_point;
+    }
+    char* p = out + first * stride;
+    if (stride == 1) for (int64_t i = 0; i < n; ++i) p[i] = static_cast<char>(q[i]);
+    else for (int64_t i = 0; i < n; ++i) p[i * stride] = static_cast<char>(q[i]);
+  }
+}
+
+template <bool per_element, class Acc>
+void scale_acc(const Finish& f, int64_t first, int64_t count, float* y) {
+  const Acc* acc = reinterpret_cast<const Acc*>(f.acc) + first;
+  const int64_t at = per_element ? first : 0;
+  const auto pick = [](int64_t i) { return per_element ? i : 0; };
+  const float *m = f.multiplier + at, *b = f.bias ? f.bias + at : nullptr;
+  if constexpr (std::is_integral_v<Acc>) {
+    const int32_t* c = f.correction + at;
+    for (int64_t i = 0; i < count; ++i) y[i] = static_cast<float>(static_cast<int32_t>(acc[i] + static_cast<uint32_t>(c[pick(i)]))) * m[pick(i)];
+  } else {
+    for (int64_t i = 0; i < count; ++i) y[i] = acc[i] * m[pick(i)];
+  }
+  if (b) for (int64_t i = 0; i < count; ++i) y[i] = y[i] + b[pick(i)];
+}
+
+template <bool per_element> void finish_as(const Finish& f) {
+  const Epilogue& e = *f.epilogue;
+  constexpr int64_t piece = 512;
+  alignas(64) float y[piece];
+  for (int64_t first = 0; first < f.count; first += piece) {
+    const int64_t count = f.count - first < piece ? f.count - first : piece;
+    char* out = f.out + first * f.out_stride;
+    if (e.out_dtype == DType::i32) {
+      const uint32_t* acc = reinterpret_cast<const uint32_t*>(f.acc) + first;
+      const int32_t* c = f.correction + (per_element ? first : 0);
+      for (int64_t i = 0; i < count; ++i) {
+        const uint32_t sum = acc[i] + static_cast<uint32_t>(c[per_element ? i : 0]);
+        std::memcpy(out + i * f.out_stride, &sum, 4);
+      }
+      continue;
+    }
+    if (e.acc_dtype == DType::i32) scale_acc<per_element, uint32_t>(f, first, count, y);
+    else scale_acc<per_element, float>(f, first, count, y);
+    if (e.has_residual) {
+      const char* r = f.residual + first * f.residual_stride;
+      if (e.residual_dtype == DType::f32) add_residual<float>(y, r, f.residual_stride, count, e.residual_zero_point, e.residual_scale);
+      else if (e.residual_dtype == DType::u8) add_residual<uint8_t>(y, r, f.residual_stride, count, e.residual_zero_point, e.residual_scale);
+      else add_residual<int8_t>(y, r, f.residual_stride, count, e.residual_zero_point, e.residual_scale);
+    }
+    if (e.has_lo) for (int64_t i = 0; i < count; ++i) y[i] = y[i] < e.lo ? e.lo : y[i];
+    if (e.has_hi) for (int64_t i = 0; i < count; ++i) y[i] = y[i] > e.hi ? e.hi : y[i];
+    if (e.out_dtype == DType::u8) quantize<uint8_t>(y, out, f.out_stride, count, e.out_scale, e.out_zero_point);
+    else if (e.out_dtype == DType::i8) quantize<int8_t>(y, out, f.out_stride, count, e.out_scale, e.out_zero_point);
+    else if (f.out_stride == 4) std::memcpy(out, y, count * 4);
+    else for (int64_t i = 0; i < count; ++i) std::memcpy(out + i * f.out_stride, y + i, 4);
+  }
+}
+
+void finish(const Finish& f) { f.per_element ? finish_as<true>(f) : finish_as<false>(f); }
+
+// ---- tables -------------------------------------------------------------------------------------------------------------------
+
+template <class Math> void build_tables(const TableBuild& b) {
+  const int64_t entry_bytes = b.entry_bytes;
+  char* const zero = b.rows + b.group_size * entry_bytes;
+  for (int64_t w = 0; w < entry_bytes; w += vector_bytes) Math::store(zero + w, typename Math::vec{});
+  for (int64_t u = 0; u < b.units; ++u) {
+    // The channels' vectors side by side, as in an entry.
+    for (int64_t c = 0; c < b.group_size; ++c) {
+      const char* x = b.x + (u * b.group_size + c) * b.channel_stride;
+      for (int s = 0; s < b.segments; ++s) {
+        char* to = b.rows + c * entry_bytes + b.segment_at[s];
+        const int64_t bytes = (b.vectors + b.segment_shift[s]) * vector_bytes;
+        for (int64_t w = 0; w < bytes; w += vector_bytes) Math::store(to + w, Math::load(x + b.segment_source[s] + w));
+      }
+    }
+    char* const table = b.tables + u * b.unit_bytes;
+    for (int64_t i = 0; i < b.step_count; ++i) {
+      const TableStep step = b.steps[i];
+      const auto coefficient = Math::splat(Math::coefficient(step));
+      const char* x = step.channel < 0 ? zero : b.rows + step.channel * entry_bytes;
+      const char* parent = step.parent < 0 ? zero : table + step.parent * entry_bytes;
+      char* to = table + step.dst * entry_bytes;
+      for (int64_t w = 0; w < entry_bytes; w += vector_bytes) Math::store(to + w, Math::multiply_add(Math::load(parent + w), Math::load(x + w), coefficient));
+    }
+  }
+}
+
+template <class Math, int V> void sum_tables_of(const TableSum& s) {
+  using vec = typename Math::vec;
+  // Copies: the stores below could alias the fields.
+  const char* const tables = s.tables;
+  const int32_t* const slot_offset = s.slot_offset;
+  const int64_t entry_bytes = s.entry_bytes, outputs = s.outputs, acc_stride = s.acc_stride;
+  const int slots = s.slots;
+  const bool first = s.first;
+  const uint8_t* stream = s.stream;
+  char* out = s.acc;
+  for (int64_t o = 0; o < outputs; ++o, out += acc_stride) {
+    vec acc[V];
+    for (int v = 0; v < V; ++v) acc[v] = first ? vec{} : Math::load(out + v * vector_bytes);
+    const auto add = [&](int slot, uint32_t byte) __attribute__((always_inline)) {
+      const char* entry = tables + slot_offset[slot] + (byte & 127) * entry_bytes;
+      const vec sign = Math::sign(byte);
+      for (int v = 0; v < V; ++v) acc[v] = Math::add_entry(acc[v], Math::load(entry + v * vector_bytes), sign);
+    };
+    int m = 0;
+    for (; m + 9 <= slots; m += 9, stream += 9)
+      for (int i = 0; i < 9; ++i) add(m + i, stream[i]);
+    for (; m + 4 <= slots; m += 4, stream += 4)
+      for (int i = 0; i < 4; ++i) add(m + i, stream[i]);
+    for (; m < slots; ++m) add(m, *stream++);
+    for (int v = 0; v < V; ++v) Math::store(out + v * vector_bytes, acc[v]);
+  }
+}
+
+template <class Math> void sum_tables(const TableSum& s) {
+  switch (s.vectors) {
+    case 1: return sum_tables_of<Math, 1>(s);
+    case 2: return sum_tables_of<Math, 2>(s);
+    case 3: return sum_tables_of<Math, 3>(s);
+    case 4: return sum_tables_of<Math, 4>(s);
+    case 5: return sum_tables_of<Math, 5>(s);
+    case 6: return sum_tables_of<Math, 6>(s);
+    case 7: return sum_tables_of<Math, 7>(s);
+    default: return sum_tables_of<Math, 8>(s);
+  }
+}
+
+// ---- dense --------------------------------------------------------------------------------------------------------------------
+
+template <class Math, int O, int V> void dense_of(const DenseTile& d) {
+  using vec = typename Math::vec;
+  vec acc[O][V] = {};
+  const char* w = d.weights;
+  const char* unit = d.x;
+  for (int64_t u = 0; u < d.units; ++u, unit += d.unit_stride) {
+    for (int t = 0; t < d.taps; ++t, w += dense_outputs * 4) {
+      const char* x = unit + d.tap_source[t];
+      vec value[V];
+      for (int v = 0; v < V; ++v) value[v] = Math::load(x + v * vector_bytes);
+      for (int o = 0; o < O; ++o) {
+        const vec weight = Math::broadcast(w + o * 4);
+        for (int v = 0; v < V; ++v) acc[o][v] = Math::multiply_add(acc[o][v], value[v], weight);
+      }
+    }
+  }
+  for (int o = 0; o < O; ++o)
+    for (int v = 0; v < V; ++v) Math::store(d.acc + o * d.acc_stride + v * vector_bytes, acc[o][v]);
+}
+
+template <class Math, int O> void dense_vectors(const DenseTile& d) {
+  switch (d.vectors) {
+    case 1: return dense_of<Math, O, 1>(d);
+    case 2: return dense_of<Math, O, 2>(d);
+    default: return dense_of<Math, O, 3>(d);
+  }
+}
+
+// Outputs in blocks that the registers hold.
+template <class Math> void dense(const DenseTile& d) {
+  DenseTile part = d;
+  while (part.outputs > 0) {
+    int done;
+    if (dense_block >= 8 && part.outputs >= 8) dense_vectors<Math, dense_block>(part), done = dense_block;
+    else if (part.outputs >= 4) dense_vectors<Math, 4>(part), done = 4;
+    else if (part.outputs >= 2) dense_vectors<Math, 2>(part), done = 2;
+    else dense_vectors<Math, 1>(part), done = 1;
+    part.outputs -= done;
+    part.weights += done * 4;
+    part.acc += done * part.acc_stride;
+  }
+}
+
+// ---- linear: lanes are outputs --------------------------------------------------------------------------------------------------
+
+// R rows of x by P vectors of outputs.
+template <class Math, int R, int P> void linear_of(const LinearTile& t) {
+  using vec = typename Math::vec;
+  vec acc[R][P] = {};
+  for (int64_t k = 0; k < t.words; ++k) {
+    const char* w = t.weights + k * panel_outputs * 4;
+    vec weight[P];
+    for (int p = 0; p < P; ++p) weight[p] = Math::load(w + p * vector_bytes);
+    for (int r = 0; r < R; ++r) {
+      const vec x = Math::broadcast(t.x + r * t.x_stride + k * 4);
+      for (int p = 0; p < P; ++p) acc[r][p] = Math::multiply_add(acc[r][p], x, weight[p]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < P; ++p) Math::store(t.acc + r * t.acc_stride + p * vector_bytes, acc[r][p]);
+}
+
+// Two bits (or one) a weight; each byte of a word holds the codes of one of four neighbouring inputs.
+template <int R, int P> void linear_packed_i8_of(const LinearTile& t) {
+  const int fields = 8 / t.code_bits;
+  const i32v mask = Int::splat(t.code_bits == 1 ? 0x01010101 : 0x03030303);
+  const Levels levels = load_levels(t.level_bytes);
+  i32v acc[R][P] = {};
+  for (int64_t k = 0; k < t.words; ++k) {
+    const char* w = t.weights + k * panel_outputs * 4;
+    i32v codes[P];
+    for (int p = 0; p < P; ++p) codes[p] = Int::load(w + p * vector_bytes);
+    for (int f = 0; f < fields; ++f) {
+      i32v weight[P];
+      for (int p = 0; p < P; ++p) {
+        weight[p] = levels_of(levels, codes[p] & mask);
+        codes[p] = reinterpret_cast<i32v>(reinterpret_cast<u32v>(codes[p]) >> t.code_bits);
+      }
+      for (int r = 0; r < R; ++r) {
+        const i32v x = Byte::broadcast(t.x + r * t.x_stride + (k * fields + f) * 4);
+        for (int p = 0; p < P; ++p) acc[r][p] = dot4(acc[r][p], x, weight[p]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < P; ++p) Int::store(t.acc + r * t.acc_stride + p * vector_bytes, acc[r][p]);
+}
+
+// One code looks up the sum of several inputs times their levels.
+template <int R, int P> void linear_packed_f32_of(const LinearTile& t) {
+  f32v acc[R][P] = {};
+  for (int64_t k = 0; k < t.words; ++k) {
+    const char* w = t.weights + k * panel_outputs * 4;
+    u32v codes[P];
+    for (int p = 0; p < P; ++p) codes[p] = *reinterpret_cast<const u32v*>(w + p * vector_bytes);
+    for (int c = 0; c < t.codes_per_word; ++c) {
+      for (int r = 0; r < R; ++r) {
+        const Lookup table = load_lookup(t.table + r * t.table_stride + (k * t.codes_per_word + c) * 32);
+        for (int p = 0; p < P; ++p) acc[r][p] = acc[r][p] + look_up(table, reinterpret_cast<i32v>(codes[p]));
+      }
+      for (int p = 0; p < P; ++p) codes[p] = codes[p] >> t.code_bits;
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < P; ++p) Float::store(t.acc + r * t.acc_stride + p * vector_bytes, acc[r][p]);
+}
+
+// Cuts a panel and its rows into the blocks that the registers hold.
+template <int R, int P, class Many, class One> void for_linear_blocks(const LinearTile& t, Many many, One one) {
+  for (int p = 0; p < panel_outputs / lanes; p += P) {
+    LinearTile part = t;
+    part.weights += p * vector_bytes;
+    part.acc += p * vector_bytes;
+    int row = 0;
+    for (; row + R <= t.rows; row += R, part.x += R * t.x_stride, part.table += R * t.table_stride, part.acc += R * t.acc_stride) many(part);
+    for (; row < t.rows; ++row, part.x += t.x_stride, part.table += t.table_stride, part.acc += t.acc_stride) one(part);
+  }
+}
+
+template <class Math> void linear(const LinearTile& t) {
+  for_linear_blocks<linear_rows, linear_vectors>(t, linear_of<Math, linear_rows, linear_vectors>, linear_of<Math, 1, linear_vectors>);
+}
+void linear_packed_i8(const LinearTile& t) {
+  for_linear_blocks<packed_rows, linear_vectors>(t, linear_packed_i8_of<packed_rows, linear_vectors>, linear_packed_i8_of<1, linear_vectors>);
+}
+void linear_packed_f32(const LinearTile& t) {
+  for_linear_blocks<packed_rows, linear_vectors>(t, linear_packed_f32_of<packed_rows, linear_vectors>, linear_packed_f32_of<1, linear_vectors>);
+}
+
+void build_lookup(const LookupBuild& b) {
+  for (int64_t position = 0; position < b.positions; ++position) {
+    const float* x = b.x + position * b.inputs;
+    for (int e = 0; e < 32; e += lanes) {
+      f32v sum{};
+      for (int i = 0; i < b.inputs; ++i) sum = fma(Float::splat(x[i]), Float::load(b.digit + i * 32 + e), sum);
+      Float::store(b.table + position * 32 + e, sum);
+    }
+  }
+}
+
+void fill(Kernels& k) {
+  k = {lanes, max_table_vectors, max_dense_vectors, stage, unlift, finish, build_tables<Float>, build_tables<Int>, sum_tables<Float>,
+       sum_tables<Int>, dense<Float>, dense<Byte>, linear<Float>, linear<Byte>, build_lookup, linear_packed_f32, linear_packed_i8};
+}
+
+}  // namespace
+}  // namespace pycodesign::repetition

@@ -1,0 +1,175 @@
+// Everything decided before a pixel is seen: dispatch, the levels, the choice of an algorithm, the tables of a layer, the lifted layout.
+#include "repetition/plan.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <set>
+#include <stdexcept>
+
+#include "core/cpu.h"
+
+namespace pycodesign::repetition {
+
+const Kernels& kernels() {
+  static const auto table = [] {
+    std::array<Kernels, 5> all{};
+    for (auto& k : all) fill_scalar(k);
+#if defined(__x86_64__)
+    for (const core::Isa isa : core::supported_isas()) {
+      Kernels& k = all[static_cast<size_t>(isa)];
+      if (isa >= core::Isa::avx2) fill_avx2(k);
+      if (isa == core::Isa::avx2_vnni) fill_avx2_vnni(k);
+      if (isa >= core::Isa::avx512) fill_avx512(k);
+    }
+#endif
+    return all;
+  }();
+  return table[static_cast<size_t>(core::active_isa())];
+}
+
+const char* algorithm_name(Algorithm a) {
+  return a == Algorithm::tables ? "tables" : a == Algorithm::dense ? "dense" : "packed";
+}
+
+std::vector<float> distinct_levels(const Weights& w) {
+  std::set<float> values(w.levels, w.levels + w.level_rows * w.level_count);
+  return {values.begin(), values.end()};
+}
+
+// ---- cost model -----------------------------------------------------------------------------------------------------------------
+// In cycles of a core that loads one 64-byte vector per cycle; fitted on the layers of ResNet-18.
+
+double tile_cost(double vectors, double width, double entries, double block, double outputs, double slots, double vector_bytes) {
+  constexpr double build = 2.5, output = 2, slot = 0.8;         // per vector stored; per vector of a sum loaded and stored; per index
+  const double bytes = entries * block * width * vector_bytes;
+  const double load = bytes <= 32 << 10 ? 1.28 : bytes <= 64 << 10 ? 1.35 : bytes <= 128 << 10 ? 1.5 : bytes <= 512 << 10 ? 1.7 : 4;
+  return entries * block * width * build + outputs * (slots * (vectors * load + slot) + vectors * output);
+}
+
+// Entries of the full table of `inputs` inputs, up to sign: every prefix of every pattern, zero included.
+int64_t table_entries(const std::vector<float>& levels, int inputs) {
+  std::set<float> magnitudes;
+  bool zero = false, both = false;
+  for (const float l : levels) {
+    zero |= l == 0;
+    both |= l != 0 && std::find(levels.begin(), levels.end(), -l) != levels.end();
+    if (l != 0) magnitudes.insert(std::abs(l));
+  }
+  const double count = static_cast<double>(levels.size());
+  double patterns = std::pow(count, inputs);
+  if (both) patterns = (patterns + 1) / 2;
+  // Without a zero level the prefixes are entries of their own.
+  if (!zero) for (int i = 1; i < inputs; ++i) patterns += std::pow(count, i) / (both ? 2 : 1);
+  return patterns > 1e6 ? 1000000 : static_cast<int64_t>(patterns);
+}
+
+TableChoice choose_table(const std::vector<float>& levels, const Geometry& g, int64_t group_outputs) {
+  constexpr double vectors = 4, vector_bytes = 64;
+  const auto taps = static_cast<double>(g.kernel[0] * g.kernel[1]);
+  const double width = static_cast<double>(g.kernel[0]) * (vectors + static_cast<double>((g.kernel[1] - 1) / g.stride[1]));
+  const int64_t channels = g.channels / g.groups;
+  TableChoice best;
+  for (int size = 1; size <= 8 && size <= channels; ++size) {
+    const int64_t entries = table_entries(levels, size), units = (channels + size - 1) / size;
+    if (entries > max_table_entries) break;
+    for (int block = 1; block <= 8 && block <= units; ++block) {
+      const double cost = tile_cost(vectors, width, static_cast<double>(entries), block, static_cast<double>(group_outputs), block * taps, vector_bytes);
+      const double total = cost * static_cast<double>(units) / (block * vectors);
+      if (best.size == 0 || total < best.cost) best = {size, block, total};
+    }
+  }
+  return best;
+}
+
+Choice choose_conv2d(const Weights& w, const Geometry& g, const Activations& a) {
+  if (a.dtype != DType::f32) return {Algorithm::dense, "8-bit dot products beat tables for 8-bit inputs"};
+  const auto levels = distinct_levels(w);
+  if (levels.size() > 16) return {Algorithm::dense, "more than 16 levels"};
+  const int64_t group_outputs = w.outputs / g.groups;
+  const TableChoice tables = choose_table(levels, g, group_outputs);
+  constexpr double dense_cost = 1.25;                            // cycles per multiply-add of a vector
+  const double blocks = std::ceil(static_cast<double>(group_outputs) / dense_outputs) * dense_outputs;
+  const double dense = static_cast<double>(w.inputs) * (group_outputs < dense_outputs ? static_cast<double>(group_outputs) : blocks) * dense_cost;
+  if (tables.size == 0 || tables.cost >= dense) return {Algorithm::dense, "too few outputs per table entry for tables to pay"};
+  return {Algorithm::tables, "predicted " + std::to_string(tables.cost / dense).substr(0, 4) + " of the time of dense sums"};
+}
+
+Choice choose_linear(const Weights& w, const Activations&) {
+  if (distinct_levels(w).size() <= 4) return {Algorithm::packed, "at most 4 levels: fewest weight bytes"};
+  return {Algorithm::dense, "more than 4 levels"};
+}
+
+// ---- lifted layout --------------------------------------------------------------------------------------------------------------
+
+namespace {
+
+struct Axis {
+  int64_t out, reach, pitch;                 // output size, largest tap offset, positions from one line to the next
+  std::vector<PhaseAxis> phases;             // one per residue of the stride
+};
+
+// Padding behind one line serves as padding before the next where both are wide enough.
+Axis plan_axis(const Geometry& g, int axis, int64_t size) {
+  const int64_t stride = g.stride[axis], pad = g.padding[axis], dilation = g.dilation[axis];
+  Axis a;
+  a.out = g.output_size(axis, size);
+  a.reach = (g.kernel[axis] - 1) * dilation / stride;
+  const int64_t span = a.out + a.reach;
+  int64_t shared = span;
+  std::vector<bool> used(static_cast<size_t>(stride));
+  for (int64_t k = 0; k < g.kernel[axis]; ++k) used[static_cast<size_t>(k * dilation % stride)] = true;
+  for (int64_t p = 0; p < stride; ++p) {
+    const int64_t lead = p >= pad ? 0 : (pad - p + stride - 1) / stride;
+    const int64_t first = lead * stride + p - pad;
+    const int64_t data = std::clamp<int64_t>((size - first + stride - 1) / stride, 0, std::max<int64_t>(span - lead, 0));
+    a.phases.push_back({std::min(lead, span), data, first});
+    if (used[static_cast<size_t>(p)]) shared = std::min({shared, lead, span - std::min(lead, span) - data});
+  }
+  a.pitch = span - std::max<int64_t>(shared, 0);
+  return a;
+}
+
+}  // namespace
+
+LiftPlan::LiftPlan(const Geometry& g, int64_t images, int64_t height, int64_t width, int lanes) : images(images) {
+  const Axis rows = plan_axis(g, 0, height), columns = plan_axis(g, 1, width);
+  out_rows = rows.out;
+  out_columns = columns.out;
+  row_pitch = columns.pitch;
+  image_pitch = rows.pitch * row_pitch;
+  const int64_t positions = (images - 1) * image_pitch + (out_rows - 1) * row_pitch + out_columns;
+  segment = (positions + lanes - 1) / lanes;
+  const int64_t reach = rows.reach * row_pitch + columns.reach;
+  vectors = segment + reach;
+  plane_vectors = ((vectors + lanes - 1) / lanes + 1) * lanes;
+  plane_vectors |= 1;                        // odd: planes start in different cache sets
+
+  std::map<std::pair<int64_t, int64_t>, int> index;
+  for (int64_t r = 0; r < g.kernel[0]; ++r) {
+    for (int64_t s = 0; s < g.kernel[1]; ++s) {
+      const int64_t y = r * g.dilation[0], x = s * g.dilation[1];
+      const std::pair key{y % g.stride[0], x % g.stride[1]};
+      const auto [at, is_new] = index.emplace(key, static_cast<int>(phases.size()));
+      if (is_new) phases.push_back({rows.phases[static_cast<size_t>(key.first)], columns.phases[static_cast<size_t>(key.second)]});
+      taps.push_back({at->second, y / g.stride[0] * row_pitch + x / g.stride[1]});
+    }
+  }
+}
+
+std::vector<TapSegment> LiftPlan::tap_segments(int vectors_per_tile) const {
+  std::vector<int> order(taps.size());
+  for (size_t t = 0; t < taps.size(); ++t) order[t] = static_cast<int>(t);
+  std::sort(order.begin(), order.end(), [&](int a, int b) { return std::pair(taps[a].phase, taps[a].offset) < std::pair(taps[b].phase, taps[b].offset); });
+  std::vector<TapSegment> segments;
+  for (const int t : order) {
+    const Tap& tap = taps[static_cast<size_t>(t)];
+    // A gap wider than a tile is cheaper as a segment of its own.
+    if (segments.empty() || segments.back().phase != tap.phase || tap.offset - segments.back().last() > vectors_per_tile)
+      segments.push_back({tap.phase, tap.offset, {}});
+    segments.back().taps.push_back({t, tap.offset - segments.back().offset});
+  }
+  return segments;
+}
+
+}  // namespace pycodesign::repetition

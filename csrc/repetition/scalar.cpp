@@ -1,0 +1,56 @@
+// Every kernel for any processor: 4 lanes of the compiler's own vectors (SSE2 on x86-64, NEON on aarch64).
+#include "repetition/kernels.h"
+
+namespace pycodesign::repetition {
+namespace {
+
+constexpr int lanes = 4;
+constexpr int max_table_vectors = 8, max_dense_vectors = 3, dense_block = 4;
+constexpr int linear_rows = 2, linear_vectors = 4, packed_rows = 2;
+
+typedef float f32v __attribute__((vector_size(16), may_alias));
+typedef int32_t i32v __attribute__((vector_size(16), may_alias));
+typedef uint32_t u32v __attribute__((vector_size(16), may_alias));
+
+inline f32v fma(f32v a, f32v b, f32v c) { return a * b + c; }   // two roundings
+
+inline i32v dot4(i32v acc, i32v x, i32v w) {
+  const u32v u = reinterpret_cast<u32v>(x), v = reinterpret_cast<u32v>(w);
+  for (int byte = 0; byte < 32; byte += 8)
+    acc = acc + reinterpret_cast<i32v>((u >> byte) & 0xff) * (reinterpret_cast<i32v>(v << (24 - byte)) >> 24);
+  return acc;
+}
+
+struct Lookup { const float* table; };
+inline Lookup load_lookup(const float* table) { return {table}; }
+inline f32v look_up(const Lookup& t, i32v i) { return f32v{t.table[i[0] & 31], t.table[i[1] & 31], t.table[i[2] & 31], t.table[i[3] & 31]}; }
+
+using Levels = const int8_t*;
+inline Levels load_levels(const int8_t* p) { return p; }
+inline i32v levels_of(Levels levels, i32v codes) {
+  i32v out;
+  for (int l = 0; l < lanes; ++l) {
+    const uint32_t c = static_cast<uint32_t>(codes[l]);
+    uint32_t bytes = 0;
+    for (int b = 0; b < 32; b += 8) bytes |= static_cast<uint32_t>(static_cast<uint8_t>(levels[(c >> b) & 15])) << b;
+    out[l] = static_cast<int32_t>(bytes);
+  }
+  return out;
+}
+
+// 4 x 4 words; strides in bytes. Rows are stored in order: unlift lets them overlap.
+inline void transpose(const char* from, int64_t from_stride, char* to, int64_t to_stride) {
+  uint32_t w[lanes][lanes];
+  for (int i = 0; i < lanes; ++i) __builtin_memcpy(w[i], from + i * from_stride, sizeof w[i]);
+  for (int i = 0; i < lanes; ++i)
+    for (int k = 0; k < lanes; ++k) __builtin_memcpy(to + i * to_stride + k * 4, &w[k][i], 4);
+}
+
+}  // namespace
+}  // namespace pycodesign::repetition
+
+#include "repetition/loops.h"
+
+namespace pycodesign::repetition {
+void fill_scalar(Kernels& k) { fill(k); }
+}  // namespace pycodesign::repetition

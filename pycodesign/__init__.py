@@ -1,0 +1,43 @@
+"""Kernels and tools for neural networks that are designed together with the machine they run on.
+
+Submodules load when first used: `ops` (packed layers on arrays), `quantize` (weights of few values), `repetition` (the
+compiler behind packing), `reference` (the specification in NumPy).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from pycodesign._native import __version__, get_num_threads, set_isa, set_num_threads, show_config
+
+if TYPE_CHECKING:
+    from pycodesign import ops, quantize, reference, repetition
+    from pycodesign.quantize import QuantizedTensor
+
+__all__ = [
+    "QuantizedTensor",
+    "__version__",
+    "get_num_threads",
+    "ops",
+    "quantize",
+    "reference",
+    "repetition",
+    "set_isa",
+    "set_num_threads",
+    "show_config",
+]
+
+_SUBMODULES = frozenset({"ops", "quantize", "reference", "repetition"})
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"pycodesign.{name}")
+    if name == "QuantizedTensor":
+        return importlib.import_module("pycodesign.quantize").QuantizedTensor
+    raise AttributeError(f"module 'pycodesign' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

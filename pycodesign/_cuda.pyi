@@ -1,0 +1,21 @@
+from typing import TypedDict, type_check_only
+
+@type_check_only
+class DeviceProperties(TypedDict):
+    name: str
+    capability: tuple[int, int]
+    multiprocessors: int
+    memory_bytes: int
+    l2_bytes: int
+    shared_bytes_per_block: int
+
+@type_check_only
+class BuildInfo(TypedDict):
+    runtime: str
+    driver: str
+    architectures: str
+
+def device_count() -> int: ...
+def absence() -> str: ...
+def device_properties(device: int) -> DeviceProperties: ...
+def build_info() -> BuildInfo: ...

@@ -1,0 +1,263 @@
+"""The layers that are timed: shapes, random quantized weights, and the results to expect.
+
+A call of an engine costs a fixed amount (arguments, layout changes at the ends of the graph) that a network pays once,
+not once per layer. So a case holds `Case.length` layers of one shape and different weights, which a contender runs in
+one call. Layers that keep their shape follow one another; the others all read the same input.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+ACTIVATION_SCALE = 4 / 255  # of every uint8 tensor; the zero point is 0, so that saturation is the ReLU
+CHAIN_MACS = 800e6  # long enough for the ends of a graph not to count
+CHAIN_BYTES = 1 << 28  # of float32 weights
+CHAIN_LENGTHS = (4, 32)
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Shape of a convolution, or of a linear layer (`size` 0).
+
+    Parameters
+    ----------
+    name : str
+    batch, inputs, outputs : int
+        N, C and O.
+    size : int
+        H = W of the input; 0 for a linear layer.
+    kernel, stride, padding : int
+        Equal in both directions.
+    """
+
+    name: str
+    batch: int
+    inputs: int
+    outputs: int
+    size: int = 0
+    kernel: int = 1
+    stride: int = 1
+    padding: int = 0
+
+    @property
+    def is_conv(self) -> bool:
+        """Whether this is a convolution."""
+        return self.size > 0
+
+    @property
+    def output_size(self) -> int:
+        """H = W of the output; 1 for a linear layer."""
+        return (self.size + 2 * self.padding - self.kernel) // self.stride + 1 if self.is_conv else 1
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """(N, C, H, W) or (N, C)."""
+        return (self.batch, self.inputs, self.size, self.size) if self.is_conv else (self.batch, self.inputs)
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """(N, O, H, W) or (N, O)."""
+        side = (self.output_size, self.output_size) if self.is_conv else ()
+        return (self.batch, self.outputs, *side)
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """(O, C, kH, kW) or (O, C)."""
+        return (self.outputs, self.inputs, *((self.kernel, self.kernel) if self.is_conv else ()))
+
+    @property
+    def terms(self) -> int:
+        """Products in the sum of one output."""
+        return self.inputs * self.kernel**2
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of the dense layer."""
+        return self.batch * self.outputs * self.output_size**2 * self.terms
+
+    @property
+    def chain_length(self) -> int:
+        """Layers that one call runs."""
+        low, high = CHAIN_LENGTHS
+        by_bytes = CHAIN_BYTES // (4 * math.prod(self.weight_shape))
+        return int(min(max(CHAIN_MACS // self.macs, low), high, max(by_bytes, low)))
+
+
+@dataclass(frozen=True)
+class Case:
+    """Layers of one shape with their weights, biases and input.
+
+    Parameters
+    ----------
+    layer : Layer
+    weights : sequence of pycodesign.QuantizedTensor
+        One for each layer of the chain; integer levels that fit int8, one scale per output.
+    biases : sequence of (O,) float32
+        Each value a multiple of the layer's `ACTIVATION_SCALE` times its weight scale, as engines that keep the bias
+        in int32 need it.
+    x : (N, C, H, W) or (N, C) float32
+        Real input of float32 chains: a ReLU's output, and exact in uint8.
+    """
+
+    layer: Layer
+    weights: Sequence[Any]
+    biases: Sequence[NDArray[np.float32]]
+    x: NDArray[np.float32]
+
+    @classmethod
+    def random(cls, layer: Layer, weights: str = "ternary", *, length: int | None = None, seed: int = 0) -> Case:
+        """Quantize Gaussian weights, scaled so that a ReLU network of them keeps the size of its activations.
+
+        Parameters
+        ----------
+        layer : Layer
+        weights : str
+            A function of `pycodesign.quantize`, with its bits where it takes some: ``"binary"``, ``"ternary"``,
+            ``"uniform4"``, ``"power_of_two4"``.
+        length : int, optional
+            Layers in the chain, `Layer.chain_length` by default.
+        seed : int
+        """
+        quantize = _quantizer(weights)
+        tensor = importlib.import_module("pycodesign.quantize").QuantizedTensor
+        rng = np.random.default_rng(seed)
+        quantized, biases = [], []
+        for _ in range(layer.chain_length if length is None else length):
+            q = quantize(rng.standard_normal(layer.weight_shape, np.float32))
+            power = float(np.mean(np.square(q.dequantize(), dtype=np.float64))) * layer.terms
+            q = tensor(q.codes, q.levels, (q.scale * np.float32(math.sqrt(2 / power))).astype(np.float32))
+            step = np.float32(ACTIVATION_SCALE) * q.scale
+            bias = np.rint(0.1 * rng.standard_normal(layer.outputs) / step).astype(np.float32) * step
+            quantized.append(q)
+            biases.append(bias)
+        codes = np.clip(np.rint(rng.standard_normal(layer.input_shape, np.float32) / ACTIVATION_SCALE), 0, 255)
+        return cls(layer, quantized, biases, codes.astype(np.float32) * np.float32(ACTIVATION_SCALE))
+
+    @property
+    def length(self) -> int:
+        """Layers that one call runs."""
+        return len(self.weights)
+
+    @property
+    def sequential(self) -> bool:
+        """Whether the layers follow one another; else all read `x`, and a check looks at one pixel of each."""
+        return self.length == 1 or self.layer.output_shape == self.layer.input_shape
+
+    @cached_property
+    def head(self) -> Case:
+        """The first layer alone."""
+        return replace(self, weights=self.weights[:1], biases=self.biases[:1])
+
+    def int8_weights(self, index: int) -> NDArray[np.int8]:
+        """Levels of layer `index` in place of its codes, shape (O, C, kH, kW) or (O, C)."""
+        q = self.weights[index]
+        levels: NDArray[np.int8] = q.levels.astype(np.int8)[q.codes]
+        return levels
+
+    def float_weights(self, index: int) -> NDArray[np.float32]:
+        """Real weights of layer `index`."""
+        weights: NDArray[np.float32] = self.weights[index].dequantize()
+        return weights
+
+    @property
+    def x_uint8(self) -> NDArray[np.uint8]:
+        """`x` as integer values of scale `ACTIVATION_SCALE`."""
+        codes: NDArray[np.uint8] = np.rint(self.x / np.float32(ACTIVATION_SCALE)).astype(np.uint8)
+        return codes
+
+    def expected(self, dtype: str) -> list[Array]:
+        """Results of the last layer (sequential) or of every layer, by a plain float64 computation.
+
+        Parameters
+        ----------
+        dtype : {"float32", "uint8"}
+
+        Returns
+        -------
+        list of arrays
+            float64, or uint8 in exactly the order of operations that `pycodesign.ops` promises.
+        """
+        return self._expected_float32 if dtype == "float32" else self._expected_uint8
+
+    @cached_property
+    def _expected_float32(self) -> list[Array]:
+        return self._chain(self.x, self._layer_float32)
+
+    @cached_property
+    def _expected_uint8(self) -> list[Array]:
+        return self._chain(self.x_uint8, self._layer_uint8)
+
+    def _chain(self, y: Array, compute: Callable[[Array, int], Array]) -> list[Array]:
+        if self.sequential:
+            for index in range(self.length):
+                y = compute(y, index)
+            return [y]
+        corner = y[..., : self.layer.kernel, : self.layer.kernel] if self.layer.is_conv else y
+        return [first_pixel(compute(corner, index)) for index in range(self.length)]
+
+    def _layer_float32(self, x: Array, index: int) -> Array:
+        sums = _sums(self.layer, x.astype(np.float64), self.float_weights(index).astype(np.float64))
+        y: Array = np.maximum(sums + _along_channels(self.biases[index].astype(np.float64), sums), 0)
+        return y
+
+    def _layer_uint8(self, x: Array, index: int) -> Array:
+        sums = _sums(self.layer, x.astype(np.float64), self.int8_weights(index).astype(np.float64))
+        scale = (np.float64(np.float32(ACTIVATION_SCALE)) * self.weights[index].scale).astype(np.float32)
+        y = sums.astype(np.float32) * _along_channels(scale, sums)
+        y = y + _along_channels(self.biases[index], sums)
+        codes: Array = np.rint(np.clip(y / np.float32(ACTIVATION_SCALE), 0, 255)).astype(np.uint8)
+        return codes
+
+    @cached_property
+    def float_bound(self) -> Array:
+        """Error allowed in each float32 result of the first layer."""
+        sums = _sums(self.layer, np.abs(self.x, dtype=np.float64), np.abs(self.float_weights(0), dtype=np.float64))
+        bias = _along_channels(np.abs(self.biases[0], dtype=np.float64), sums)
+        bound: Array = 8 * np.finfo(np.float32).eps * math.sqrt(self.layer.terms) * (sums + bias)
+        return bound
+
+
+def first_pixel(y: Array) -> Array:
+    """Keep the pixel that the graphs of `build_onnx` keep."""
+    return y[:, :, :1, :1] if y.ndim == 4 else y
+
+
+def _quantizer(weights: str) -> Callable[[Array], Any]:
+    """Find ``"uniform4"`` and its like: a function of `pycodesign.quantize` with its bits."""
+    parts = re.fullmatch(r"([a-z_]+?)(\d*)", weights)
+    quantize = importlib.import_module("pycodesign.quantize")
+    function = getattr(quantize, parts[1], None) if parts else None
+    if parts is None or parts[1] not in ("binary", "ternary", "uniform", "power_of_two") or function is None:
+        raise ValueError(f"weights: expected binary, ternary, uniform<bits> or power_of_two<bits>, got {weights!r}")
+    return (lambda w: function(w, int(parts[2]))) if parts[2] else function
+
+
+def _sums(layer: Layer, x: Array, weights: Array) -> Array:
+    """Sum of weight times input, float64, exact for integers: (N, O, H, W) or (N, O)."""
+    if not layer.is_conv:
+        return np.asarray(x @ weights.T)
+    k, p, s = layer.kernel, layer.padding, layer.stride
+    padded = np.pad(x, ((0, 0), (0, 0), (p, p), (p, p)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (k, k), axis=(2, 3))[:, :, ::s, ::s]
+    rows = weights.reshape(layer.outputs, -1)
+    results = []
+    for image in windows:  # (C, H, W, k, k)
+        columns = image.transpose(0, 3, 4, 1, 2).reshape(layer.terms, -1)
+        results.append((rows @ columns).reshape(layer.outputs, *image.shape[1:3]))
+    return np.stack(results)
+
+
+def _along_channels(values: Array, like: Array) -> Array:
+    """Shape (O,) values to broadcast over (N, O) or (N, O, H, W)."""
+    return values.reshape(-1, *(1,) * (like.ndim - 2))

@@ -1,0 +1,239 @@
+"""The command ``pycodesign``: thin over `pycodesign.demo` and `pycodesign.bench`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+import pycodesign
+
+COMPETITORS = ("torch", "onnxruntime", "openvino")
+OPTIONAL = ("mlxtend", "matplotlib", "onnx", "cupy-cuda12x", "cupy-cuda13x")
+VARIABLES = ("PYCODESIGN_ISA", "PYCODESIGN_NUM_THREADS")
+
+
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Show a missing extra or a bad value as one sentence."""
+    try:
+        yield
+    except (ModuleNotFoundError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(pycodesign.__version__, prog_name="pycodesign")
+def main() -> None:
+    """Fast layers for networks whose weights take few values.
+
+    \b
+    pycodesign demo              run trained networks: factor, check, time
+    pycodesign bench resnet18    time layers beside every installed engine
+    pycodesign info              what was detected, forced, built
+    """
+
+
+@main.command()
+@click.option("--quick", is_flag=True, help="Fewer images and layers, float32 only: under 20 seconds.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output, nothing else.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Draw the times as bars.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads within a layer; all cores by default.")
+def demo(quick: bool, as_json: bool, plot: Path | None, threads: int | None) -> None:
+    """Run two trained networks, then time the layers of a larger one.
+
+    The networks read MNIST digits; the weights of one are ternary, of the other binary. Every layer is factored. The
+    1,000 test digits run through packed layers and through dense float32, and predictions and accuracy are compared.
+    Then ResNet-18's layers, with random ternary weights, are timed beside the engines that are installed: torch,
+    onnxruntime, openvino, or NumPy if there are none of them.
+
+    The digits and the plot need: pip install "pycodesign[demo]"
+
+    \b
+    pycodesign demo --quick
+    pycodesign demo --threads 1 --plot layers.png
+    pycodesign demo --json > demo.json
+    """
+    from pycodesign.demo import BATCH, NETWORKS, check_network, load_digits, plot_layers, time_layers
+
+    with plain_errors():
+        if plot and importlib.util.find_spec("matplotlib") is None:
+            raise ModuleNotFoundError('--plot needs matplotlib: pip install "pycodesign[demo]"')
+        threads = threads or pycodesign.get_num_threads()
+        pycodesign.set_num_threads(threads)
+        _, (images, labels) = load_digits()
+    if quick:
+        images, labels = images[::4], labels[::4]
+    networks = []
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for name in NETWORKS:
+            advance = partial(progress.advance, progress.add_task(name, total=len(images) // BATCH))
+            networks.append(check_network(name, images, labels, advance))
+    timing = time_layers(threads, quick)
+    if plot:
+        plot_layers(timing, plot)
+    if as_json:
+        click.echo(json.dumps({"version": pycodesign.__version__, "networks": networks, "timing": timing}))
+        return
+    console = open_console()
+    for network in networks:
+        print_network(network, console)
+    print_timing(timing, console)
+    if plot:
+        console.print(f"Wrote {plot}.")
+
+
+def open_console() -> Console:
+    """Standard output, wide enough for the tables where it is no terminal."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def print_network(network: Mapping[str, Any], console: Console) -> None:
+    """Print a result of `demo.check_network`."""
+    table = counts_table(f"{network['network']}: operations per pixel", "runs by")
+    for row in network["layers"]:
+        table.add_row(*counts_cells(row), row["algorithm"])
+    console.print(table)
+    color = "green" if network["agree"] == network["images"] else "red"
+    console.print(
+        f"[{color}]{network['agree']} of {network['images']} predictions agree[/] with dense float32: accuracy "
+        f"{network['accuracy']:.1%} packed, {network['accuracy_dense']:.1%} dense "
+        f"(all 1,000 test images after training: {network['accuracy_stated']:.1%}). "
+        f"Logits differ by at most {network['max_difference']:.0e} of the largest.\n"
+    )
+
+
+def print_timing(timing: Mapping[str, Any], console: Console) -> None:
+    """Print a result of `demo.time_layers`."""
+    threads = f"{timing['threads']} thread{'s'[: timing['threads'] > 1]}"
+    engines = ", ".join(f"{name} {version}" for name, version in timing["competitors"].items())
+    title = f"ResNet-18: ternary, batch 1, {threads}, cold caches"
+    table = counts_table(title, "runs by", "ms", "best other", "ms", "ratio")
+    for row in timing["layers"]:
+        best = ("-", "-", "-")
+        if row["best"]:
+            best = row["best"], f"{row['best_ms']:.3f}", f"{row['speedup']:.2f}"
+        losing = row["best"] and row["speedup"] < 1
+        ours = f"{row['dtype']} {row['algorithm']}", f"{row['ms']:.3f}"
+        table.add_row(*counts_cells(row), *ours, *best, style="red" if losing else None)
+    console.print(table)
+    console.print(f"On {timing['cpu']}, {timing['isa']}, beside {engines}. Ratio: the best other's time over ours.")
+    if "numpy" in timing["competitors"]:
+        console.print('NumPy (im2col, BLAS) stands in for other engines: pip install "pycodesign[bench]"', markup=False)
+    for entry in timing["left_out"]:
+        layer = f", {entry['layer']}" if "layer" in entry else ""
+        console.print(f"{entry['contender']}{layer}: {entry['reason']}", markup=False)
+
+
+def counts_table(title: str, *more: str) -> Table:
+    """Make a table whose rows begin with `counts_cells`."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layer", no_wrap=True)
+    for heading in ("adds", "multiplies", "dense", "removed", *more):
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def counts_cells(row: Mapping[str, Any]) -> list[str]:
+    """Format a layer's name and operations."""
+    counts = (f"{row[key]:,}" for key in ("adds", "multiplies", "dense_ops"))
+    return [row["layer"], *counts, f"{row['removed']:.1%}"]
+
+
+@main.command()
+@click.argument("suite", type=click.Choice(["resnet18", "linear"]))
+@click.option("--weights", multiple=True, default=("ternary",), show_default=True, help="Or binary, uniform4, ...")
+@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(["float32", "uint8"]), help="Both by default.")
+@click.option("--threads", multiple=True, type=click.IntRange(min=1), help="One and two by default.")
+@click.option("--batch", "batches", multiple=True, type=click.IntRange(min=1), help="The suite's own by default.")
+@click.option("--algorithm", "algorithms", multiple=True, help="Of ours: auto, tables, dense, packed.")
+@click.option("--contender", "contenders", multiple=True, help="torch, onnxruntime, openvino, pycodesign.")
+@click.option("--layer", "layers", multiple=True, help="Part of a layer's name.")
+@click.option("--rounds", type=click.IntRange(min=1), help="Turns of each contender, 15 by default.")
+@click.option("--quick", is_flag=True, help="Few layers and rounds, one thread.")
+@click.option(
+    "--json",
+    "file",
+    type=click.Path(path_type=Path, allow_dash=True, dir_okay=False),
+    metavar="FILE",
+    help="Write the result there, with the machine's facts; - for standard output, without the tables.",
+)
+def bench(suite: str, file: Path | None, **options: Any) -> None:
+    """Time the layers of SUITE beside every engine that is installed.
+
+    Each contender is checked against a reference, then timed in turns with the others, with its weights in the caches
+    (hot) and with other data there (cold). An option that may be given several times selects several values.
+
+    The other engines need: pip install "pycodesign[bench]"
+
+    \b
+    pycodesign bench resnet18 --quick
+    pycodesign bench linear --weights binary --batch 1 --threads 1
+    pycodesign bench resnet18 --layer 3x3 --json resnet18.json
+    """
+    from pycodesign.bench.suites import DTYPES, print_table, run_suite
+
+    with plain_errors():
+        options["dtypes"] = options["dtypes"] or DTYPES
+        result = run_suite(suite, **{name: value or None for name, value in options.items()})
+    if file:
+        with click.open_file(file, "w") as stream:
+            stream.write(json.dumps(result, indent=1) + "\n")
+    if file != Path("-"):
+        print_table(result, open_console())
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output, nothing else.")
+def info(as_json: bool) -> None:
+    """Print what was detected, forced and built, and which optional packages are installed.
+
+    \b
+    pycodesign info
+    PYCODESIGN_ISA=avx2 PYCODESIGN_NUM_THREADS=1 pycodesign info --json
+    """
+    with plain_errors():
+        facts = gather_info()
+    if as_json:
+        click.echo(json.dumps(facts))
+        return
+    console = open_console()
+    for title, entries in facts.items():
+        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+        for name, value in entries.items():
+            table.add_row(name, show(value))
+        console.print(table)
+
+
+def gather_info() -> dict[str, dict[str, Any]]:
+    """Collect what `info` prints, None for what is absent."""
+    from pycodesign.bench.harness import package_version
+
+    config = pycodesign.show_config()
+    return {
+        "detected": {name: config[name] for name in ("cpu", "cores", "caches", "supported_isas")},
+        "used": {name: config[name] for name in ("isa", "threads", "team")},
+        "forced": {name: os.environ.get(name) for name in VARIABLES},
+        "built": {name: config[name] for name in ("version", "compiler", "isas", "cuda")},
+        "competitors": {name: package_version(name) for name in COMPETITORS},
+        "optional": {name: package_version(name) for name in OPTIONAL},
+    }
+
+
+def show(value: object) -> str:
+    """Format a value of `gather_info` for people."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {show(item)}" for name, item in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else "-" if value is None else str(value)

@@ -1,0 +1,198 @@
+"""Single-assignment programs of additions, subtractions and multiplications by constants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+ADD, SUBTRACT, MULTIPLY = range(3)
+ZERO = -1
+VALIDATE_BYTES = 256 << 20  # of coefficients at a time
+
+
+@dataclass(frozen=True, eq=False)
+class SumProgram:
+    """A program that computes ``weights @ x``, one result per output, from input rows.
+
+    Value v is input row v for v < I' = groups * I, and the result of instruction v - I' otherwise; ``ZERO`` (-1) is the
+    constant 0. Instruction k reads only values that lie before it:
+
+    ======== ====================================
+    ADD      ``left + right``
+    SUBTRACT ``left - right``
+    MULTIPLY ``constants[right] * left``
+    ======== ====================================
+
+    The groups of a convolution share nothing: each has its own instructions, and they stand behind one another.
+
+    Parameters
+    ----------
+    op : ndarray of uint8, shape (K,)
+    left, right : ndarray of int32, shape (K,)
+    constants : ndarray of int64 or float64
+        The distinct factors; of the kind of ``levels``.
+    outputs : ndarray of int32, shape (O,)
+        The value of each output.
+    codes : ndarray of uint8, shape (O, I)
+        What is to be computed: output o is the sum over i of ``levels[o, codes[o, i]]`` times input row i of its group.
+    levels : ndarray of int64 or float64, shape (O, Q)
+        int64 where all levels are integers.
+    groups : int
+    method : str
+        The method of `factor` that made the program.
+    """
+
+    op: NDArray[np.uint8]
+    left: NDArray[np.int32]
+    right: NDArray[np.int32]
+    constants: NDArray[Any]
+    outputs: NDArray[np.int32]
+    codes: NDArray[np.uint8]
+    levels: NDArray[Any]
+    groups: int
+    method: str
+
+    @property
+    def inputs(self) -> int:
+        """Number of input rows, over all groups."""
+        return int(self.groups * self.codes.shape[1])
+
+    @property
+    def adds(self) -> int:
+        """Additions and subtractions."""
+        return self.op.size - self.multiplies
+
+    @property
+    def multiplies(self) -> int:
+        """Multiplications by constants."""
+        return int(np.count_nonzero(self.op == MULTIPLY))
+
+    @property
+    def dense_ops(self) -> int:
+        """Operations of the dense product, O * (2 I - 1): I multiplications and I - 1 additions per output."""
+        outputs, inputs = self.codes.shape
+        return int(outputs * (2 * inputs - 1))
+
+    @property
+    def removed(self) -> float:
+        """Share of the dense operations that the program does without."""
+        return 1 - self.op.size / self.dense_ops
+
+    def __repr__(self) -> str:
+        return (
+            f"SumProgram(method={self.method!r}, inputs={self.inputs}, outputs={self.outputs.size}, "
+            f"groups={self.groups}, adds={self.adds}, multiplies={self.multiplies}, dense_ops={self.dense_ops})"
+        )
+
+    def __call__(self, x: ArrayLike) -> NDArray[Any]:
+        """Evaluate the program.
+
+        Parameters
+        ----------
+        x : array_like, shape (groups * I, P)
+            P columns. Integers with integer levels are computed in int64, exactly; anything else in float64.
+
+        Returns
+        -------
+        ndarray of int64 or float64, shape (O, P)
+
+        Raises
+        ------
+        TypeError
+            If x is not real numbers.
+        ValueError
+            If x has another shape.
+        """
+        x = np.asarray(x)
+        if x.dtype.kind not in "biuf":
+            raise TypeError(f"x: expected integers or floats, got {x.dtype}")
+        if x.ndim != 2 or x.shape[0] != self.inputs:
+            raise ValueError(f"x: expected shape ({self.inputs}, P), got {x.shape}")
+        exact = x.dtype.kind != "f" and self.levels.dtype.kind == "i"
+        # One row more than there are values: ZERO, index -1, is the last one.
+        values = np.zeros((self.inputs + self.op.size + 1, x.shape[1]), np.int64 if exact else np.float64)
+        values[: self.inputs] = x
+        constants = self.constants.tolist()
+        instructions = zip(self.op.tolist(), self.left.tolist(), self.right.tolist(), strict=True)
+        for result, (op, left, right) in enumerate(instructions, self.inputs):
+            if op == ADD:
+                np.add(values[left], values[right], out=values[result])
+            elif op == SUBTRACT:
+                np.subtract(values[left], values[right], out=values[result])
+            else:
+                np.multiply(values[left], constants[right], out=values[result])
+        return values[self.outputs]
+
+    def validate(self) -> None:
+        """Prove that the program computes what `codes` and `levels` say.
+
+        Checks the form (known operations, operands that exist and lie before their use), then carries the vector of
+        coefficients of every value through the program: each output's must equal its row of levels, in exact integers,
+        or in float64 where levels are fractions (a coefficient is then one constant, never a rounded sum).
+
+        Raises
+        ------
+        ValueError
+            If the program is malformed or an output has a wrong coefficient; names the first one.
+        """
+        count = self.op.size
+        result = self.inputs + np.arange(count)
+        multiply = self.op == MULTIPLY
+        good = (self.op <= MULTIPLY) & (self.left >= ZERO) & (self.left < result)
+        good &= (self.right >= np.where(multiply, 0, ZERO)) & (
+            self.right < np.where(multiply, self.constants.size, result)
+        )
+        if not good.all():
+            raise ValueError(f"instruction {np.argmin(good)}: unknown operation or operand out of range")
+        if self.outputs.shape != self.codes.shape[:1]:
+            raise ValueError(f"outputs: expected {len(self.codes)} values, got shape {self.outputs.shape}")
+        good = (self.outputs >= ZERO) & (self.outputs < self.inputs + count)
+        if not good.all():
+            raise ValueError(f"output {np.argmin(good)}: no such value, {self.outputs[np.argmin(good)]}")
+
+        outputs, inputs = self.codes.shape
+        expected = np.take_along_axis(self.levels, self.codes.astype(np.intp), axis=1)
+        own_group = np.arange(outputs) // (outputs // self.groups)
+        step = max(1, VALIDATE_BYTES // (8 * (self.inputs + count)))
+        for start in range(0, self.inputs, step):
+            columns = np.arange(start, min(start + step, self.inputs))
+            group, i = np.divmod(columns, inputs)
+            want = np.where(own_group[:, None] == group, expected[:, i], 0)
+            got = self(np.arange(self.inputs)[:, None] == columns)
+            if not np.array_equal(got, want):
+                o, c = np.argwhere(got != want)[0]
+                raise ValueError(f"output {o}: expected coefficient {want[o, c]} of x{columns[c]}, got {got[o, c]}")
+
+    def dump(self) -> str:
+        """Text of the program, one instruction per line: ``x0, x1, ...`` inputs, ``v0, v1, ...`` results, ``y0, ...``.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from pycodesign import QuantizedTensor
+        >>> from pycodesign.repetition import factor
+        >>> codes = np.array([[2, 2, 1], [2, 2, 0]], np.uint8)
+        >>> q = QuantizedTensor(codes, np.array([-1, 0, 1], np.float32), np.ones(2, np.float32))
+        >>> print(factor(q).dump())
+        v0 = x0 + x1
+        v1 = v0 - x2
+        y0 = v0
+        y1 = v1
+        """
+
+        def name(value: int) -> str:
+            if value == ZERO:
+                return "0"
+            return f"x{value}" if value < self.inputs else f"v{value - self.inputs}"
+
+        lines = []
+        for k, (op, left, right) in enumerate(zip(self.op, self.left, self.right, strict=True)):
+            if op == MULTIPLY:
+                lines.append(f"v{k} = {self.constants[right]} * {name(left)}")
+            else:
+                lines.append(f"v{k} = {name(left)} {'+' if op == ADD else '-'} {name(right)}")
+        lines += [f"y{o} = {name(value)}" for o, value in enumerate(self.outputs)]
+        return "\n".join(lines)

@@ -1,0 +1,110 @@
+"""Shared by all tests: settings restored after each, hypothesis profiles, and a record of which kernels ran.
+
+A run of all of test_repetition.py fails if an algorithm, for an input dtype, instruction set and thread count that this
+machine can run, was not checked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import TypeAlias
+
+import hypothesis
+import pytest
+
+import pycodesign
+from pycodesign import _core, ops
+
+ISAS = _core.supported_isas()
+THREADS = (1, 2, 3)
+ALGORITHMS = {"conv2d": ops.CONV2D_ALGORITHMS[1:], "linear": ops.LINEAR_ALGORITHMS[1:]}
+INPUT_DTYPES = tuple(ops.INPUT_RANGES)
+
+Combination: TypeAlias = tuple[str, str, str, str, int]  # kind, algorithm, input dtype, isa, threads
+
+hypothesis.settings.register_profile("default", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+checked_key = pytest.StashKey[set[Combination]]()
+partial_key = pytest.StashKey[bool]()
+
+
+@pytest.fixture(autouse=True)
+def restore_settings() -> Iterator[None]:
+    """Give every test the instruction set and the thread count that the process began with."""
+    isa, threads = _core.active_isa(), pycodesign.get_num_threads()
+    yield
+    pycodesign.set_isa(isa)
+    pycodesign.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def record(pytestconfig: pytest.Config) -> Callable[[ops.Packed], None]:
+    """Record that a layer was checked under the settings in force."""
+
+    def add(packed: ops.Packed) -> None:
+        pytestconfig.stash[checked_key].add(
+            (
+                packed.kind,
+                packed.algorithm,
+                packed._options["input_dtype"],
+                _core.active_isa(),
+                pycodesign.get_num_threads(),
+            )
+        )
+
+    return add
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[checked_key] = set()
+    config.stash[partial_key] = any("::" in argument for argument in config.args)
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.name == "test_repetition.py":
+            item.config.stash[partial_key] = True
+
+
+def _missing(session: pytest.Session) -> list[Combination]:
+    """Return what a run of all of test_repetition.py has left out; nothing after a run of less."""
+    config = session.config
+    whole = any(Path(item.path).name == "test_repetition.py" for item in session.items)
+    if not whole or config.stash[partial_key] or config.option.collectonly or session.shouldstop or session.shouldfail:
+        return []
+    possible = {
+        (kind, algorithm, *rest)
+        for kind, algorithms in ALGORITHMS.items()
+        for algorithm, *rest in product(algorithms, INPUT_DTYPES, ISAS, THREADS)
+    }
+    return sorted(possible - config.stash[checked_key])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    session.config.stash[missing_key] = _missing(session)
+    if session.config.stash[missing_key] and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+missing_key = pytest.StashKey[list[Combination]]()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    checked = config.stash[checked_key]
+    if not checked:
+        return
+    terminalreporter.section("kernels checked against the reference")
+    settings = defaultdict(set)
+    for kind, algorithm, dtype, isa, threads in checked:
+        settings[kind, algorithm, dtype].add((isa, threads))
+    for (kind, algorithm, dtype), pairs in sorted(settings.items()):
+        isas = ", ".join(isa for isa in ISAS if any(isa == i for i, _ in pairs))
+        terminalreporter.write_line(f"{kind} {algorithm} {dtype}: {isas}; threads {sorted({t for _, t in pairs})}")
+    for combination in config.stash.get(missing_key, []):
+        terminalreporter.write_line(f"NOT CHECKED: {' '.join(map(str, combination))}", red=True)

@@ -1,0 +1,282 @@
+// Packed layers against naive loops, every algorithm and instruction set. Its worth is in the sanitizers: each case runs on a thread of its
+// own, whose scratch is then exactly as large as the case needs, and every array is an allocation of its own.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "core/cpu.h"
+#include "core/thread_pool.h"
+#include "repetition/repetition.h"
+
+namespace core = pycodesign::core;
+using namespace pycodesign::repetition;
+
+namespace {
+
+struct Case {
+  const char* name;
+  int64_t images, height, width, outputs;
+  Geometry geometry;
+  int64_t level_count;
+};
+
+const Case cases[] = {
+    {"one of each", 1, 1, 1, 1, {1, 1, {1, 1}, {1, 1}, {0, 0}, {1, 1}}, 3},
+    {"3 pixels", 1, 1, 3, 2, {3, 1, {1, 1}, {1, 1}, {0, 0}, {1, 1}}, 2},
+    {"lanes - 1", 1, 3, 5, 7, {4, 1, {1, 1}, {1, 1}, {0, 0}, {1, 1}}, 3},
+    {"lanes", 1, 4, 4, 8, {5, 1, {1, 1}, {1, 1}, {0, 0}, {1, 1}}, 4},
+    {"lanes + 1", 1, 1, 17, 9, {7, 1, {1, 1}, {1, 1}, {0, 0}, {1, 1}}, 3},
+    {"3x3", 2, 11, 13, 17, {6, 1, {3, 3}, {1, 1}, {1, 1}, {1, 1}}, 3},
+    {"3x3 on one pixel", 1, 1, 1, 3, {2, 1, {3, 3}, {1, 1}, {1, 1}, {1, 1}}, 2},
+    {"3x3 on padding", 3, 1, 2, 3, {2, 1, {3, 3}, {1, 1}, {4, 3}, {1, 1}}, 3},
+    {"stride beyond kernel", 2, 13, 11, 5, {3, 1, {1, 2}, {4, 3}, {0, 0}, {1, 1}}, 5},
+    {"stride, dilation", 1, 17, 19, 4, {3, 1, {3, 2}, {2, 3}, {4, 1}, {3, 2}}, 3},
+    {"stride past padding", 1, 2, 7, 4, {3, 1, {3, 3}, {5, 5}, {7, 6}, {1, 1}}, 3},
+    {"stem", 1, 23, 21, 16, {3, 1, {7, 7}, {2, 2}, {3, 3}, {1, 1}}, 3},
+    {"groups", 2, 7, 5, 12, {9, 3, {3, 3}, {1, 1}, {1, 1}, {1, 1}}, 3},
+    {"depthwise", 1, 9, 6, 7, {7, 7, {3, 3}, {2, 1}, {1, 1}, {1, 1}}, 2},
+    {"kernel as large as input", 1, 5, 6, 3, {4, 1, {5, 6}, {1, 1}, {0, 0}, {1, 1}}, 16},
+    {"empty", 1, 2, 6, 3, {4, 1, {5, 6}, {1, 1}, {0, 0}, {1, 1}}, 3},
+    {"no images", 0, 5, 6, 3, {4, 1, {5, 6}, {1, 1}, {0, 0}, {1, 1}}, 3},
+};
+
+// Rows, inputs, outputs, levels, scale groups of a linear layer.
+struct LinearCase {
+  int64_t rows, inputs, outputs, level_count, scale_groups;
+};
+const LinearCase linear_cases[] = {{1, 1, 1, 1, 1},    {2, 3, 15, 2, 1},  {3, 4, 16, 3, 1},   {5, 5, 17, 4, 1},   {6, 15, 63, 3, 1},
+                                   {7, 17, 64, 3, 1},  {13, 31, 65, 2, 1}, {1, 33, 129, 4, 1}, {4, 24, 70, 3, 3},  {2, 34, 5, 2, 17},
+                                   {1, 257, 130, 3, 1}, {0, 8, 8, 3, 1},   {9, 40, 33, 9, 5}};
+
+struct Layer {
+  std::vector<uint8_t> codes;
+  std::vector<float> levels, scale, bias;
+  Weights weights;
+
+  Layer(int64_t outputs, int64_t inputs, int64_t level_count, int64_t scale_groups, std::mt19937& random) {
+    for (int64_t i = 0; i < level_count; ++i) levels.push_back(static_cast<float>(i - level_count / 2));
+    for (int64_t i = 0; i < outputs * inputs; ++i) codes.push_back(static_cast<uint8_t>(random() % static_cast<size_t>(level_count)));
+    for (int64_t i = 0; i < outputs * scale_groups; ++i) scale.push_back(static_cast<float>(static_cast<int>(random() % 64) - 32) / 32);
+    for (int64_t i = 0; i < outputs; ++i) bias.push_back(static_cast<float>(static_cast<int>(random() % 64) - 32) / 8);
+    weights = {outputs, inputs, codes.data(), levels.data(), 1, level_count, scale.data(), scale_groups, bias.data()};
+  }
+};
+
+size_t size_of(DType dtype) { return dtype == DType::f32 || dtype == DType::i32 ? 4 : 1; }
+
+// Elements are small integers in every type, so that float sums are exact too; every array ends where its allocation does.
+struct Array {
+  std::vector<int64_t> size;
+  DType dtype;
+  std::unique_ptr<char[]> data;
+
+  Array(std::vector<int64_t> size_, DType dtype_) : size(std::move(size_)), dtype(dtype_), data(new char[static_cast<size_t>(count()) * size_of(dtype)]) {}
+  int64_t count() const {
+    int64_t n = 1;
+    for (const int64_t s : size) n *= s;
+    return n;
+  }
+  double at(int64_t i) const {
+    const char* p = data.get() + static_cast<size_t>(i) * size_of(dtype);
+    if (dtype == DType::u8) return static_cast<uint8_t>(*p);
+    if (dtype == DType::i8) return static_cast<int8_t>(*p);
+    int32_t integer;
+    float real;
+    std::memcpy(&integer, p, 4);
+    std::memcpy(&real, p, 4);
+    return dtype == DType::i32 ? integer : static_cast<double>(real);
+  }
+  void fill(std::mt19937& random) {
+    for (int64_t i = 0; i < count(); ++i) {
+      const int value = static_cast<int>(random() % 100) - (dtype == DType::u8 ? 0 : 50);
+      const float real = static_cast<float>(value);
+      if (dtype == DType::f32) std::memcpy(data.get() + i * 4, &real, 4);
+      else data[static_cast<size_t>(i)] = static_cast<char>(value);
+    }
+  }
+  Tensor tensor() const {
+    const auto bytes = static_cast<int64_t>(size_of(dtype));
+    return {data.get(), {size[0], size[1], size[2], size[3]}, {size[1] * size[2] * size[3] * bytes, size[2] * size[3] * bytes, size[3] * bytes, bytes}};
+  }
+};
+
+// acc * scale per scale group, plus bias and residual; exact in double: all are small multiples of powers of two.
+double epilogue_of(const Layer& l, int64_t o, const std::vector<double>& acc, double residual) {
+  double y = 0;
+  for (size_t g = 0; g < acc.size(); ++g) y += acc[g] * static_cast<double>(l.scale[static_cast<size_t>(o) * acc.size() + g]);
+  return y + static_cast<double>(l.bias[static_cast<size_t>(o)]) + residual;
+}
+
+double quantized(double y, DType dtype) {
+  if (dtype == DType::f32) return y;
+  const double low = dtype == DType::i8 ? -128 : 0;
+  return std::clamp(std::nearbyint(y / 4) + 3, low, low + 255);
+}
+
+Epilogue epilogue(DType input, DType output, DType residual) {
+  Epilogue e;
+  e.acc_dtype = input == DType::f32 ? DType::f32 : DType::i32;
+  e.out_dtype = output;
+  e.has_residual = output != DType::i32;
+  e.residual_dtype = residual;
+  if (output == DType::u8 || output == DType::i8) e.out_scale = 4, e.out_zero_point = 3;
+  return e;
+}
+
+template <class Packed> void check_codes(const Packed& packed, const Layer& layer, const std::string& what) {
+  if (packed.codes() != layer.codes) check::fail(__FILE__, __LINE__, what + ": other codes came back");
+  CHECK(packed.counts().bytes > 0);
+}
+
+void check_results(const Array& out, const std::vector<double>& expected, const std::string& what) {
+  for (int64_t i = 0; i < out.count(); ++i)
+    if (out.at(i) != expected[static_cast<size_t>(i)])
+      return check::fail(__FILE__, __LINE__, what + ": element " + std::to_string(i) + " expected " + std::to_string(expected[static_cast<size_t>(i)]) + ", got " + std::to_string(out.at(i)));
+}
+
+void test_conv2d(const Case& c, Algorithm algorithm, DType input, DType output, const std::string& what) {
+  std::mt19937 random(7);
+  const Geometry& g = c.geometry;
+  const int64_t channels = g.channels / g.groups, taps = g.kernel[0] * g.kernel[1], per_group = c.outputs / g.groups;
+  const Layer layer(c.outputs, channels * taps, c.level_count, 1, random);
+  const Activations activations{input, 1, input == DType::u8 ? 50 : input == DType::i8 ? -7 : 0, 0};
+  const PackedConv2d packed(layer.weights, g, activations, algorithm);
+  check_codes(packed, layer, what);
+
+  Array x({c.images, g.channels, c.height, c.width}, input);
+  x.fill(random);
+  const std::vector<int64_t> shape{c.images, c.outputs, g.output_size(0, c.height), g.output_size(1, c.width)};
+  const DType residual_dtype = output == DType::f32 ? DType::f32 : DType::u8;
+  Array out(shape, output), residual(shape, residual_dtype);
+  residual.fill(random);
+
+  std::vector<double> expected;
+  for (int64_t n = 0; n < shape[0]; ++n)
+    for (int64_t o = 0; o < shape[1]; ++o)
+      for (int64_t h = 0; h < shape[2]; ++h)
+        for (int64_t w = 0; w < shape[3]; ++w) {
+          double acc = 0;
+          for (int64_t i = 0; i < channels * taps; ++i) {
+            const int64_t channel = o / per_group * channels + i / taps, r = i % taps / g.kernel[1], s = i % g.kernel[1];
+            const int64_t row = h * g.stride[0] + r * g.dilation[0] - g.padding[0], column = w * g.stride[1] + s * g.dilation[1] - g.padding[1];
+            if (row < 0 || row >= c.height || column < 0 || column >= c.width) continue;
+            acc += static_cast<double>(layer.weights.level(o, i)) * (x.at(((n * g.channels + channel) * c.height + row) * c.width + column) - activations.zero_point);
+          }
+          const double added = output == DType::i32 ? 0 : residual.at(static_cast<int64_t>(expected.size()));
+          expected.push_back(output == DType::i32 ? acc : quantized(epilogue_of(layer, o, {acc}, added), output));
+        }
+  const Tensor added = residual.tensor();
+  packed.run(x.tensor(), out.tensor(), output == DType::i32 ? nullptr : &added, epilogue(input, output, residual_dtype));
+  check_results(out, expected, what);
+}
+
+void test_linear(const LinearCase& c, Algorithm algorithm, DType input, DType output, const std::string& what) {
+  std::mt19937 random(11);
+  const Layer layer(c.outputs, c.inputs, c.level_count, c.scale_groups, random);
+  const Activations activations{input, 1, input == DType::u8 ? 50 : input == DType::i8 ? -7 : 0, 0};
+  const PackedLinear packed(layer.weights, activations, algorithm);
+  check_codes(packed, layer, what);
+
+  Array x({c.rows, c.inputs}, input), out({c.rows, c.outputs}, output), residual({c.rows, c.outputs}, DType::i8);
+  x.fill(random);
+  residual.fill(random);
+  const int64_t group = c.inputs / c.scale_groups;
+  std::vector<double> expected;
+  for (int64_t t = 0; t < c.rows; ++t)
+    for (int64_t o = 0; o < c.outputs; ++o) {
+      std::vector<double> acc(static_cast<size_t>(c.scale_groups));
+      double sum = 0;
+      for (int64_t i = 0; i < c.inputs; ++i) {
+        const double term = static_cast<double>(layer.weights.level(o, i)) * (x.at(t * c.inputs + i) - activations.zero_point);
+        acc[static_cast<size_t>(i / group)] += term;
+        sum += term;
+      }
+      expected.push_back(output == DType::i32 ? sum : quantized(epilogue_of(layer, o, acc, residual.at(t * c.outputs + o)), output));
+    }
+  const auto rows = [](const Array& a) -> Tensor {
+    const auto bytes = static_cast<int64_t>(size_of(a.dtype));
+    return {a.data.get(), {1, a.size[1], 1, a.size[0]}, {0, bytes, 0, a.size[1] * bytes}};
+  };
+  const Tensor added = rows(residual);
+  packed.run(rows(x), rows(out), output == DType::i32 ? nullptr : &added, epilogue(input, output, DType::i8));
+  check_results(out, expected, what);
+}
+
+void on_fresh_thread(const std::function<void()>& test) { std::thread(test).join(); }
+
+void test_every_algorithm() {
+  constexpr std::pair<DType, DType> dtypes[] = {{DType::f32, DType::f32}, {DType::f32, DType::u8}, {DType::u8, DType::u8}, {DType::i8, DType::i8}, {DType::u8, DType::i32}, {DType::i8, DType::f32}};
+  for (const core::Isa isa : core::supported_isas()) {
+    core::set_isa(core::isa_name(isa));
+    int count = 0;
+    for (const int threads : {1, 3}) {
+      core::set_num_threads(threads);
+      for (const auto& [input, output] : dtypes) {
+        const auto name = [&](Algorithm a, const std::string& c) {
+          return std::string(core::isa_name(isa)) + " " + algorithm_name(a) + " types " + std::to_string(static_cast<int>(input)) + " to " + std::to_string(static_cast<int>(output)) + ", " + c;
+        };
+        for (const Case& c : cases)
+          for (const Algorithm a : {Algorithm::tables, Algorithm::dense}) {
+            on_fresh_thread([&] { test_conv2d(c, a, input, output, name(a, c.name)); });
+            ++count;
+          }
+        for (const LinearCase& c : linear_cases)
+          for (const Algorithm a : {Algorithm::dense, Algorithm::packed}) {
+            if (a == Algorithm::packed && c.level_count > 4) continue;
+            const std::string text = std::to_string(c.rows) + " x " + std::to_string(c.inputs) + " -> " + std::to_string(c.outputs);
+            on_fresh_thread([&] { test_linear(c, a, input, output, name(a, text)); });
+            ++count;
+          }
+      }
+    }
+    std::printf("%-12s %d cases\n", core::isa_name(isa), count);
+  }
+}
+
+void test_tables_full_of_patterns() {
+  std::mt19937 random(3);
+  for (const int64_t levels : {1, 2, 3, 4, 5, 7, 8, 15, 16}) {
+    const Layer layer(1024, 6, levels, 1, random);
+    const Geometry g{6, 1, {1, 1}, {1, 1}, {0, 0}, {1, 1}};
+    try {
+      check_codes(PackedConv2d(layer.weights, g, {}, Algorithm::tables), layer, std::to_string(levels) + " levels");
+    } catch (const std::exception& error) {
+      check::fail(__FILE__, __LINE__, std::to_string(levels) + " levels: " + error.what());
+    }
+  }
+}
+
+void test_errors() {
+  std::mt19937 random(5);
+  const Geometry g{2, 1, {1, 1}, {1, 1}, {0, 0}, {1, 1}};
+  const Layer many(3, 2, 17, 1, random), five(3, 2, 5, 1, random);
+  Layer huge(3, 2, 3, 1, random);
+  for (float& level : huge.levels) level *= 8388608.0f;
+  std::fill(huge.codes.begin(), huge.codes.end(), uint8_t{2});
+  CHECK_THROWS(PackedConv2d(many.weights, g, {}, Algorithm::tables), std::invalid_argument, "at most 16");
+  CHECK_THROWS(PackedConv2d(five.weights, g, {}, Algorithm::packed), std::invalid_argument, "'tables' or 'dense'");
+  CHECK_THROWS(PackedLinear(five.weights, {}, Algorithm::packed), std::invalid_argument, "at most 4");
+  CHECK_THROWS(PackedLinear(five.weights, {}, Algorithm::tables), std::invalid_argument, "'dense' or 'packed'");
+  CHECK_THROWS(PackedConv2d(huge.weights, g, {DType::u8}, Algorithm::tables), std::invalid_argument, "fit 32 bits");
+  for (const Algorithm a : {Algorithm::dense, Algorithm::packed})
+    CHECK_THROWS(PackedLinear(huge.weights, {DType::u8}, a), std::invalid_argument, "levels: expected ");
+}
+
+}  // namespace
+
+int main() {
+  test_every_algorithm();
+  test_tables_full_of_patterns();
+  test_errors();
+  return check::report();
+}

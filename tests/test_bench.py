@@ -1,0 +1,362 @@
+"""The harness times what it says, the contenders compute what they should, results hold what they promise."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from pycodesign.bench import harness, suites
+from pycodesign.bench.cases import ACTIVATION_SCALE, Case, Layer
+from pycodesign.bench.contenders import ENGINES, Chain, PycodesignChain, missing_package
+from pycodesign.bench.harness import CheckError, Evictor, Spread, gather_facts, measure, read_result, write_result
+from pycodesign.bench.suites import linear_layers, print_table, resnet18_layers, run_suite, summarize, thread_scaling
+
+TINY = {
+    "sequential": Layer("3x3", 2, 16, 16, 6, 3, 1, 1),
+    "parallel": Layer("3x3 /2", 1, 8, 16, 7, 3, 2, 1),
+    "1x1 parallel": Layer("1x1 /2", 1, 16, 32, 8, 1, 2, 0),
+    "linear sequential": Layer("320x320", 2, 320, 320),  # narrower ones openvino fuses into one
+    "linear parallel": Layer("16x32", 1, 32, 16),
+}
+
+
+class FakeMachine:
+    """A clock, and caches that the first run after an eviction fills."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.cached: str | None = None
+        self.log: list[str] = []
+
+    def clock(self) -> float:
+        return self.now
+
+    def evict(self) -> None:
+        self.cached = None
+
+
+class FakeContender:
+    def __init__(self, name: str, machine: FakeMachine, hot: float, cold: float) -> None:
+        self.name, self.machine, self.hot, self.cold = name, machine, hot, cold
+
+    def check(self) -> None:
+        pass
+
+    def run(self) -> None:
+        self.machine.now += self.hot if self.machine.cached == self.name else self.cold
+        self.machine.cached = self.name
+        self.machine.log.append(self.name)
+
+
+@pytest.fixture
+def quiet_machine(monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
+    monkeypatch.setattr(harness, "_preemptions", lambda: 0)
+    return FakeMachine()
+
+
+def test_spread_is_robust() -> None:
+    spread = Spread.of([1.0, 2.0, 3.0, 4.0, 100.0])
+    assert spread == Spread(median=3.0, iqr=2.0, mad=1.0, minimum=1.0, count=5, disturbed=0)
+
+
+def test_measure_separates_hot_from_cold(quiet_machine: FakeMachine) -> None:
+    contenders = [FakeContender("a", quiet_machine, 1.0, 3.0), FakeContender("b", quiet_machine, 2.0, 7.0)]
+    timings = measure(contenders, rounds=4, pause=0, evict=quiet_machine.evict, clock=quiet_machine.clock)
+    assert list(timings) == ["a", "b"]
+    assert (timings["a"].hot.median, timings["a"].cold.median) == (1.0, 3.0)
+    assert (timings["b"].hot.median, timings["b"].cold.median) == (2.0, 7.0)
+    assert timings["b"].cold.count == 4
+
+
+def test_measure_rotates_the_order(quiet_machine: FakeMachine) -> None:
+    contenders = [FakeContender(name, quiet_machine, 1.0, 1.0) for name in "abc"]
+    measure(contenders, rounds=3, pause=0, evict=quiet_machine.evict, clock=quiet_machine.clock)
+    assert "".join(dict.fromkeys(quiet_machine.log[:9])) == "abc"
+    assert "".join(dict.fromkeys(quiet_machine.log[9:18])) == "bca"
+    assert "".join(dict.fromkeys(quiet_machine.log[18:])) == "cab"
+
+
+def test_measure_repeats_disturbed_timings(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = FakeMachine()
+    monkeypatch.setattr(harness, "_preemptions", lambda: len(machine.log))
+    timing = measure([FakeContender("a", machine, 1.0, 1.0)], rounds=2, pause=0, evict=machine.evict)["a"]
+    assert timing.hot.disturbed == timing.hot.count == 2
+    assert len(machine.log) == 2 * harness.ATTEMPTS * (2 + 1)  # warm-up and hot, cold
+
+
+def test_measure_checks_its_arguments(quiet_machine: FakeMachine) -> None:
+    twins = [FakeContender("a", quiet_machine, 1.0, 1.0)] * 2
+    with pytest.raises(ValueError, match="rounds: expected at least 1, got 0"):
+        measure(twins[:1], rounds=0)
+    with pytest.raises(ValueError, match="contenders: expected distinct names"):
+        measure(twins)
+
+
+def test_evictor_walks_enough_memory_on_every_core() -> None:
+    affinity = os.sched_getaffinity(0)
+    evictor = Evictor()
+    evictor()
+    buffers = evictor._buffers
+    assert set(buffers) == affinity == os.sched_getaffinity(0)
+    assert sum(buffer.nbytes for buffer in buffers.values()) >= 64 << 20
+    assert all(np.all(buffer == 1.0) for buffer in buffers.values())
+    evictor.close()
+
+
+def test_facts_fit_json_and_name_the_machine() -> None:
+    facts = json.loads(json.dumps(gather_facts()))
+    assert {"cpu", "flags", "caches", "cores", "packages", "pycodesign", "commit", "load", "date"} <= set(facts)
+    assert facts["packages"]["numpy"] == np.__version__
+    assert facts["cores"] == len(os.sched_getaffinity(0))
+
+
+def test_results_survive_the_file(tmp_path: Path) -> None:
+    result = {"schema": harness.SCHEMA, "suite": "linear", "facts": gather_facts(), "rows": []}
+    path = write_result(result, tmp_path / "results")
+    assert path.name.startswith("linear_")
+    assert read_result(path) == result
+    for text in ("{}", "[]", "no JSON"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="path: expected a benchmark result"):
+            read_result(path)
+
+
+def test_suites_hold_the_layers_they_are_named_after() -> None:
+    layers = resnet18_layers(8)
+    assert len(layers) == len({layer.name for layer in layers}) == 11
+    assert {layer.output_shape[1:] for layer in layers} == {(64, 112, 112)} | {
+        (channels, size, size) for channels, size in ((64, 56), (128, 28), (256, 14), (512, 7))
+    }
+    by_name = {layer.name: layer for layer in resnet18_layers(1)}
+    assert {by_name[f"3x3 {c}-{c}@{s}"].macs for c, s in ((64, 56), (128, 28), (256, 14), (512, 7))} == {115_605_504}
+    assert [layer.macs for layer in linear_layers(1)] == [4096 * 4096, 1024 * 4096]
+    assert all(4 <= layer.chain_length <= 32 for layer in (*layers, *linear_layers(32)))
+
+
+@pytest.mark.parametrize("weights", ["binary", "ternary", "uniform4", "power_of_two4"])
+def test_cases_hold_exact_weights_and_biases(weights: str) -> None:
+    case = Case.random(TINY["sequential"], weights, length=2)
+    levels, q = case.int8_weights(1), case.weights[1]
+    np.testing.assert_array_equal(levels * q.scale[:, None, None, None], case.float_weights(1))
+    steps = case.biases[1] / (np.float32(ACTIVATION_SCALE) * q.scale)
+    np.testing.assert_allclose(steps, np.rint(steps), atol=1e-4)
+    np.testing.assert_array_equal(case.x_uint8 * np.float32(ACTIVATION_SCALE), case.x)
+    assert not np.array_equal(case.int8_weights(0), levels)
+
+
+def test_cases_reject_unknown_weights() -> None:
+    for weights in ("float16", "QuantizedTensor", "Tern", ""):
+        with pytest.raises(ValueError, match="weights: expected binary, ternary"):
+            Case.random(TINY["sequential"], weights)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_expected_results_agree_with_plain_loops(name: str) -> None:
+    layer = TINY[name]
+    case = Case.random(layer, length=1)
+    x = case.x.astype(np.float64).reshape(layer.batch, layer.inputs, layer.size or 1, layer.size or 1)
+    w = case.float_weights(0).astype(np.float64).reshape(layer.outputs, layer.inputs, layer.kernel, layer.kernel)
+    p, s, k = layer.padding, layer.stride, layer.kernel
+    padded = np.pad(x, ((0, 0), (0, 0), (p, p), (p, p)))
+    y = np.empty((layer.batch, layer.outputs, layer.output_size, layer.output_size))
+    for row in range(layer.output_size):
+        for column in range(layer.output_size):
+            window = padded[:, :, row * s : row * s + k, column * s : column * s + k]
+            y[:, :, row, column] = np.einsum("ncrs,ocrs->no", window, w) + case.biases[0]
+    relu = np.maximum(y, 0).reshape(layer.output_shape)
+    np.testing.assert_allclose(case.expected("float32")[0], relu, rtol=1e-12, atol=1e-12)
+    codes = np.minimum(np.rint(relu / ACTIVATION_SCALE), 255)
+    assert np.max(np.abs(case.expected("uint8")[0] - codes)) <= 1
+
+
+class ExactChain(Chain):
+    """Computes the expected results, off by `error`."""
+
+    engine = "exact"
+    error = 0
+
+    def prepare(self) -> None:
+        pass
+
+    def run(self) -> object:
+        return None
+
+    def outputs(self) -> list[np.ndarray[Any, Any]]:
+        return [y + y.dtype.type(self.error) for y in self.case.expected(self.dtype)]
+
+
+@pytest.mark.parametrize("dtype", suites.DTYPES)
+def test_check_finds_what_is_wrong(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = ExactChain(Case.random(TINY["sequential"], length=2), dtype, 1)
+    chain.check()
+    monkeypatch.setattr(ExactChain, "error", 0.01 if dtype == "float32" else 2)
+    with pytest.raises(CheckError, match="expected the reference's results, off by"):
+        chain.check()
+
+
+@pytest.fixture
+def torch_threads() -> Iterator[None]:
+    if missing_package("torch"):
+        yield
+        return
+    torch = importlib.import_module("torch")
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("torch_threads")
+@pytest.mark.parametrize("layer", TINY.values(), ids=TINY.keys())
+@pytest.mark.parametrize("dtype", suites.DTYPES)
+@pytest.mark.parametrize("engine", ENGINES)
+def test_engines_compute_the_layers(engine: str, dtype: str, layer: Layer) -> None:
+    if missing := missing_package(engine):
+        pytest.skip(f"{missing} is not installed (pip install 'pycodesign[bench]')")
+    chain = ENGINES[engine][0](Case.random(layer, length=3), dtype, 1)
+    chain.check()
+    chain.run()
+    assert chain.name == f"{engine} {'float32' if dtype == 'float32' else 'int8'}"
+
+
+@pytest.mark.parametrize("layer", TINY.values(), ids=TINY.keys())
+@pytest.mark.parametrize("dtype", suites.DTYPES)
+@pytest.mark.parametrize("algorithm", ["auto", "dense"])
+def test_ours_computes_the_layers(algorithm: str, dtype: str, layer: Layer) -> None:
+    chain = PycodesignChain(Case.random(layer, length=3), dtype, 1, algorithm)
+    chain.check()
+    assert chain.details["algorithm"] in ("tables", "dense", "packed")
+    assert chain.details["bytes"] > 0
+
+
+@pytest.fixture
+def tiny_suite(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ours(ExactChain):
+        engine = suites.OURS
+
+        def __init__(self, case: Case, dtype: str, threads: int, way: str = "auto") -> None:
+            super().__init__(case, dtype, threads)
+
+    monkeypatch.setitem(suites.SUITES, "tiny", suites.Suite(lambda batch: [TINY["sequential"]], (2,), ("auto",)))
+    monkeypatch.setattr(suites, "PycodesignChain", Ours)
+    monkeypatch.setattr(suites, "ENGINES", {"exact": (ExactChain, ("numpy",))})
+    monkeypatch.setattr(suites, "missing_package", lambda engine: None)
+
+
+@pytest.mark.usefixtures("tiny_suite")
+def test_run_suite_gives_what_it_documents(capsys: pytest.CaptureFixture[str]) -> None:
+    result = run_suite("tiny", rounds=1, threads=[1], progress=False)
+    assert json.loads(json.dumps(result)) == result
+    assert set(result) == {"schema", "suite", "options", "facts", "rows", "summary", "scaling", "left_out"}
+    assert result["left_out"] == []
+    assert len(result["rows"]) == 2 * 2 * 2  # contenders, dtypes, hot and cold
+    for row in result["rows"]:
+        assert {"layer", "batch", "threads", "weights", "state", "contender", "dtype", "macs", "chain"} <= set(row)
+        assert set(row["ms"]) == {"median", "iqr", "mad", "minimum", "rounds", "disturbed"}
+        assert row["best"].startswith("exact")
+    assert {entry["layers"] for entry in result["summary"]} == {"all", "3x3"}
+    text = io.StringIO()
+    print_table(result, Console(file=text, width=200))
+    assert all(part in text.getvalue() for part in ("exact", "float32, cold", "3x3"))
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.usefixtures("tiny_suite")
+def test_nothing_is_dropped_silently(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suites, "missing_package", lambda engine: "exactlib")
+    monkeypatch.setattr(ExactChain, "error", 1)
+    result = run_suite("tiny", rounds=1, threads=[1], dtypes=["float32"], progress=False)
+    reasons = {entry["contender"]: entry["reason"] for entry in result["left_out"]}
+    assert reasons["exact"] == "not installed: exactlib"
+    assert reasons["pycodesign float32"].startswith("failed its check")
+    assert result["rows"] == result["summary"] == []
+    text = io.StringIO()
+    print_table(result, Console(file=text, width=200))
+    assert "not installed: exactlib" in text.getvalue()
+
+
+def test_run_suite_checks_its_options() -> None:
+    with pytest.raises(ValueError, match="name: expected one of resnet18, linear, got 'vgg'"):
+        run_suite("vgg")
+    with pytest.raises(ValueError, match=r"contenders: expected some of .*, got 'tvm'"):
+        run_suite("linear", contenders=["tvm"])
+    with pytest.raises(ValueError, match="dtypes: expected some of float32, uint8, got 'int8'"):
+        run_suite("linear", dtypes=["int8"])
+    with pytest.raises(ValueError, match=r"threads: expected 1 with the clock cpu, got \[2\]"):
+        run_suite("linear", clock="cpu", threads=[2])
+    with pytest.raises(ValueError, match=r"layers: expected part of a layer's name .*, got '3x3'"):
+        run_suite("linear", layers=["4096", "3x3"])
+
+
+def _row(layer: str, contender: str, median: float, threads: int = 1) -> dict[str, Any]:
+    return {
+        "layer": layer,
+        "batch": 1,
+        "threads": threads,
+        "weights": "ternary",
+        "state": "cold",
+        "contender": contender,
+        "engine": contender.split()[0],
+        "dtype": "float32",
+        "shape": {"kernel": int(layer[0])},
+        "macs": 10**8,
+        "ms": {"median": median, "iqr": 0.1},
+    }
+
+
+def test_summary_weighs_by_time() -> None:
+    rows = [
+        _row("3x3 a", "torch float32", 4.0),
+        _row("3x3 a", "openvino float32", 3.0),
+        _row("3x3 a", "pycodesign float32 auto", 1.0),
+        _row("3x3 b", "torch float32", 1.0),
+        _row("3x3 b", "pycodesign float32 auto", 2.0),
+        _row("1x1 c", "pycodesign float32 auto", 5.0),
+    ]
+    suites._add_ratios(rows)
+    assert [row["speedup"] for row in rows] == [0.75, 1.0, 3.0, 1.0, 0.5, None]
+    assert rows[2]["best"] == "openvino float32"
+    assert rows[2]["speedups"] == {"torch float32": 4.0, "openvino float32": 3.0}
+    for entry in summarize(rows):
+        assert entry["speedup"] == round((3.0 + 1.0) / (1.0 + 2.0), 4)
+        assert entry["slowest"] == {"layer": "3x3 b", "speedup": 0.5}
+        assert entry["count"] == 2
+        assert entry["of"] == {"3x3": 2, "all": 3}[entry["layers"]]
+
+
+def test_scaling_compares_thread_counts() -> None:
+    rows = [_row("3x3 a", "pycodesign float32 auto", 2.0), _row("3x3 a", "pycodesign float32 auto", 1.0, threads=2)]
+    assert [entry["scaling"] for entry in thread_scaling(rows)] == [2.0]
+    rows[0]["macs"] = rows[1]["macs"] = 10**6
+    assert thread_scaling(rows) == []
+
+
+@pytest.fixture(scope="module")
+def compare_script() -> ModuleType:
+    path = Path(__file__).parents[1] / "bench" / "compare.py"
+    spec = importlib.util.spec_from_file_location("bench_compare", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_compare_matches_timings(compare_script: ModuleType) -> None:
+    old = {"rows": [_row("3x3 a", "torch float32", 4.0), _row("3x3 b", "torch float32", 4.0)]}
+    new = {"rows": [_row("3x3 a", "torch float32", 2.0), _row("3x3 c", "torch float32", 4.0)]}
+    matches = compare_script.compare(old, new)
+    assert [(match["layer"], match["ratio"]) for match in matches] == [("3x3 a", 2.0)]
+    assert matches[0]["noise"] == 0.05
+    assert compare_script.compare(old, new, "openvino") == []
+    text = io.StringIO()
+    compare_script.print_comparison(matches, Console(file=text, width=200))
+    assert "2.00" in text.getvalue()

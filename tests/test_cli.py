@@ -1,0 +1,203 @@
+"""The command ``pycodesign``, and the shipped networks that its demo runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import pycodesign
+from pycodesign import demo
+from pycodesign.cli import main
+
+
+Digits = tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def fail(*arguments: str) -> str:
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code not in (0, None)
+    assert not result.exception or isinstance(result.exception, SystemExit), result.exception
+    return result.stderr
+
+
+@pytest.fixture(autouse=True)
+def keep_threads():
+    threads = pycodesign.get_num_threads()
+    yield
+    pycodesign.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Digits:
+    return demo.load_digits()
+
+
+@pytest.fixture
+def timing() -> dict:
+    """What `demo.time_layers` returns: one layer won, one lost, one without a competitor."""
+    counts = {"adds": 1000, "multiplies": 0, "dense_ops": 8000, "removed": 0.875, "algorithm": "tables"}
+    times = [("torch float32", 2.0, 2.0), ("torch float32", 0.5, 0.5), (None, None, None)]
+    return {
+        "cpu": "a processor",
+        "isa": "scalar",
+        "threads": 2,
+        "competitors": {"torch": "2.13.0"},
+        "layers": [
+            {"layer": f"layer {i}", "dtype": "float32", "ms": 1.0, "best": best, "best_ms": ms, "speedup": speedup}
+            | counts
+            for i, (best, ms, speedup) in enumerate(times)
+        ],
+        "left_out": [{"contender": "openvino", "reason": "not installed: openvino"}],
+    }
+
+
+def test_quick_demo_agrees_on_every_image() -> None:
+    shown = json.loads(run("demo", "--quick", "--json"))
+    assert shown["version"] == pycodesign.__version__
+    assert [network["network"] for network in shown["networks"]] == list(demo.NETWORKS)
+    for network in shown["networks"]:
+        assert network["agree"] == network["images"] == 250
+        assert network["accuracy"] == network["accuracy_dense"] >= 0.97
+        assert network["max_difference"] < 1e-4
+        assert all(0.5 < row["removed"] < 1 for row in network["layers"][1:-1])
+    layers = shown["timing"]["layers"]
+    assert {row["dtype"] for row in layers} == {"float32"}
+    assert len(layers) == len(demo.QUICK_LAYERS)
+    for row in layers:
+        assert row["best"] and row["ms"] > 0 and row["best_ms"] > 0
+        assert row["speedup"] == pytest.approx(row["best_ms"] / row["ms"], rel=0.01)
+    assert all("check" not in entry["reason"] for entry in shown["timing"]["left_out"])
+
+
+@pytest.mark.parametrize("name", demo.NETWORKS)
+def test_shipped_network_reaches_its_stated_accuracy(name: str, digits: Digits) -> None:
+    layers, metadata = demo.load_network(name)
+    _, (images, labels) = digits
+    logits = np.concatenate([demo.run_dense(layers, images[i : i + demo.BATCH]) for i in range(0, 1000, demo.BATCH)])
+    assert (logits.argmax(1) == labels).mean() == float(metadata["accuracy"]) >= 0.97
+    levels = {"mnist_ternary": [-1, 0, 1], "mnist_binary": [-1, 1]}[name]
+    assert all(layer.weights.levels.tolist() == levels for layer in layers)
+
+
+def test_shipped_networks_are_small() -> None:
+    files = list((Path(demo.__file__).parent / "data").glob("*.safetensors"))
+    assert len(files) == len(demo.NETWORKS)
+    assert sum(file.stat().st_size for file in files) < 500_000
+
+
+def test_saved_network_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, _ = demo.load_network("mnist_ternary")
+    (tmp_path / "data").mkdir()
+    demo.save_network(tmp_path / "data" / "copy.safetensors", layers, {"accuracy": "0.5"})
+    monkeypatch.setattr(demo.resources, "files", lambda package: tmp_path)
+    copies, metadata = demo.load_network("copy")
+    assert metadata["accuracy"] == "0.5"
+    for layer, copy in zip(layers, copies, strict=True):
+        assert (copy.name, copy.pool) == (layer.name, layer.pool)
+        np.testing.assert_array_equal(copy.weights.codes, layer.weights.codes)
+        np.testing.assert_array_equal(copy.weights.scale, layer.weights.scale)
+        np.testing.assert_array_equal(copy.bias, layer.bias)
+
+
+def test_split_holds_every_digit_once(digits: Digits) -> None:
+    (train, train_labels), (test, test_labels) = digits
+    assert train.shape == (4000, 1, 28, 28) and test.shape == (1000, 1, 28, 28)
+    assert train.min() == 0 and train.max() == 1
+    assert np.bincount(train_labels).tolist() == [400] * 10
+    assert np.bincount(test_labels).tolist() == [100] * 10
+    assert not {image.tobytes() for image in train} & {image.tobytes() for image in test}
+
+
+def test_demo_prints_tables(monkeypatch: pytest.MonkeyPatch, timing: dict, tmp_path: Path) -> None:
+    monkeypatch.setattr(demo, "time_layers", lambda threads, quick: timing)
+    monkeypatch.setattr(demo, "NETWORKS", demo.NETWORKS[:1])
+    plot = tmp_path / "layers.png"
+    printed = run("demo", "--quick", "--threads", "1", "--plot", str(plot))
+    assert "250 of 250 predictions agree" in " ".join(printed.split())
+    for text in ("layer 0", "layer 1", "layer 2", "87.5%", "not installed: openvino"):
+        assert text in printed
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_numpy_stands_in_for_missing_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "ENGINES", demo.ENGINES)
+    monkeypatch.setattr(demo, "missing_package", lambda engine: engine)
+    monkeypatch.setattr(demo, "QUICK_LAYERS", demo.QUICK_LAYERS[-1:])
+    try:
+        timed = demo.time_layers(1, quick=True)
+    finally:
+        demo.ENGINES.pop("numpy", None)
+    assert timed["competitors"] == {"numpy": np.__version__}
+    assert [row["best"] for row in timed["layers"]] == ["numpy float32"]
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"), [("mlxtend.data", ["demo"]), ("matplotlib", ["demo", "--plot", "layers.png"])]
+)
+def test_missing_extra_is_one_sentence(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    message = fail(*arguments)
+    assert message.count("\n") == 1
+    assert 'pip install "pycodesign[demo]"' in message
+
+
+def test_info() -> None:
+    facts = json.loads(run("info", "--json"))
+    assert facts["used"]["isa"] in facts["detected"]["supported_isas"]
+    assert facts["used"]["threads"] == pycodesign.get_num_threads()
+    assert set(facts["detected"]["supported_isas"]) <= set(facts["built"]["isas"])
+    assert facts["optional"]["mlxtend"]
+    printed = run("info")
+    assert facts["used"]["isa"] in printed and "PYCODESIGN_ISA" in printed
+
+
+def test_bench_writes_json(tmp_path: Path) -> None:
+    options = [
+        "linear",
+        "--quick",
+        "--rounds",
+        "1",
+        "--layer",
+        "1024",
+        "--dtype",
+        "float32",
+        "--contender",
+        "pycodesign",
+    ]
+    path = tmp_path / "linear.json"
+    assert "1024x4096" in run("bench", *options, "--json", str(path))
+    assert (
+        json.loads(run("bench", *options, "--json", "-"))["suite"] == json.loads(path.read_text())["suite"] == "linear"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--threads", "0"], "0 is not in the range"),
+        (["bench", "resnet99"], "'resnet99' is not one of"),
+        (["bench", "linear", "--contender", "tensorrt"], "contenders: expected some of torch"),
+        (["bench", "linear", "--layer", "3x3"], "layers: expected part of a layer's name"),
+        (["bench", "linear", "--weights", "ternery"], "weights: expected binary"),
+        (["train"], "No such command"),
+    ],
+)
+def test_errors(arguments: list[str], message: str) -> None:
+    assert message in fail(*arguments)
+
+
+def test_version_and_help() -> None:
+    assert run("--version").strip() == f"pycodesign, version {pycodesign.__version__}"
+    for command in main.commands:
+        assert f"pycodesign {command}" in run(command, "--help")

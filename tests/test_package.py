@@ -1,0 +1,132 @@
+"""The package as a whole: what is installed, what the objects contain, what the documents promise."""
+
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pycodesign
+
+ROOT = Path(__file__).parents[1]
+ISAS = ("avx2", "avx2_vnni", "avx512", "avx512_vbmi")
+
+x86_64 = pytest.mark.skipif(platform.machine() != "x86_64", reason="the ISA files exist on x86-64 only")
+
+
+def run(*command, **options):
+    if shutil.which(command[0]) is None:
+        pytest.fail(f"{command[0]} is missing: it comes with the compiler, as part of binutils")
+    return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def objects():
+    """Object files of the newest build in this checkout, by ISA; those of every other file under "baseline"."""
+    builds = sorted((ROOT / "build").glob("cp*/libpycodesign_kernels.a"), key=lambda path: path.stat().st_mtime)
+    if not builds:
+        pytest.fail("no object files under build/: `pip install .` in this checkout leaves them there")
+    by_isa = {}
+    for path in builds[-1].parent.rglob("*.cpp.o"):
+        name = path.name.removesuffix(".cpp.o")
+        by_isa.setdefault(name if name in ISAS else "baseline", []).append(path)
+    return by_isa
+
+
+def find_instructions_above_baseline(path):
+    """Disassemble an object, and let the assembler say what plain x86-64 does not have."""
+    listing = run("objdump", "-d", "--no-show-raw-insn", path, check=True).stdout
+    code = {re.sub(r"[<#].*", "", line.split("\t")[1]).strip() for line in listing.splitlines() if "\t" in line}
+    code = sorted(code)
+    # Older processors run tzcnt as bsf and endbr64 as nothing; compilers emit both for plain x86-64.
+    allowed = {"tzcnt", "endbr64"}
+    if path.name == "cpu.cpp.o":
+        allowed.add("xgetbv")  # behind a check of CPUID's OSXSAVE
+    errors = run("as", "-march=generic64", "-o", "/dev/null", "-", input="\n".join(code) + "\n").stderr
+    lines = re.findall(r":(\d+): Error: .* is not supported on", errors)
+    return [code[int(line) - 1] for line in lines if code[int(line) - 1].split()[0] not in allowed]
+
+
+@x86_64
+def test_baseline_objects_run_on_every_x86_64(objects):
+    found = {path.name: find_instructions_above_baseline(path) for path in objects["baseline"]}
+    assert not {name: instructions[:5] for name, instructions in found.items() if instructions}
+    assert {"cpu.cpp.o", "scalar.cpp.o", "module.cpp.o", "factor.cpp.o"} <= found.keys()
+
+
+@x86_64
+@pytest.mark.parametrize("isa", ["avx2", "avx2_vnni", "avx512"])
+def test_isa_objects_use_their_isa(objects, isa):
+    assert all(find_instructions_above_baseline(path) for path in objects[isa])
+
+
+@x86_64
+@pytest.mark.parametrize("isa", ISAS)
+def test_isa_objects_share_nothing_but_their_fill_function(objects, isa):
+    # A weak symbol is one that the linker keeps once: it might keep this file's copy for everyone.
+    for path in objects.get(isa, []):
+        symbols = run("nm", "--demangle", "--defined-only", "--extern-only", path, check=True).stdout.splitlines()
+        names = [re.fullmatch(r"[0-9a-f]+ T pycodesign::\w+::(\w+)\(.*\)", symbol) for symbol in symbols]
+        assert [name and name[1] for name in names] == [f"fill_{isa}"], f"{path}: {symbols}"
+        sections = run("objdump", "--section-headers", path, check=True).stdout
+        assert ".init_array" not in sections, f"{path} runs code when the module is loaded"
+
+
+def test_one_version():
+    version = importlib.metadata.version("pycodesign")
+    assert pycodesign.__version__ == version
+    assert f'\nversion = "{version}"\n' in (ROOT / "pyproject.toml").read_text()
+    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_installed_files():
+    package = importlib.metadata.distribution("pycodesign")
+    if json.loads(package.read_text("direct_url.json") or "{}").get("dir_info", {}).get("editable"):
+        pytest.skip("an editable install leaves the files in the checkout")
+    files = {str(path) for path in package.files}
+    needed = {"py.typed", "_core.pyi", "data/mnist_ternary.safetensors", "data/mnist_binary.safetensors"}
+    assert {f"pycodesign/{name}" for name in needed} <= files
+    assert any(name.endswith("licenses/LICENSE") for name in files)
+    assert not [name for name in files if name.endswith((".pyx", ".cpp", ".h", ".cu", ".a", ".o"))]
+    assert {name.split("/")[0] for name in files if not name.startswith("..")} == {
+        "pycodesign",
+        f"pycodesign-{package.version}.dist-info",
+    }
+
+
+def test_stubs_match_the_modules(tmp_path):
+    modules = [name for name in ("pycodesign._core", "pycodesign._cuda") if importlib.util.find_spec(name)]
+    allowed = tmp_path / "allowed"
+    allowed.write_text(r"pycodesign\._core\.Packed\w+")  # the classes themselves: their metaclass is pybind11's own
+    stubtest = run(sys.executable, "-m", "mypy.stubtest", "--allowlist", allowed, *modules, cwd=tmp_path)
+    assert stubtest.returncode == 0, stubtest.stdout + stubtest.stderr
+
+
+def test_every_command_of_contributing_runs_in_ci():
+    ci = (ROOT / ".ci/run").read_text()
+    commands = re.findall(r"^\|.*\| `(.*)` \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    assert len(commands) >= 10
+    assert not [command for command in commands if command not in ci]
+
+
+def test_readme_commands_and_numbers():
+    readme = (ROOT / "README.md").read_text()
+    assert 'pip install ".[demo]" && pycodesign demo' in readme
+    assert 'pip install ".[test]" && pytest' in readme
+    assert 'pip install ".[test]" && pytest' in (ROOT / ".ci/run").read_text()
+    cited = re.findall(r"bench/results/[\w./-]+\.json", readme)
+    assert cited
+    assert not [name for name in cited if not (ROOT / name).is_file()]
+
+
+def test_readme_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    exec("\n".join(blocks), {})

@@ -1,0 +1,805 @@
+"""Every algorithm, on every instruction set and thread count of this machine, against the reference.
+
+Integer inputs give equal results. Float inputs are within the bound that `tolerance` derives, with the same bits from
+run to run and for every thread count. Sizes sit at the edges of what kernels work in: 4, 8 or 16 lanes of pixels, blocks
+of 8 outputs, words of 4 channels, panels of 64 outputs of a linear layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ALGORITHMS, INPUT_DTYPES, ISAS, THREADS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import pycodesign
+from pycodesign import _core, ops, quantize
+from pycodesign.quantize import QuantizedTensor
+from pycodesign.reference import repetition as reference
+
+F32 = np.float32
+EPS = 2.0**-23
+Array = NDArray[Any]
+Record = Callable[[ops.Packed], None]
+
+each_isa = pytest.mark.parametrize("isa", ISAS)
+each_conv2d = pytest.mark.parametrize("algorithm", ALGORITHMS["conv2d"])
+each_linear = pytest.mark.parametrize("algorithm", ALGORITHMS["linear"])
+
+BINARY, TERNARY, QUATERNARY = (-1, 1), (-1, 0, 1), (-2, -1, 0, 1)
+ZERO_POINTS = {"float32": 0, "uint8": 131, "int8": -7}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer and the shape of its input."""
+
+    x: tuple[int, ...]  # (N, C, H, W) or (..., I)
+    w: tuple[int, ...]  # (O, C / groups, R, S) or (O, I)
+    geometry: dict[str, Any] = field(default_factory=dict)
+    levels: tuple[float, ...] = TERNARY
+    own_levels: bool = False  # per output: levels, and levels + 1
+    scale_groups: int = 0
+    bias: bool = True
+
+    @property
+    def kind(self) -> str:
+        return "conv2d" if len(self.w) == 4 else "linear"
+
+    def fits(self, algorithm: str) -> bool:
+        values = len(self.levels) + self.own_levels
+        tables = values <= 16 and self.scale_groups < 2
+        return {"tables": tables, "dense": True, "packed": values <= 4}[algorithm]
+
+    def input_dtypes(self, algorithm: str) -> tuple[str, ...]:
+        """Levels beyond int8 are for tables, or for float inputs."""
+        return INPUT_DTYPES if algorithm == "tables" or max(self.levels) < 128 else ("float32",)
+
+
+def make_weights(case: Case) -> tuple[QuantizedTensor, Array | None]:
+    rng = np.random.default_rng(len(case.levels) + sum(case.w))
+    outputs = case.w[0]
+    levels = np.array(case.levels, F32)
+    if case.own_levels:
+        levels = np.stack([levels + o % 2 for o in range(outputs)])
+    scale = rng.normal(0, 0.1, (outputs, case.scale_groups) if case.scale_groups else outputs).astype(F32)
+    codes = rng.integers(0, len(case.levels), case.w, dtype=np.uint8)
+    return QuantizedTensor(codes, levels, scale), rng.normal(size=outputs).astype(F32) if case.bias else None
+
+
+def make_input(shape: tuple[int, ...], dtype: str, seed: int = 0) -> Array:
+    rng = np.random.default_rng(seed)
+    if dtype == "float32":
+        return rng.normal(size=shape).astype(F32)
+    limits = np.iinfo(dtype)
+    return rng.integers(limits.min, limits.max + 1, shape, dtype=dtype)
+
+
+def input_options(dtype: str) -> dict[str, Any]:
+    return {} if dtype == "float32" else {"input_scale": 0.0173, "input_zero_point": ZERO_POINTS[dtype]}
+
+
+def pack(case: Case, dtype: str, algorithm: str) -> ops.Packed:
+    q, bias = make_weights(case)
+    if case.kind == "linear":
+        return ops.prepack_linear(q, bias, input_dtype=dtype, algorithm=algorithm, **input_options(dtype))
+    return ops.prepack_conv2d(q, bias, input_dtype=dtype, algorithm=algorithm, **input_options(dtype), **case.geometry)
+
+
+def run(x: Array, packed: ops.Packed, **epilogue: Any) -> Array:
+    return ops.conv2d(x, packed, **epilogue) if packed.kind == "conv2d" else ops.linear(x, packed, **epilogue)
+
+
+def expect(case: Case, x: Array, **epilogue: Any) -> Array:
+    q, bias = make_weights(case)
+    if case.kind == "linear":
+        return reference.linear(x, q, bias, **input_options(x.dtype.name), **epilogue)
+    return reference.conv2d(x, q, bias, **case.geometry, **input_options(x.dtype.name), **epilogue)
+
+
+def tolerance(case: Case, x: Array, residual: Array | None = None, residual_scale: float = 1.0) -> Array:
+    """Bound the error of float inputs: that of the sum, and half an eps of all magnitudes for each rounding after it.
+
+    Those are per scale group a product and an addition, then bias, residual times scale, and the residual's addition.
+    """
+    q, bias = make_weights(case)
+    magnitude = reference.abs_bound(x, q, **case.geometry)
+    weights = math.prod(case.w[1:])
+    by_output = (-1, 1, 1) if case.kind == "conv2d" else (-1,)
+    total = magnitude + (0 if bias is None else np.abs(bias.reshape(by_output)))
+    if residual is not None:
+        total = total + residual_scale * np.abs(residual.astype(float))
+    roundings = 2 * max(case.scale_groups, 1) + 3
+    return np.asarray(8 * EPS * math.sqrt(weights) * magnitude + roundings * EPS / 2 * total)
+
+
+def assert_near(got: Array, case: Case, x: Array, **epilogue: Any) -> None:
+    """Compare a result of float inputs with float64, in steps of `out_scale` where it is quantized."""
+    dtype = epilogue.pop("out_dtype", "float32")
+    assert got.dtype == dtype
+    out_scale, zero_point = epilogue.pop("out_scale", None), epilogue.pop("out_zero_point", 0)
+    exact = expect(case, x, out_dtype="float64", **epilogue)
+    bound = tolerance(case, x, epilogue.get("residual"), epilogue.get("residual_scale", 1.0))
+    if out_scale is not None:
+        step = float(F32(out_scale))
+        limits = np.iinfo(dtype)
+        exact = np.clip(exact / step, limits.min - zero_point, limits.max - zero_point)
+        got = got.astype(float) - zero_point
+        bound = 0.5 + bound / step + EPS * np.abs(exact)
+    assert got.shape == exact.shape
+    worst = np.max(np.abs(got - exact) - bound, initial=-np.inf)
+    assert worst <= 0, f"off by {worst} more than the bound allows"
+
+
+def check(case: Case, x: Array, packed: ops.Packed, record: Record, isa: str, **epilogue: Any) -> None:
+    """Run on each thread count, twice, and compare with the reference."""
+    pycodesign.set_isa(isa)
+    first: Array | None = None
+    for threads in THREADS:
+        pycodesign.set_num_threads(threads)
+        for _ in range(2):
+            y = run(x, packed, **epilogue)
+            if first is None:
+                first = y
+                if x.dtype == np.float32:
+                    assert_near(y, case, x, **epilogue)
+                else:
+                    expected = expect(case, x, **epilogue)
+                    assert y.dtype == expected.dtype and y.shape == expected.shape
+                    np.testing.assert_array_equal(y, expected)
+            assert y.tobytes() == first.tobytes(), f"other bits with {threads} threads or at a second run"
+        record(packed)
+
+
+# ---- sizes and geometry ----------------------------------------------------------------------------------------------
+
+CONVOLUTIONS = {
+    # one pixel, one channel, one output; then each size at its edges, in another place for each
+    "1 of each": Case((1, 1, 1, 1), (1, 1, 1, 1)),
+    "2 outputs, 1x3 pixels": Case((1, 3, 1, 3), (2, 3, 1, 1)),
+    "3 outputs, 1x4 pixels": Case((1, 4, 1, 4), (3, 4, 1, 1)),
+    "4 outputs, 1x5 pixels": Case((1, 5, 1, 5), (4, 5, 1, 1), levels=BINARY),
+    "5 outputs, 7x1 pixels": Case((1, 7, 7, 1), (5, 7, 1, 1)),
+    "7 outputs, 8x1 pixels": Case((1, 8, 8, 1), (7, 8, 1, 1), bias=False),
+    "8 outputs, 9x1 pixels": Case((1, 9, 9, 1), (8, 9, 1, 1), levels=QUATERNARY),
+    "9 outputs, 15 pixels": Case((1, 13, 3, 5), (9, 13, 1, 1)),
+    "13 outputs, 16 pixels": Case((1, 2, 4, 4), (13, 2, 1, 1), levels=BINARY),
+    "16 outputs, 17 pixels": Case((1, 16, 1, 17), (16, 16, 1, 1)),
+    "17 outputs, 31 pixels": Case((1, 17, 31, 1), (17, 17, 1, 1)),
+    "23 outputs, 33 pixels": Case((1, 6, 3, 11), (23, 6, 1, 1), levels=QUATERNARY),
+    "3 images, 47 outputs": Case((3, 31, 7, 7), (47, 31, 1, 1)),
+    # 3x3
+    "3x3": Case((1, 8, 9, 7), (16, 8, 3, 3)),
+    "3x3 padded": Case((2, 12, 13, 11), (24, 12, 3, 3), {"padding": 1}),
+    "3x3 binary": Case((1, 11, 17, 16), (32, 11, 3, 3), {"padding": 1}, BINARY),
+    "3x3 stride 2": Case((2, 7, 14, 15), (9, 7, 3, 3), {"stride": 2, "padding": 1}),
+    "3x3 many vectors": Case((1, 16, 29, 37), (40, 16, 3, 3), {"padding": 1}),
+    "3x3 on one pixel": Case((1, 5, 1, 1), (6, 5, 3, 3), {"padding": 1}),
+    "3x3 on padding": Case((1, 2, 1, 2), (3, 2, 3, 3), {"padding": (3, 4)}),
+    # strides, paddings, dilations
+    "stride beyond kernel": Case((2, 3, 11, 13), (5, 3, 2, 1), {"stride": (4, 3)}),
+    "stride 2, 1x1": Case((1, 6, 8, 9), (10, 6, 1, 1), {"stride": 2}),
+    "stride (1, 3)": Case((1, 4, 6, 19), (5, 4, 3, 5), {"stride": (1, 3), "padding": (1, 2)}),
+    "dilation 2": Case((1, 5, 12, 10), (7, 5, 3, 3), {"dilation": 2, "padding": 2}),
+    "dilation and stride": Case(
+        (2, 3, 17, 16), (4, 3, 3, 2), {"dilation": (3, 2), "stride": (2, 3), "padding": (4, 1)}
+    ),
+    "padding beyond kernel": Case((2, 2, 3, 4), (3, 2, 2, 3), {"padding": (5, 4)}),
+    "padding, stride 5": Case((1, 3, 7, 2), (4, 3, 3, 3), {"padding": (6, 7), "stride": 5}),
+    "kernel as large as input": Case((3, 4, 5, 6), (7, 4, 5, 6)),
+    "rectangles": Case((2, 5, 19, 4), (6, 5, 5, 2), {"padding": (0, 1), "stride": (3, 1), "dilation": (2, 1)}),
+    "1x7": Case((1, 4, 3, 23), (5, 4, 1, 7), {"padding": (0, 3)}),
+    "7x1": Case((1, 4, 23, 3), (5, 4, 7, 1), {"padding": (3, 0)}),
+    "7x7 stem": Case((2, 3, 31, 33), (16, 3, 7, 7), {"stride": 2, "padding": 3}),
+    # groups
+    "2 groups": Case((2, 6, 7, 5), (10, 3, 3, 3), {"groups": 2, "padding": 1}),
+    "3 groups of 1 output": Case((1, 15, 6, 6), (3, 5, 3, 3), {"groups": 3}),
+    "5 groups of 9 outputs": Case((1, 20, 5, 7), (45, 4, 1, 1), {"groups": 5}),
+    "depthwise": Case((2, 17, 9, 8), (17, 1, 3, 3), {"groups": 17, "padding": 1}),
+    "depthwise stride 2": Case((1, 8, 11, 11), (8, 1, 5, 5), {"groups": 8, "padding": 2, "stride": 2}, BINARY),
+    "depthwise x 3": Case((1, 4, 6, 7), (12, 1, 3, 3), {"groups": 4, "padding": 1}, QUATERNARY),
+    # levels
+    "per-output levels": Case((2, 6, 5, 7), (11, 6, 3, 3), {"padding": 1}, TERNARY, own_levels=True),
+    "many patterns": Case((1, 6, 3, 5), (300, 6, 1, 1), levels=QUATERNARY),
+}
+
+
+@cache
+def packed_conv2d(name: str, dtype: str, algorithm: str) -> ops.Packed:
+    return pack(CONVOLUTIONS[name], dtype, algorithm)
+
+
+@each_isa
+@each_conv2d
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_conv2d(name: str, algorithm: str, isa: str, record: Record) -> None:
+    case = CONVOLUTIONS[name]
+    for dtype in INPUT_DTYPES:
+        packed = packed_conv2d(name, dtype, algorithm)
+        assert packed.algorithm == algorithm
+        x = make_input(case.x, dtype)
+        check(case, x, packed, record, isa)
+        if dtype != "float32":
+            check(case, x, packed, record, isa, out_dtype="int32")
+
+
+LINEARS = {
+    "1 of each": Case((1, 1), (1, 1)),
+    "2 inputs, 3 outputs": Case((2, 2), (3, 2)),
+    "3 inputs, 15 outputs": Case((3, 3), (15, 3), levels=BINARY),
+    "4 inputs, 16 outputs": Case((5, 4), (16, 4), levels=QUATERNARY),
+    "5 inputs, 17 outputs": Case((6, 5), (17, 5), bias=False),
+    "15 inputs, 31 outputs": Case((7, 15), (31, 15)),
+    "16 inputs, 63 outputs": Case((1, 16), (63, 16)),
+    "17 inputs, 64 outputs": Case((2, 17), (64, 17)),
+    "18 inputs, 65 outputs": Case((13, 18), (65, 18)),
+    "19 inputs, 127 outputs": Case((3, 19), (127, 19)),
+    "30 inputs, 128 outputs": Case((4, 30), (128, 30), levels=BINARY),
+    "31 inputs, 129 outputs": Case((1, 31), (129, 31), levels=BINARY),
+    "32 inputs": Case((1, 32), (70, 32), levels=BINARY),
+    "33 inputs": Case((8, 33), (70, 33), levels=QUATERNARY),
+    "one row": Case((1, 257), (130, 257)),
+    "32 rows": Case((32, 61), (67, 61)),
+    "a vector": Case((23,), (9, 23)),
+    "leading dimensions": Case((2, 3, 4, 11), (10, 11)),
+    "scale groups": Case((7, 24), (70, 24), scale_groups=3),
+    "scale groups of 17": Case((2, 34), (5, 34), levels=BINARY, scale_groups=2),
+    "one scale group": Case((2, 20), (66, 20), scale_groups=1),
+    "a scale for each input": Case((3, 7), (5, 7), levels=QUATERNARY, scale_groups=7),
+    "per-output levels": Case((4, 21), (66, 21), levels=TERNARY, own_levels=True),
+    "two levels": Case((5, 37), (10, 37), levels=(0, 3)),
+    "three uneven levels": Case((5, 37), (10, 37), levels=(-7, 2, 100)),
+    "four positive levels": Case((5, 37), (10, 37), levels=(1, 2, 4, 8)),
+    "one level": Case((5, 37), (10, 37), levels=(-3,)),
+    "only zero": Case((5, 37), (10, 37), levels=(0,)),
+    "7 levels": Case((2, 40), (33, 40), levels=tuple(range(-3, 4))),
+    "256 levels": Case((2, 40), (33, 40), levels=tuple(range(-128, 128))),
+}
+
+
+@each_isa
+@each_linear
+@pytest.mark.parametrize("name", LINEARS)
+def test_linear(name: str, algorithm: str, isa: str, record: Record) -> None:
+    case = LINEARS[name]
+    if not case.fits(algorithm):
+        with pytest.raises(ValueError, match=r"^algorithm: expected "):
+            pack(case, "float32", algorithm)
+        return
+    for dtype in INPUT_DTYPES:
+        packed = pack(case, dtype, algorithm)
+        assert packed.algorithm == algorithm
+        x = make_input(case.x, dtype)
+        check(case, x, packed, record, isa)
+        if dtype != "float32":
+            check(case, x, packed, record, isa, out_dtype="int32")
+
+
+# ---- levels ----------------------------------------------------------------------------------------------------------
+
+LEVELS = {
+    **{f"Q={q}, both signs": tuple(range(-(q // 2), q - q // 2)) for q in range(1, 17)},
+    **{f"Q={q}, mostly positive": (-1, *range(1, q)) for q in range(2, 17)},
+    "Q=16, powers of two": tuple(sorted([-(2**e) for e in range(7)] + [0] + [2**e for e in range(7)] + [127])),
+    "Q=15, beyond int8": tuple(int(v) for v in quantize.power_of_two(np.ones((1, 1)), 4).levels),
+    "Q=17": tuple(range(-8, 9)),
+    "Q=256": tuple(range(-128, 128)),
+}
+
+
+@each_conv2d
+@pytest.mark.parametrize("name", LEVELS)
+def test_levels(name: str, algorithm: str, record: Record) -> None:
+    # 300 x 9 patterns of 4 channels: so many outputs call for large tables, and nearly fill them
+    case = Case((1, 4, 3, 5), (300, 4, 3, 3), levels=LEVELS[name])
+    if not case.fits(algorithm):
+        message = rf"^algorithm: expected at most 16 distinct levels for 'tables', got {len(case.levels)}$"
+        with pytest.raises(ValueError, match=message):
+            pack(case, "float32", algorithm)
+        return
+    for dtype in case.input_dtypes(algorithm):
+        packed = pack(case, dtype, algorithm)
+        for isa in (ISAS[0], ISAS[-1]):
+            check(case, make_input(case.x, dtype), packed, record, isa)
+
+
+@each_conv2d
+@pytest.mark.parametrize("levels", [(-1.5, 0.25, 3.5), (0.1, 0.3), tuple(np.linspace(-1, 1, 15)), (1e-3, 1e3)])
+def test_fractional_levels(levels: tuple[float, ...], algorithm: str, record: Record) -> None:
+    case = Case((1, 5, 4, 7), (19, 5, 3, 3), levels=levels)
+    for isa in ISAS:
+        check(case, make_input(case.x, "float32"), pack(case, "float32", algorithm), record, isa)
+
+
+def all_cases() -> Iterator[tuple[Case, str, str]]:
+    cases = [*CONVOLUTIONS.values(), *LINEARS.values()]
+    cases += [Case((1, 4, 3, 5), (300, 4, 3, 3), levels=levels) for levels in LEVELS.values()]
+    for case in cases:
+        for algorithm in ALGORITHMS[case.kind]:
+            if case.fits(algorithm):
+                yield from ((case, dtype, algorithm) for dtype in case.input_dtypes(algorithm))
+
+
+def test_weights_come_back() -> None:
+    for case, dtype, algorithm in all_cases():
+        q, _ = make_weights(case)
+        back = pack(case, dtype, algorithm).weights()
+        np.testing.assert_array_equal(back.codes, q.codes, err_msg=f"{case} {dtype} {algorithm}")
+        np.testing.assert_array_equal(back.levels, q.levels)
+        np.testing.assert_array_equal(back.scale, q.scale)
+
+
+# ---- epilogue --------------------------------------------------------------------------------------------------------
+
+EPILOGUES: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "float32 residual": {"residual": "float32"},
+    "uint8 residual, relu": {"residual": "uint8", "clamp": (0, None)},
+    "int8 residual, ceiling": {"residual": "int8", "clamp": (None, 1.5)},
+    "clamp": {"clamp": (-0.5, 0.75)},
+    "uint8": {"out_dtype": "uint8", "out_scale": 0.037, "out_zero_point": 101},
+    "int8": {"out_dtype": "int8", "out_scale": 0.021, "out_zero_point": -13},
+    "uint8, relu, uint8 residual": {
+        "out_dtype": "uint8", "out_scale": 0.05, "clamp": (0, None), "residual": "uint8",
+    },
+    "int8, clamp, float32 residual": {
+        "out_dtype": "int8", "out_scale": 0.05, "clamp": (-2, 3), "residual": "float32",
+    },
+    "int8, saturated, int8 residual": {
+        "out_dtype": "int8", "out_scale": 1e-4, "out_zero_point": 127, "residual": "int8",
+    },
+}  # fmt: skip
+
+
+@each_isa
+@pytest.mark.parametrize("name", EPILOGUES)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("kind", ["conv2d", "linear", "grouped linear"])
+def test_epilogue(kind: str, bias: bool, name: str, isa: str, record: Record) -> None:
+    if kind == "conv2d":  # 23 x 23 pixels: more than the 512 that are finished at a time
+        case, shape = Case((2, 5, 23, 23), (6, 5, 3, 3), {"padding": 1}, bias=bias), (2, 6, 23, 23)
+    else:
+        groups = 3 if kind == "grouped linear" else 0
+        case, shape = Case((7, 27), (70, 27), scale_groups=groups, bias=bias), (7, 70)
+    options = dict(EPILOGUES[name])
+    if "residual" in options:
+        options["residual"] = make_input(shape, options["residual"], seed=1)
+        options |= {"residual_scale": 0.0131, "residual_zero_point": 11}
+    for algorithm in ALGORITHMS[case.kind]:
+        if case.fits(algorithm):
+            for dtype in INPUT_DTYPES:
+                check(case, make_input(case.x, dtype), pack(case, dtype, algorithm), record, isa, **options)
+
+
+@each_isa
+def test_ties_round_to_even(isa: str) -> None:
+    pycodesign.set_isa(isa)
+    q = QuantizedTensor(np.zeros((1, 1, 1, 1), np.uint8), np.ones(1, F32), np.ones(1, F32))
+    x = np.arange(-128, 128).astype(np.int8).reshape(1, 1, 16, 16)
+    packed = ops.prepack_conv2d(q, input_dtype="int8", input_scale=0.5)
+    y = ops.conv2d(x, packed, out_dtype="int8", out_scale=1)
+    np.testing.assert_array_equal(y, np.rint(x / 2).astype(np.int8))
+
+
+@each_isa
+def test_nan_becomes_the_lowest_value(isa: str) -> None:
+    pycodesign.set_isa(isa)
+    q = QuantizedTensor(np.zeros((1, 1), np.uint8), np.ones(1, F32), np.ones(1, F32))
+    x = np.array([[np.nan], [np.inf], [-np.inf], [3]], F32)
+    packed = ops.prepack_linear(q)
+    np.testing.assert_array_equal(ops.linear(x, packed, clamp=(0, 6))[:, 0], [np.nan, 6, 0, 3])
+    assert ops.linear(x, packed, out_dtype="uint8", out_scale=1, out_zero_point=9)[:, 0].tolist() == [0, 255, 0, 12]
+    y = ops.linear(x, packed, out_dtype="int8", out_scale=1, out_zero_point=9)
+    assert y[:, 0].tolist() == [-128, 127, -128, 12]
+
+
+# ---- memory layouts --------------------------------------------------------------------------------------------------
+
+GUARD = 0xA5
+
+
+def guarded(
+    shape: tuple[int, ...],
+    dtype: str,
+    *,
+    order: tuple[int, ...] | None = None,
+    steps: tuple[int, ...] = (),
+    spare: int = 1,
+) -> tuple[Array, Array]:
+    """Return a buffer of guard bytes and a view of that shape inside it, one element off the buffer's alignment.
+
+    `order` lists the axes from the slowest in memory to the fastest; `steps` are the elements from one index to the
+    next, negative ones included; `spare` elements of guard lie before and behind every row of every axis.
+    """
+    order = order or tuple(range(len(shape)))
+    steps = steps or (1,) * len(shape)
+    sizes = [abs(steps[axis]) * max(shape[axis], 1) + 2 * spare for axis in order]
+    length = math.prod(sizes)
+    buffer = np.full((length + 2) * np.dtype(dtype).itemsize, GUARD, np.uint8).view(dtype)
+    inside = buffer[1:-1].reshape(sizes)
+    window = inside[tuple(slice(spare, spare + abs(steps[a]) * shape[a], abs(steps[a])) for a in order)]
+    window = window.transpose(np.argsort(order))
+    return buffer, window[tuple(slice(None, None, -1 if step < 0 else 1) for step in steps)]
+
+
+def assert_guards_untouched(buffer: Array, view: Array) -> None:
+    """Overwrite what may be written; nothing else may differ from the guard."""
+    view[...] = np.full(view.dtype.itemsize, GUARD, np.uint8).view(view.dtype)[0]
+    assert (buffer.view(np.uint8) == GUARD).all(), "wrote outside of out"
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "contiguous, odd start": {"spare": 0},
+    "rows apart": {},
+    "every second": {"steps": (1, 2, 3, 2)},
+    "reversed": {"steps": (-1, -1, -1, -1)},
+    "reversed columns, every second row": {"steps": (1, 1, 2, -1)},
+    **{f"axes {''.join(map(str, p))}": {"order": p, "spare": 0} for p in permutations(range(4)) if p != (0, 1, 2, 3)},
+}
+
+
+@each_conv2d
+@pytest.mark.parametrize(
+    "dtypes", [("float32", "float32"), ("uint8", "uint8"), ("int8", "int32"), ("uint8", "int8")], ids="-".join
+)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_conv2d_layouts(layout: str, dtypes: tuple[str, str], algorithm: str) -> None:
+    input_dtype, out_dtype = dtypes
+    case = Case((2, 5, 6, 7), (9, 5, 3, 3), {"padding": 1, "stride": (1, 2)})
+    packed = pack(case, input_dtype, algorithm)
+    epilogue: dict[str, Any] = {"out_dtype": out_dtype}
+    if out_dtype in ("uint8", "int8"):
+        epilogue |= {"out_scale": 0.07, "out_zero_point": 3}
+    plain = make_input(case.x, input_dtype)
+    _, x = guarded(case.x, input_dtype, **LAYOUTS[layout])
+    x[...] = plain
+    shape = (2, 9, 6, 4)
+    if out_dtype != "int32":
+        added = make_input(shape, "int8" if out_dtype == "int8" else input_dtype, seed=2)
+        _, epilogue["residual"] = guarded(shape, added.dtype.name, **LAYOUTS[layout])
+        epilogue["residual"][...] = added
+    for isa in ISAS:
+        pycodesign.set_isa(isa)
+        expected = run(plain, packed, **epilogue)
+        if input_dtype == "float32":
+            assert_near(expected, case, plain, **epilogue)
+        else:
+            np.testing.assert_array_equal(expected, expect(case, plain, **epilogue))
+        buffer, out = guarded(shape, out_dtype, **LAYOUTS[layout])
+        assert run(x, packed, **epilogue, out=out) is out
+        np.testing.assert_array_equal(out, expected)
+        assert_guards_untouched(buffer, out)
+    np.testing.assert_array_equal(x, plain)
+
+
+@each_isa
+@each_conv2d
+@pytest.mark.parametrize("size", [1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33])
+def test_nothing_is_written_beside_out(size: int, algorithm: str, isa: str) -> None:
+    pycodesign.set_isa(isa)
+    case = Case((1, 2, 1, size), (size, 2, 1, 1))
+    for dtype, out_dtype in (("float32", "float32"), ("uint8", "uint8"), ("int8", "int32")):
+        packed = pack(case, dtype, algorithm)
+        scale = {"out_scale": 0.1} if out_dtype == "uint8" else {}
+        buffer, out = guarded((1, size, 1, size), out_dtype, spare=0)
+        run(make_input(case.x, dtype), packed, out_dtype=out_dtype, out=out, **scale)
+        assert_guards_untouched(buffer, out)
+
+
+LINEAR_LAYOUTS: dict[str, dict[str, Any]] = {
+    "contiguous, odd start": {"spare": 0},
+    "rows apart": {},
+    "columns": {"order": (1, 0)},
+    "every third": {"steps": (2, 3)},
+    "reversed": {"steps": (-1, -1)},
+}
+
+
+@each_isa
+@each_linear
+@pytest.mark.parametrize("layout", LINEAR_LAYOUTS)
+def test_linear_layouts(layout: str, algorithm: str, isa: str) -> None:
+    pycodesign.set_isa(isa)
+    case = Case((5, 19), (67, 19))
+    for dtype, out_dtype in (("float32", "float32"), ("int8", "uint8"), ("uint8", "int32")):
+        packed = pack(case, dtype, algorithm)
+        epilogue: dict[str, Any] = {"out_dtype": out_dtype} | ({"out_scale": 0.1} if out_dtype == "uint8" else {})
+        plain = make_input(case.x, dtype)
+        _, x = guarded(case.x, dtype, **LINEAR_LAYOUTS[layout])
+        x[...] = plain
+        if out_dtype != "int32":
+            _, epilogue["residual"] = guarded((5, 67), dtype, **LINEAR_LAYOUTS[layout])
+            epilogue["residual"][...] = make_input((5, 67), dtype, seed=3)
+        expected = run(plain, packed, **epilogue)
+        buffer, out = guarded((5, 67), out_dtype, **LINEAR_LAYOUTS[layout])
+        assert run(x, packed, **epilogue, out=out) is out
+        np.testing.assert_array_equal(out, expected)
+        assert_guards_untouched(buffer, out)
+
+
+@each_conv2d
+@pytest.mark.parametrize("dtype", INPUT_DTYPES)
+def test_broadcast_and_read_only_input(dtype: str, algorithm: str) -> None:
+    case = Case((3, 6, 5, 4), (7, 6, 3, 3), {"padding": 1})
+    packed = pack(case, dtype, algorithm)
+    for shape in ((1, 1, 1, 1), (3, 1, 5, 4), (1, 6, 1, 4), (3, 6, 5, 1)):
+        x = np.broadcast_to(make_input(shape, dtype), case.x)
+        np.testing.assert_array_equal(run(x, packed), run(x.copy(), packed))
+    residual = np.broadcast_to(F32(0.5), (3, 7, 5, 4))
+    np.testing.assert_array_equal(run(x, packed, residual=residual), run(x, packed, residual=residual.copy()))
+
+
+# ---- empty results ---------------------------------------------------------------------------------------------------
+
+
+@each_conv2d
+@pytest.mark.parametrize("dtype", INPUT_DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "result"),
+    [
+        ((0, 3, 8, 8), (0, 4, 4, 6)),
+        ((1, 3, 4, 8), (1, 4, 0, 6)),
+        ((2, 3, 8, 2), (2, 4, 4, 0)),
+        ((2, 3, 1, 1), (2, 4, 0, 0)),
+        ((1, 3, 0, 8), (1, 4, 0, 6)),
+        ((0, 3, 0, 0), (0, 4, 0, 0)),
+    ],
+)
+def test_empty_conv2d(shape: tuple[int, ...], result: tuple[int, ...], dtype: str, algorithm: str) -> None:
+    packed = pack(Case(shape, (4, 3, 5, 3)), dtype, algorithm)
+    y = run(np.zeros(shape, dtype), packed)
+    assert y.shape == result and y.dtype == np.float32
+    out = np.empty(result, F32)
+    assert run(np.zeros(shape, dtype), packed, out=out) is out
+
+
+@each_linear
+@pytest.mark.parametrize("shape", [(0, 6), (0, 3, 6), (2, 0, 6)])
+def test_empty_linear(shape: tuple[int, ...], algorithm: str) -> None:
+    packed = pack(Case(shape, (5, 6)), "float32", algorithm)
+    assert run(np.zeros(shape, F32), packed).shape == (*shape[:-1], 5)
+    residual = np.zeros((*shape[:-1], 5), np.int8)
+    assert run(np.zeros(shape, F32), packed, residual=residual).shape == (*shape[:-1], 5)
+
+
+# ---- NaN and Inf -----------------------------------------------------------------------------------------------------
+
+
+@each_isa
+@each_conv2d
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_conv2d_with_one_bad_pixel(value: float, algorithm: str, isa: str) -> None:
+    pycodesign.set_isa(isa)
+    case = Case((2, 6, 9, 11), (10, 3, 3, 3), {"padding": 1, "groups": 2})
+    packed = pack(case, "float32", algorithm)
+    q, _ = make_weights(case)
+    x = make_input(case.x, "float32")
+    clean = run(x, packed)
+    for index in ((0, 0, 0, 0), (1, 4, 8, 10), (0, 2, 4, 10), (1, 3, 5, 5)):
+        bad = x.copy()
+        bad[index] = value
+        y = run(bad, packed)
+        mark = np.zeros(case.x, F32)
+        mark[index] = 1
+        connected = QuantizedTensor(np.zeros(case.w, np.uint8), np.ones(1, F32), np.ones(case.w[0], F32))
+        nonzero = QuantizedTensor((q.decode() != 0).astype(np.uint8), np.array([0, 1], F32), np.ones(case.w[0], F32))
+        in_window = reference.conv2d(mark, connected, **case.geometry) > 0
+        through_nonzero = reference.conv2d(mark, nonzero, **case.geometry) > 0
+        assert not np.isfinite(y[through_nonzero]).any()
+        np.testing.assert_array_equal(y[~in_window], clean[~in_window])
+
+
+@each_isa
+@each_linear
+def test_linear_with_a_bad_row(algorithm: str, isa: str) -> None:
+    pycodesign.set_isa(isa)
+    case = Case((7, 41), (67, 41))
+    packed = pack(case, "float32", algorithm)
+    x = make_input(case.x, "float32")
+    clean = run(x, packed)
+    bad = x.copy()
+    bad[3, 17], bad[5, 40] = np.nan, np.inf
+    y = run(bad, packed)
+    nonzero = make_weights(case)[0].decode() != 0
+    assert not np.isfinite(y[3, nonzero[:, 17]]).any() and not np.isfinite(y[5, nonzero[:, 40]]).any()
+    good = np.delete(np.arange(7), [3, 5])
+    np.testing.assert_array_equal(y[good], clean[good])
+
+
+# ---- one packed object -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "algorithm"), [(kind, a) for kind, algorithms in ALGORITHMS.items() for a in algorithms]
+)
+def test_concurrent_calls(kind: str, algorithm: str) -> None:
+    case = Case((1, 7, 9, 9), (20, 7, 3, 3), {"padding": 1}) if kind == "conv2d" else Case((3, 50), (150, 50))
+    packed = pack(case, "float32", algorithm)
+    shapes = [case.x, (2, 7, 5, 12), (1, 7, 1, 1)] if kind == "conv2d" else [case.x, (50,), (9, 50)]
+    inputs = [make_input(shape, "float32", seed) for seed, shape in enumerate(shapes * 2)]
+    pycodesign.set_num_threads(1)
+    expected = [run(x, packed) for x in inputs]
+    pycodesign.set_num_threads(2)
+    fresh = pack(case, "float32", algorithm)  # its plans are made by racing calls
+
+    def call(i: int) -> Array:
+        return run(inputs[i % len(inputs)], fresh)
+
+    with ThreadPoolExecutor(4) as threads:
+        for i, y in enumerate(threads.map(call, range(60))):
+            assert y.tobytes() == expected[i % len(inputs)].tobytes()
+
+
+def test_more_input_sizes_than_plans_are_kept() -> None:
+    case = Case((1, 3, 1, 1), (5, 3, 3, 3), {"padding": 1})
+    packed = pack(case, "uint8", "tables")
+    for size in (*range(1, 41), 1, 2, 40):
+        x = make_input((1, 3, 2, size), "uint8")
+        np.testing.assert_array_equal(run(x, packed), expect(case, x))
+
+
+def test_warmup() -> None:
+    conv, linear = Case((1, 3, 5, 5), (4, 3, 3, 3)), Case((2, 6), (4, 6))
+    pack(conv, "float32", "tables").warmup((2, 3, 9, 9))
+    pack(linear, "uint8", "dense").warmup([3, 1, 6])
+    with pytest.raises(ValueError, match=r"^x: expected float32 \(N, 3, H, W\), got float32 \(2, 4, 9, 9\)$"):
+        pack(conv, "float32", "tables").warmup((2, 4, 9, 9))
+
+
+@pytest.mark.parametrize("case", [Case((1, 9, 8, 8), (16, 9, 3, 3)), Case((2, 64), (70, 64))], ids=["conv2d", "linear"])
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_tune(case: Case, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "COLD_BYTES", 1 << 16)
+    q, bias = make_weights(case)
+    prepack = ops.prepack_conv2d if case.kind == "conv2d" else ops.prepack_linear
+    packed = prepack(q, bias, input_dtype=dtype, tune=True, **input_options(dtype))
+    x = make_input(case.x, dtype)
+    y = run(x, packed)
+    why = packed.explain()["why"]
+    assert why.startswith("measured cold: ")
+    assert all(f"{algorithm} " in why and " ms" in why for algorithm in ALGORITHMS[case.kind])
+    np.testing.assert_array_equal(y, run(x, pack(case, dtype, packed.algorithm)))
+    np.testing.assert_array_equal(y, run(x, packed))
+    assert packed.explain()["why"] == why
+
+
+def test_auto_is_deterministic_and_says_why() -> None:
+    for case in [*CONVOLUTIONS.values(), *LINEARS.values()]:
+        first, second = (pack(case, "float32", "auto").explain() for _ in range(2))
+        assert first["algorithm"] in ALGORITHMS[case.kind]
+        assert first["why"] and (first["algorithm"], first["why"]) == (second["algorithm"], second["why"])
+
+
+@pytest.mark.parametrize(("kind", "algorithm"), [(kind, a) for kind, names in ALGORITHMS.items() for a in names])
+def test_explain(kind: str, algorithm: str) -> None:
+    case = Case((1, 64, 4, 4), (128, 64, 3, 3)) if kind == "conv2d" else Case((1, 512), (256, 512))
+    packed = pack(case, "float32", algorithm)
+    told = packed.explain()
+    weights = math.prod(case.w)
+    assert (told["kind"], told["algorithm"], told["why"]) == (kind, algorithm, "asked for")
+    assert told["dense_ops"] == 2 * weights - case.w[0]
+    assert told["float32_bytes"] == 4 * weights
+    assert told["share_removed"] == pytest.approx(1 - (told["adds"] + told["multiplies"]) / told["dense_ops"])
+    assert (told["share_removed"] == 0) == (algorithm == "dense")
+    assert 0 < told["bytes"] < (1.2 if algorithm == "dense" else 0.3) * told["float32_bytes"]
+    assert told["seconds"] > 0
+    assert (told["isa"], told["threads"]) == (_core.active_isa(), pycodesign.get_num_threads())
+    lines = str(told).splitlines()
+    assert [line.split()[0] for line in lines] == list(told)
+    assert f"{told['dense_ops']:,}" in str(told)
+
+
+@pytest.mark.parametrize("channels", [(64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 512), (512, 512)])
+def test_ternary_tables_are_an_eighth_of_float32(channels: tuple[int, int]) -> None:
+    told = pack(Case((), (channels[1], channels[0], 3, 3)), "float32", "tables").explain()
+    assert told["bytes"] <= told["float32_bytes"] / 8
+
+
+@pytest.mark.parametrize("shape", [(4096, 4096), (1024, 4096), (1000, 512)])
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_ternary_packed_linear_is_an_eighth_of_float32(shape: tuple[int, int], dtype: str) -> None:
+    told = pack(Case((), shape), dtype, "packed").explain()
+    assert told["bytes"] <= told["float32_bytes"] / 8
+
+
+# ---- promises and other arrays ---------------------------------------------------------------------------------------
+
+
+def test_promised_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case((2, 5, 6, 6), (7, 5, 3, 3))
+    q, _ = make_weights(case)
+    for dtype, low, high in (("uint8", 0, 15), ("int8", -8, 7)):
+        packed = ops.prepack_conv2d(q, input_dtype=dtype, input_bits=4)
+        x = np.random.default_rng(0).integers(low, high + 1, case.x).astype(dtype)
+        np.testing.assert_array_equal(ops.conv2d(x, packed), reference.conv2d(x, q))
+        x[1, 2, 3, 4] = high + 1
+        ops.conv2d(x, packed)  # may be wrong, does not crash
+        monkeypatch.setenv("PYCODESIGN_CHECK", "1")
+        with pytest.raises(
+            ValueError, match=rf"^x: expected values of 4 bits, {low} to {high}, got {low} to {high + 1}$"
+        ):
+            ops.conv2d(x, packed)
+        x[1, 2, 3, 4] = low
+        ops.conv2d(x, packed)
+        monkeypatch.delenv("PYCODESIGN_CHECK")
+
+
+def test_torch_tensors() -> None:
+    torch = pytest.importorskip("torch")
+    case = Case((2, 5, 6, 7), (9, 5, 3, 3), {"padding": 1})
+    packed = pack(case, "float32", "tables")
+    x, residual = make_input(case.x, "float32"), make_input((2, 9, 6, 7), "int8")
+    expected = run(x, packed, residual=residual)
+    given_x = torch.from_numpy(x).to(memory_format=torch.channels_last).requires_grad_()
+    y = run(given_x, packed, residual=torch.from_numpy(residual))
+    assert isinstance(y, torch.Tensor)
+    np.testing.assert_array_equal(y.numpy(), expected)
+    out = torch.empty((2, 9, 6, 7))
+    assert run(given_x, packed, residual=torch.from_numpy(residual), out=out) is out
+    np.testing.assert_array_equal(out.numpy(), expected)
+
+
+# ---- properties ------------------------------------------------------------------------------------------------------
+
+small = st.integers(1, 5)
+run_settings = st.tuples(st.sampled_from(ISAS), st.sampled_from(THREADS), st.sampled_from(INPUT_DTYPES))
+level_sets = st.sets(st.integers(-128, 127), min_size=1, max_size=5).map(lambda levels: tuple(sorted(levels)))
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> Case:
+    groups, channels, outputs, kernel_h, kernel_w = (draw(small) for _ in range(5))
+    stride, dilation = draw(st.tuples(small, small)), draw(st.tuples(small, small))
+    padding = draw(st.tuples(st.integers(0, 6), st.integers(0, 6)))
+    spans = [dilation[0] * (kernel_h - 1) + 1 - 2 * padding[0], dilation[1] * (kernel_w - 1) + 1 - 2 * padding[1]]
+    height, width = (max(span, 1) + draw(st.integers(0, 12)) for span in spans)
+    return Case(
+        (draw(st.integers(1, 3)), groups * channels, height, width),
+        (groups * outputs, channels, kernel_h, kernel_w),
+        {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups},
+        draw(level_sets),
+        bias=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=150)
+@given(convolutions(), st.sampled_from(ALGORITHMS["conv2d"]), run_settings)
+def test_any_conv2d(case: Case, algorithm: str, setting: tuple[str, int, str]) -> None:
+    check_any(case, algorithm, *setting)
+
+
+@settings(max_examples=100)
+@given(
+    st.integers(0, 9),
+    st.integers(1, 70),
+    st.integers(1, 140),
+    level_sets,
+    st.sampled_from(ALGORITHMS["linear"]),
+    run_settings,
+)
+def test_any_linear(
+    rows: int, inputs: int, outputs: int, levels: tuple[float, ...], algorithm: str, setting: tuple[str, int, str]
+) -> None:
+    case = Case((rows, inputs), (outputs, inputs), levels=levels)
+    check_any(case, algorithm if case.fits(algorithm) else "dense", *setting)
+
+
+def check_any(case: Case, algorithm: str, isa: str, threads: int, dtype: str) -> None:
+    pycodesign.set_isa(isa)
+    pycodesign.set_num_threads(threads)
+    x = make_input(case.x, dtype)
+    y = run(x, pack(case, dtype, algorithm))
+    if dtype == "float32":
+        assert_near(y, case, x)
+    else:
+        np.testing.assert_array_equal(y, expect(case, x))

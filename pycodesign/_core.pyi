@@ -1,48 +1,80 @@
-from typing import Any, TypeAlias
+"""Compiled kernels, what they were built for and what they run on."""
+
+from collections.abc import Sequence
+from typing import Any, final, type_check_only
 
 import numpy as np
 from numpy.typing import NDArray
 
-_Array: TypeAlias = NDArray[Any]
-_Pair: TypeAlias = tuple[int, int]
+def build_info() -> dict[str, Any]:
+    """Return ``compiler``, ``version`` and ``isas``, the instruction sets built in."""
 
-def set_isa(name: str) -> None: ...
-def active_isa() -> str: ...
-def supported_isas() -> list[str]: ...
-def set_num_threads(n: int) -> None: ...
-def get_num_threads() -> int: ...
-def thread_backend() -> str: ...
-def available_cores() -> int: ...
-def cpu_name() -> str: ...
-def cache_sizes() -> dict[str, int]: ...
-def build_info() -> dict[str, Any]: ...
+def supported_isas() -> list[str]:
+    """Return the instruction sets that this processor supports, from the least to the best."""
+
+def active_isa() -> str:
+    """Return the instruction set that kernels are chosen for."""
+
+def set_isa(name: str) -> None:
+    """Force an instruction set; ValueError if the name is unknown or this processor does not support it."""
+
+def get_num_threads() -> int:
+    """Return how many threads one operation may use."""
+
+def set_num_threads(n: int) -> None:
+    """Set how many threads one operation may use; ValueError if not positive."""
+
+def thread_backend() -> str:
+    """Return whose threads run: ``"pool"`` or ``"openmp: <path of the runtime>"``."""
+
+def available_cores() -> int:
+    """Return the number of cores that affinity and cgroup quota leave to this process."""
+
+def cpu_name() -> str:
+    """Return the processor's own name."""
+
+def cache_sizes() -> dict[str, int]:
+    """Return the bytes of ``l1d``, ``l2`` and ``l3``."""
+
 def choose_conv2d(
-    codes: _Array,
-    levels: _Array,
-    scale: _Array,
+    codes: NDArray[np.uint8],
+    levels: NDArray[np.float32],
+    scale: NDArray[np.float32],
     channels: int,
     groups: int,
-    kernel: _Pair,
-    stride: _Pair,
-    padding: _Pair,
-    dilation: _Pair,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
     input_dtype: str,
-) -> tuple[str, str]: ...
-def choose_linear(codes: _Array, levels: _Array, scale: _Array, input_dtype: str) -> tuple[str, str]: ...
+) -> tuple[str, str]:
+    """Return the algorithm that the cost model prefers, and why."""
 
-class PackedConv2d:
+def choose_linear(
+    codes: NDArray[np.uint8], levels: NDArray[np.float32], scale: NDArray[np.float32], input_dtype: str
+) -> tuple[str, str]:
+    """Return the algorithm that the cost model prefers, and why."""
+
+@type_check_only
+class _Type(type):
+    """Metaclass of classes that pybind11 binds."""
+
+@final
+class PackedConv2d(metaclass=_Type):
+    """Packed weights of a convolution: codes (O, C / groups * kH * kW), levels (1 or O, Q), scale (O, 1)."""
+
     def __init__(
         self,
-        codes: _Array,
-        levels: _Array,
-        scale: _Array,
-        bias: _Array | None,
+        codes: NDArray[np.uint8],
+        levels: NDArray[np.float32],
+        scale: NDArray[np.float32],
+        bias: NDArray[np.float32] | None,
         channels: int,
         groups: int,
-        kernel: _Pair,
-        stride: _Pair,
-        padding: _Pair,
-        dilation: _Pair,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
         input_dtype: str,
         input_scale: float,
         input_zero_point: int,
@@ -50,18 +82,27 @@ class PackedConv2d:
         algorithm: str,
     ) -> None: ...
     @property
-    def algorithm(self) -> str: ...
+    def algorithm(self) -> str:
+        """Name of the algorithm that runs."""
+
     @property
-    def group_size(self) -> int: ...
+    def group_size(self) -> int:
+        """Channels that share a table; 0 without tables."""
+
     @property
-    def max_entries(self) -> int: ...
-    def counts(self) -> dict[str, int]: ...
-    def codes(self) -> NDArray[np.uint8]: ...
-    def warmup(self, images: int, height: int, width: int) -> None: ...
+    def max_entries(self) -> int:
+        """Entries of the largest table."""
+
+    def codes(self) -> NDArray[np.uint8]:
+        """Return the codes, decoded from the packed form."""
+
+    def counts(self) -> dict[str, int]:
+        """Return ``adds`` and ``multiplies`` per output pixel, and ``bytes`` of the packed weights."""
+
     def run(
         self,
-        x: _Array,
-        residual: _Array | None,
+        x: NDArray[Any],
+        residual: NDArray[Any] | None,
         residual_scale: float,
         residual_zero_point: float,
         lo: float | None,
@@ -69,12 +110,14 @@ class PackedConv2d:
         out_dtype: str,
         out_scale: float | None,
         out_zero_point: int,
-        out: _Array | None,
-    ) -> _Array: ...
+        out: NDArray[Any] | None,
+    ) -> NDArray[Any]:
+        """Convolve x (N, C, H, W) into (N, O, OH, OW)."""
+
     def run_rows(
         self,
-        x: _Array,
-        residual: _Array | None,
+        x: NDArray[Any],
+        residual: NDArray[Any] | None,
         residual_scale: float,
         residual_zero_point: float,
         lo: float | None,
@@ -82,16 +125,20 @@ class PackedConv2d:
         out_dtype: str,
         out_scale: float | None,
         out_zero_point: int,
-        out: _Array | None,
-    ) -> _Array: ...
+        out: NDArray[Any] | None,
+    ) -> NDArray[Any]:
+        """Multiply rows x (T, I) into (T, O): a linear layer as the pixels of a 1x1 convolution."""
 
-class PackedLinear:
+@final
+class PackedLinear(metaclass=_Type):
+    """Packed weights of a linear layer: codes (O, I), levels (1 or O, Q), scale (O, G)."""
+
     def __init__(
         self,
-        codes: _Array,
-        levels: _Array,
-        scale: _Array,
-        bias: _Array | None,
+        codes: NDArray[np.uint8],
+        levels: NDArray[np.float32],
+        scale: NDArray[np.float32],
+        bias: NDArray[np.float32] | None,
         input_dtype: str,
         input_scale: float,
         input_zero_point: int,
@@ -99,13 +146,19 @@ class PackedLinear:
         algorithm: str,
     ) -> None: ...
     @property
-    def algorithm(self) -> str: ...
-    def counts(self) -> dict[str, int]: ...
-    def codes(self) -> NDArray[np.uint8]: ...
+    def algorithm(self) -> str:
+        """Name of the algorithm that runs."""
+
+    def codes(self) -> NDArray[np.uint8]:
+        """Return the codes, decoded from the packed form."""
+
+    def counts(self) -> dict[str, int]:
+        """Return ``adds`` and ``multiplies`` per row, and ``bytes`` of the packed weights."""
+
     def run_rows(
         self,
-        x: _Array,
-        residual: _Array | None,
+        x: NDArray[Any],
+        residual: NDArray[Any] | None,
         residual_scale: float,
         residual_zero_point: float,
         lo: float | None,
@@ -113,5 +166,6 @@ class PackedLinear:
         out_dtype: str,
         out_scale: float | None,
         out_zero_point: int,
-        out: _Array | None,
-    ) -> _Array: ...
+        out: NDArray[Any] | None,
+    ) -> NDArray[Any]:
+        """Multiply rows x (T, I) into (T, O)."""

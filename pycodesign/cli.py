@@ -27,10 +27,10 @@ VARIABLES = ("PYCODESIGN_ISA", "PYCODESIGN_NUM_THREADS")
 
 @contextmanager
 def plain_errors() -> Iterator[None]:
-    """Show a missing extra or a bad value as one sentence."""
+    """Show a missing extra, a bad value or a file that cannot be written as one sentence."""
     try:
         yield
-    except (ModuleNotFoundError, ValueError) as error:
+    except (ModuleNotFoundError, OSError, ValueError) as error:
         raise click.ClickException(str(error)) from error
 
 
@@ -47,10 +47,10 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--quick", is_flag=True, help="Fewer images and layers, float32 only: under 20 seconds.")
+@click.option("--quick", is_flag=True, help="Fewer images and layers, float32, one thread: under 20 seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output, nothing else.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Draw the times as bars.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads within a layer; all cores by default.")
+@click.option("--threads", type=click.IntRange(min=1), help="Threads within a layer; all cores, or one with --quick.")
 def demo(quick: bool, as_json: bool, plot: Path | None, threads: int | None) -> None:
     """Run two trained networks, then time the layers of a larger one.
 
@@ -71,7 +71,7 @@ def demo(quick: bool, as_json: bool, plot: Path | None, threads: int | None) -> 
     with plain_errors():
         if plot and importlib.util.find_spec("matplotlib") is None:
             raise ModuleNotFoundError('--plot needs matplotlib: pip install "pycodesign[demo]"')
-        threads = threads or pycodesign.get_num_threads()
+        threads = threads or (1 if quick else pycodesign.get_num_threads())
         pycodesign.set_num_threads(threads)
         _, (images, labels) = load_digits()
     if quick:
@@ -82,17 +82,17 @@ def demo(quick: bool, as_json: bool, plot: Path | None, threads: int | None) -> 
             advance = partial(progress.advance, progress.add_task(name, total=len(images) // BATCH))
             networks.append(check_network(name, images, labels, advance))
     timing = time_layers(threads, quick)
-    if plot:
-        plot_layers(timing, plot)
     if as_json:
         click.echo(json.dumps({"version": pycodesign.__version__, "networks": networks, "timing": timing}))
-        return
-    console = open_console()
-    for network in networks:
-        print_network(network, console)
-    print_timing(timing, console)
+    else:
+        console = open_console()
+        for network in networks:
+            print_network(network, console)
+        print_timing(timing, console)
     if plot:
-        console.print(f"Wrote {plot}.")
+        with plain_errors():
+            plot_layers(timing, plot)
+        click.echo(f"wrote {plot}", err=True)
 
 
 def open_console() -> Console:
@@ -124,7 +124,7 @@ def print_timing(timing: Mapping[str, Any], console: Console) -> None:
     for row in timing["layers"]:
         best = ("-", "-", "-")
         if row["best"]:
-            best = row["best"], f"{row['best_ms']:.3f}", f"{row['speedup']:.2f}"
+            best = row["best"].split()[0], f"{row['best_ms']:.3f}", f"{row['speedup']:.2f}"
         losing = row["best"] and row["speedup"] < 1
         ours = f"{row['dtype']} {row['algorithm']}", f"{row['ms']:.3f}"
         table.add_row(*counts_cells(row), *ours, *best, style="red" if losing else None)
@@ -185,11 +185,11 @@ def bench(suite: str, file: Path | None, **options: Any) -> None:
     """
     from pycodesign.bench.suites import DTYPES, print_table, run_suite
 
+    chosen: dict[str, Any] = {"dtypes": DTYPES} | {name: value for name, value in options.items() if value}
     with plain_errors():
-        options["dtypes"] = options["dtypes"] or DTYPES
-        result = run_suite(suite, **{name: value or None for name, value in options.items()})
+        result = run_suite(suite, **chosen)
     if file:
-        with click.open_file(file, "w") as stream:
+        with plain_errors(), click.open_file(file, "w") as stream:
             stream.write(json.dumps(result, indent=1) + "\n")
     if file != Path("-"):
         print_table(result, open_console())

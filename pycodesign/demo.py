@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import safetensors
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import track
 from safetensors.numpy import save_file
 
 from pycodesign import ops
@@ -104,8 +106,10 @@ def pool(x: FloatArray, kind: str) -> FloatArray:
     """Pool images (N, C, H, W): halve H and W, or reduce to (N, C); an odd last row or column is dropped."""
     if kind == "max":
         n, c, h, w = x.shape
-        return x[:, :, : h // 2 * 2, : w // 2 * 2].reshape(n, c, h // 2, 2, w // 2, 2).max((3, 5))
-    return x.mean((2, 3)) if kind == "mean" else x
+        x = x[:, :, : h // 2 * 2, : w // 2 * 2].reshape(n, c, h // 2, 2, w // 2, 2).max((3, 5))
+    elif kind == "mean":
+        x = x.mean((2, 3))
+    return x
 
 
 def convolve(x: FloatArray, w: FloatArray, stride: int = 1, padding: int = 0) -> FloatArray:
@@ -243,7 +247,9 @@ class NumpyChain(Chain):
 
     def _run_layer(self, x: FloatArray, index: int) -> FloatArray:
         layer = self.case.layer
-        return convolve(x, self.weights[index], layer.stride, layer.padding) + self.case.biases[index][:, None, None]
+        y = convolve(x, self.weights[index], layer.stride, layer.padding) + self.case.biases[index][:, None, None]
+        np.maximum(y, 0, out=y)
+        return y
 
     def run(self) -> FloatArray:
         y = self.case.x
@@ -290,7 +296,8 @@ def time_layers(threads: int, quick: bool = False) -> dict[str, Any]:
     rows = [row for row in result["rows"] if row["state"] == "cold"]
     ms = {(row["layer"], row["contender"]): row["ms"]["median"] for row in rows}
     shapes = {row["layer"]: cases.Layer(row["layer"], **row["shape"]) for row in rows}
-    counts = {name: count_operations(cases.Case.random(shape, length=1).weights[0]) for name, shape in shapes.items()}
+    counted = track(shapes.items(), "factoring", console=Console(stderr=True), transient=True)
+    counts = {name: count_operations(cases.Case.random(shape, length=1).weights[0]) for name, shape in counted}
     return {
         "cpu": facts["cpu"],
         "isa": facts["pycodesign"]["isa"],
@@ -309,29 +316,22 @@ def time_layers(threads: int, quick: bool = False) -> dict[str, Any]:
 
 
 def plot_layers(timed: Mapping[str, Any], path: str | Path) -> None:
-    """Draw the times of `time_layers`' layers as bars beside the best competitor's.
+    """Draw a result of `time_layers`: a bar for each layer, another for the best competitor; needs matplotlib."""
+    from matplotlib.figure import Figure
 
-    Raises
-    ------
-    ModuleNotFoundError
-        matplotlib is not installed; the message says what to install.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError('plots are drawn by matplotlib: pip install "pycodesign[demo]"') from error
     rows = timed["layers"]
-    figure = Figure(figsize=(9, 1.5 + 0.45 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(9, 1.5 + 0.4 * len(rows)), layout="constrained")
     axes = figure.add_subplot()
     y = np.arange(len(rows))
     ours = axes.barh(y - 0.2, [row["ms"] for row in rows], 0.4, label="pycodesign")
-    others = axes.barh(y + 0.2, [row["best_ms"] or 0 for row in rows], 0.4, label="best competitor")
+    others = axes.barh(y + 0.2, [row["best_ms"] or np.nan for row in rows], 0.4, label="best competitor")
     axes.bar_label(ours, [row["algorithm"] for row in rows], padding=3)
     axes.bar_label(others, [row["best"] or "" for row in rows], padding=3)
     axes.set_yticks(y, [f"{row['layer']}, {row['dtype']}" for row in rows])
     axes.invert_yaxis()
-    axes.margins(x=0.2)
+    axes.set_xscale("log")  # the layers' times are a hundredfold apart
+    axes.margins(x=0.3, y=0.01)
     axes.set_xlabel("milliseconds per layer, caches cold; shorter is better")
     axes.set_title(f"ResNet-18 layers, ternary weights, {timed['threads']} threads\n{timed['cpu']}, {timed['isa']}")
-    axes.legend()
+    figure.legend(loc="outside lower right")
     figure.savefig(path)

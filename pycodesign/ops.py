@@ -150,7 +150,7 @@ class Packed:
         path : path
         """
         q = self.weights()
-        tensors = {"codes": _pack_bits(q.codes, _code_bits(q.Q)), "levels": q.levels, "scale": q.scale}
+        tensors: dict[str, NDArray[Any]] = {"codes": _pack_bits(q.codes, _code_bits(q.Q)), "levels": q.levels, "scale": q.scale}
         if self._bias is not None:
             tensors["bias"] = self._bias
         options = json.dumps({**self._options, "algorithm": self.algorithm, "shape": self._shape}, sort_keys=True)
@@ -393,7 +393,7 @@ def conv2d(
     _check_promise(given, packed)
     arguments = _epilogue(residual, residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point)
     target = None if out is None else _to_numpy("out", out)[0]
-    y = packed._run(lambda native: native.run(given, *arguments, target))  # type: ignore[union-attr]
+    y = packed._run(lambda native: native.run(given, *arguments, out=target))  # type: ignore[union-attr]
     return out if out is not None else _from_numpy(y, kind)
 
 
@@ -449,7 +449,7 @@ def linear(
     flat = given.reshape(math.prod(given.shape[:-1]), inputs)
     arguments = _epilogue(residual, residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point, shape)
     target = None if out is None else _rows_of(_to_numpy("out", out)[0], shape, out_dtype)
-    y = packed._run(lambda native: native.run_rows(flat, *arguments, target))
+    y = packed._run(lambda native: native.run_rows(flat, *arguments, out=target))
     return out if out is not None else _from_numpy(y.reshape(shape), kind)
 
 
@@ -642,7 +642,9 @@ def _rows_of(out: NDArray[Any], shape: tuple[int, ...], dtype: str) -> NDArray[A
 
 def _integer(name: str, value: Any, lowest: int = -LARGEST_INTEGER) -> int:
     try:
-        number = operator.index(None if isinstance(value, bool) else value)
+        if isinstance(value, bool):
+            raise TypeError
+        number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}") from None
     if number < lowest:

@@ -1,8 +1,8 @@
 """Every algorithm, on every instruction set and thread count of this machine, against the reference.
 
 Integer inputs give equal results. Float inputs are within the bound that `tolerance` derives, with the same bits from
-run to run and for every thread count. Sizes sit at the edges of what kernels work in: 4, 8 or 16 lanes of pixels, blocks
-of 8 outputs, words of 4 channels, panels of 64 outputs of a linear layer.
+run to run and for every thread count. Sizes sit at the edges of what kernels work in: 4, 8 or 16 lanes of pixels,
+blocks of 8 outputs, words of 4 channels, panels of 64 outputs of a linear layer.
 """
 
 from __future__ import annotations

@@ -1,6 +1,10 @@
 // Uninitialized scratch memory that starts on a cache line and only grows.
 #pragma once
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstddef>
 #include <memory>
 #include <new>
@@ -8,7 +12,7 @@
 
 namespace pycodesign::core {
 
-inline constexpr size_t cache_line = 64;
+inline constexpr size_t cache_line = 64, huge_page = size_t{2} << 20;
 
 template <class T>
 class AlignedBuffer {
@@ -24,7 +28,12 @@ class AlignedBuffer {
       if (size > (static_cast<size_t>(-1) - cache_line) / sizeof(T)) throw std::bad_alloc();
       data_.reset();
       size_ = 0;
-      data_.reset(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t{cache_line})));
+      const size_t bytes = size * sizeof(T), alignment = bytes >= huge_page ? huge_page : cache_line;
+      data_ = {static_cast<T*>(::operator new(bytes, std::align_val_t{alignment})), Free{alignment}};
+#if defined(__linux__)
+      // Weights read once per call miss the TLB on every small page.
+      if (alignment == huge_page) ::madvise(data_.get(), bytes / huge_page * huge_page, MADV_HUGEPAGE);
+#endif
       size_ = size;
     }
     return data_.get();
@@ -38,7 +47,8 @@ class AlignedBuffer {
 
  private:
   struct Free {
-    void operator()(T* data) const { ::operator delete(data, std::align_val_t{cache_line}); }
+    size_t alignment = cache_line;
+    void operator()(T* data) const { ::operator delete(data, std::align_val_t{alignment}); }
   };
 
   std::unique_ptr<T, Free> data_;

@@ -348,16 +348,18 @@ void PackedConv2d::run_tables(const LiftPlan& lift, const Kernels& k, const char
   const auto phases = static_cast<int64_t>(lift.phases.size());
   const bool is_float = activations_.dtype == DType::f32;
 
-  // The tile: as many vectors as keep the tables of a block in the first-level cache.
+  // Tiles of nearly equal width, as wide as the caches like.
+  int64_t tiles = lift.segment;
   int tile = 1;
   double best = std::numeric_limits<double>::max();
   for (int vectors = 1; vectors <= k.max_table_vectors; ++vectors) {
+    const int64_t count = (lift.segment + vectors - 1) / vectors;
     int64_t width = 0;
     for (const TapSegment& s : lift.tap_segments(vectors)) width += vectors + s.taps.back().shift;
-    const double cost = std::ceil(static_cast<double>(lift.segment) / vectors) *
-                        tile_cost(vectors, static_cast<double>(width), max_entries_, block_units_, static_cast<double>(group_outputs_),
-                                  static_cast<double>(block_units_ * taps_), static_cast<double>(vector_bytes));
-    if (cost < best) best = cost, tile = vectors;
+    const double cost = static_cast<double>(count) * tile_cost(static_cast<double>(lift.segment) / static_cast<double>(count), static_cast<double>(width), max_entries_,
+                                                               block_units_, static_cast<double>(group_outputs_), static_cast<double>(block_units_ * taps_),
+                                                               static_cast<double>(vector_bytes));
+    if (cost < best) best = cost, tile = vectors, tiles = count;
   }
   const auto segments = lift.tap_segments(tile);
   std::vector<int64_t> segment_source;
@@ -374,13 +376,14 @@ void PackedConv2d::run_tables(const LiftPlan& lift, const Kernels& k, const char
   const int64_t entry_bytes = width * vector_bytes, unit_bytes = entry_bytes * max_entries_;
   for (int64_t slot = taps_; slot < block_units_ * taps_; ++slot)
     slot_offset[static_cast<size_t>(slot)] = slot_offset[static_cast<size_t>(slot % taps_)] + static_cast<int32_t>(slot / taps_ * unit_bytes);
-  const int64_t tiles = (lift.segment + tile - 1) / tile, groups = geometry_.groups;
+  const int64_t groups = geometry_.groups;
   const int64_t splits = output_splits(tiles * groups, group_outputs_, core::num_threads());
   const size_t row_bytes = static_cast<size_t>((group_size_ + 1) * entry_bytes), table_bytes = static_cast<size_t>(unit_bytes * block_units_);
   core::parallel_for(tiles * groups * splits, [&](int64_t chunk, int) {
-    const int64_t group = chunk / (tiles * splits), j = chunk / splits % tiles * tile, split = chunk % splits;
+    const int64_t group = chunk / (tiles * splits), t = chunk / splits % tiles, split = chunk % splits;
+    const int64_t j = lift.segment * t / tiles;
     const int64_t first = group_outputs_ * split / splits, count = group_outputs_ * (split + 1) / splits - first;
-    const int vectors = static_cast<int>(std::min<int64_t>(tile, lift.segment - j));
+    const int vectors = static_cast<int>(lift.segment * (t + 1) / tiles - j);
     TableBuild build{};
     build.channel_stride = phases * plane;
     build.segment_source = segment_source.data();

@@ -41,9 +41,9 @@ std::vector<float> distinct_levels(const Weights& w) {
 // In cycles of a core that loads one 64-byte vector per cycle; fitted on the layers of ResNet-18.
 
 double tile_cost(double vectors, double width, double entries, double block, double outputs, double slots, double vector_bytes) {
-  constexpr double build = 2.5, output = 2, slot = 0.8;         // per vector stored; per vector of a sum loaded and stored; per index
-  const double bytes = entries * block * width * vector_bytes;
-  const double load = bytes <= 32 << 10 ? 1.28 : bytes <= 64 << 10 ? 1.35 : bytes <= 128 << 10 ? 1.5 : bytes <= 512 << 10 ? 1.7 : 4;
+  constexpr double build = 3.8, output = 2, slot = 0.4;         // per vector stored; per vector of a sum loaded and stored; per index
+  const double bytes = entries * block * width * vector_bytes;  // first-level cache holds them, nearly, a quarter; the second; neither
+  const double load = bytes <= 32 << 10 ? 1.2 : bytes <= 64 << 10 ? 1.3 : bytes <= 112 << 10 ? 1.4 : bytes <= 512 << 10 ? 1.7 : 4;
   return entries * block * width * build + outputs * (slots * (vectors * load + slot) + vectors * output);
 }
 
@@ -65,19 +65,20 @@ int64_t table_entries(const std::vector<float>& levels, int inputs) {
 }
 
 TableChoice choose_table(const std::vector<float>& levels, const Geometry& g, int64_t group_outputs) {
-  constexpr double vectors = 4, vector_bytes = 64;
-  const auto taps = static_cast<double>(g.kernel[0] * g.kernel[1]);
-  const double width = static_cast<double>(g.kernel[0]) * (vectors + static_cast<double>((g.kernel[1] - 1) / g.stride[1]));
+  constexpr double vector_bytes = 64;
+  const auto taps = static_cast<double>(g.kernel[0] * g.kernel[1]), outputs = static_cast<double>(group_outputs);
   const int64_t channels = g.channels / g.groups;
   TableChoice best;
   for (int size = 1; size <= 8 && size <= channels; ++size) {
     const int64_t entries = table_entries(levels, size), units = (channels + size - 1) / size;
     if (entries > max_table_entries) break;
-    for (int block = 1; block <= 8 && block <= units; ++block) {
-      const double cost = tile_cost(vectors, width, static_cast<double>(entries), block, static_cast<double>(group_outputs), block * taps, vector_bytes);
-      const double total = cost * static_cast<double>(units) / (block * vectors);
-      if (best.size == 0 || total < best.cost) best = {size, block, total};
-    }
+    for (int block = 1; block <= 8 && block <= units; ++block)
+      for (const double vectors : {4, 6, 8}) {                   // the input's size comes later, with the plan
+        const double width = static_cast<double>(g.kernel[0]) * (vectors + static_cast<double>((g.kernel[1] - 1) / g.stride[1]));
+        const double cost = tile_cost(vectors, width, static_cast<double>(entries), block, outputs, block * taps, vector_bytes);
+        const double total = cost * static_cast<double>(units) / (block * vectors);
+        if (best.size == 0 || total < best.cost) best = {size, block, total};
+      }
   }
   return best;
 }

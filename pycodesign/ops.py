@@ -77,15 +77,17 @@ class Packed:
     def _pack(self, codes: NDArray[Any], algorithm: str) -> Native:
         o, flat = self._options, codes.reshape(codes.shape[0], -1).astype(np.uint8, copy=False)
         arrays = flat, np.atleast_2d(self._levels), self._scale.reshape(codes.shape[0], -1), self._bias
-        inputs = o["input_dtype"], o["input_scale"], o["input_zero_point"], o["input_bits"] or 0, algorithm
+        names = "input_dtype", "input_scale", "input_zero_point"
+        inputs: dict[str, Any] = {name: o[name] for name in names} | {"input_bits": o["input_bits"] or 0}
         if algorithm != "tables" and _exceed_int8(self._levels, o):
             raise ValueError(f"algorithm: expected 'tables' for levels beyond int8, got {algorithm!r}")
         if codes.ndim == 4:
             channels, kernel = codes.shape[1] * o["groups"], (codes.shape[2], codes.shape[3])
-            return _core.PackedConv2d(*arrays, channels, o["groups"], kernel, o["stride"], o["padding"], o["dilation"], *inputs)
+            geometry = channels, o["groups"], kernel, o["stride"], o["padding"], o["dilation"]
+            return _core.PackedConv2d(*arrays, *geometry, **inputs, algorithm=algorithm)
         if algorithm == "tables":
-            return _core.PackedConv2d(*arrays, codes.shape[1], 1, (1, 1), (1, 1), (0, 0), (1, 1), *inputs)
-        return _core.PackedLinear(*arrays, *inputs)
+            return _core.PackedConv2d(*arrays, codes.shape[1], 1, (1, 1), (1, 1), (0, 0), (1, 1), **inputs, algorithm=algorithm)
+        return _core.PackedLinear(*arrays, **inputs, algorithm=algorithm)
 
     @property
     def algorithm(self) -> str:
@@ -393,7 +395,7 @@ def conv2d(
     _check_promise(given, packed)
     arguments = _epilogue(residual, residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point)
     target = None if out is None else _to_numpy("out", out)[0]
-    y = packed._run(lambda native: native.run(given, *arguments, out=target))  # type: ignore[union-attr]
+    y = packed._run(lambda native: native.run(given, **arguments, out=target))  # type: ignore[union-attr]
     return out if out is not None else _from_numpy(y, kind)
 
 
@@ -449,7 +451,7 @@ def linear(
     flat = given.reshape(math.prod(given.shape[:-1]), inputs)
     arguments = _epilogue(residual, residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point, shape)
     target = None if out is None else _rows_of(_to_numpy("out", out)[0], shape, out_dtype)
-    y = packed._run(lambda native: native.run_rows(flat, *arguments, out=target))
+    y = packed._run(lambda native: native.run_rows(flat, **arguments, out=target))
     return out if out is not None else _from_numpy(y.reshape(shape), kind)
 
 
@@ -601,7 +603,7 @@ def _epilogue(
     out_scale: float | None,
     out_zero_point: int,
     shape: tuple[int, ...] | None = None,
-) -> tuple[Any, ...]:
+) -> dict[str, Any]:
     """Arguments of the native call; `shape` is the output's where residual rows are to be flattened to it."""
     if not isinstance(out_dtype, str) or out_dtype not in OUTPUT_DTYPES:
         raise ValueError(f"out_dtype: expected {_list(map(repr, OUTPUT_DTYPES))}, got {out_dtype!r}")
@@ -620,16 +622,16 @@ def _epilogue(
             raise ValueError(f"clamp: expected lowest <= highest, got {clamp!r}")
     if out_scale is not None:
         out_scale = _number("out_scale", out_scale)
-    return (
-        added,
-        _number("residual_scale", residual_scale),
-        _integer("residual_zero_point", residual_zero_point),
-        low,
-        high,
-        out_dtype,
-        out_scale,
-        _integer("out_zero_point", out_zero_point),
-    )
+    return {
+        "residual": added,
+        "residual_scale": _number("residual_scale", residual_scale),
+        "residual_zero_point": _integer("residual_zero_point", residual_zero_point),
+        "lo": low,
+        "hi": high,
+        "out_dtype": out_dtype,
+        "out_scale": out_scale,
+        "out_zero_point": _integer("out_zero_point", out_zero_point),
+    }
 
 
 def _rows_of(out: NDArray[Any], shape: tuple[int, ...], dtype: str) -> NDArray[Any]:

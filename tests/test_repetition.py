@@ -233,6 +233,16 @@ def test_conv2d(name: str, algorithm: str, isa: str, record: Record) -> None:
             check(case, x, packed, record, isa, out_dtype="int32")
 
 
+@each_isa
+@each_conv2d
+@pytest.mark.parametrize("columns", [1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 65])
+def test_row_lengths(columns: int, algorithm: str, isa: str, record: Record) -> None:
+    for stride in (1, 2, 3):
+        case = Case((1, 5, 2, stride * (columns - 1) + 1), (3, 5, 1, 1), {"stride": (1, stride)})
+        for dtype in INPUT_DTYPES:
+            check(case, make_input(case.x, dtype), pack(case, dtype, algorithm), record, isa)
+
+
 LINEARS = {
     "1 of each": Case((1, 1), (1, 1)),
     "2 inputs, 3 outputs": Case((2, 2), (3, 2)),
@@ -699,9 +709,15 @@ def test_explain(kind: str, algorithm: str) -> None:
     assert f"{told['dense_ops']:,}" in str(told)
 
 
-@pytest.mark.parametrize("channels", [(64, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 512), (512, 512)])
-def test_ternary_tables_are_an_eighth_of_float32(channels: tuple[int, int]) -> None:
-    told = pack(Case((), (channels[1], channels[0], 3, 3)), "float32", "tables").explain()
+RESNET18 = [
+    (64, 3, 7), (64, 64, 3), (128, 64, 3), (128, 128, 3), (256, 128, 3), (256, 256, 3), (512, 256, 3), (512, 512, 3),
+    (128, 64, 1), (256, 128, 1), (512, 256, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("outputs", "channels", "size"), RESNET18)
+def test_ternary_tables_are_an_eighth_of_float32(outputs: int, channels: int, size: int) -> None:
+    told = pack(Case((), (outputs, channels, size, size)), "float32", "tables").explain()
     assert told["bytes"] <= told["float32_bytes"] / 8
 
 

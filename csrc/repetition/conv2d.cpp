@@ -402,7 +402,6 @@ void PackedConv2d::run_tables(const LiftPlan& lift, const Kernels& k, const char
     sum.tables = build.tables;
     sum.slot_offset = slot_offset.data();
     sum.entry_bytes = entry_bytes;
-    sum.acc = build.tables + table_bytes;
     sum.acc_stride = tile * vector_bytes;
     sum.outputs = count;
     sum.vectors = vectors;
@@ -413,11 +412,14 @@ void PackedConv2d::run_tables(const LiftPlan& lift, const Kernels& k, const char
       (is_float ? k.build_tables_f32 : k.build_tables_i32)(build);
       sum.slots = static_cast<int>(slots);
       sum.stream = reinterpret_cast<const uint8_t*>(weights_.data()) + (group * table_units_ + block * block_units_) * taps_ * group_outputs_ + first * slots;
-      sum.first = block == 0;
+      // Sums between blocks stay together; the last ones go to their planes.
+      char* const acc = build.tables + table_bytes;
+      const bool last = (block + 1) * block_units_ >= table_units_;
+      sum.acc = block == 0 ? nullptr : acc;
+      sum.to = last ? planes + (group * group_outputs_ + first) * out_plane + j * vector_bytes : acc;
+      sum.to_stride = last ? out_plane : sum.acc_stride;
       (is_float ? k.sum_tables_f32 : k.sum_tables_i32)(sum);
     }
-    for (int64_t o = 0; o < count; ++o)
-      std::memcpy(planes + (group * group_outputs_ + first + o) * out_plane + j * vector_bytes, sum.acc + o * sum.acc_stride, static_cast<size_t>(vectors * vector_bytes));
   });
 }
 

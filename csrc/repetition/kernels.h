@@ -61,18 +61,18 @@ struct TableBuild {
   char* tables;
 };
 
-// acc[o][v] (+)= sum over slots of sign * table entry, for `vectors` vectors of `outputs` outputs.
+// to[o][v] = acc[o][v] + sum over slots of sign * table entry, for `vectors` vectors of `outputs` outputs.
 struct TableSum {
   const char* tables;
   const int32_t* slot_offset;       // bytes, per slot (unit of the block, tap)
   int slots;
   int64_t entry_bytes;
   const uint8_t* stream;            // [outputs][slots] bytes: 7 bits of entry, 1 of sign
-  char* acc;
-  int64_t acc_stride;               // bytes between outputs
+  const char* acc;                  // null: zeros
+  char* to;                         // may be acc
+  int64_t acc_stride, to_stride;    // bytes between outputs
   int64_t outputs;
   int vectors;                      // 1 .. max_table_vectors
-  bool first;                       // overwrite acc
 };
 
 // acc[o][v] = sum over units and taps of weight[unit][tap][o] * x[unit][tap][v], o < outputs <= dense_outputs.

@@ -29,6 +29,9 @@ inline i32v dot4(i32v acc, i32v x, i32v w) {
 #endif
 }
 
+inline u32v widen_bytes(const uint8_t* p) { return (u32v)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
+inline u32v widen_halves(const uint8_t* p) { return (u32v)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+
 struct Lookup { f32v part[4]; };
 inline Lookup load_lookup(const float* t) {
   return {{_mm256_loadu_ps(t), _mm256_loadu_ps(t + 8), _mm256_loadu_ps(t + 16), _mm256_loadu_ps(t + 24)}};

@@ -1,5 +1,6 @@
 // The loops of all kernels, written once over a vector type. Each instruction set's file defines, in an unnamed namespace of
 // pycodesign::repetition, the types f32v, i32v, u32v of `lanes` words, and
+//   widen_bytes(p), widen_halves(p),
 //   fma(a, b, c), dot4(acc, x_u8x4, w_i8x4), Lookup / load_lookup(p) / look_up(table, index), table_byte(levels, codes), transpose(...)
 // then includes this file. Everything here has internal linkage: no other file may share its code.
 #pragma once
@@ -52,31 +53,53 @@ template <int64_t bytes> inline void prefetch(const char* p) {
 
 // ---- staging and its inverse --------------------------------------------------------------------------------------------------
 
-template <class T> void convert_row(const char* source, int64_t stride, int64_t count, int32_t zero_point, int32_t* out) {
-  if (stride == sizeof(T)) {
-    const T* p = reinterpret_cast<const T*>(source);
-    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<int32_t>(p[i]) - zero_point;
-  } else {
-    for (int64_t i = 0; i < count; ++i) out[i] = static_cast<int32_t>(*reinterpret_cast<const T*>(source + i * stride)) - zero_point;
+// Elements `stride` bytes apart, one after another; strides of one and two elements are constants, so that they vectorise.
+template <class T, class Put> inline void for_elements(const char* source, int64_t stride, int64_t count, Put put) {
+  const T* p = reinterpret_cast<const T*>(source);
+  if (stride == sizeof(T)) for (int64_t i = 0; i < count; ++i) put(i, p[i]);
+  else if (stride == 2 * sizeof(T)) for (int64_t i = 0; i < count; ++i) put(i, p[2 * i]);
+  else for (int64_t i = 0; i < count; ++i) put(i, *reinterpret_cast<const T*>(source + i * stride));
+}
+
+// `lanes` bytes `step` apart, each a word. Of two bytes read per element `high` drops the first: such a read ends with the last element.
+template <int step, bool high> inline u32v widen(const uint8_t* p) {
+  if constexpr (step == 1) return widen_bytes(p);
+  else if constexpr (high) return widen_halves(p - 1) >> 8;
+  else return widen_halves(p) & 0xff;
+}
+
+template <int step, bool high> inline void interleave(const uint8_t* const* p, int64_t at, uint32_t flip, uint32_t* out) {
+  u32v words = widen<step, high>(p[0] + at * step) ^ flip;
+  for (int c = 1; c < 4; ++c) words ^= widen<step, high>(p[c] + at * step) << (8 * c);
+  std::memcpy(out + at, &words, sizeof words);
+}
+
+// Four channels of bytes into words; `step` 0 is any stride.
+template <int step> void interleave_row(const uint8_t* const* p, int64_t stride, int64_t count, uint32_t flip, uint32_t* out) {
+  if constexpr (step > 0)
+    if (count > lanes) {
+      for (int64_t i = 0; i + lanes < count; i += lanes) interleave<step, false>(p, i, flip, out);
+      return interleave<step, true>(p, count - lanes, flip, out);
+    }
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t at = i * stride;
+    out[i] = (uint32_t(p[0][at]) | uint32_t(p[1][at]) << 8 | uint32_t(p[2][at]) << 16 | uint32_t(p[3][at]) << 24) ^ flip;
   }
 }
 
-void copy_row(const char* source, int64_t stride, int64_t count, char* out) {
-  if (stride == 4) {
-    std::memcpy(out, source, count * 4);
-  } else {
-    for (int64_t i = 0; i < count; ++i) std::memcpy(out + i * 4, source + i * stride, 4);
-  }
-}
-
-void interleave_row(const unsigned char* const* source, int64_t stride, int64_t count, uint32_t flip, uint32_t* out) {
-  const unsigned char *a = source[0], *b = source[1], *c = source[2], *d = source[3];
-  if (stride == 1) {
-    for (int64_t i = 0; i < count; ++i)
-      out[i] = (uint32_t(a[i]) | uint32_t(b[i]) << 8 | uint32_t(c[i]) << 16 | uint32_t(d[i]) << 24) ^ flip;
-  } else {
-    for (int64_t i = 0; i < count; ++i, a += stride, b += stride, c += stride, d += stride)
-      out[i] = (uint32_t(*a) | uint32_t(*b) << 8 | uint32_t(*c) << 16 | uint32_t(*d) << 24) ^ flip;
+void stage_row(const Stage& s, const char* const* source, uint32_t flip, uint32_t* row) {
+  const int64_t stride = s.stride_w, count = s.columns.data;
+  const auto* bytes = reinterpret_cast<const uint8_t* const*>(source);
+  switch (s.staging) {
+    case Staging::f32:
+      return for_elements<uint32_t>(source[0], stride, count, [=](int64_t i, uint32_t x) { row[i] = x; });
+    case Staging::centered_i32:
+      if (s.dtype == DType::u8) return for_elements<uint8_t>(source[0], stride, count, [=, z = s.zero_point](int64_t i, int32_t x) { row[i] = static_cast<uint32_t>(x - z); });
+      return for_elements<int8_t>(source[0], stride, count, [=, z = s.zero_point](int64_t i, int32_t x) { row[i] = static_cast<uint32_t>(x - z); });
+    case Staging::bytes4:
+      if (stride == 1) return interleave_row<1>(bytes, stride, count, flip, row);
+      if (stride == 2) return interleave_row<2>(bytes, stride, count, flip, row);
+      return interleave_row<0>(bytes, stride, count, flip, row);
   }
 }
 
@@ -93,18 +116,7 @@ void stage(const Stage& s) {
       uint32_t* row = flat + n * s.image_pitch + (s.rows.lead + r) * s.row_pitch + s.columns.lead;
       const char* p[4];
       for (int c = 0; c < 4; ++c) p[c] = s.source[c < s.channels ? c : 0] + n * s.stride_n + r * s.stride_h;
-      switch (s.staging) {
-        case Staging::f32:
-          copy_row(p[0], s.stride_w, s.columns.data, reinterpret_cast<char*>(row));
-          break;
-        case Staging::centered_i32:
-          if (s.dtype == DType::u8) convert_row<uint8_t>(p[0], s.stride_w, s.columns.data, s.zero_point, reinterpret_cast<int32_t*>(row));
-          else convert_row<int8_t>(p[0], s.stride_w, s.columns.data, s.zero_point, reinterpret_cast<int32_t*>(row));
-          break;
-        case Staging::bytes4:
-          interleave_row(reinterpret_cast<const unsigned char* const*>(p), s.stride_w, s.columns.data, flip, row);
-          break;
-      }
+      stage_row(s, p, flip, row);
     }
   }
 
@@ -113,10 +125,9 @@ void stage(const Stage& s) {
     transpose(s.flat + j * 4, s.segment * 4, s.lifted + j * vector_bytes, vector_bytes);
   // The vectors behind the segment are earlier ones moved up by one lane.
   for (int64_t j = s.segment; j < s.vectors; ++j) {
-    uint32_t* to = reinterpret_cast<uint32_t*>(s.lifted + j * vector_bytes);
-    const uint32_t* from = reinterpret_cast<const uint32_t*>(s.lifted + (j - s.segment) * vector_bytes);
-    for (int l = 0; l + 1 < lanes; ++l) to[l] = from[l + 1];
-    to[lanes - 1] = flat[(lanes - 1) * s.segment + j];
+    char* to = s.lifted + j * vector_bytes;
+    std::memcpy(to, to - s.segment * vector_bytes + 4, vector_bytes - 4);
+    std::memcpy(to + vector_bytes - 4, flat + (lanes - 1) * s.segment + j, 4);
   }
 }
 
@@ -244,15 +255,16 @@ template <class Math, int V> void sum_tables_of(const TableSum& s) {
   // Copies: the stores below could alias the fields.
   const char* const tables = s.tables;
   const int32_t* const slot_offset = s.slot_offset;
-  const int64_t entry_bytes = s.entry_bytes, outputs = s.outputs, acc_stride = s.acc_stride;
+  const int64_t entry_bytes = s.entry_bytes, outputs = s.outputs, acc_stride = s.acc_stride, to_stride = s.to_stride;
   const int slots = s.slots;
-  const bool first = s.first;
+  const bool first = s.acc == nullptr;
   const uint8_t* stream = s.stream;
-  char* out = s.acc;
-  for (int64_t o = 0; o < outputs; ++o, out += acc_stride) {
+  const char* from = s.acc;
+  char* to = s.to;
+  for (int64_t o = 0; o < outputs; ++o, from += acc_stride, to += to_stride) {
     prefetch<64>(reinterpret_cast<const char*>(stream));
     vec acc[V];
-    for (int v = 0; v < V; ++v) acc[v] = first ? vec{} : Math::load(out + v * vector_bytes);
+    for (int v = 0; v < V; ++v) acc[v] = first ? vec{} : Math::load(from + v * vector_bytes);
     const auto add = [&](int slot, uint32_t byte) __attribute__((always_inline)) {
       const char* entry = tables + slot_offset[slot] + (byte & 127) * entry_bytes;
       const vec sign = Math::sign(byte);
@@ -264,7 +276,7 @@ template <class Math, int V> void sum_tables_of(const TableSum& s) {
     for (; m + 4 <= slots; m += 4, stream += 4)
       for (int i = 0; i < 4; ++i) add(m + i, stream[i]);
     for (; m < slots; ++m) add(m, *stream++);
-    for (int v = 0; v < V; ++v) Math::store(out + v * vector_bytes, acc[v]);
+    for (int v = 0; v < V; ++v) Math::store(to + v * vector_bytes, acc[v]);
   }
 }
 

@@ -21,6 +21,13 @@ inline i32v dot4(i32v acc, i32v x, i32v w) {
   return acc;
 }
 
+inline u32v widen_bytes(const uint8_t* p) { return u32v{p[0], p[1], p[2], p[3]}; }
+inline u32v widen_halves(const uint8_t* p) {
+  uint16_t h[lanes];
+  __builtin_memcpy(h, p, sizeof h);
+  return u32v{h[0], h[1], h[2], h[3]};
+}
+
 struct Lookup { const float* table; };
 inline Lookup load_lookup(const float* table) { return {table}; }
 inline f32v look_up(const Lookup& t, i32v i) { return f32v{t.table[i[0] & 31], t.table[i[1] & 31], t.table[i[2] & 31], t.table[i[3] & 31]}; }

@@ -1,5 +1,6 @@
-// Packed layers against naive loops, every algorithm and instruction set. Its worth is in the sanitizers: each case runs on a thread of its
-// own, whose scratch is then exactly as large as the case needs, and every array is an allocation of its own.
+// Packed layers against naive loops, every algorithm and instruction set. Its worth is in the sanitizers: each case
+// runs on a thread of its own, whose scratch is then exactly as large as the case needs, and every array is an
+// allocation of its own.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -42,7 +43,9 @@ const Case cases[] = {
     {"stride beyond kernel", 2, 13, 11, 5, {3, 1, {1, 2}, {4, 3}, {0, 0}, {1, 1}}, 5},
     {"stride, dilation", 1, 17, 19, 4, {3, 1, {3, 2}, {2, 3}, {4, 1}, {3, 2}}, 3},
     {"stride past padding", 1, 2, 7, 4, {3, 1, {3, 3}, {5, 5}, {7, 6}, {1, 1}}, 3},
-    {"stem", 1, 23, 21, 16, {3, 1, {7, 7}, {2, 2}, {3, 3}, {1, 1}}, 3},
+    {"stem", 1, 11, 41, 16, {3, 1, {7, 7}, {2, 2}, {3, 3}, {1, 1}}, 3},
+    {"9 of 17 columns", 1, 2, 17, 3, {5, 1, {1, 1}, {1, 2}, {0, 0}, {1, 1}}, 3},
+    {"17 of 33 columns", 1, 2, 33, 3, {4, 1, {1, 1}, {1, 2}, {0, 0}, {1, 1}}, 3},
     {"groups", 2, 7, 5, 12, {9, 3, {3, 3}, {1, 1}, {1, 1}, {1, 1}}, 3},
     {"depthwise", 1, 9, 6, 7, {7, 7, {3, 3}, {2, 1}, {1, 1}, {1, 1}}, 2},
     {"kernel as large as input", 1, 5, 6, 3, {4, 1, {5, 6}, {1, 1}, {0, 0}, {1, 1}}, 16},
@@ -54,9 +57,10 @@ const Case cases[] = {
 struct LinearCase {
   int64_t rows, inputs, outputs, level_count, scale_groups;
 };
-const LinearCase linear_cases[] = {{1, 1, 1, 1, 1},    {2, 3, 15, 2, 1},  {3, 4, 16, 3, 1},   {5, 5, 17, 4, 1},   {6, 15, 63, 3, 1},
-                                   {7, 17, 64, 3, 1},  {13, 31, 65, 2, 1}, {1, 33, 129, 4, 1}, {4, 24, 70, 3, 3},  {2, 34, 5, 2, 17},
-                                   {1, 257, 130, 3, 1}, {0, 8, 8, 3, 1},   {9, 40, 33, 9, 5}};
+const LinearCase linear_cases[] = {{1, 1, 1, 1, 1},   {2, 3, 15, 2, 1},  {3, 4, 16, 3, 1},    {5, 5, 17, 4, 1},
+                                   {6, 15, 63, 3, 1}, {7, 17, 64, 3, 1}, {13, 31, 65, 2, 1},  {1, 33, 129, 4, 1},
+                                   {4, 24, 70, 3, 3}, {2, 34, 5, 2, 17}, {1, 257, 130, 3, 1}, {0, 8, 8, 3, 1},
+                                   {9, 40, 33, 9, 5}};
 
 struct Layer {
   std::vector<uint8_t> codes;
@@ -65,8 +69,10 @@ struct Layer {
 
   Layer(int64_t outputs, int64_t inputs, int64_t level_count, int64_t scale_groups, std::mt19937& random) {
     for (int64_t i = 0; i < level_count; ++i) levels.push_back(static_cast<float>(i - level_count / 2));
-    for (int64_t i = 0; i < outputs * inputs; ++i) codes.push_back(static_cast<uint8_t>(random() % static_cast<size_t>(level_count)));
-    for (int64_t i = 0; i < outputs * scale_groups; ++i) scale.push_back(static_cast<float>(static_cast<int>(random() % 64) - 32) / 32);
+    for (int64_t i = 0; i < outputs * inputs; ++i)
+      codes.push_back(static_cast<uint8_t>(random() % static_cast<size_t>(level_count)));
+    for (int64_t i = 0; i < outputs * scale_groups; ++i)
+      scale.push_back(static_cast<float>(static_cast<int>(random() % 64) - 32) / 32);
     for (int64_t i = 0; i < outputs; ++i) bias.push_back(static_cast<float>(static_cast<int>(random() % 64) - 32) / 8);
     weights = {outputs, inputs, codes.data(), levels.data(), 1, level_count, scale.data(), scale_groups, bias.data()};
   }
@@ -74,13 +80,15 @@ struct Layer {
 
 size_t size_of(DType dtype) { return dtype == DType::f32 || dtype == DType::i32 ? 4 : 1; }
 
-// Elements are small integers in every type, so that float sums are exact too; every array ends where its allocation does.
+// Elements are small integers in every type, so that float sums are exact too; every array ends where its allocation
+// does.
 struct Array {
   std::vector<int64_t> size;
   DType dtype;
   std::unique_ptr<char[]> data;
 
-  Array(std::vector<int64_t> size_, DType dtype_) : size(std::move(size_)), dtype(dtype_), data(new char[static_cast<size_t>(count()) * size_of(dtype)]) {}
+  Array(std::vector<int64_t> size_, DType dtype_)
+      : size(std::move(size_)), dtype(dtype_), data(new char[static_cast<size_t>(count()) * size_of(dtype)]) {}
   int64_t count() const {
     int64_t n = 1;
     for (const int64_t s : size) n *= s;
@@ -106,14 +114,17 @@ struct Array {
   }
   Tensor tensor() const {
     const auto bytes = static_cast<int64_t>(size_of(dtype));
-    return {data.get(), {size[0], size[1], size[2], size[3]}, {size[1] * size[2] * size[3] * bytes, size[2] * size[3] * bytes, size[3] * bytes, bytes}};
+    return {data.get(),
+            {size[0], size[1], size[2], size[3]},
+            {size[1] * size[2] * size[3] * bytes, size[2] * size[3] * bytes, size[3] * bytes, bytes}};
   }
 };
 
 // acc * scale per scale group, plus bias and residual; exact in double: all are small multiples of powers of two.
 double epilogue_of(const Layer& l, int64_t o, const std::vector<double>& acc, double residual) {
   double y = 0;
-  for (size_t g = 0; g < acc.size(); ++g) y += acc[g] * static_cast<double>(l.scale[static_cast<size_t>(o) * acc.size() + g]);
+  for (size_t g = 0; g < acc.size(); ++g)
+    y += acc[g] * static_cast<double>(l.scale[static_cast<size_t>(o) * acc.size() + g]);
   return y + static_cast<double>(l.bias[static_cast<size_t>(o)]) + residual;
 }
 
@@ -141,7 +152,9 @@ template <class Packed> void check_codes(const Packed& packed, const Layer& laye
 void check_results(const Array& out, const std::vector<double>& expected, const std::string& what) {
   for (int64_t i = 0; i < out.count(); ++i)
     if (out.at(i) != expected[static_cast<size_t>(i)])
-      return check::fail(__FILE__, __LINE__, what + ": element " + std::to_string(i) + " expected " + std::to_string(expected[static_cast<size_t>(i)]) + ", got " + std::to_string(out.at(i)));
+      return check::fail(__FILE__, __LINE__,
+                         what + ": element " + std::to_string(i) + " expected " +
+                             std::to_string(expected[static_cast<size_t>(i)]) + ", got " + std::to_string(out.at(i)));
 }
 
 void test_conv2d(const Case& c, Algorithm algorithm, DType input, DType output, const std::string& what) {
@@ -167,16 +180,20 @@ void test_conv2d(const Case& c, Algorithm algorithm, DType input, DType output, 
         for (int64_t w = 0; w < shape[3]; ++w) {
           double acc = 0;
           for (int64_t i = 0; i < channels * taps; ++i) {
-            const int64_t channel = o / per_group * channels + i / taps, r = i % taps / g.kernel[1], s = i % g.kernel[1];
-            const int64_t row = h * g.stride[0] + r * g.dilation[0] - g.padding[0], column = w * g.stride[1] + s * g.dilation[1] - g.padding[1];
+            const int64_t channel = o / per_group * channels + i / taps, r = i % taps / g.kernel[1],
+                          s = i % g.kernel[1];
+            const int64_t row = h * g.stride[0] + r * g.dilation[0] - g.padding[0],
+                          column = w * g.stride[1] + s * g.dilation[1] - g.padding[1];
             if (row < 0 || row >= c.height || column < 0 || column >= c.width) continue;
-            acc += static_cast<double>(layer.weights.level(o, i)) * (x.at(((n * g.channels + channel) * c.height + row) * c.width + column) - activations.zero_point);
+            acc += static_cast<double>(layer.weights.level(o, i)) *
+                   (x.at(((n * g.channels + channel) * c.height + row) * c.width + column) - activations.zero_point);
           }
           const double added = output == DType::i32 ? 0 : residual.at(static_cast<int64_t>(expected.size()));
           expected.push_back(output == DType::i32 ? acc : quantized(epilogue_of(layer, o, {acc}, added), output));
         }
   const Tensor added = residual.tensor();
-  packed.run(x.tensor(), out.tensor(), output == DType::i32 ? nullptr : &added, epilogue(input, output, residual_dtype));
+  packed.run(x.tensor(), out.tensor(), output == DType::i32 ? nullptr : &added,
+             epilogue(input, output, residual_dtype));
   check_results(out, expected, what);
 }
 
@@ -197,11 +214,13 @@ void test_linear(const LinearCase& c, Algorithm algorithm, DType input, DType ou
       std::vector<double> acc(static_cast<size_t>(c.scale_groups));
       double sum = 0;
       for (int64_t i = 0; i < c.inputs; ++i) {
-        const double term = static_cast<double>(layer.weights.level(o, i)) * (x.at(t * c.inputs + i) - activations.zero_point);
+        const double term =
+            static_cast<double>(layer.weights.level(o, i)) * (x.at(t * c.inputs + i) - activations.zero_point);
         acc[static_cast<size_t>(i / group)] += term;
         sum += term;
       }
-      expected.push_back(output == DType::i32 ? sum : quantized(epilogue_of(layer, o, acc, residual.at(t * c.outputs + o)), output));
+      expected.push_back(
+          output == DType::i32 ? sum : quantized(epilogue_of(layer, o, acc, residual.at(t * c.outputs + o)), output));
     }
   const auto rows = [](const Array& a) -> Tensor {
     const auto bytes = static_cast<int64_t>(size_of(a.dtype));
@@ -223,7 +242,9 @@ void test_dispatch() {
 }
 
 void test_every_algorithm() {
-  constexpr std::pair<DType, DType> dtypes[] = {{DType::f32, DType::f32}, {DType::f32, DType::u8}, {DType::u8, DType::u8}, {DType::i8, DType::i8}, {DType::u8, DType::i32}, {DType::i8, DType::f32}};
+  constexpr std::pair<DType, DType> dtypes[] = {{DType::f32, DType::f32}, {DType::f32, DType::u8},
+                                                {DType::u8, DType::u8},   {DType::i8, DType::i8},
+                                                {DType::u8, DType::i32},  {DType::i8, DType::f32}};
   for (const core::Isa isa : core::supported_isas()) {
     core::set_isa(core::isa_name(isa));
     int count = 0;
@@ -231,7 +252,8 @@ void test_every_algorithm() {
       core::set_num_threads(threads);
       for (const auto& [input, output] : dtypes) {
         const auto name = [&](Algorithm a, const std::string& c) {
-          return std::string(core::isa_name(isa)) + " " + algorithm_name(a) + " types " + std::to_string(static_cast<int>(input)) + " to " + std::to_string(static_cast<int>(output)) + ", " + c;
+          return std::string(core::isa_name(isa)) + " " + algorithm_name(a) + " types " +
+                 std::to_string(static_cast<int>(input)) + " to " + std::to_string(static_cast<int>(output)) + ", " + c;
         };
         for (const Case& c : cases)
           for (const Algorithm a : {Algorithm::tables, Algorithm::dense}) {
@@ -241,7 +263,8 @@ void test_every_algorithm() {
         for (const LinearCase& c : linear_cases)
           for (const Algorithm a : {Algorithm::dense, Algorithm::packed}) {
             if (a == Algorithm::packed && c.level_count > 4) continue;
-            const std::string text = std::to_string(c.rows) + " x " + std::to_string(c.inputs) + " -> " + std::to_string(c.outputs);
+            const std::string text =
+                std::to_string(c.rows) + " x " + std::to_string(c.inputs) + " -> " + std::to_string(c.outputs);
             on_fresh_thread([&] { test_linear(c, a, input, output, name(a, text)); });
             ++count;
           }

@@ -89,7 +89,7 @@ inline void check_apart(const py::array& out, const py::array& other, const char
 inline void check_writeable(const py::array& out) {
   bool repeats = false;
   for (py::ssize_t i = 0; i < out.ndim(); ++i) repeats |= out.strides(i) == 0 && out.shape(i) > 1;
-  if (!out.writeable() || repeats) throw py::value_error("out: expected a writeable array, got a read-only or broadcast one");
+  if (!out.writeable() || (repeats && out.size() > 0)) throw py::value_error("out: expected a writeable array, got a read-only or broadcast one");
 }
 
 }  // namespace pycodesign::bindings

@@ -32,7 +32,7 @@ PackedLayer::PackedLayer(const Weights& w, const Activations& a, Algorithm algor
     for (int64_t i = 0; i < w.inputs; ++i) magnitude += std::abs(static_cast<double>(w.level(o, i)));
     if (magnitude * static_cast<double>(std::max<int64_t>(range, 255)) > std::numeric_limits<int32_t>::max())
       throw std::invalid_argument("levels: expected sums that fit 32 bits, got output " + std::to_string(o) + " with a sum of |levels| of " +
-                                  std::to_string(static_cast<int64_t>(magnitude)) + " over its " + std::to_string(w.inputs) + " inputs");
+                                  std::to_string(magnitude) + " over its " + std::to_string(w.inputs) + " inputs");
   }
   // sum level * (x - z) = sum level * (x + flip) - (z + flip) * sum level
   correction_.resize(static_cast<size_t>(w.outputs * w.scale_groups));
@@ -151,16 +151,21 @@ void PackedConv2d::pack_tables(const Weights& w) {
   std::sort(used.begin(), used.end(), [&](int64_t a, int64_t b) { return std::pair(length(a), a) < std::pair(length(b), b); });
   if (used.size() > max_table_entries) throw std::logic_error("a table has more entries than a stream byte can name");
   max_entries_ = static_cast<int>(used.size());
+  for (size_t i = 0; i < used.size(); ++i) entry[static_cast<size_t>(used[i])] = static_cast<int16_t>(i);
   for (const int64_t key : used) {
-    TableStep step{static_cast<int16_t>(steps_.size()), -1, static_cast<int16_t>(last_digit(key)), {}};
-    entry[static_cast<size_t>(key)] = step.dst;
-    if (step.channel >= 0) {
-      const int64_t parent = parent_of(key, step.channel);
-      const float level = levels.value(digit(key, step.channel));
-      if (parent != origin) step.parent = entry[static_cast<size_t>(parent)];
-      if (activations_.dtype == DType::f32) step.coefficient.f = level;
-      else step.coefficient.i = static_cast<int32_t>(level);
-    }
+    const int last = last_digit(key), value = last < 0 ? 0 : digit(key, last);
+    const int64_t parent = last < 0 ? origin : parent_of(key, last);
+    // Two entries that differ in the sign of their last level are one step, that of the positive one if it is there.
+    const int64_t other = last < 0 ? key : parent - value * place[static_cast<size_t>(last)];
+    const bool has_other = last >= 0 && parent != origin && entry[static_cast<size_t>(other)] >= 0;
+    if (has_other && value < 0) continue;
+    TableStep step{-1, -1, -1, static_cast<int16_t>(last), {}};
+    if (parent != origin) step.parent = entry[static_cast<size_t>(parent)];
+    (value < 0 ? step.minus : step.plus) = entry[static_cast<size_t>(key)];
+    if (has_other) step.minus = entry[static_cast<size_t>(other)];
+    const float level = levels.value(std::abs(value));
+    if (activations_.dtype == DType::f32) step.coefficient.f = level;
+    else step.coefficient.i = static_cast<int32_t>(level);
     steps_.push_back(step);
   }
 
@@ -195,12 +200,14 @@ std::vector<uint8_t> PackedConv2d::codes() const {
   std::vector<uint8_t> codes(static_cast<size_t>(outputs_ * inputs_));
   const int64_t blocks = block_count(group_outputs_);
   std::vector<float> entries(static_cast<size_t>(max_entries_ * group_size_));   // tables: levels of each entry
-  for (const TableStep& step : steps_) {
-    if (step.channel < 0) continue;
-    float* entry = entries.data() + step.dst * group_size_;
-    if (step.parent >= 0) std::copy_n(entries.data() + step.parent * group_size_, group_size_, entry);
-    entry[step.channel] = activations_.dtype == DType::f32 ? step.coefficient.f : static_cast<float>(step.coefficient.i);
-  }
+  for (const TableStep& step : steps_)
+    for (const int sign : {1, -1}) {
+      const int at = sign > 0 ? step.plus : step.minus;
+      if (at < 0 || step.channel < 0) continue;
+      float* entry = entries.data() + at * group_size_;
+      if (step.parent >= 0) std::copy_n(entries.data() + step.parent * group_size_, group_size_, entry);
+      entry[step.channel] = static_cast<float>(sign) * (activations_.dtype == DType::f32 ? step.coefficient.f : static_cast<float>(step.coefficient.i));
+    }
   for (int64_t o = 0; o < outputs_; ++o)
     for (int64_t i = 0; i < inputs_; ++i) {
       const int64_t c = i / taps_, t = i % taps_;
@@ -231,9 +238,10 @@ Counts PackedConv2d::counts() const {
   // A table is built once per row of the filter, and read once per tap.
   const int64_t builds = geometry_.groups * table_units_ * geometry_.kernel[0];
   for (const TableStep& s : steps_) {
+    const int64_t entries = (s.plus >= 0) + (s.minus >= 0);
     const float k = activations_.dtype == DType::f32 ? s.coefficient.f : static_cast<float>(s.coefficient.i);
-    c.adds += (s.parent >= 0) * builds;
-    c.multiplies += (s.channel >= 0 && std::abs(k) != 1) * builds;
+    c.adds += (s.parent >= 0) * entries * builds;
+    c.multiplies += (s.channel >= 0 && k != 1) * entries * builds;
   }
   c.adds += outputs_ * (table_units_ * taps_ - 1);
   return c;
@@ -281,7 +289,7 @@ void PackedConv2d::run(const Tensor& x, const Tensor& out, const Tensor* residua
   const int64_t staged_planes = geometry_.groups * units_ * phases;
   // Entries of channels that do not exist are built (from what lies behind) but never read.
   char* staged = scratch(0, static_cast<size_t>((staged_planes + group_size_ * phases + 1) * plane));
-  const size_t flat_bytes = static_cast<size_t>((k.lanes * (lift->segment + k.lanes) + lift->vectors + k.lanes) * 4);
+  const size_t flat_bytes = static_cast<size_t>(lift->positions * 4);
   core::parallel_for(staged_planes, [&](int64_t chunk, int) {
     const int64_t unit = chunk / phases % units_, group = chunk / phases / units_;
     const LiftPlan::Phase& phase = lift->phases[static_cast<size_t>(chunk % phases)];
@@ -303,7 +311,9 @@ void PackedConv2d::run(const Tensor& x, const Tensor& out, const Tensor* residua
     s.image_pitch = lift->image_pitch;
     s.row_pitch = lift->row_pitch;
     s.segment = lift->segment;
-    s.vectors = lift->vectors;
+    s.spans = phase.spans.data();
+    s.span_count = static_cast<int>(phase.spans.size());
+    s.positions = lift->positions;
     s.flat = scratch(1, flat_bytes);
     s.lifted = staged + chunk * plane;
     k.stage(s);
@@ -320,8 +330,8 @@ void PackedConv2d::run(const Tensor& x, const Tensor& out, const Tensor* residua
   const int64_t step = std::clamp<int64_t>(8192 / (N * pixels), 1, std::max<int64_t>(outputs_ / threads, 1));
   const bool whole = (rows == 1 || out.stride[2] == columns * out.stride[3]) && (!residual || rows == 1 || residual->stride[2] == columns * residual->stride[3]);
   core::parallel_for((outputs_ + step - 1) / step, [&](int64_t chunk, int) {
-    char* flat = scratch(1, flat_bytes + static_cast<size_t>((N * pixels + k.lanes) * 4));
-    char* sums = flat + (k.lanes * (lift->segment + k.lanes)) * 4;
+    char* flat = scratch(1, flat_bytes + static_cast<size_t>(N * pixels * 4));
+    char* sums = flat + flat_bytes;
     for (int64_t o = chunk * step; o < std::min(outputs_, (chunk + 1) * step); ++o) {
       k.unlift({planes + o * out_plane, lift->segment, flat, N, rows, columns, lift->image_pitch, lift->row_pitch, sums});
       Finish f{};
@@ -402,6 +412,7 @@ void PackedConv2d::run_tables(const LiftPlan& lift, const Kernels& k, const char
     sum.tables = build.tables;
     sum.slot_offset = slot_offset.data();
     sum.entry_bytes = entry_bytes;
+    sum.acc = build.tables + table_bytes;
     sum.acc_stride = tile * vector_bytes;
     sum.outputs = count;
     sum.vectors = vectors;
@@ -412,14 +423,11 @@ void PackedConv2d::run_tables(const LiftPlan& lift, const Kernels& k, const char
       (is_float ? k.build_tables_f32 : k.build_tables_i32)(build);
       sum.slots = static_cast<int>(slots);
       sum.stream = reinterpret_cast<const uint8_t*>(weights_.data()) + (group * table_units_ + block * block_units_) * taps_ * group_outputs_ + first * slots;
-      // Sums between blocks stay together; the last ones go to their planes.
-      char* const acc = build.tables + table_bytes;
-      const bool last = (block + 1) * block_units_ >= table_units_;
-      sum.acc = block == 0 ? nullptr : acc;
-      sum.to = last ? planes + (group * group_outputs_ + first) * out_plane + j * vector_bytes : acc;
-      sum.to_stride = last ? out_plane : sum.acc_stride;
+      sum.first = block == 0;
       (is_float ? k.sum_tables_f32 : k.sum_tables_i32)(sum);
     }
+    for (int64_t o = 0; o < count; ++o)
+      std::memcpy(planes + (group * group_outputs_ + first + o) * out_plane + j * vector_bytes, sum.acc + o * sum.acc_stride, static_cast<size_t>(vectors * vector_bytes));
   });
 }
 

@@ -22,7 +22,12 @@ struct PhaseAxis {
   int64_t lead, data, first;
 };
 
-// Stage one unit (1 channel, or 4 as bytes) of one phase: images to a lifted plane of `vectors` vectors, vector j holding the flat positions
+// Vectors first .. first + count - 1 of the lifted image, kept from vector `at` of its plane on.
+struct Span {
+  int64_t first, count, at;
+};
+
+// Stage one unit (1 channel, or 4 as bytes) of one phase: images to the spans of a lifted plane, vector j holding the flat positions
 // j + l * segment of its lanes l.
 struct Stage {
   const char* source[4];          // channels of the unit, at the phase's first element
@@ -33,14 +38,18 @@ struct Stage {
   int64_t images, stride_n, stride_h, stride_w;     // bytes; stride_h and stride_w already multiplied by the convolution's
   PhaseAxis rows, columns;
   int64_t image_pitch, row_pitch; // flat positions
-  int64_t segment, vectors;
-  char* flat;                     // scratch, lanes * segment + (vectors - segment) + lanes words
-  char* lifted;                   // vectors (rounded up to lanes) * lanes words
+  int64_t segment;
+  const Span* spans;              // ascending
+  int span_count;
+  int64_t positions;              // words of flat
+  char* flat;                     // scratch
+  char* lifted;
 };
 
-// One step of building a table: entry[dst] = entry[parent] + coefficient * row[channel]; parent -1: nothing, channel -1: zeros.
+// One step of building a table: entry[plus] = entry[parent] + coefficient * row[channel], entry[minus] = entry[parent] - the same.
+// Index -1: no such entry; parent -1, channel -1: zeros.
 struct TableStep {
-  int16_t dst, parent, channel;
+  int16_t plus, minus, parent, channel;
   union { float f; int32_t i; } coefficient;
 };
 
@@ -61,18 +70,18 @@ struct TableBuild {
   char* tables;
 };
 
-// to[o][v] = acc[o][v] + sum over slots of sign * table entry, for `vectors` vectors of `outputs` outputs.
+// acc[o][v] (+)= sum over slots of sign * table entry, for `vectors` vectors of `outputs` outputs.
 struct TableSum {
   const char* tables;
   const int32_t* slot_offset;       // bytes, per slot (unit of the block, tap)
   int slots;
   int64_t entry_bytes;
   const uint8_t* stream;            // [outputs][slots] bytes: 7 bits of entry, 1 of sign
-  const char* acc;                  // null: zeros
-  char* to;                         // may be acc
-  int64_t acc_stride, to_stride;    // bytes between outputs
+  char* acc;
+  int64_t acc_stride;               // bytes between outputs
   int64_t outputs;
   int vectors;                      // 1 .. max_table_vectors
+  bool first;                       // overwrite acc
 };
 
 // acc[o][v] = sum over units and taps of weight[unit][tap][o] * x[unit][tap][v], o < outputs <= dense_outputs.

@@ -34,10 +34,11 @@ struct Int {
   static void store(void* p, vec v) { *static_cast<vec*>(p) = v; }
   static vec splat(int32_t value) { return value - vec{}; }
   static vec broadcast(const char* p) { return splat(*reinterpret_cast<const int32_t*>(p)); }
-  static vec multiply_add(vec acc, vec x, vec w) { return acc + x * w; }
+  // Modulo 2^32: entries that nothing reads are built from whatever lies there.
+  static vec multiply_add(vec acc, vec x, vec w) { return reinterpret_cast<vec>(u32v(acc) + u32v(x) * u32v(w)); }
   static int32_t coefficient(const TableStep& step) { return step.coefficient.i; }
   static vec sign(uint32_t byte) { return splat(-static_cast<int32_t>(byte >> 7)); }
-  static vec add_entry(vec acc, vec entry, vec sign) { return acc + (entry ^ sign); }   // one too little when negative
+  static vec add_entry(vec acc, vec entry, vec sign) { return reinterpret_cast<vec>(u32v(acc) + u32v(entry ^ sign)); }   // one too little when negative
 };
 struct Byte : Int {
   static vec multiply_add(vec acc, vec x, vec w) { return dot4(acc, x, w); }
@@ -104,12 +105,11 @@ void stage_row(const Stage& s, const char* const* source, uint32_t flip, uint32_
 }
 
 void stage(const Stage& s) {
-  const int64_t positions = lanes * s.segment + (s.vectors - s.segment);
   const uint32_t flip = s.dtype == DType::i8 ? 0x80808080u : 0u;
   uint32_t padding = 0;
   if (s.staging == Staging::bytes4) padding = (static_cast<uint32_t>(s.zero_point) & 0xff) * 0x01010101u ^ flip;
   uint32_t* flat = reinterpret_cast<uint32_t*>(s.flat);
-  for (int64_t i = 0; i < positions + lanes; ++i) flat[i] = padding;
+  for (int64_t i = 0; i < s.positions; ++i) flat[i] = padding;
 
   for (int64_t n = 0; n < s.images; ++n) {
     for (int64_t r = 0; r < s.rows.data; ++r) {
@@ -120,14 +120,11 @@ void stage(const Stage& s) {
     }
   }
 
-  // [lanes][segment] -> [segment][lanes]; a block that runs past the segment writes vectors that are right as well.
-  for (int64_t j = 0; j < s.segment; j += lanes)
-    transpose(s.flat + j * 4, s.segment * 4, s.lifted + j * vector_bytes, vector_bytes);
-  // The vectors behind the segment are earlier ones moved up by one lane.
-  for (int64_t j = s.segment; j < s.vectors; ++j) {
-    char* to = s.lifted + j * vector_bytes;
-    std::memcpy(to, to - s.segment * vector_bytes + 4, vector_bytes - 4);
-    std::memcpy(to + vector_bytes - 4, flat + (lanes - 1) * s.segment + j, 4);
+  // Vectors side by side in each span; what a block writes past its span the next one overwrites.
+  for (int i = 0; i < s.span_count; ++i) {
+    const Span& span = s.spans[i];
+    for (int64_t j = 0; j < span.count; j += lanes)
+      transpose(s.flat + (span.first + j) * 4, s.segment * 4, s.lifted + (span.at + j) * vector_bytes, vector_bytes);
   }
 }
 
@@ -241,11 +238,21 @@ template <class Math> void build_tables(const TableBuild& b) {
     char* const table = b.tables + u * b.unit_bytes;
     for (int64_t i = 0; i < b.step_count; ++i) {
       const TableStep step = b.steps[i];
-      const auto coefficient = Math::splat(Math::coefficient(step));
+      const auto plus = Math::splat(Math::coefficient(step)), minus = -plus;
       const char* x = step.channel < 0 ? zero : b.rows + step.channel * entry_bytes;
       const char* parent = step.parent < 0 ? zero : table + step.parent * entry_bytes;
-      char* to = table + step.dst * entry_bytes;
-      for (int64_t w = 0; w < entry_bytes; w += vector_bytes) Math::store(to + w, Math::multiply_add(Math::load(parent + w), Math::load(x + w), coefficient));
+      char *to = table + step.plus * entry_bytes, *and_to = table + step.minus * entry_bytes;
+      if (step.plus < 0 || step.minus < 0) {
+        const auto coefficient = step.plus < 0 ? minus : plus;
+        if (step.plus < 0) to = and_to;
+        for (int64_t w = 0; w < entry_bytes; w += vector_bytes) Math::store(to + w, Math::multiply_add(Math::load(parent + w), Math::load(x + w), coefficient));
+      } else {
+        for (int64_t w = 0; w < entry_bytes; w += vector_bytes) {
+          const auto base = Math::load(parent + w), row = Math::load(x + w);
+          Math::store(to + w, Math::multiply_add(base, row, plus));
+          Math::store(and_to + w, Math::multiply_add(base, row, minus));
+        }
+      }
     }
   }
 }
@@ -255,16 +262,15 @@ template <class Math, int V> void sum_tables_of(const TableSum& s) {
   // Copies: the stores below could alias the fields.
   const char* const tables = s.tables;
   const int32_t* const slot_offset = s.slot_offset;
-  const int64_t entry_bytes = s.entry_bytes, outputs = s.outputs, acc_stride = s.acc_stride, to_stride = s.to_stride;
+  const int64_t entry_bytes = s.entry_bytes, outputs = s.outputs, acc_stride = s.acc_stride;
   const int slots = s.slots;
-  const bool first = s.acc == nullptr;
+  const bool first = s.first;
   const uint8_t* stream = s.stream;
-  const char* from = s.acc;
-  char* to = s.to;
-  for (int64_t o = 0; o < outputs; ++o, from += acc_stride, to += to_stride) {
+  char* out = s.acc;
+  for (int64_t o = 0; o < outputs; ++o, out += acc_stride) {
     prefetch<64>(reinterpret_cast<const char*>(stream));
     vec acc[V];
-    for (int v = 0; v < V; ++v) acc[v] = first ? vec{} : Math::load(from + v * vector_bytes);
+    for (int v = 0; v < V; ++v) acc[v] = first ? vec{} : Math::load(out + v * vector_bytes);
     const auto add = [&](int slot, uint32_t byte) __attribute__((always_inline)) {
       const char* entry = tables + slot_offset[slot] + (byte & 127) * entry_bytes;
       const vec sign = Math::sign(byte);
@@ -276,7 +282,7 @@ template <class Math, int V> void sum_tables_of(const TableSum& s) {
     for (; m + 4 <= slots; m += 4, stream += 4)
       for (int i = 0; i < 4; ++i) add(m + i, stream[i]);
     for (; m < slots; ++m) add(m, *stream++);
-    for (int v = 0; v < V; ++v) Math::store(to + v * vector_bytes, acc[v]);
+    for (int v = 0; v < V; ++v) Math::store(out + v * vector_bytes, acc[v]);
   }
 }
 

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
+#include <numeric>
 #include <set>
 #include <stdexcept>
 
@@ -49,19 +49,17 @@ double tile_cost(double vectors, double width, double entries, double block, dou
 
 // Entries of the full table of `inputs` inputs, up to sign: every prefix of every pattern, zero included.
 int64_t table_entries(const std::vector<float>& levels, int inputs) {
-  std::set<float> magnitudes;
-  bool zero = false, both = false;
-  for (const float l : levels) {
-    zero |= l == 0;
-    both |= l != 0 && std::find(levels.begin(), levels.end(), -l) != levels.end();
-    if (l != 0) magnitudes.insert(std::abs(l));
-  }
-  const double count = static_cast<double>(levels.size());
-  double patterns = std::pow(count, inputs);
-  if (both) patterns = (patterns + 1) / 2;
-  // Without a zero level the prefixes are entries of their own.
-  if (!zero) for (int i = 1; i < inputs; ++i) patterns += std::pow(count, i) / (both ? 2 : 1);
-  return patterns > 1e6 ? 1000000 : static_cast<int64_t>(patterns);
+  // Patterns of levels that all have their negative among the levels halve; the zero pattern is its own negative.
+  const bool zero = std::find(levels.begin(), levels.end(), 0.0f) != levels.end();
+  const auto paired = std::count_if(levels.begin(), levels.end(), [&](float l) { return std::find(levels.begin(), levels.end(), -l) != levels.end(); });
+  const auto patterns = [&](int size) {
+    const double all = std::pow(static_cast<double>(levels.size()), size), halved = std::pow(static_cast<double>(paired), size);
+    return all - halved + (halved + zero) / 2;
+  };
+  double entries = patterns(inputs);
+  // Without a zero level the prefixes are entries of their own, and so is the zero that pads the last channels.
+  if (!zero) for (int i = 1; i < inputs; ++i) entries += patterns(i);
+  return entries > 1e6 ? 1000000 : static_cast<int64_t>(entries);
 }
 
 TableChoice choose_table(const std::vector<float>& levels, const Geometry& g, int64_t group_outputs) {
@@ -139,12 +137,9 @@ LiftPlan::LiftPlan(const Geometry& g, int64_t images, int64_t height, int64_t wi
   out_columns = columns.out;
   row_pitch = columns.pitch;
   image_pitch = rows.pitch * row_pitch;
-  const int64_t positions = (images - 1) * image_pitch + (out_rows - 1) * row_pitch + out_columns;
-  segment = (positions + lanes - 1) / lanes;
-  const int64_t reach = rows.reach * row_pitch + columns.reach;
-  vectors = segment + reach;
-  plane_vectors = ((vectors + lanes - 1) / lanes + 1) * lanes;
-  plane_vectors |= 1;                        // odd: planes start in different cache sets
+  const int64_t used = (images - 1) * image_pitch + (out_rows - 1) * row_pitch + out_columns;
+  segment = (used + lanes - 1) / lanes;
+  positions = lanes * (segment + 1) + rows.reach * row_pitch + columns.reach;
 
   std::map<std::pair<int64_t, int64_t>, int> index;
   for (int64_t r = 0; r < g.kernel[0]; ++r) {
@@ -152,18 +147,37 @@ LiftPlan::LiftPlan(const Geometry& g, int64_t images, int64_t height, int64_t wi
       const int64_t y = r * g.dilation[0], x = s * g.dilation[1];
       const std::pair key{y % g.stride[0], x % g.stride[1]};
       const auto [at, is_new] = index.emplace(key, static_cast<int>(phases.size()));
-      if (is_new) phases.push_back({rows.phases[static_cast<size_t>(key.first)], columns.phases[static_cast<size_t>(key.second)]});
+      if (is_new) phases.push_back({rows.phases[static_cast<size_t>(key.first)], columns.phases[static_cast<size_t>(key.second)], {}});
       taps.push_back({at->second, y / g.stride[0] * row_pitch + x / g.stride[1]});
     }
   }
+  // A tap reads the vectors [offset, offset + segment): they either extend the last span or begin one.
+  plane_vectors = 0;
+  for (const int t : ascending_taps()) {
+    Tap& tap = taps[static_cast<size_t>(t)];
+    std::vector<Span>& spans = phases[static_cast<size_t>(tap.phase)].spans;
+    if (spans.empty()) spans.push_back({tap.offset, segment, 0});
+    else if (Span& last = spans.back(); tap.offset <= last.first + last.count) last.count = tap.offset + segment - last.first;
+    else spans.push_back({tap.offset, segment, last.at + last.count});
+    tap.offset += spans.back().at - spans.back().first;
+    plane_vectors = std::max(plane_vectors, spans.back().at + spans.back().count);
+  }
+  plane_vectors = (plane_vectors + lanes) | 1;   // room for a block that runs over; odd: planes start in different cache sets
+}
+
+std::vector<int> LiftPlan::ascending_taps() const {
+  std::vector<int> order(taps.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::sort(order.begin(), order.end(), [&](int a, int b) {
+    const Tap &x = taps[static_cast<size_t>(a)], &y = taps[static_cast<size_t>(b)];
+    return std::pair(x.phase, x.offset) < std::pair(y.phase, y.offset);
+  });
+  return order;
 }
 
 std::vector<TapSegment> LiftPlan::tap_segments(int vectors_per_tile) const {
-  std::vector<int> order(taps.size());
-  for (size_t t = 0; t < taps.size(); ++t) order[t] = static_cast<int>(t);
-  std::sort(order.begin(), order.end(), [&](int a, int b) { return std::pair(taps[a].phase, taps[a].offset) < std::pair(taps[b].phase, taps[b].offset); });
   std::vector<TapSegment> segments;
-  for (const int t : order) {
+  for (const int t : ascending_taps()) {
     const Tap& tap = taps[static_cast<size_t>(t)];
     // A gap wider than a tile is cheaper as a segment of its own.
     if (segments.empty() || segments.back().phase != tap.phase || tap.offset - segments.back().last() > vectors_per_tile)

@@ -29,17 +29,22 @@ struct TapSegment {
 };
 
 // The dimension-lifted layout of one input size: the padded image, flattened, cut into `lanes` segments; vector j holds the positions
-// j + l * segment. A tap is then a whole number of vectors, and so is every aligned load.
+// j + l * segment. A tap is then a whole number of vectors. Planes keep only the spans of vectors that taps read.
 struct LiftPlan {
   LiftPlan(const Geometry&, int64_t images, int64_t height, int64_t width, int lanes);
+  std::vector<int> ascending_taps() const;       // by phase, then offset
   std::vector<TapSegment> tap_segments(int vectors_per_tile) const;
 
-  struct Phase { PhaseAxis rows, columns; };     // of the padded input modulo the stride
-  struct Tap { int phase; int64_t offset; };     // offset in vectors
+  struct Phase {                                 // the padded input modulo the stride
+    PhaseAxis rows, columns;
+    std::vector<Span> spans;                     // the vectors that taps read
+  };
+  struct Tap { int phase; int64_t offset; };     // offset in vectors of the plane
   int64_t images, out_rows, out_columns;
   int64_t row_pitch, image_pitch;                // positions
   int64_t segment;                               // vectors of outputs
-  int64_t vectors, plane_vectors;                // vectors staged per unit and phase; and allocated
+  int64_t positions;                             // of the flattened image, with what tiles read behind it
+  int64_t plane_vectors;                         // of the longest phase
   std::vector<Phase> phases;
   std::vector<Tap> taps;
 };

@@ -7,6 +7,8 @@
 
 namespace pycodesign::repetition {
 
+inline int64_t block_count(int64_t outputs) { return (outputs + dense_outputs - 1) / dense_outputs; }   // of a dense group
+
 inline constexpr int max_table_entries = 128;    // seven bits of a stream byte
 
 struct TableChoice {

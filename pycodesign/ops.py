@@ -139,7 +139,7 @@ class Packed:
         shape : sequence of int
             Of the input: (N, C, H, W), or (..., I) for a linear layer.
         """
-        x = np.zeros([_integer("shape", size, 0) for size in shape], self._options["input_dtype"])
+        x = np.zeros([to_integer("shape", size, 0) for size in shape], self._options["input_dtype"])
         conv2d(x, self) if self.kind == "conv2d" else linear(x, self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -258,19 +258,19 @@ def prepack_conv2d(
     >>> ops.conv2d(np.ones((1, 32, 8, 8), np.float32), packed).shape
     (1, 64, 8, 8)
     """
-    _check_weights(q, 4, "(O, C / groups, kH, kW)")
-    groups = _integer("groups", groups, 1)
+    check_weights(q, 4, "(O, C / groups, kH, kW)")
+    groups = to_integer("groups", groups, 1)
     if q.shape[0] % groups:
         raise ValueError(f"groups: expected a divisor of the {q.shape[0]} outputs, got {groups}")
     options = {
-        "stride": _pair("stride", stride, 1),
-        "padding": _pair("padding", padding, 0),
-        "dilation": _pair("dilation", dilation, 1),
+        "stride": to_pair("stride", stride, 1),
+        "padding": to_pair("padding", padding, 0),
+        "dilation": to_pair("dilation", dilation, 1),
         "groups": groups,
     }
-    inputs = _check_inputs(q, input_dtype, input_scale, input_zero_point, input_bits)
-    _check_algorithm(algorithm, CONV2D_ALGORITHMS)
-    return Packed(q, _check_bias(bias, q), {**options, **inputs, "algorithm": algorithm}, _check_tune(tune, algorithm))
+    inputs = check_inputs(q, input_dtype, input_scale, input_zero_point, input_bits)
+    check_algorithm(algorithm, CONV2D_ALGORITHMS)
+    return Packed(q, check_bias(bias, q), {**options, **inputs, "algorithm": algorithm}, check_tune(tune, algorithm))
 
 
 def prepack_linear(
@@ -317,12 +317,12 @@ def prepack_linear(
     >>> ops.linear(np.ones((2, 128), np.float32), packed).shape
     (2, 10)
     """
-    _check_weights(q, 2, "(O, I)")
-    inputs = _check_inputs(q, input_dtype, input_scale, input_zero_point, input_bits)
-    _check_algorithm(algorithm, LINEAR_ALGORITHMS)
+    check_weights(q, 2, "(O, I)")
+    inputs = check_inputs(q, input_dtype, input_scale, input_zero_point, input_bits)
+    check_algorithm(algorithm, LINEAR_ALGORITHMS)
     if algorithm == "tables" and q.scale.ndim == 2 and q.scale.shape[1] > 1:
         raise ValueError(f"algorithm: expected 'dense' or 'packed' for one scale per group of inputs {q.scale.shape}, got 'tables'")
-    return Packed(q, _check_bias(bias, q), {**inputs, "algorithm": algorithm}, _check_tune(tune, algorithm))
+    return Packed(q, check_bias(bias, q), {**inputs, "algorithm": algorithm}, check_tune(tune, algorithm))
 
 
 def conv2d(
@@ -391,12 +391,12 @@ def conv2d(
     array([[[[1., 6.]]]], dtype=float32)
     """
     _check_packed(packed, "conv2d")
-    given, kind = _to_numpy("x", x)
-    _check_promise(given, packed)
-    arguments = _epilogue(residual, residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point)
-    target = None if out is None else _to_numpy("out", out)[0]
+    given, kind = to_numpy("x", x)
+    check_promise(given, packed)
+    arguments = check_epilogue(residual, residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point)
+    target = None if out is None else to_numpy("out", out)[0]
     y = packed._run(lambda native: native.run(given, **arguments, out=target))  # type: ignore[union-attr]
-    return out if out is not None else _from_numpy(y, kind)
+    return out if out is not None else from_numpy(y, kind)
 
 
 def linear(
@@ -442,17 +442,17 @@ def linear(
     array([3.], dtype=float32)
     """
     _check_packed(packed, "linear")
-    given, kind = _to_numpy("x", x)
+    given, kind = to_numpy("x", x)
     outputs, inputs = packed._shape
     dtype = packed._options["input_dtype"]
-    _check_array("x", given, (dtype,), f"(..., {inputs})", given.shape[-1:] == (inputs,))
-    _check_promise(given, packed)
+    check_array("x", given, (dtype,), f"(..., {inputs})", given.shape[-1:] == (inputs,))
+    check_promise(given, packed)
     shape = (*given.shape[:-1], outputs)
     flat = given.reshape(math.prod(given.shape[:-1]), inputs)
-    arguments = _epilogue(residual, residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point, shape)
-    target = None if out is None else _rows_of(_to_numpy("out", out)[0], shape, out_dtype)
+    arguments = check_epilogue(residual, residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point, shape)
+    target = None if out is None else flatten_out(to_numpy("out", out)[0], shape, out_dtype)
     y = packed._run(lambda native: native.run_rows(flat, **arguments, out=target))
-    return out if out is not None else _from_numpy(y.reshape(shape), kind)
+    return out if out is not None else from_numpy(y.reshape(shape), kind)
 
 
 def load_packed(path: str | os.PathLike[str]) -> Packed:
@@ -483,7 +483,7 @@ def load_packed(path: str | os.PathLike[str]) -> Packed:
         if metadata["sha256"] != _digest(tensors, metadata["options"]):
             raise ValueError("its checksum does not match its contents")
         options = json.loads(metadata["options"])
-        shape = tuple(_integer("shape", n, 1) for n in options.pop("shape"))
+        shape = tuple(to_integer("shape", n, 1) for n in options.pop("shape"))
         levels = tensors["levels"]
         codes = _unpack_bits(tensors["codes"], _code_bits(levels.shape[-1]), shape)
         q = QuantizedTensor(codes, levels, tensors["scale"])
@@ -519,211 +519,8 @@ def _exceed_int8(levels: NDArray[np.float32], options: dict[str, Any]) -> bool:
     return options["input_dtype"] != "float32" and bool(np.abs(levels + 0.5).max() > 127.5)
 
 
-# ---- checks --------------------------------------------------------------------------------------------------------------
-
-
-def _check_weights(q: Any, ndim: int, shape: str) -> None:
-    if not isinstance(q, QuantizedTensor):
-        raise TypeError(f"q: expected QuantizedTensor {shape}, got {type(q).__name__}")
-    if q.codes.ndim != ndim:
-        raise ValueError(f"q: expected QuantizedTensor {shape}, got codes of shape {q.shape}")
-
-
-def _check_inputs(q: QuantizedTensor, dtype: str, scale: float, zero_point: int, bits: int | None) -> dict[str, Any]:
-    if not isinstance(dtype, str) or dtype not in INPUT_RANGES:
-        raise ValueError(f"input_dtype: expected 'float32', 'uint8' or 'int8', got {dtype!r}")
-    scale = _number("input_scale", scale)
-    zero_point = _integer("input_zero_point", zero_point)
-    if not (math.isfinite(scale) and scale > 0):
-        raise ValueError(f"input_scale: expected a positive finite number, got {scale}")
-    if dtype == "float32":
-        if scale != 1.0 or zero_point != 0 or bits is not None:
-            raise ValueError("input_scale, input_zero_point, input_bits: expected their defaults for float32 inputs, got others")
-    else:
-        low, high = INPUT_RANGES[dtype]
-        if not low <= zero_point <= high:
-            raise ValueError(f"input_zero_point: expected a value of {dtype}, got {zero_point}")
-        if bits is not None and not 1 <= (bits := _integer("input_bits", bits)) <= 8:
-            raise ValueError(f"input_bits: expected 1 to 8, got {bits}")
-        fractional = q.levels[q.levels != np.rint(q.levels)]
-        if fractional.size:
-            raise ValueError(f"q: expected integer levels for {dtype} inputs, got {fractional[0]:g}")
-    return {"input_dtype": dtype, "input_scale": scale, "input_zero_point": zero_point, "input_bits": bits}
-
-
-def _check_bias(bias: Array | None, q: QuantizedTensor) -> NDArray[np.float32] | None:
-    if bias is None:
-        return None
-    array, _ = _to_numpy("bias", bias)
-    _check_array("bias", array, ("float32",), f"({q.shape[0]},)", array.shape == q.shape[:1])
-    return np.array(array)
-
-
-def _check_array(name: str, array: NDArray[Any], dtypes: tuple[str, ...], shape: str, fits: bool) -> None:
-    text = f"{name}: expected {_list(dtypes)} {shape}, got {array.dtype} {array.shape}"
-    if array.dtype.name not in dtypes:
-        raise TypeError(text)
-    if not fits:
-        raise ValueError(text)
-
-
-def _check_algorithm(algorithm: str, names: tuple[str, ...]) -> None:
-    if algorithm not in names:
-        raise ValueError(f"algorithm: expected {_list(map(repr, names))}, got {algorithm!r}")
-
-
-def _check_tune(tune: bool, algorithm: str) -> bool:
-    if tune and algorithm != "auto":
-        raise ValueError(f"tune: expected algorithm='auto' with it, got {algorithm!r}")
-    return bool(tune)
-
-
 def _check_packed(packed: Any, kind: str) -> None:
     if not isinstance(packed, Packed):
         raise TypeError(f"packed: expected a Packed {kind} layer, got {type(packed).__name__}")
     if packed.kind != kind:
         raise ValueError(f"packed: expected a Packed {kind} layer, got a {packed.kind} layer")
-
-
-def _check_promise(x: NDArray[Any], packed: Packed) -> None:
-    bits = packed._options["input_bits"]
-    if bits is None or os.environ.get("PYCODESIGN_CHECK", "0") in ("", "0") or x.size == 0:
-        return
-    low = -(1 << (bits - 1)) if packed._options["input_dtype"] == "int8" else 0
-    if x.min() < low or x.max() >= low + (1 << bits):
-        raise ValueError(f"x: expected values of {bits} bits, {low} to {low + (1 << bits) - 1}, got {x.min()} to {x.max()}")
-
-
-def _epilogue(
-    residual: Array | None,
-    residual_scale: float,
-    residual_zero_point: int,
-    clamp: tuple[float | None, float | None] | None,
-    out_dtype: str,
-    out_scale: float | None,
-    out_zero_point: int,
-    shape: tuple[int, ...] | None = None,
-) -> dict[str, Any]:
-    """Arguments of the native call; `shape` is the output's where residual rows are to be flattened to it."""
-    if not isinstance(out_dtype, str) or out_dtype not in OUTPUT_DTYPES:
-        raise ValueError(f"out_dtype: expected {_list(map(repr, OUTPUT_DTYPES))}, got {out_dtype!r}")
-    added = None if residual is None else _to_numpy("residual", residual)[0]
-    if added is not None and shape is not None:
-        _check_array("residual", added, tuple(INPUT_RANGES), str(shape), added.shape == shape)
-        added = added.reshape(-1, shape[-1]) if added.size else added.reshape(math.prod(shape[:-1]), shape[-1])
-    low = high = None
-    if clamp is not None:
-        if not isinstance(clamp, Sequence) or len(clamp) != 2:
-            raise ValueError(f"clamp: expected a pair (lowest, highest), either may be None, got {clamp!r}")
-        low, high = (None if bound is None else _number("clamp", bound) for bound in clamp)
-        if (low is not None and math.isnan(low)) or (high is not None and math.isnan(high)):
-            raise ValueError(f"clamp: expected numbers or None, got {clamp!r}")
-        if low is not None and high is not None and low > high:
-            raise ValueError(f"clamp: expected lowest <= highest, got {clamp!r}")
-    if out_scale is not None:
-        out_scale = _number("out_scale", out_scale)
-    return {
-        "residual": added,
-        "residual_scale": _number("residual_scale", residual_scale),
-        "residual_zero_point": _integer("residual_zero_point", residual_zero_point),
-        "lo": low,
-        "hi": high,
-        "out_dtype": out_dtype,
-        "out_scale": out_scale,
-        "out_zero_point": _integer("out_zero_point", out_zero_point),
-    }
-
-
-def _rows_of(out: NDArray[Any], shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
-    _check_array("out", out, (dtype,), str(shape), out.shape == shape)
-    rows = out.reshape(math.prod(shape[:-1]), shape[-1])
-    if out.size and not np.may_share_memory(rows, out):
-        raise ValueError("out: expected leading dimensions that flatten without a copy, got other strides")
-    return rows
-
-
-def _integer(name: str, value: Any, lowest: int = -LARGEST_INTEGER) -> int:
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}") from None
-    if number < lowest:
-        raise ValueError(f"{name}: expected an integer >= {lowest}, got {number}")
-    if number > LARGEST_INTEGER:
-        raise ValueError(f"{name}: expected an integer <= {LARGEST_INTEGER}, got {number}")
-    return number
-
-
-def _number(name: str, value: Any) -> float:
-    if not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-    try:
-        return float(value)
-    except OverflowError:
-        raise ValueError(f"{name}: expected a number that fits a float, got {type(value).__name__}") from None
-
-
-def _list(names: Iterable[str]) -> str:
-    *others, last = names
-    return f"{', '.join(others)} or {last}" if others else last
-
-
-def _pair(name: str, value: Pair, lowest: int) -> tuple[int, int]:
-    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
-    if len(values) != 2:
-        raise ValueError(f"{name}: expected an integer or a pair, got {value!r}")
-    height, width = (_integer(name, v, lowest) for v in values)
-    return height, width
-
-
-# ---- arrays ----------------------------------------------------------------------------------------------------------------
-
-
-def _to_numpy(name: str, array: Array) -> tuple[NDArray[Any], str]:
-    if isinstance(array, np.ndarray):
-        return array, "numpy"
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(array, torch.Tensor):
-        if array.device.type != "cpu":
-            raise TypeError(f"{name}: expected an array in host memory (this build runs on the CPU), got a tensor on {array.device}")
-        return array.detach().numpy(), "torch"
-    raise TypeError(f"{name}: expected a NumPy array or a torch tensor, got {type(array).__name__}")
-
-
-def _from_numpy(array: NDArray[Any], kind: str) -> Array:
-    return sys.modules["torch"].from_numpy(array) if kind == "torch" else array
-
-
-# ---- files -----------------------------------------------------------------------------------------------------------------
-
-
-def _code_bits(levels: int) -> int:
-    return 1 if levels <= 2 else 2 if levels <= 4 else 4 if levels <= 16 else 8
-
-
-def _pack_bits(codes: NDArray[Any], bits: int) -> NDArray[np.uint8]:
-    per_byte = 8 // bits
-    padded = np.zeros(-(-codes.size // per_byte) * per_byte, np.uint8)
-    padded[: codes.size] = codes.ravel()
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    packed: NDArray[np.uint8] = np.bitwise_or.reduce(padded.reshape(-1, per_byte) << shifts, axis=1).astype(np.uint8)
-    return packed
-
-
-def _unpack_bits(packed: NDArray[Any], bits: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    size = math.prod(shape)
-    if packed.dtype != np.uint8 or packed.shape != (-(-size * bits // 8),):
-        raise ValueError(f"codes: expected uint8 ({-(-size * bits // 8)},), got {packed.dtype} {packed.shape}")
-    shifts = np.arange(0, 8, bits, dtype=np.uint8)
-    codes: NDArray[np.uint8] = (packed[:, None] >> shifts & ((1 << bits) - 1)).astype(np.uint8)
-    return codes.ravel()[:size].reshape(shape)
-
-
-def _digest(tensors: dict[str, NDArray[Any]], options: str) -> str:
-    digest = hashlib.sha256(options.encode())
-    for name in sorted(tensors):
-        tensor = np.ascontiguousarray(tensors[name])
-        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + tensor.tobytes())
-    return digest.hexdigest()

@@ -1,4 +1,5 @@
-// Views of NumPy arrays for kernels: checked here, never converted. Every message names the argument, what it takes and what came.
+// Views of NumPy arrays for kernels: checked here, never converted. Every message names the argument, what it takes and
+// what came.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -35,13 +36,16 @@ inline std::string describe(const py::array& a) {
 }
 
 // -1 stands for any size, spelled by `shape`.
-inline void check_array(const py::array& a, const char* name, const char* dtype, bool dtype_fits, const std::vector<int64_t>& sizes, const std::string& shape) {
+inline void check_array(const py::array& a, const char* name, const char* dtype, bool dtype_fits,
+                        const std::vector<int64_t>& sizes, const std::string& shape) {
   const std::string text = std::string(name) + ": expected " + dtype + " " + shape + ", got " + describe(a);
   if (!dtype_fits) throw py::type_error(text);
   bool fits = static_cast<size_t>(a.ndim()) == sizes.size();
-  for (size_t i = 0; fits && i < sizes.size(); ++i) fits = sizes[i] < 0 || sizes[i] == a.shape(static_cast<py::ssize_t>(i));
+  for (size_t i = 0; fits && i < sizes.size(); ++i)
+    fits = sizes[i] < 0 || sizes[i] == a.shape(static_cast<py::ssize_t>(i));
   if (!fits) throw py::value_error(text);
-  if (!(a.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_)) throw py::value_error(std::string(name) + ": expected elements aligned in memory, got an unaligned view");
+  if (!(a.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_))
+    throw py::value_error(std::string(name) + ": expected elements aligned in memory, got an unaligned view");
 }
 
 template <class T> bool holds(const py::array& a) { return py::isinstance<py::array_t<T>>(a); }
@@ -69,7 +73,8 @@ inline repetition::DType parse_dtype(const std::string& name, const char* argume
   if (name == "uint8") return repetition::DType::u8;
   if (name == "int8") return repetition::DType::i8;
   if (allow_int32 && name == "int32") return repetition::DType::i32;
-  throw py::value_error(std::string(argument) + ": expected 'float32', 'uint8'" + (allow_int32 ? ", 'int8' or 'int32'" : " or 'int8'") + ", got '" + name + "'");
+  throw py::value_error(std::string(argument) + ": expected 'float32', 'uint8'" +
+                        (allow_int32 ? ", 'int8' or 'int32'" : " or 'int8'") + ", got '" + name + "'");
 }
 
 // First and one-past-last byte an array can touch; null, null when it is empty.
@@ -83,13 +88,15 @@ inline std::pair<const char*, const char*> extent(const py::array& a) {
 inline void check_apart(const py::array& out, const py::array& other, const char* name) {
   const auto [a, b] = extent(out);
   const auto [c, d] = extent(other);
-  if (a && c && a < d && c < b) throw py::value_error(std::string("out: expected memory apart from ") + name + ", got an array that overlaps it");
+  if (a && c && a < d && c < b)
+    throw py::value_error(std::string("out: expected memory apart from ") + name + ", got an array that overlaps it");
 }
 
 inline void check_writeable(const py::array& out) {
   bool repeats = false;
   for (py::ssize_t i = 0; i < out.ndim(); ++i) repeats |= out.strides(i) == 0 && out.shape(i) > 1;
-  if (!out.writeable() || (repeats && out.size() > 0)) throw py::value_error("out: expected a writeable array, got a read-only or broadcast one");
+  if (!out.writeable() || (repeats && out.size() > 0))
+    throw py::value_error("out: expected a writeable array, got a read-only or broadcast one");
 }
 
 }  // namespace pycodesign::bindings

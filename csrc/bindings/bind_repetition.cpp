@@ -29,13 +29,23 @@ struct WeightArrays {
     for (const py::array* a : {&codes, &levels, &scale})
       if (!(a->flags() & py::array::c_style)) throw py::value_error("codes, levels, scale: expected C order");
     const int64_t Q = levels.shape(1), G = scale.shape(1);
-    if (O == 0 || codes.shape(1) == 0 || Q == 0 || Q > 256 || G == 0 || codes.shape(1) % G) throw py::value_error("codes: expected at least one output, input and level");
-    if (levels.shape(0) != 1 && levels.shape(0) != O) throw py::value_error("levels: expected (1 or O, Q), got " + describe(levels));
+    if (O == 0 || codes.shape(1) == 0 || Q == 0 || Q > 256 || G == 0 || codes.shape(1) % G)
+      throw py::value_error("codes: expected at least one output, input and level");
+    if (levels.shape(0) != 1 && levels.shape(0) != O)
+      throw py::value_error("levels: expected (1 or O, Q), got " + describe(levels));
     const auto* c = static_cast<const uint8_t*>(codes.data());
     for (py::ssize_t i = 0; i < codes.size(); ++i)
-      if (c[i] >= Q) throw py::value_error("codes: expected values below " + std::to_string(Q) + ", got " + std::to_string(c[i]));
-    weights = {O, codes.shape(1), c, static_cast<const float*>(levels.data()), levels.shape(0), Q,
-               static_cast<const float*>(scale.data()), G, bias ? static_cast<const float*>(bias->data()) : nullptr};
+      if (c[i] >= Q)
+        throw py::value_error("codes: expected values below " + std::to_string(Q) + ", got " + std::to_string(c[i]));
+    weights = {O,
+               codes.shape(1),
+               c,
+               static_cast<const float*>(levels.data()),
+               levels.shape(0),
+               Q,
+               static_cast<const float*>(scale.data()),
+               G,
+               bias ? static_cast<const float*>(bias->data()) : nullptr};
   }
 };
 
@@ -51,11 +61,15 @@ repetition::Algorithm parse_algorithm(const std::string& name) {
 
 py::tuple choice(const repetition::Choice& c) { return py::make_tuple(repetition::algorithm_name(c.algorithm), c.why); }
 
-repetition::Geometry geometry(int64_t channels, int64_t groups, std::array<int64_t, 2> kernel, std::array<int64_t, 2> stride, std::array<int64_t, 2> padding,
+repetition::Geometry geometry(int64_t channels, int64_t groups, std::array<int64_t, 2> kernel,
+                              std::array<int64_t, 2> stride, std::array<int64_t, 2> padding,
                               std::array<int64_t, 2> dilation) {
   for (const int64_t v : {channels, groups, kernel[0], kernel[1], stride[0], stride[1], dilation[0], dilation[1]})
-    if (v < 1 || v > (1 << 24)) throw py::value_error("channels, groups, kernel, stride, dilation: expected positive sizes, got " + std::to_string(v));
-  if (std::min(padding[0], padding[1]) < 0 || std::max(padding[0], padding[1]) > (1 << 24)) throw py::value_error("padding: expected a non-negative size");
+    if (v < 1 || v > (1 << 24))
+      throw py::value_error("channels, groups, kernel, stride, dilation: expected positive sizes, got " +
+                            std::to_string(v));
+  if (std::min(padding[0], padding[1]) < 0 || std::max(padding[0], padding[1]) > (1 << 24))
+    throw py::value_error("padding: expected a non-negative size");
   return {channels, groups, kernel, stride, padding, dilation};
 }
 
@@ -64,24 +78,30 @@ struct Finishing {
   repetition::Epilogue epilogue;
   std::optional<py::array> residual;
 
-  Finishing(const repetition::PackedLayer& layer, const std::optional<py::array>& residual_, float residual_scale, float residual_zero_point, std::optional<float> lo,
-            std::optional<float> hi, const std::string& out_dtype, std::optional<float> out_scale, int out_zero_point, const std::vector<int64_t>& shape)
+  Finishing(const repetition::PackedLayer& layer, const std::optional<py::array>& residual_, float residual_scale,
+            float residual_zero_point, std::optional<float> lo, std::optional<float> hi, const std::string& out_dtype,
+            std::optional<float> out_scale, int out_zero_point, const std::vector<int64_t>& shape)
       : residual(residual_) {
     const bool integers = layer.activations().dtype != DType::f32;
     epilogue.acc_dtype = integers ? DType::i32 : DType::f32;
     epilogue.out_dtype = parse_dtype(out_dtype, "out_dtype", true);
     if (epilogue.out_dtype == DType::i32) {
-      if (!integers) throw py::value_error("out_dtype: expected 'float32', 'uint8' or 'int8' for float32 inputs, got 'int32'");
-      if (residual || lo || hi) throw py::value_error("out_dtype: 'int32' gives the exact sums; expected no residual and no clamp with it");
+      if (!integers)
+        throw py::value_error("out_dtype: expected 'float32', 'uint8' or 'int8' for float32 inputs, got 'int32'");
+      if (residual || lo || hi)
+        throw py::value_error("out_dtype: 'int32' gives the exact sums; expected no residual and no clamp with it");
     }
     const bool quantized = epilogue.out_dtype == DType::u8 || epilogue.out_dtype == DType::i8;
     if (quantized != out_scale.has_value())
-      throw py::value_error(quantized ? "out_scale: expected a positive number for out_dtype '" + out_dtype + "', got None"
-                                      : "out_scale: expected None for out_dtype '" + out_dtype + "', got a number");
-    if (quantized && !(*out_scale > 0 && *out_scale < std::numeric_limits<float>::infinity())) throw py::value_error("out_scale: expected a positive finite number, got " + std::to_string(*out_scale));
+      throw py::value_error(quantized
+                                ? "out_scale: expected a positive number for out_dtype '" + out_dtype + "', got None"
+                                : "out_scale: expected None for out_dtype '" + out_dtype + "', got a number");
+    if (quantized && !(*out_scale > 0 && *out_scale < std::numeric_limits<float>::infinity()))
+      throw py::value_error("out_scale: expected a positive finite number, got " + std::to_string(*out_scale));
     const int lowest = epilogue.out_dtype == DType::i8 ? -128 : 0;
     if (quantized ? out_zero_point < lowest || out_zero_point > lowest + 255 : out_zero_point != 0)
-      throw py::value_error("out_zero_point: expected a value of " + out_dtype + (quantized ? "" : ": 0") + ", got " + std::to_string(out_zero_point));
+      throw py::value_error("out_zero_point: expected a value of " + out_dtype + (quantized ? "" : ": 0") + ", got " +
+                            std::to_string(out_zero_point));
     epilogue.out_scale = out_scale.value_or(1.0f);
     epilogue.out_zero_point = out_zero_point;
     epilogue.has_lo = lo.has_value();
@@ -93,7 +113,8 @@ struct Finishing {
     epilogue.residual_scale = residual_scale;
     epilogue.residual_zero_point = residual_zero_point;
     epilogue.residual_dtype = holds<float>(*residual) ? DType::f32 : holds<uint8_t>(*residual) ? DType::u8 : DType::i8;
-    check_array(*residual, "residual", "float32, uint8 or int8", holds(*residual, epilogue.residual_dtype), shape, shape_text(shape));
+    check_array(*residual, "residual", "float32, uint8 or int8", holds(*residual, epilogue.residual_dtype), shape,
+                shape_text(shape));
   }
 
   static std::string shape_text(const std::vector<int64_t>& shape) {
@@ -105,7 +126,10 @@ struct Finishing {
   py::array output(const std::optional<py::array>& given, const py::array& x, const std::vector<int64_t>& shape) const {
     const DType dtype = epilogue.out_dtype;
     if (!given) {
-      const py::dtype type = dtype == DType::f32 ? py::dtype::of<float>() : dtype == DType::u8 ? py::dtype::of<uint8_t>() : dtype == DType::i8 ? py::dtype::of<int8_t>() : py::dtype::of<int32_t>();
+      const py::dtype type = dtype == DType::f32  ? py::dtype::of<float>()
+                             : dtype == DType::u8 ? py::dtype::of<uint8_t>()
+                             : dtype == DType::i8 ? py::dtype::of<int8_t>()
+                                                  : py::dtype::of<int32_t>();
       return py::array(type, std::vector<py::ssize_t>(shape.begin(), shape.end()));
     }
     check_array(*given, "out", dtype_name(dtype), holds(*given, dtype), shape, shape_text(shape));
@@ -117,41 +141,51 @@ struct Finishing {
 };
 
 Tensor images(const py::array& a) {
-  return {static_cast<char*>(const_cast<void*>(a.data())), {a.shape(0), a.shape(1), a.shape(2), a.shape(3)}, {a.strides(0), a.strides(1), a.strides(2), a.strides(3)}};
+  return {static_cast<char*>(const_cast<void*>(a.data())),
+          {a.shape(0), a.shape(1), a.shape(2), a.shape(3)},
+          {a.strides(0), a.strides(1), a.strides(2), a.strides(3)}};
 }
 
 // (T, I) rows as the pixels of one image.
 Tensor rows(const py::array& a) {
-  return {static_cast<char*>(const_cast<void*>(a.data())), {1, a.shape(1), 1, a.shape(0)}, {0, a.strides(1), 0, a.strides(0)}};
+  return {static_cast<char*>(const_cast<void*>(a.data())),
+          {1, a.shape(1), 1, a.shape(0)},
+          {0, a.strides(1), 0, a.strides(0)}};
 }
 
-// Defines `name(x, ...)`: validate, view, allocate, release the GIL, one call, return. `shape_of` checks x and gives the output's shape.
+// Defines `name(x, ...)`: validate, view, allocate, release the GIL, one call, return. `shape_of` checks x and gives
+// the output's shape.
 template <class Layer, class ShapeOf>
 void bind_run(py::class_<Layer>& c, const char* name, Tensor (*view)(const py::array&), ShapeOf shape_of) {
   c.def(
       name,
-      [view, shape_of](const Layer& layer, const py::array& x, const std::optional<py::array>& residual, float residual_scale, float residual_zero_point,
-                       std::optional<float> lo, std::optional<float> hi, const std::string& out_dtype, std::optional<float> out_scale, int out_zero_point,
-                       const std::optional<py::array>& out) {
+      [view, shape_of](const Layer& layer, const py::array& x, const std::optional<py::array>& residual,
+                       float residual_scale, float residual_zero_point, std::optional<float> lo,
+                       std::optional<float> hi, const std::string& out_dtype, std::optional<float> out_scale,
+                       int out_zero_point, const std::optional<py::array>& out) {
         const std::vector<int64_t> shape = shape_of(layer, x);
-        const Finishing finishing(layer, residual, residual_scale, residual_zero_point, lo, hi, out_dtype, out_scale, out_zero_point, shape);
+        const Finishing finishing(layer, residual, residual_scale, residual_zero_point, lo, hi, out_dtype, out_scale,
+                                  out_zero_point, shape);
         const py::array y = finishing.output(out, x, shape);
         const Tensor from = view(x), to = view(y);
-        const std::optional<Tensor> added = finishing.residual ? std::optional(view(*finishing.residual)) : std::nullopt;
+        const std::optional<Tensor> added =
+            finishing.residual ? std::optional(view(*finishing.residual)) : std::nullopt;
         without_gil([&] { layer.run(from, to, added ? &*added : nullptr, finishing.epilogue); });
         return y;
       },
-      py::arg("x"), py::arg("residual"), py::arg("residual_scale"), py::arg("residual_zero_point"), py::arg("lo"), py::arg("hi"), py::arg("out_dtype"),
-      py::arg("out_scale"), py::arg("out_zero_point"), py::arg("out"));
+      py::arg("x"), py::arg("residual"), py::arg("residual_scale"), py::arg("residual_zero_point"), py::arg("lo"),
+      py::arg("hi"), py::arg("out_dtype"), py::arg("out_scale"), py::arg("out_zero_point"), py::arg("out"));
 }
 
-void check_x(const repetition::PackedLayer& layer, const py::array& x, const std::vector<int64_t>& sizes, const std::string& shape) {
+void check_x(const repetition::PackedLayer& layer, const py::array& x, const std::vector<int64_t>& sizes,
+             const std::string& shape) {
   const DType dtype = layer.activations().dtype;
   check_array(x, "x", dtype_name(dtype), holds(x, dtype), sizes, shape);
 }
 
 template <class Layer> void bind_layer(py::class_<Layer>& c) {
-  c.def_property_readonly("algorithm", [](const Layer& l) { return std::string(repetition::algorithm_name(l.algorithm())); });
+  c.def_property_readonly("algorithm",
+                          [](const Layer& l) { return std::string(repetition::algorithm_name(l.algorithm())); });
   c.def("counts", [](const Layer& l) {
     const repetition::Counts n = l.counts();
     py::dict d;
@@ -174,12 +208,14 @@ void bind_repetition(py::module_& m) {
   using repetition::PackedConv2d, repetition::PackedLinear;
 
   py::class_<PackedConv2d> conv(m, "PackedConv2d");
-  conv.def(py::init([](py::array codes, py::array levels, py::array scale, std::optional<py::array> bias, int64_t channels, int64_t groups, std::array<int64_t, 2> kernel,
-                       std::array<int64_t, 2> stride, std::array<int64_t, 2> padding, std::array<int64_t, 2> dilation, const std::string& input_dtype, double input_scale,
-                       int input_zero_point, int input_bits, const std::string& algorithm) {
+  conv.def(py::init([](py::array codes, py::array levels, py::array scale, std::optional<py::array> bias,
+                       int64_t channels, int64_t groups, std::array<int64_t, 2> kernel, std::array<int64_t, 2> stride,
+                       std::array<int64_t, 2> padding, std::array<int64_t, 2> dilation, const std::string& input_dtype,
+                       double input_scale, int input_zero_point, int input_bits, const std::string& algorithm) {
              const WeightArrays a(std::move(codes), std::move(levels), std::move(scale), std::move(bias));
              const auto g = geometry(channels, groups, kernel, stride, padding, dilation);
-             if (channels % groups || a.weights.outputs % groups || a.weights.inputs != channels / groups * kernel[0] * kernel[1] || a.weights.scale_groups != 1)
+             if (channels % groups || a.weights.outputs % groups ||
+                 a.weights.inputs != channels / groups * kernel[0] * kernel[1] || a.weights.scale_groups != 1)
                throw py::value_error("codes: expected (O, C / groups * kH * kW), got " + describe(a.codes));
              const auto in = activations(input_dtype, input_scale, input_zero_point, input_bits);
              const auto chosen = parse_algorithm(algorithm);
@@ -187,15 +223,18 @@ void bind_repetition(py::module_& m) {
              without_gil([&] { layer = std::make_unique<PackedConv2d>(a.weights, g, in, chosen); });
              return layer;
            }),
-           py::arg("codes"), py::arg("levels"), py::arg("scale"), py::arg("bias"), py::arg("channels"), py::arg("groups"), py::arg("kernel"), py::arg("stride"),
-           py::arg("padding"), py::arg("dilation"), py::arg("input_dtype"), py::arg("input_scale"), py::arg("input_zero_point"), py::arg("input_bits"), py::arg("algorithm"));
+           py::arg("codes"), py::arg("levels"), py::arg("scale"), py::arg("bias"), py::arg("channels"),
+           py::arg("groups"), py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
+           py::arg("input_dtype"), py::arg("input_scale"), py::arg("input_zero_point"), py::arg("input_bits"),
+           py::arg("algorithm"));
   bind_layer(conv);
   conv.def_property_readonly("group_size", &PackedConv2d::group_size);
   conv.def_property_readonly("max_entries", &PackedConv2d::max_entries);
   bind_run(conv, "run", images, [](const PackedConv2d& layer, const py::array& x) {
     const repetition::Geometry& g = layer.geometry();
     check_x(layer, x, {-1, g.channels, -1, -1}, "(N, " + std::to_string(g.channels) + ", H, W)");
-    return std::vector<int64_t>{x.shape(0), layer.outputs(), g.output_size(0, x.shape(2)), g.output_size(1, x.shape(3))};
+    return std::vector<int64_t>{x.shape(0), layer.outputs(), g.output_size(0, x.shape(2)),
+                                g.output_size(1, x.shape(3))};
   });
   // A linear layer through the convolution's kernels: its rows are the pixels.
   bind_run(conv, "run_rows", rows, [](const PackedConv2d& layer, const py::array& x) {
@@ -204,8 +243,9 @@ void bind_repetition(py::module_& m) {
   });
 
   py::class_<PackedLinear> linear(m, "PackedLinear");
-  linear.def(py::init([](py::array codes, py::array levels, py::array scale, std::optional<py::array> bias, const std::string& input_dtype, double input_scale, int input_zero_point,
-                         int input_bits, const std::string& algorithm) {
+  linear.def(py::init([](py::array codes, py::array levels, py::array scale, std::optional<py::array> bias,
+                         const std::string& input_dtype, double input_scale, int input_zero_point, int input_bits,
+                         const std::string& algorithm) {
                const WeightArrays a(std::move(codes), std::move(levels), std::move(scale), std::move(bias));
                const auto in = activations(input_dtype, input_scale, input_zero_point, input_bits);
                const auto chosen = parse_algorithm(algorithm);
@@ -213,28 +253,33 @@ void bind_repetition(py::module_& m) {
                without_gil([&] { layer = std::make_unique<PackedLinear>(a.weights, in, chosen); });
                return layer;
              }),
-             py::arg("codes"), py::arg("levels"), py::arg("scale"), py::arg("bias"), py::arg("input_dtype"), py::arg("input_scale"), py::arg("input_zero_point"),
-             py::arg("input_bits"), py::arg("algorithm"));
+             py::arg("codes"), py::arg("levels"), py::arg("scale"), py::arg("bias"), py::arg("input_dtype"),
+             py::arg("input_scale"), py::arg("input_zero_point"), py::arg("input_bits"), py::arg("algorithm"));
   bind_layer(linear);
   bind_run(linear, "run_rows", rows, [](const PackedLinear& layer, const py::array& x) {
     check_x(layer, x, {-1, layer.inputs()}, "(..., " + std::to_string(layer.inputs()) + ")");
     return std::vector<int64_t>{x.shape(0), layer.outputs()};
   });
 
-  m.def("choose_conv2d",
-        [](py::array codes, py::array levels, py::array scale, int64_t channels, int64_t groups, std::array<int64_t, 2> kernel, std::array<int64_t, 2> stride,
-           std::array<int64_t, 2> padding, std::array<int64_t, 2> dilation, const std::string& input_dtype) {
-          const WeightArrays a(std::move(codes), std::move(levels), std::move(scale), std::nullopt);
-          return choice(repetition::choose_conv2d(a.weights, geometry(channels, groups, kernel, stride, padding, dilation), activations(input_dtype, 1, 0, 0)));
-        },
-        py::arg("codes"), py::arg("levels"), py::arg("scale"), py::arg("channels"), py::arg("groups"), py::arg("kernel"), py::arg("stride"), py::arg("padding"),
-        py::arg("dilation"), py::arg("input_dtype"));
-  m.def("choose_linear",
-        [](py::array codes, py::array levels, py::array scale, const std::string& input_dtype) {
-          const WeightArrays a(std::move(codes), std::move(levels), std::move(scale), std::nullopt);
-          return choice(repetition::choose_linear(a.weights, activations(input_dtype, 1, 0, 0)));
-        },
-        py::arg("codes"), py::arg("levels"), py::arg("scale"), py::arg("input_dtype"));
+  m.def(
+      "choose_conv2d",
+      [](py::array codes, py::array levels, py::array scale, int64_t channels, int64_t groups,
+         std::array<int64_t, 2> kernel, std::array<int64_t, 2> stride, std::array<int64_t, 2> padding,
+         std::array<int64_t, 2> dilation, const std::string& input_dtype) {
+        const WeightArrays a(std::move(codes), std::move(levels), std::move(scale), std::nullopt);
+        return choice(repetition::choose_conv2d(a.weights,
+                                                geometry(channels, groups, kernel, stride, padding, dilation),
+                                                activations(input_dtype, 1, 0, 0)));
+      },
+      py::arg("codes"), py::arg("levels"), py::arg("scale"), py::arg("channels"), py::arg("groups"), py::arg("kernel"),
+      py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("input_dtype"));
+  m.def(
+      "choose_linear",
+      [](py::array codes, py::array levels, py::array scale, const std::string& input_dtype) {
+        const WeightArrays a(std::move(codes), std::move(levels), std::move(scale), std::nullopt);
+        return choice(repetition::choose_linear(a.weights, activations(input_dtype, 1, 0, 0)));
+      },
+      py::arg("codes"), py::arg("levels"), py::arg("scale"), py::arg("input_dtype"));
 }
 
 }  // namespace pycodesign::bindings

@@ -14,8 +14,7 @@ namespace pycodesign::core {
 
 inline constexpr size_t cache_line = 64, huge_page = size_t{2} << 20;
 
-template <class T>
-class AlignedBuffer {
+template <class T> class AlignedBuffer {
   static_assert(std::is_trivially_copyable_v<T> && std::is_trivially_default_constructible_v<T>);
 
  public:

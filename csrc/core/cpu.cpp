@@ -73,8 +73,7 @@ std::vector<Isa> detect_isas() { return {Isa::scalar}; }
 
 #endif
 
-template <class Isas>
-std::string join_names(const Isas& isas) {
+template <class Isas> std::string join_names(const Isas& isas) {
   std::string names;
   for (Isa isa : isas) names += std::string(names.empty() ? "" : ", ") + isa_name(isa);
   return names;

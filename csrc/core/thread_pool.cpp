@@ -68,8 +68,7 @@ void relax_cpu() {
 }
 
 // True when `done` came true within spin_time.
-template <class Done>
-bool spin_until(Done done) {
+template <class Done> bool spin_until(Done done) {
   const auto end = std::chrono::steady_clock::now() + spin_time;
   do {
     for (int i = 0; i < 32; ++i) {
@@ -169,8 +168,7 @@ unsigned long long count_loaded_libraries() {
   return count;
 }
 
-template <class Function>
-bool find_function(void* library, const char* name, Function*& function) {
+template <class Function> bool find_function(void* library, const char* name, Function*& function) {
   function = reinterpret_cast<Function*>(dlsym(library, name));
   return function != nullptr;
 }

@@ -22,8 +22,7 @@ using ChunkBody = void (*)(void* context, int64_t chunk, int slot);
 void parallel_for(int64_t chunks, ChunkBody body, void* context, int max_threads = 0);
 
 // The same for a callable body(chunk, slot).
-template <class F>
-void parallel_for(int64_t chunks, F&& body, int max_threads = 0) {
+template <class F> void parallel_for(int64_t chunks, F&& body, int max_threads = 0) {
   using Body = std::remove_reference_t<F>;
   parallel_for(
       chunks, [](void* context, int64_t chunk, int slot) { (*static_cast<Body*>(context))(chunk, slot); },

@@ -10,11 +10,12 @@
 
 namespace pycodesign::repetition {
 
-std::shared_ptr<const LiftPlan> PackedConv2d::plan(int64_t images, int64_t height, int64_t width, const Kernels& k) const {
+std::shared_ptr<const LiftPlan> PackedConv2d::plan(int64_t images, int64_t height, int64_t width,
+                                                   const Kernels& k) const {
   const std::array<int64_t, 4> key{images, height, width, k.lanes};
   const std::lock_guard lock(mutex_);
   if (const auto found = plans_.find(key); found != plans_.end()) return found->second;
-  if (plans_.size() >= 32) plans_.clear();       // a caller that never repeats a size
+  if (plans_.size() >= 32) plans_.clear();  // a caller that never repeats a size
   return plans_[key] = std::make_shared<const LiftPlan>(geometry_, images, height, width, k.lanes);
 }
 
@@ -59,8 +60,11 @@ void PackedConv2d::run(const Tensor& x, const Tensor& out, const Tensor* residua
     s.channels = static_cast<int>(std::min(unit_channels_, group_channels_ - unit * unit_channels_));
     const bool empty = phase.rows.data == 0 || phase.columns.data == 0;
     for (int c = 0; c < s.channels; ++c)
-      s.source[c] = x.data + (channel + c) * x.stride[1] + (empty ? 0 : phase.rows.first * x.stride[2] + phase.columns.first * x.stride[3]);
-    s.staging = activations_.dtype == DType::f32 ? Staging::f32 : unit_channels_ == 4 ? Staging::bytes4 : Staging::centered_i32;
+      s.source[c] = x.data + (channel + c) * x.stride[1] +
+                    (empty ? 0 : phase.rows.first * x.stride[2] + phase.columns.first * x.stride[3]);
+    s.staging = activations_.dtype == DType::f32 ? Staging::f32
+                : unit_channels_ == 4            ? Staging::bytes4
+                                                 : Staging::centered_i32;
     s.dtype = activations_.dtype;
     s.zero_point = activations_.zero_point;
     s.images = N;
@@ -89,12 +93,14 @@ void PackedConv2d::run(const Tensor& x, const Tensor& out, const Tensor* residua
   // Finish: planes back to rows, then the epilogue. A few outputs at a time, so that a chunk is worth a hand-over.
   const int64_t rows = lift->out_rows, columns = lift->out_columns, pixels = rows * columns;
   const int64_t step = std::clamp<int64_t>(8192 / (N * pixels), 1, std::max<int64_t>(outputs_ / threads, 1));
-  const bool whole = (rows == 1 || out.stride[2] == columns * out.stride[3]) && (!residual || rows == 1 || residual->stride[2] == columns * residual->stride[3]);
+  const bool whole = (rows == 1 || out.stride[2] == columns * out.stride[3]) &&
+                     (!residual || rows == 1 || residual->stride[2] == columns * residual->stride[3]);
   core::parallel_for((outputs_ + step - 1) / step, [&](int64_t chunk, int) {
     char* flat = scratch(1, flat_bytes + static_cast<size_t>(N * pixels * 4));
     char* sums = flat + flat_bytes;
     for (int64_t o = chunk * step; o < std::min(outputs_, (chunk + 1) * step); ++o) {
-      k.unlift({planes + o * out_plane, lift->segment, flat, N, rows, columns, lift->image_pitch, lift->row_pitch, sums});
+      k.unlift(
+          {planes + o * out_plane, lift->segment, flat, N, rows, columns, lift->image_pitch, lift->row_pitch, sums});
       Finish f{};
       f.epilogue = &epilogue;
       f.multiplier = &multiplier_[static_cast<size_t>(o)];
@@ -107,7 +113,8 @@ void PackedConv2d::run(const Tensor& x, const Tensor& out, const Tensor* residua
         for (int64_t r = 0; r < (whole ? 1 : rows); ++r) {
           f.acc = sums + (n * pixels + r * columns) * 4;
           f.out = out.data + n * out.stride[0] + o * out.stride[1] + r * out.stride[2];
-          if (residual) f.residual = residual->data + n * residual->stride[0] + o * residual->stride[1] + r * residual->stride[2];
+          if (residual)
+            f.residual = residual->data + n * residual->stride[0] + o * residual->stride[1] + r * residual->stride[2];
           k.finish(f);
         }
     }
@@ -115,7 +122,8 @@ void PackedConv2d::run(const Tensor& x, const Tensor& out, const Tensor* residua
 }
 
 void PackedConv2d::run_tables(const LiftPlan& lift, const Kernels& k, const char* staged, char* planes) const {
-  const int64_t vector_bytes = k.lanes * 4, plane = lift.plane_vectors * vector_bytes, out_plane = (lift.segment | 1) * vector_bytes;
+  const int64_t vector_bytes = k.lanes * 4, plane = lift.plane_vectors * vector_bytes,
+                out_plane = (lift.segment | 1) * vector_bytes;
   const auto phases = static_cast<int64_t>(lift.phases.size());
   const bool is_float = activations_.dtype == DType::f32;
 
@@ -127,9 +135,11 @@ void PackedConv2d::run_tables(const LiftPlan& lift, const Kernels& k, const char
     const int64_t count = (lift.segment + vectors - 1) / vectors;
     int64_t width = 0;
     for (const TapSegment& s : lift.tap_segments(vectors)) width += vectors + s.taps.back().shift;
-    const double cost = static_cast<double>(count) * tile_cost(static_cast<double>(lift.segment) / static_cast<double>(count), static_cast<double>(width), max_entries_,
-                                                               block_units_, static_cast<double>(group_outputs_), static_cast<double>(block_units_ * taps_),
-                                                               static_cast<double>(vector_bytes));
+    const double cost =
+        static_cast<double>(count) *
+        tile_cost(static_cast<double>(lift.segment) / static_cast<double>(count), static_cast<double>(width),
+                  max_entries_, block_units_, static_cast<double>(group_outputs_),
+                  static_cast<double>(block_units_ * taps_), static_cast<double>(vector_bytes));
     if (cost < best) best = cost, tile = vectors, tiles = count;
   }
   const auto segments = lift.tap_segments(tile);
@@ -141,15 +151,18 @@ void PackedConv2d::run_tables(const LiftPlan& lift, const Kernels& k, const char
     segment_source.push_back(s.phase * plane + s.offset * vector_bytes);
     segment_at.push_back(static_cast<int>(width * vector_bytes));
     segment_shift.push_back(static_cast<int>(s.taps.back().shift));
-    for (const auto& [tap, shift] : s.taps) slot_offset[static_cast<size_t>(tap)] = static_cast<int32_t>((width + shift) * vector_bytes);
+    for (const auto& [tap, shift] : s.taps)
+      slot_offset[static_cast<size_t>(tap)] = static_cast<int32_t>((width + shift) * vector_bytes);
     width += tile + s.taps.back().shift;
   }
   const int64_t entry_bytes = width * vector_bytes, unit_bytes = entry_bytes * max_entries_;
   for (int64_t slot = taps_; slot < block_units_ * taps_; ++slot)
-    slot_offset[static_cast<size_t>(slot)] = slot_offset[static_cast<size_t>(slot % taps_)] + static_cast<int32_t>(slot / taps_ * unit_bytes);
+    slot_offset[static_cast<size_t>(slot)] =
+        slot_offset[static_cast<size_t>(slot % taps_)] + static_cast<int32_t>(slot / taps_ * unit_bytes);
   const int64_t groups = geometry_.groups;
   const int64_t splits = output_splits(tiles * groups, group_outputs_, core::num_threads());
-  const size_t row_bytes = static_cast<size_t>((group_size_ + 1) * entry_bytes), table_bytes = static_cast<size_t>(unit_bytes * block_units_);
+  const size_t row_bytes = static_cast<size_t>((group_size_ + 1) * entry_bytes),
+               table_bytes = static_cast<size_t>(unit_bytes * block_units_);
   core::parallel_for(tiles * groups * splits, [&](int64_t chunk, int) {
     const int64_t group = chunk / (tiles * splits), t = chunk / splits % tiles, split = chunk % splits;
     const int64_t j = lift.segment * t / tiles;
@@ -178,22 +191,27 @@ void PackedConv2d::run_tables(const LiftPlan& lift, const Kernels& k, const char
     sum.outputs = count;
     sum.vectors = vectors;
     for (int64_t block = 0; block * block_units_ < table_units_; ++block) {
-      const int64_t units_here = std::min<int64_t>(block_units_, table_units_ - block * block_units_), slots = units_here * taps_;
-      build.x = staged + (group * group_channels_ + block * block_units_ * group_size_) * phases * plane + j * vector_bytes;
+      const int64_t units_here = std::min<int64_t>(block_units_, table_units_ - block * block_units_),
+                    slots = units_here * taps_;
+      build.x =
+          staged + (group * group_channels_ + block * block_units_ * group_size_) * phases * plane + j * vector_bytes;
       build.units = units_here;
       (is_float ? k.build_tables_f32 : k.build_tables_i32)(build);
       sum.slots = static_cast<int>(slots);
-      sum.stream = reinterpret_cast<const uint8_t*>(weights_.data()) + (group * table_units_ + block * block_units_) * taps_ * group_outputs_ + first * slots;
+      sum.stream = reinterpret_cast<const uint8_t*>(weights_.data()) +
+                   (group * table_units_ + block * block_units_) * taps_ * group_outputs_ + first * slots;
       sum.first = block == 0;
       (is_float ? k.sum_tables_f32 : k.sum_tables_i32)(sum);
     }
     for (int64_t o = 0; o < count; ++o)
-      std::memcpy(planes + (group * group_outputs_ + first + o) * out_plane + j * vector_bytes, sum.acc + o * sum.acc_stride, static_cast<size_t>(vectors * vector_bytes));
+      std::memcpy(planes + (group * group_outputs_ + first + o) * out_plane + j * vector_bytes,
+                  sum.acc + o * sum.acc_stride, static_cast<size_t>(vectors * vector_bytes));
   });
 }
 
 void PackedConv2d::run_dense(const LiftPlan& lift, const Kernels& k, const char* staged, char* planes) const {
-  const int64_t vector_bytes = k.lanes * 4, plane = lift.plane_vectors * vector_bytes, out_plane = (lift.segment | 1) * vector_bytes;
+  const int64_t vector_bytes = k.lanes * 4, plane = lift.plane_vectors * vector_bytes,
+                out_plane = (lift.segment | 1) * vector_bytes;
   const auto phases = static_cast<int64_t>(lift.phases.size());
   std::vector<int64_t> tap_source;
   for (const LiftPlan::Tap& tap : lift.taps) tap_source.push_back(tap.phase * plane + tap.offset * vector_bytes);

@@ -1,4 +1,5 @@
-// The table of kernels that every instruction set fills: what they take, in which layout. See README.md beside this file.
+// The table of kernels that every instruction set fills: what they take, in which layout. See README.md beside this
+// file.
 //
 // Letters: N images, C channels, H W input size, O outputs, R S filter size; L lanes, J vectors of a lifted plane.
 // A "word" is 4 bytes: one float, one int32, or four consecutive 8-bit channels of one pixel.
@@ -12,12 +13,13 @@ enum class DType : uint8_t { f32, u8, i8, i32 };
 
 // How staging turns input elements into words.
 enum class Staging : uint8_t {
-  f32,            // float -> float
-  centered_i32,   // 8-bit -> int32, minus the zero point
-  bytes4,         // four 8-bit channels -> one word of four uint8 (int8 inputs gain 128)
+  f32,           // float -> float
+  centered_i32,  // 8-bit -> int32, minus the zero point
+  bytes4,        // four 8-bit channels -> one word of four uint8 (int8 inputs gain 128)
 };
 
-// One axis of one phase (padded input modulo stride): `data` input elements from `first` on, behind `lead` elements of padding.
+// One axis of one phase (padded input modulo stride): `data` input elements from `first` on, behind `lead` elements of
+// padding.
 struct PhaseAxis {
   int64_t lead, data, first;
 };
@@ -27,99 +29,103 @@ struct Span {
   int64_t first, count, at;
 };
 
-// Stage one unit (1 channel, or 4 as bytes) of one phase: images to the spans of a lifted plane, vector j holding the flat positions
-// j + l * segment of its lanes l.
+// Stage one unit (1 channel, or 4 as bytes) of one phase: images to the spans of a lifted plane, vector j holding the
+// flat positions j + l * segment of its lanes l.
 struct Stage {
-  const char* source[4];          // channels of the unit, at the phase's first element
-  int channels;                   // how many of them exist
+  const char* source[4];  // channels of the unit, at the phase's first element
+  int channels;           // how many of them exist
   Staging staging;
   DType dtype;
-  int32_t zero_point;             // of the input
-  int64_t images, stride_n, stride_h, stride_w;     // bytes; stride_h and stride_w already multiplied by the convolution's
+  int32_t zero_point;                            // of the input
+  int64_t images, stride_n, stride_h, stride_w;  // bytes; stride_h and stride_w already multiplied by the convolution's
   PhaseAxis rows, columns;
-  int64_t image_pitch, row_pitch; // flat positions
+  int64_t image_pitch, row_pitch;  // flat positions
   int64_t segment;
-  const Span* spans;              // ascending
+  const Span* spans;  // ascending
   int span_count;
-  int64_t positions;              // words of flat
-  char* flat;                     // scratch
+  int64_t positions;  // words of flat
+  char* flat;         // scratch
   char* lifted;
 };
 
-// One step of building a table: entry[plus] = entry[parent] + coefficient * row[channel], entry[minus] = entry[parent] - the same.
-// Index -1: no such entry; parent -1, channel -1: zeros.
+// One step of building a table: entry[plus] = entry[parent] + coefficient * row[channel], entry[minus] = entry[parent]
+// - the same. Index -1: no such entry; parent -1, channel -1: zeros.
 struct TableStep {
   int16_t plus, minus, parent, channel;
-  union { float f; int32_t i; } coefficient;
+  union {
+    float f;
+    int32_t i;
+  } coefficient;
 };
 
-// Tables of one block of units over one tile: tables[unit][entry][all segments, side by side], a segment being the vectors that
-// neighbouring taps read.
+// Tables of one block of units over one tile: tables[unit][entry][all segments, side by side], a segment being the
+// vectors that neighbouring taps read.
 struct TableBuild {
-  const char* x;                    // staged plane of the block's first channel, at the tile's first vector
-  int64_t channel_stride;           // bytes
-  const int64_t* segment_source;    // bytes from x
-  const int* segment_at;            // bytes within an entry
-  const int* segment_shift;         // a segment is `vectors` plus this many vectors wide
+  const char* x;                  // staged plane of the block's first channel, at the tile's first vector
+  int64_t channel_stride;         // bytes
+  const int64_t* segment_source;  // bytes from x
+  const int* segment_at;          // bytes within an entry
+  const int* segment_shift;       // a segment is `vectors` plus this many vectors wide
   int segments, vectors;
-  int64_t units, group_size;        // tables, and channels of each
+  int64_t units, group_size;  // tables, and channels of each
   int64_t entry_bytes, unit_bytes;
-  const TableStep* steps;           // of every table
+  const TableStep* steps;  // of every table
   int64_t step_count;
-  char* rows;                       // scratch, (group_size + 1) * entry_bytes
+  char* rows;  // scratch, (group_size + 1) * entry_bytes
   char* tables;
 };
 
 // acc[o][v] (+)= sum over slots of sign * table entry, for `vectors` vectors of `outputs` outputs.
 struct TableSum {
   const char* tables;
-  const int32_t* slot_offset;       // bytes, per slot (unit of the block, tap)
+  const int32_t* slot_offset;  // bytes, per slot (unit of the block, tap)
   int slots;
   int64_t entry_bytes;
-  const uint8_t* stream;            // [outputs][slots] bytes: 7 bits of entry, 1 of sign
+  const uint8_t* stream;  // [outputs][slots] bytes: 7 bits of entry, 1 of sign
   char* acc;
-  int64_t acc_stride;               // bytes between outputs
+  int64_t acc_stride;  // bytes between outputs
   int64_t outputs;
-  int vectors;                      // 1 .. max_table_vectors
-  bool first;                       // overwrite acc
+  int vectors;  // 1 .. max_table_vectors
+  bool first;   // overwrite acc
 };
 
 // acc[o][v] = sum over units and taps of weight[unit][tap][o] * x[unit][tap][v], o < outputs <= dense_outputs.
 inline constexpr int dense_outputs = 8;
 struct DenseTile {
-  const char* x;                    // staged plane of the group's first unit, at the tile's first vector
-  int64_t unit_stride;              // bytes
-  const int64_t* tap_source;        // bytes from x
+  const char* x;              // staged plane of the group's first unit, at the tile's first vector
+  int64_t unit_stride;        // bytes
+  const int64_t* tap_source;  // bytes from x
   int64_t units;
   int taps;
-  const char* weights;              // [units][taps][dense_outputs] words
+  const char* weights;  // [units][taps][dense_outputs] words
   char* acc;
-  int64_t acc_stride;               // bytes between outputs
-  int outputs, vectors;             // vectors <= max_dense_vectors
+  int64_t acc_stride;    // bytes between outputs
+  int outputs, vectors;  // vectors <= max_dense_vectors
 };
 
 // Linear layers: lanes are outputs, a panel is 64 of them.
 inline constexpr int panel_outputs = 64;
 struct LinearTile {
-  const char* x;                    // rows of words
-  int64_t x_stride;                 // bytes between rows
-  int rows;                         // any
-  const char* weights;              // dense: [words of K][64] words; packed: [words of codes][64]
-  int64_t words;                    // of weights per output
-  const float* table;               // packed float32: [rows][words * codes_per_word][32] sums
-  int64_t table_stride;             // floats between rows
-  int code_bits, codes_per_word;    // packed: bits of one code
-  const int8_t* level_bytes;        // packed integers: levels by code, 16 of them
-  char* acc;                        // [rows][64]
-  int64_t acc_stride;               // bytes
+  const char* x;                  // rows of words
+  int64_t x_stride;               // bytes between rows
+  int rows;                       // any
+  const char* weights;            // dense: [words of K][64] words; packed: [words of codes][64]
+  int64_t words;                  // of weights per output
+  const float* table;             // packed float32: [rows][words * codes_per_word][32] sums
+  int64_t table_stride;           // floats between rows
+  int code_bits, codes_per_word;  // packed: bits of one code
+  const int8_t* level_bytes;      // packed integers: levels by code, 16 of them
+  char* acc;                      // [rows][64]
+  int64_t acc_stride;             // bytes
 };
 
-// Build the 32-entry tables of the packed float kernel: table[code position][e] = sum_i x[position * inputs + i] * digit[i][e].
+// Build the 32-entry tables of the packed float kernel: table[code position][e] = sum_i x[position * inputs + i] *
+// digit[i][e].
 struct LookupBuild {
   const float* x;
   int64_t positions;
-  int inputs;                       // per code
-  const float* digit;               // [inputs][32] level of input i in entry e
+  int inputs;          // per code
+  const float* digit;  // [inputs][32] level of input i in entry e
   float* table;
 };
 
@@ -134,23 +140,23 @@ struct Epilogue {
 };
 struct Finish {
   const Epilogue* epilogue;
-  const char* acc;                  // count words
+  const char* acc;  // count words
   int64_t count;
-  bool per_element;                 // multiplier, bias, correction have `count` values (else one)
+  bool per_element;  // multiplier, bias, correction have `count` values (else one)
   const float* multiplier;
-  const float* bias;                // or null
-  const int32_t* correction;        // added to integer acc first
+  const float* bias;          // or null
+  const int32_t* correction;  // added to integer acc first
   const char* residual;
-  int64_t residual_stride;          // bytes
+  int64_t residual_stride;  // bytes
   char* out;
-  int64_t out_stride;               // bytes
+  int64_t out_stride;  // bytes
 };
 
 // Lifted plane -> `rows` rows of `columns` words, one after another.
 struct Unlift {
   const char* lifted;
   int64_t segment;
-  char* flat;                       // scratch, lanes * (segment + 1) words
+  char* flat;  // scratch, lanes * (segment + 1) words
   int64_t images, rows, columns, image_pitch, row_pitch;
   char* out;
 };
@@ -180,6 +186,6 @@ void fill_avx2(Kernels&);
 void fill_avx2_vnni(Kernels&);
 void fill_avx512(Kernels&);
 
-const Kernels& kernels();   // of the active instruction set
+const Kernels& kernels();  // of the active instruction set
 
 }  // namespace pycodesign::repetition

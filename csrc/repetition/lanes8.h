@@ -23,29 +23,42 @@ inline i32v dot4(i32v acc, i32v x, i32v w) {
 #ifdef __AVXVNNI__
   return (i32v)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)x, (__m256i)w);
 #else
-  const __m256i even_x = _mm256_and_si256((__m256i)x, _mm256_set1_epi16(0xff)), odd_x = _mm256_srli_epi16((__m256i)x, 8);
-  const __m256i even_w = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)w, 8), 8), odd_w = _mm256_srai_epi16((__m256i)w, 8);
+  const __m256i even_x = _mm256_and_si256((__m256i)x, _mm256_set1_epi16(0xff)),
+                odd_x = _mm256_srli_epi16((__m256i)x, 8);
+  const __m256i even_w = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)w, 8), 8),
+                odd_w = _mm256_srai_epi16((__m256i)w, 8);
   return acc + (i32v)_mm256_madd_epi16(even_x, even_w) + (i32v)_mm256_madd_epi16(odd_x, odd_w);
 #endif
 }
 
-inline u32v widen_bytes(const uint8_t* p) { return (u32v)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
-inline u32v widen_halves(const uint8_t* p) { return (u32v)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline u32v widen_bytes(const uint8_t* p) {
+  return (u32v)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+inline u32v widen_halves(const uint8_t* p) {
+  return (u32v)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 
-struct Lookup { f32v part[4]; };
+struct Lookup {
+  f32v part[4];
+};
 inline Lookup load_lookup(const float* t) {
   return {{_mm256_loadu_ps(t), _mm256_loadu_ps(t + 8), _mm256_loadu_ps(t + 16), _mm256_loadu_ps(t + 24)}};
 }
 inline f32v look_up(const Lookup& t, i32v index) {
   const __m256i i = (__m256i)index;
-  const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)), bit4 = _mm256_castsi256_ps(_mm256_slli_epi32(i, 27));
-  const __m256 low = _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.part[0], i), _mm256_permutevar8x32_ps(t.part[1], i), bit3);
-  const __m256 high = _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.part[2], i), _mm256_permutevar8x32_ps(t.part[3], i), bit3);
+  const __m256 bit3 = _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)),
+               bit4 = _mm256_castsi256_ps(_mm256_slli_epi32(i, 27));
+  const __m256 low =
+      _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.part[0], i), _mm256_permutevar8x32_ps(t.part[1], i), bit3);
+  const __m256 high =
+      _mm256_blendv_ps(_mm256_permutevar8x32_ps(t.part[2], i), _mm256_permutevar8x32_ps(t.part[3], i), bit3);
   return _mm256_blendv_ps(low, high, bit4);
 }
 
 using Levels = __m256i;
-inline Levels load_levels(const int8_t* p) { return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline Levels load_levels(const int8_t* p) {
+  return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
 inline i32v levels_of(Levels levels, i32v codes) { return (i32v)_mm256_shuffle_epi8(levels, (__m256i)codes); }
 
 // 8 x 8 words; strides in bytes. Rows are stored in order: unlift lets them overlap.
@@ -62,8 +75,10 @@ inline void transpose(const char* from, int64_t from_stride, char* to, int64_t t
     a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
     a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
   }
-  for (int i = 0; i < 4; ++i) _mm256_storeu_ps(reinterpret_cast<float*>(to + i * to_stride), _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
-  for (int i = 0; i < 4; ++i) _mm256_storeu_ps(reinterpret_cast<float*>(to + (i + 4) * to_stride), _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+  for (int i = 0; i < 4; ++i)
+    _mm256_storeu_ps(reinterpret_cast<float*>(to + i * to_stride), _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
+  for (int i = 0; i < 4; ++i)
+    _mm256_storeu_ps(reinterpret_cast<float*>(to + (i + 4) * to_stride), _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
 }
 
 }  // namespace

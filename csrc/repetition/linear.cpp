@@ -20,13 +20,17 @@ char* scratch(int which, size_t bytes) {
 
 }  // namespace
 
-PackedLinear::PackedLinear(const Weights& w, const Activations& a, Algorithm algorithm) : PackedLayer(w, a, algorithm), group_inputs_(w.inputs / w.scale_groups) {
+PackedLinear::PackedLinear(const Weights& w, const Activations& a, Algorithm algorithm)
+    : PackedLayer(w, a, algorithm), group_inputs_(w.inputs / w.scale_groups) {
   const bool is_float = a.dtype == DType::f32, packed = algorithm == Algorithm::packed;
-  if (algorithm == Algorithm::tables) throw std::invalid_argument("algorithm: expected 'dense' or 'packed', got 'tables'");
+  if (algorithm == Algorithm::tables)
+    throw std::invalid_argument("algorithm: expected 'dense' or 'packed', got 'tables'");
   if (packed) {
     values_ = distinct_levels(w);
     const size_t count = values_.size();
-    if (count > 4) throw std::invalid_argument("algorithm: expected at most 4 distinct levels for 'packed', got " + std::to_string(count));
+    if (count > 4)
+      throw std::invalid_argument("algorithm: expected at most 4 distinct levels for 'packed', got " +
+                                  std::to_string(count));
     if (is_float) {
       // As many inputs as a 32-entry table holds: 5 binary, 3 ternary, 2 of four levels.
       code_inputs_ = count <= 2 ? 5 : count == 3 ? 3 : 2;
@@ -57,9 +61,12 @@ PackedLinear::PackedLinear(const Weights& w, const Activations& a, Algorithm alg
   for (int64_t o = 0; o < outputs_; ++o)
     for (int64_t i = 0; i < inputs_; ++i) {
       const int64_t group = i / group_inputs_, at = i % group_inputs_, field = at % word_inputs_;
-      uint32_t& word = to[((o / panel_outputs * scale_groups_ + group) * group_words_ + at / word_inputs_) * panel_outputs + o % panel_outputs];
+      uint32_t& word =
+          to[((o / panel_outputs * scale_groups_ + group) * group_words_ + at / word_inputs_) * panel_outputs +
+             o % panel_outputs];
       const float level = w.level(o, i);
-      const auto code = static_cast<uint32_t>(std::lower_bound(values_.begin(), values_.end(), level) - values_.begin());
+      const auto code =
+          static_cast<uint32_t>(std::lower_bound(values_.begin(), values_.end(), level) - values_.begin());
       if (packed && is_float) {
         uint32_t place = 1;
         for (int64_t d = 0; d < field % code_inputs_; ++d) place *= base;
@@ -81,7 +88,9 @@ std::vector<uint8_t> PackedLinear::codes() const {
   for (int64_t o = 0; o < outputs_; ++o)
     for (int64_t i = 0; i < inputs_; ++i) {
       const int64_t group = i / group_inputs_, at = i % group_inputs_, field = at % word_inputs_;
-      const uint32_t word = weights_[static_cast<size_t>(((o / panel_outputs * scale_groups_ + group) * group_words_ + at / word_inputs_) * panel_outputs + o % panel_outputs)];
+      const uint32_t word = weights_[static_cast<size_t>(
+          ((o / panel_outputs * scale_groups_ + group) * group_words_ + at / word_inputs_) * panel_outputs +
+          o % panel_outputs)];
       float level;
       if (algorithm_ == Algorithm::packed && is_float) {
         uint32_t code = word >> (field / code_inputs_ * code_bits_) & ((1u << code_bits_) - 1);
@@ -131,7 +140,9 @@ void PackedLinear::run(const Tensor& x, const Tensor& out, const Tensor* residua
       const char* from = x.data + t * x.stride[3] + g * group_inputs_ * x.stride[1];
       char* to = row + g * padded * element;
       if (x.stride[1] == element) std::memcpy(to, from, static_cast<size_t>(group_inputs_ * element));
-      else for (int64_t i = 0; i < group_inputs_; ++i) std::memcpy(to + i * element, from + i * x.stride[1], static_cast<size_t>(element));
+      else
+        for (int64_t i = 0; i < group_inputs_; ++i)
+          std::memcpy(to + i * element, from + i * x.stride[1], static_cast<size_t>(element));
       for (int64_t i = 0; flip && i < group_inputs_; ++i) to[i] = static_cast<char>(to[i] ^ flip);
     }
   });
@@ -140,7 +151,11 @@ void PackedLinear::run(const Tensor& x, const Tensor& out, const Tensor* residua
   const int64_t positions = lookup ? G * group_words_ * codes_per_word_ : 0, step = lookup ? 6 : T;
   Epilogue last = epilogue;
   if (G > 1 && epilogue.out_dtype != DType::i32) last.acc_dtype = DType::f32;
-  static constexpr auto ones = [] { std::array<float, panel_outputs> a{}; a.fill(1); return a; }();
+  static constexpr auto ones = [] {
+    std::array<float, panel_outputs> a{};
+    a.fill(1);
+    return a;
+  }();
   for (int64_t first = 0; first < T; first += step) {
     const int64_t count = std::min(step, T - first);
     float* tables = nullptr;
@@ -150,7 +165,8 @@ void PackedLinear::run(const Tensor& x, const Tensor& out, const Tensor* residua
       core::parallel_for(count * pieces, [&](int64_t chunk, int) {
         const int64_t t = chunk / pieces, at = chunk % pieces * piece;
         const float* row = reinterpret_cast<const float*>(rows + (first + t) * row_bytes);
-        k.build_lookup({row + at * code_inputs_, std::min(piece, positions - at), code_inputs_, digits_.data(), tables + (t * positions + at) * 32});
+        k.build_lookup({row + at * code_inputs_, std::min(piece, positions - at), code_inputs_, digits_.data(),
+                        tables + (t * positions + at) * 32});
       });
     }
     core::parallel_for(panel_count(outputs_), [&](int64_t panel, int) {
@@ -184,13 +200,16 @@ void PackedLinear::run(const Tensor& x, const Tensor& out, const Tensor* residua
       f.multiplier = G > 1 ? ones.data() : &multiplier_[static_cast<size_t>(panel * panel_outputs)];
       f.bias = bias_.empty() ? nullptr : &bias_[static_cast<size_t>(panel * panel_outputs)];
       static constexpr std::array<int32_t, panel_outputs> zeros{};
-      f.correction = G > 1 ? zeros.data() : correction_.empty() ? nullptr : &correction_[static_cast<size_t>(panel * panel_outputs)];
+      f.correction = G > 1                 ? zeros.data()
+                     : correction_.empty() ? nullptr
+                                           : &correction_[static_cast<size_t>(panel * panel_outputs)];
       f.out_stride = out.stride[1];
       f.residual_stride = residual ? residual->stride[1] : 0;
       for (int64_t t = 0; t < count; ++t) {
         f.acc = total + t * panel_outputs * 4;
         f.out = out.data + (first + t) * out.stride[3] + panel * panel_outputs * out.stride[1];
-        if (residual) f.residual = residual->data + (first + t) * residual->stride[3] + panel * panel_outputs * residual->stride[1];
+        if (residual)
+          f.residual = residual->data + (first + t) * residual->stride[3] + panel * panel_outputs * residual->stride[1];
         k.finish(f);
       }
     });
@@ -198,14 +217,16 @@ void PackedLinear::run(const Tensor& x, const Tensor& out, const Tensor* residua
 }
 
 // total (+)= sums * multiplier of one scale group, in float32, groups in ascending order; or the plain integer sum.
-void PackedLinear::add_group(const char* sums, char* total, int64_t rows, int64_t panel, int64_t outputs_here, int64_t group, bool integers) const {
+void PackedLinear::add_group(const char* sums, char* total, int64_t rows, int64_t panel, int64_t outputs_here,
+                             int64_t group, bool integers) const {
   const size_t at = static_cast<size_t>(group * outputs_ + panel * panel_outputs);
   for (int64_t t = 0; t < rows; ++t)
     for (int64_t o = 0; o < outputs_here; ++o) {
       const int64_t index = t * panel_outputs + o;
       const auto* acc = reinterpret_cast<const int32_t*>(sums) + index;
       if (activations_.dtype != DType::f32) {
-        const int32_t sum = static_cast<int32_t>(static_cast<uint32_t>(*acc) + static_cast<uint32_t>(correction_[at + static_cast<size_t>(o)]));
+        const int32_t sum = static_cast<int32_t>(static_cast<uint32_t>(*acc) +
+                                                 static_cast<uint32_t>(correction_[at + static_cast<size_t>(o)]));
         auto* to = reinterpret_cast<int32_t*>(total) + index;
         if (integers) {
           *to = group == 0 ? sum : *to + sum;

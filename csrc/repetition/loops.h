@@ -1,7 +1,8 @@
-// The loops of all kernels, written once over a vector type. Each instruction set's file defines, in an unnamed namespace of
-// pycodesign::repetition, the types f32v, i32v, u32v of `lanes` words, and
+// The loops of all kernels, written once over a vector type. Each instruction set's file defines, in an unnamed
+// namespace of pycodesign::repetition, the types f32v, i32v, u32v of `lanes` words, and
 //   widen_bytes(p), widen_halves(p),
-//   fma(a, b, c), dot4(acc, x_u8x4, w_i8x4), Lookup / load_lookup(p) / look_up(table, index), table_byte(levels, codes), transpose(...)
+//   fma(a, b, c), dot4(acc, x_u8x4, w_i8x4), Lookup / load_lookup(p) / look_up(table, index), table_byte(levels,
+//   codes), transpose(...)
 // then includes this file. Everything here has internal linkage: no other file may share its code.
 #pragma once
 
@@ -14,13 +15,13 @@ namespace {
 
 inline u32v splat_bits(uint32_t value) { return value - u32v{}; }
 
-// The arithmetic of a kernel: float, 32-bit integers, or 8-bit integers four to a word. (Types that may alias lose that as template arguments,
-// so kernels are templates over these.)
+// The arithmetic of a kernel: float, 32-bit integers, or 8-bit integers four to a word. (Types that may alias lose that
+// as template arguments, so kernels are templates over these.)
 struct Float {
   using vec = f32v;
   static vec load(const void* p) { return *static_cast<const vec*>(p); }
   static void store(void* p, vec v) { *static_cast<vec*>(p) = v; }
-  static vec splat(float value) { return value - vec{}; }   // exact for -0 and NaN too
+  static vec splat(float value) { return value - vec{}; }  // exact for -0 and NaN too
   static vec broadcast(const char* p) { return splat(*reinterpret_cast<const float*>(p)); }
   static vec multiply_add(vec acc, vec x, vec w) { return fma(x, w, acc); }
   static float coefficient(const TableStep& step) { return step.coefficient.f; }
@@ -38,7 +39,9 @@ struct Int {
   static vec multiply_add(vec acc, vec x, vec w) { return reinterpret_cast<vec>(u32v(acc) + u32v(x) * u32v(w)); }
   static int32_t coefficient(const TableStep& step) { return step.coefficient.i; }
   static vec sign(uint32_t byte) { return splat(-static_cast<int32_t>(byte >> 7)); }
-  static vec add_entry(vec acc, vec entry, vec sign) { return reinterpret_cast<vec>(u32v(acc) + u32v(entry ^ sign)); }   // one too little when negative
+  static vec add_entry(vec acc, vec entry, vec sign) {
+    return reinterpret_cast<vec>(u32v(acc) + u32v(entry ^ sign));
+  }  // one too little when negative
 };
 struct Byte : Int {
   static vec multiply_add(vec acc, vec x, vec w) { return dot4(acc, x, w); }
@@ -46,37 +49,45 @@ struct Byte : Int {
 
 constexpr int64_t vector_bytes = lanes * 4;
 
-// Into the second-level cache, two pages ahead: hardware prefetchers stop at pages, and misses of the first level are too few at a time to cover
-// memory's latency.
+// Into the second-level cache, two pages ahead: hardware prefetchers stop at pages, and misses of the first level are
+// too few at a time to cover memory's latency.
 template <int64_t bytes> inline void prefetch(const char* p) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + 8192 + at, 0, 2);
 }
 
-// ---- staging and its inverse --------------------------------------------------------------------------------------------------
+// ---- staging and its inverse
+// --------------------------------------------------------------------------------------------------
 
-// Elements `stride` bytes apart, one after another; strides of one and two elements are constants, so that they vectorise.
+// Elements `stride` bytes apart, one after another; strides of one and two elements are constants, so that they
+// vectorise.
 template <class T, class Put> inline void for_elements(const char* source, int64_t stride, int64_t count, Put put) {
   const T* p = reinterpret_cast<const T*>(source);
-  if (stride == sizeof(T)) for (int64_t i = 0; i < count; ++i) put(i, p[i]);
-  else if (stride == 2 * sizeof(T)) for (int64_t i = 0; i < count; ++i) put(i, p[2 * i]);
-  else for (int64_t i = 0; i < count; ++i) put(i, *reinterpret_cast<const T*>(source + i * stride));
+  if (stride == sizeof(T))
+    for (int64_t i = 0; i < count; ++i) put(i, p[i]);
+  else if (stride == 2 * sizeof(T))
+    for (int64_t i = 0; i < count; ++i) put(i, p[2 * i]);
+  else
+    for (int64_t i = 0; i < count; ++i) put(i, *reinterpret_cast<const T*>(source + i * stride));
 }
 
-// `lanes` bytes `step` apart, each a word. Of two bytes read per element `high` drops the first: such a read ends with the last element.
+// `lanes` bytes `step` apart, each a word. Of two bytes read per element `high` drops the first: such a read ends with
+// the last element.
 template <int step, bool high> inline u32v widen(const uint8_t* p) {
   if constexpr (step == 1) return widen_bytes(p);
   else if constexpr (high) return widen_halves(p - 1) >> 8;
   else return widen_halves(p) & 0xff;
 }
 
-template <int step, bool high> inline void interleave(const uint8_t* const* p, int64_t at, uint32_t flip, uint32_t* out) {
+template <int step, bool high>
+inline void interleave(const uint8_t* const* p, int64_t at, uint32_t flip, uint32_t* out) {
   u32v words = widen<step, high>(p[0] + at * step) ^ flip;
   for (int c = 1; c < 4; ++c) words ^= widen<step, high>(p[c] + at * step) << (8 * c);
   std::memcpy(out + at, &words, sizeof words);
 }
 
 // Four channels of bytes into words; `step` 0 is any stride.
-template <int step> void interleave_row(const uint8_t* const* p, int64_t stride, int64_t count, uint32_t flip, uint32_t* out) {
+template <int step>
+void interleave_row(const uint8_t* const* p, int64_t stride, int64_t count, uint32_t flip, uint32_t* out) {
   if constexpr (step > 0)
     if (count > lanes) {
       for (int64_t i = 0; i + lanes < count; i += lanes) interleave<step, false>(p, i, flip, out);
@@ -84,7 +95,8 @@ template <int step> void interleave_row(const uint8_t* const* p, int64_t stride,
     }
   for (int64_t i = 0; i < count; ++i) {
     const int64_t at = i * stride;
-    out[i] = (uint32_t(p[0][at]) | uint32_t(p[1][at]) << 8 | uint32_t(p[2][at]) << 16 | uint32_t(p[3][at]) << 24) ^ flip;
+    out[i] =
+        (uint32_t(p[0][at]) | uint32_t(p[1][at]) << 8 | uint32_t(p[2][at]) << 16 | uint32_t(p[3][at]) << 24) ^ flip;
   }
 }
 
@@ -95,8 +107,13 @@ void stage_row(const Stage& s, const char* const* source, uint32_t flip, uint32_
     case Staging::f32:
       return for_elements<uint32_t>(source[0], stride, count, [=](int64_t i, uint32_t x) { row[i] = x; });
     case Staging::centered_i32:
-      if (s.dtype == DType::u8) return for_elements<uint8_t>(source[0], stride, count, [=, z = s.zero_point](int64_t i, int32_t x) { row[i] = static_cast<uint32_t>(x - z); });
-      return for_elements<int8_t>(source[0], stride, count, [=, z = s.zero_point](int64_t i, int32_t x) { row[i] = static_cast<uint32_t>(x - z); });
+      if (s.dtype == DType::u8)
+        return for_elements<uint8_t>(source[0], stride, count, [=, z = s.zero_point](int64_t i, int32_t x) {
+          row[i] = static_cast<uint32_t>(x - z);
+        });
+      return for_elements<int8_t>(source[0], stride, count, [=, z = s.zero_point](int64_t i, int32_t x) {
+        row[i] = static_cast<uint32_t>(x - z);
+      });
     case Staging::bytes4:
       if (stride == 1) return interleave_row<1>(bytes, stride, count, flip, row);
       if (stride == 2) return interleave_row<2>(bytes, stride, count, flip, row);
@@ -138,50 +155,73 @@ void unlift(const Unlift& u) {
       std::memcpy(out, u.flat + (n * u.image_pitch + r * u.row_pitch) * 4, u.columns * 4);
 }
 
-// ---- epilogue -----------------------------------------------------------------------------------------------------------------
+// ---- epilogue
+// -----------------------------------------------------------------------------------------------------------------
 
-template <class T> void add_residual(float* y, const char* p, int64_t stride, int64_t count, float zero_point, float scale) {
+template <class T>
+void add_residual(float* y, const char* p, int64_t stride, int64_t count, float zero_point, float scale) {
   if (stride == sizeof(T)) {
     const T* r = reinterpret_cast<const T*>(p);
     for (int64_t i = 0; i < count; ++i) y[i] = y[i] + scale * (static_cast<float>(r[i]) - zero_point);
   } else {
-    for (int64_t i = 0; i < count; ++i) y[i] = y[i] + scale * (static_cast<float>(*reinterpret_cast<const T*>(p + i * stride)) - zero_point);
+    for (int64_t i = 0; i < count; ++i)
+      y[i] = y[i] + scale * (static_cast<float>(*reinterpret_cast<const T*>(p + i * stride)) - zero_point);
   }
 }
 
-// saturate(rint(y / scale) + zero_point); clamped before rounding, so that adding 1.5 * 2^23 rounds to even on every machine.
-template <class T> void quantize(float* y, char* out, int64_t stride, int64_t count, float scale, int32_t zero_point) {
-  const float lowest = static_cast<float>(std::numeric_limits<T>::min() - zero_point), highest = lowest + 255.0f;
-  constexpr float magic = 12582912.0f;
+// rint(saturate(v)) + zero_point; within the saturated range adding 1.5 * 2^23 rounds to even on every machine.
+struct Rounding {
+  float lowest, highest;
+  int32_t zero_point;
+
+  float saturate(float v) const {
+    v = v > lowest ? v : lowest;  // NaN too
+    return v < highest ? v : highest;
+  }
+  static float round(float v) { return (v + 12582912.0f) - 12582912.0f; }
+};
+
+// saturate(rint(y / scale) + zero_point). A product with the reciprocal is within 1e-4 of the quotient, so both round
+// alike unless it is that close to a half: then the piece is divided after all.
+template <class T>
+void quantize(const float* y, char* out, int64_t stride, int64_t count, float scale, int32_t zero_point) {
+  const float lowest = static_cast<float>(std::numeric_limits<T>::min() - zero_point);
+  const Rounding rounding{lowest, lowest + 255.0f, zero_point};
+  const bool divides = !(scale > 1e-30f && scale < 1e30f);  // a reciprocal would not be normal
+  const float reciprocal = 1.0f / scale;
   int32_t q[64];
-  for (int64_t first = 0; first < count; first += 64) {
+  for (int64_t first = 0; first < count; first += 64, y += 64, out += 64 * stride) {
     const int64_t n = count - first < 64 ? count - first : 64;
-    float* t = y + first;
+    int32_t close = divides;
     for (int64_t i = 0; i < n; ++i) {
-      float v = t[i] / scale;
-      v = v > lowest ? v : lowest;
-      v = v < highest ? v : highest;
-      q[i] = static_cast<int32_t>((v + magic) - magic) + zero_point;
+      const float v = rounding.saturate(y[i] * reciprocal), r = Rounding::round(v), off = v > r ? v - r : r - v;
+      q[i] = static_cast<int32_t>(r) + zero_point;
+      close |= off > 0.4998f;
     }
-    char* p = out + first * stride;
-    if (stride == 1) for (int64_t i = 0; i < n; ++i) p[i] = static_cast<char>(q[i]);
-    else for (int64_t i = 0; i < n; ++i) p[i * stride] = static_cast<char>(q[i]);
+    if (close)
+      for (int64_t i = 0; i < n; ++i)
+        q[i] = static_cast<int32_t>(Rounding::round(rounding.saturate(y[i] / scale))) + zero_point;
+    if (stride == 1)
+      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<char>(q[i]);
+    else
+      for (int64_t i = 0; i < n; ++i) out[i * stride] = static_cast<char>(q[i]);
   }
 }
 
-template <bool per_element, class Acc>
-void scale_acc(const Finish& f, int64_t first, int64_t count, float* y) {
+template <bool per_element, class Acc> void scale_acc(const Finish& f, int64_t first, int64_t count, float* y) {
   const Acc* acc = reinterpret_cast<const Acc*>(f.acc) + first;
   const int64_t at = per_element ? first : 0;
   const auto pick = [](int64_t i) { return per_element ? i : 0; };
   const float *m = f.multiplier + at, *b = f.bias ? f.bias + at : nullptr;
   if constexpr (std::is_integral_v<Acc>) {
     const int32_t* c = f.correction + at;
-    for (int64_t i = 0; i < count; ++i) y[i] = static_cast<float>(static_cast<int32_t>(acc[i] + static_cast<uint32_t>(c[pick(i)]))) * m[pick(i)];
+    for (int64_t i = 0; i < count; ++i)
+      y[i] = static_cast<float>(static_cast<int32_t>(acc[i] + static_cast<uint32_t>(c[pick(i)]))) * m[pick(i)];
   } else {
     for (int64_t i = 0; i < count; ++i) y[i] = acc[i] * m[pick(i)];
   }
-  if (b) for (int64_t i = 0; i < count; ++i) y[i] = y[i] + b[pick(i)];
+  if (b)
+    for (int64_t i = 0; i < count; ++i) y[i] = y[i] + b[pick(i)];
 }
 
 template <bool per_element> void finish_as(const Finish& f) {
@@ -204,22 +244,28 @@ template <bool per_element> void finish_as(const Finish& f) {
     else scale_acc<per_element, float>(f, first, count, y);
     if (e.has_residual) {
       const char* r = f.residual + first * f.residual_stride;
-      if (e.residual_dtype == DType::f32) add_residual<float>(y, r, f.residual_stride, count, e.residual_zero_point, e.residual_scale);
-      else if (e.residual_dtype == DType::u8) add_residual<uint8_t>(y, r, f.residual_stride, count, e.residual_zero_point, e.residual_scale);
+      if (e.residual_dtype == DType::f32)
+        add_residual<float>(y, r, f.residual_stride, count, e.residual_zero_point, e.residual_scale);
+      else if (e.residual_dtype == DType::u8)
+        add_residual<uint8_t>(y, r, f.residual_stride, count, e.residual_zero_point, e.residual_scale);
       else add_residual<int8_t>(y, r, f.residual_stride, count, e.residual_zero_point, e.residual_scale);
     }
-    if (e.has_lo) for (int64_t i = 0; i < count; ++i) y[i] = y[i] < e.lo ? e.lo : y[i];
-    if (e.has_hi) for (int64_t i = 0; i < count; ++i) y[i] = y[i] > e.hi ? e.hi : y[i];
+    if (e.has_lo)
+      for (int64_t i = 0; i < count; ++i) y[i] = y[i] < e.lo ? e.lo : y[i];
+    if (e.has_hi)
+      for (int64_t i = 0; i < count; ++i) y[i] = y[i] > e.hi ? e.hi : y[i];
     if (e.out_dtype == DType::u8) quantize<uint8_t>(y, out, f.out_stride, count, e.out_scale, e.out_zero_point);
     else if (e.out_dtype == DType::i8) quantize<int8_t>(y, out, f.out_stride, count, e.out_scale, e.out_zero_point);
     else if (f.out_stride == 4) std::memcpy(out, y, count * 4);
-    else for (int64_t i = 0; i < count; ++i) std::memcpy(out + i * f.out_stride, y + i, 4);
+    else
+      for (int64_t i = 0; i < count; ++i) std::memcpy(out + i * f.out_stride, y + i, 4);
   }
 }
 
 void finish(const Finish& f) { f.per_element ? finish_as<true>(f) : finish_as<false>(f); }
 
-// ---- tables -------------------------------------------------------------------------------------------------------------------
+// ---- tables
+// -------------------------------------------------------------------------------------------------------------------
 
 template <class Math> void build_tables(const TableBuild& b) {
   const int64_t entry_bytes = b.entry_bytes;
@@ -245,7 +291,8 @@ template <class Math> void build_tables(const TableBuild& b) {
       if (step.plus < 0 || step.minus < 0) {
         const auto coefficient = step.plus < 0 ? minus : plus;
         if (step.plus < 0) to = and_to;
-        for (int64_t w = 0; w < entry_bytes; w += vector_bytes) Math::store(to + w, Math::multiply_add(Math::load(parent + w), Math::load(x + w), coefficient));
+        for (int64_t w = 0; w < entry_bytes; w += vector_bytes)
+          Math::store(to + w, Math::multiply_add(Math::load(parent + w), Math::load(x + w), coefficient));
       } else {
         for (int64_t w = 0; w < entry_bytes; w += vector_bytes) {
           const auto base = Math::load(parent + w), row = Math::load(x + w);
@@ -299,7 +346,8 @@ template <class Math> void sum_tables(const TableSum& s) {
   }
 }
 
-// ---- dense --------------------------------------------------------------------------------------------------------------------
+// ---- dense
+// --------------------------------------------------------------------------------------------------------------------
 
 template <class Math, int O, int V> void dense_of(const DenseTile& d) {
   using vec = typename Math::vec;
@@ -345,7 +393,8 @@ template <class Math> void dense(const DenseTile& d) {
   }
 }
 
-// ---- linear: lanes are outputs --------------------------------------------------------------------------------------------------
+// ---- linear: lanes are outputs
+// --------------------------------------------------------------------------------------------------
 
 // R rows of x by P vectors of outputs.
 template <class Math, int R, int P> void linear_of(const LinearTile& t) {
@@ -419,19 +468,24 @@ template <int R, int P, class Many, class One> void for_linear_blocks(const Line
     part.weights += p * vector_bytes;
     part.acc += p * vector_bytes;
     int row = 0;
-    for (; row + R <= t.rows; row += R, part.x += R * t.x_stride, part.table += R * t.table_stride, part.acc += R * t.acc_stride) many(part);
+    for (; row + R <= t.rows;
+         row += R, part.x += R * t.x_stride, part.table += R * t.table_stride, part.acc += R * t.acc_stride)
+      many(part);
     for (; row < t.rows; ++row, part.x += t.x_stride, part.table += t.table_stride, part.acc += t.acc_stride) one(part);
   }
 }
 
 template <class Math> void linear(const LinearTile& t) {
-  for_linear_blocks<linear_rows, linear_vectors>(t, linear_of<Math, linear_rows, linear_vectors>, linear_of<Math, 1, linear_vectors>);
+  for_linear_blocks<linear_rows, linear_vectors>(t, linear_of<Math, linear_rows, linear_vectors>,
+                                                 linear_of<Math, 1, linear_vectors>);
 }
 void linear_packed_i8(const LinearTile& t) {
-  for_linear_blocks<packed_rows, linear_vectors>(t, linear_packed_i8_of<packed_rows, linear_vectors>, linear_packed_i8_of<1, linear_vectors>);
+  for_linear_blocks<packed_rows, linear_vectors>(t, linear_packed_i8_of<packed_rows, linear_vectors>,
+                                                 linear_packed_i8_of<1, linear_vectors>);
 }
 void linear_packed_f32(const LinearTile& t) {
-  for_linear_blocks<packed_rows, linear_vectors>(t, linear_packed_f32_of<packed_rows, linear_vectors>, linear_packed_f32_of<1, linear_vectors>);
+  for_linear_blocks<packed_rows, linear_vectors>(t, linear_packed_f32_of<packed_rows, linear_vectors>,
+                                                 linear_packed_f32_of<1, linear_vectors>);
 }
 
 void build_lookup(const LookupBuild& b) {
@@ -446,8 +500,23 @@ void build_lookup(const LookupBuild& b) {
 }
 
 void fill(Kernels& k) {
-  k = {lanes, max_table_vectors, max_dense_vectors, stage, unlift, finish, build_tables<Float>, build_tables<Int>, sum_tables<Float>,
-       sum_tables<Int>, dense<Float>, dense<Byte>, linear<Float>, linear<Byte>, build_lookup, linear_packed_f32, linear_packed_i8};
+  k = {lanes,
+       max_table_vectors,
+       max_dense_vectors,
+       stage,
+       unlift,
+       finish,
+       build_tables<Float>,
+       build_tables<Int>,
+       sum_tables<Float>,
+       sum_tables<Int>,
+       dense<Float>,
+       dense<Byte>,
+       linear<Float>,
+       linear<Byte>,
+       build_lookup,
+       linear_packed_f32,
+       linear_packed_i8};
 }
 
 }  // namespace

@@ -10,8 +10,14 @@
 namespace pycodesign::repetition {
 
 PackedLayer::PackedLayer(const Weights& w, const Activations& a, Algorithm algorithm)
-    : algorithm_(algorithm), activations_(a), outputs_(w.outputs), inputs_(w.inputs), scale_groups_(w.scale_groups), level_rows_(w.level_rows),
-      level_count_(w.level_count), levels_(w.levels, w.levels + w.level_rows * w.level_count) {
+    : algorithm_(algorithm),
+      activations_(a),
+      outputs_(w.outputs),
+      inputs_(w.inputs),
+      scale_groups_(w.scale_groups),
+      level_rows_(w.level_rows),
+      level_count_(w.level_count),
+      levels_(w.levels, w.levels + w.level_rows * w.level_count) {
   for (int64_t g = 0; g < w.scale_groups; ++g)
     for (int64_t o = 0; o < w.outputs; ++o)
       multiplier_.push_back(static_cast<float>(a.scale * static_cast<double>(w.scale[o * w.scale_groups + g])));
@@ -28,15 +34,17 @@ PackedLayer::PackedLayer(const Weights& w, const Activations& a, Algorithm algor
     double magnitude = 0;
     for (int64_t i = 0; i < w.inputs; ++i) magnitude += std::abs(static_cast<double>(w.level(o, i)));
     if (magnitude * static_cast<double>(std::max<int64_t>(range, 255)) > std::numeric_limits<int32_t>::max())
-      throw std::invalid_argument("levels: expected sums that fit 32 bits, got output " + std::to_string(o) + " with a sum of |levels| of " +
-                                  std::to_string(magnitude) + " over its " + std::to_string(w.inputs) + " inputs");
+      throw std::invalid_argument("levels: expected sums that fit 32 bits, got output " + std::to_string(o) +
+                                  " with a sum of |levels| of " + std::to_string(magnitude) + " over its " +
+                                  std::to_string(w.inputs) + " inputs");
   }
   // sum level * (x - z) = sum level * (x + flip) - (z + flip) * sum level
   correction_.resize(static_cast<size_t>(w.outputs * w.scale_groups));
   const int64_t offset = a.zero_point + (is_signed ? 128 : 0);
   for (int64_t o = 0; o < w.outputs; ++o)
     for (int64_t i = 0; i < w.inputs; ++i)
-      correction_[static_cast<size_t>(i / group * w.outputs + o)] -= static_cast<int32_t>(w.level(o, i)) * static_cast<int32_t>(offset);
+      correction_[static_cast<size_t>(i / group * w.outputs + o)] -=
+          static_cast<int32_t>(w.level(o, i)) * static_cast<int32_t>(offset);
 }
 
 uint8_t PackedLayer::code_of(int64_t o, float level) const {
@@ -45,7 +53,10 @@ uint8_t PackedLayer::code_of(int64_t o, float level) const {
 }
 
 PackedConv2d::PackedConv2d(const Weights& w, const Geometry& g, const Activations& a, Algorithm algorithm)
-    : PackedLayer(w, a, algorithm), geometry_(g), taps_(g.kernel[0] * g.kernel[1]), group_channels_(g.channels / g.groups),
+    : PackedLayer(w, a, algorithm),
+      geometry_(g),
+      taps_(g.kernel[0] * g.kernel[1]),
+      group_channels_(g.channels / g.groups),
       group_outputs_(w.outputs / g.groups) {
   unit_channels_ = algorithm == Algorithm::dense && a.dtype != DType::f32 ? 4 : 1;
   units_ = (group_channels_ + unit_channels_ - 1) / unit_channels_;
@@ -58,7 +69,8 @@ PackedConv2d::~PackedConv2d() = default;
 
 namespace {
 
-// The levels of `size` channels as one number, a key: digit i, in base 2 M + 1, says which of the M magnitudes channel i has, and its sign.
+// The levels of `size` channels as one number, a key: digit i, in base 2 M + 1, says which of the M magnitudes channel
+// i has, and its sign.
 class Patterns {
  public:
   Patterns(const std::vector<float>& levels, int size) : size_(size) {
@@ -76,21 +88,23 @@ class Patterns {
   int digit(int64_t key, int i) const { return static_cast<int>(key / place(i) % base()) - signs(); }
   int64_t with_digit(int64_t key, int i, int digit_) const { return key + (digit_ - digit(key, i)) * place(i); }
   int64_t with_level(int64_t key, int i, float level) const {
-    const int at = static_cast<int>(std::lower_bound(magnitudes_.begin(), magnitudes_.end(), std::abs(level)) - magnitudes_.begin()) + 1;
+    const int at = static_cast<int>(std::lower_bound(magnitudes_.begin(), magnitudes_.end(), std::abs(level)) -
+                                    magnitudes_.begin()) +
+                   1;
     return with_digit(key, i, level == 0 ? 0 : level < 0 ? -at : at);
   }
-  int last(int64_t key) const {                  // channel of the last non-zero digit, -1 for zero
+  int last(int64_t key) const {  // channel of the last non-zero digit, -1 for zero
     int i = size_ - 1;
     while (i >= 0 && digit(key, i) == 0) --i;
     return i;
   }
   int64_t parent(int64_t key) const { return last(key) < 0 ? key : with_digit(key, last(key), 0); }
-  bool is_positive(int64_t key) const {          // its first non-zero digit is
+  bool is_positive(int64_t key) const {  // its first non-zero digit is
     for (int i = 0; i < size_; ++i)
       if (const int d = digit(key, i)) return d > 0;
     return true;
   }
-  int length(int64_t key) const {                // non-zero digits
+  int length(int64_t key) const {  // non-zero digits
     int n = 0;
     for (int i = 0; i < size_; ++i) n += digit(key, i) != 0;
     return n;
@@ -102,7 +116,7 @@ class Patterns {
   int64_t place(int i) const { return place_[static_cast<size_t>(i)]; }
 
   int size_;
-  std::vector<float> magnitudes_;                // ascending
+  std::vector<float> magnitudes_;  // ascending
   std::vector<int64_t> place_{1};
 };
 
@@ -116,18 +130,20 @@ std::vector<int64_t> table_patterns(const Patterns& patterns, const std::vector<
   for (const int64_t key : keys) use(patterns.is_positive(key) ? key : patterns.negative(key));
   for (size_t i = 0; i < used.size(); ++i)
     if (patterns.length(used[i]) > 1) use(patterns.parent(used[i]));
-  std::sort(used.begin(), used.end(), [&](int64_t a, int64_t b) { return std::pair(patterns.length(a), a) < std::pair(patterns.length(b), b); });
+  std::sort(used.begin(), used.end(),
+            [&](int64_t a, int64_t b) { return std::pair(patterns.length(a), a) < std::pair(patterns.length(b), b); });
   return used;
 }
 
 // One step for each entry, or for two that differ in the sign of their last level.
-std::vector<TableStep> table_steps(const Patterns& patterns, const std::vector<int64_t>& used, const std::vector<int16_t>& entry, bool is_float) {
+std::vector<TableStep> table_steps(const Patterns& patterns, const std::vector<int64_t>& used,
+                                   const std::vector<int16_t>& entry, bool is_float) {
   std::vector<TableStep> steps;
   for (const int64_t key : used) {
     const int last = patterns.last(key), digit = last < 0 ? 0 : patterns.digit(key, last);
     const bool has_parent = patterns.length(key) > 1;
     const int16_t other = has_parent ? entry[static_cast<size_t>(patterns.with_digit(key, last, -digit))] : int16_t{-1};
-    if (digit < 0 && other >= 0) continue;       // the positive one's step builds it
+    if (digit < 0 && other >= 0) continue;  // the positive one's step builds it
     TableStep step{-1, -1, -1, static_cast<int16_t>(last), {}};
     (digit < 0 ? step.minus : step.plus) = entry[static_cast<size_t>(key)];
     if (other >= 0) step.minus = other;
@@ -142,16 +158,19 @@ std::vector<TableStep> table_steps(const Patterns& patterns, const std::vector<i
 }  // namespace
 
 void PackedConv2d::pack_dense(const Weights& w) {
-  const int64_t blocks = block_count(group_outputs_), words = geometry_.groups * blocks * units_ * taps_ * dense_outputs;
+  const int64_t blocks = block_count(group_outputs_),
+                words = geometry_.groups * blocks * units_ * taps_ * dense_outputs;
   weights_size_ = static_cast<size_t>(words * 4);
   char* to = weights_.reserve(weights_size_);
   std::memset(to, 0, weights_size_);
   for (int64_t o = 0; o < w.outputs; ++o) {
-    const int64_t group = o / group_outputs_, block = o % group_outputs_ / dense_outputs, lane = o % group_outputs_ % dense_outputs;
+    const int64_t group = o / group_outputs_, block = o % group_outputs_ / dense_outputs,
+                  lane = o % group_outputs_ % dense_outputs;
     for (int64_t c = 0; c < group_channels_; ++c)
       for (int64_t t = 0; t < taps_; ++t) {
         const float level = w.level(o, c * taps_ + t);
-        const int64_t word = (((group * blocks + block) * units_ + c / unit_channels_) * taps_ + t) * dense_outputs + lane;
+        const int64_t word =
+            (((group * blocks + block) * units_ + c / unit_channels_) * taps_ + t) * dense_outputs + lane;
         if (unit_channels_ == 1) std::memcpy(to + word * 4, &level, 4);
         else to[word * 4 + c % 4] = static_cast<char>(static_cast<int>(level));
       }
@@ -160,13 +179,16 @@ void PackedConv2d::pack_dense(const Weights& w) {
 
 void PackedConv2d::pack_tables(const Weights& w) {
   const auto values = distinct_levels(w);
-  if (values.size() > 16) throw std::invalid_argument("algorithm: expected at most 16 distinct levels for 'tables', got " + std::to_string(values.size()));
+  if (values.size() > 16)
+    throw std::invalid_argument("algorithm: expected at most 16 distinct levels for 'tables', got " +
+                                std::to_string(values.size()));
   const TableChoice choice = choose_table(values, geometry_, group_outputs_);
   group_size_ = choice.size;
   block_units_ = choice.block;
   table_units_ = (group_channels_ + group_size_ - 1) / group_size_;
   const Patterns patterns(values, group_size_);
-  std::vector<int64_t> keys(static_cast<size_t>(w.outputs * table_units_ * taps_), patterns.zero());   // [output][unit][tap]
+  std::vector<int64_t> keys(static_cast<size_t>(w.outputs * table_units_ * taps_),
+                            patterns.zero());  // [output][unit][tap]
   for (int64_t o = 0; o < w.outputs; ++o)
     for (int64_t i = 0; i < inputs_; ++i) {
       const int64_t c = i / taps_;
@@ -202,22 +224,26 @@ void PackedConv2d::pack_tables(const Weights& w) {
 
 // Where the bytes of one unit's taps begin: [group][block][output][unit of the block][tap].
 int64_t PackedConv2d::stream_at(int64_t output, int64_t unit) const {
-  const int64_t first = unit / block_units_ * block_units_, units_here = std::min<int64_t>(block_units_, table_units_ - first);
+  const int64_t first = unit / block_units_ * block_units_,
+                units_here = std::min<int64_t>(block_units_, table_units_ - first);
   const int64_t group = output / group_outputs_;
-  return ((group * table_units_ + first) * group_outputs_ + output % group_outputs_ * units_here + unit - first) * taps_;
+  return ((group * table_units_ + first) * group_outputs_ + output % group_outputs_ * units_here + unit - first) *
+         taps_;
 }
 
 std::vector<uint8_t> PackedConv2d::codes() const {
   std::vector<uint8_t> codes(static_cast<size_t>(outputs_ * inputs_));
   const int64_t blocks = block_count(group_outputs_);
-  std::vector<float> entries(static_cast<size_t>(max_entries_ * group_size_));   // tables: levels of each entry
+  std::vector<float> entries(static_cast<size_t>(max_entries_ * group_size_));  // tables: levels of each entry
   for (const TableStep& step : steps_)
     for (const int sign : {1, -1}) {
       const int at = sign > 0 ? step.plus : step.minus;
       if (at < 0 || step.channel < 0) continue;
       float* entry = entries.data() + at * group_size_;
       if (step.parent >= 0) std::copy_n(entries.data() + step.parent * group_size_, group_size_, entry);
-      entry[step.channel] = static_cast<float>(sign) * (activations_.dtype == DType::f32 ? step.coefficient.f : static_cast<float>(step.coefficient.i));
+      entry[step.channel] =
+          static_cast<float>(sign) *
+          (activations_.dtype == DType::f32 ? step.coefficient.f : static_cast<float>(step.coefficient.i));
     }
   for (int64_t o = 0; o < outputs_; ++o)
     for (int64_t i = 0; i < inputs_; ++i) {
@@ -228,8 +254,11 @@ std::vector<uint8_t> PackedConv2d::codes() const {
         level = entries[static_cast<size_t>((byte & 127) * group_size_ + c % group_size_)];
         if (byte & 128) level = -level;
       } else {
-        const int64_t group = o / group_outputs_, block = o % group_outputs_ / dense_outputs, lane = o % group_outputs_ % dense_outputs;
-        const char* word = weights_.data() + ((((group * blocks + block) * units_ + c / unit_channels_) * taps_ + t) * dense_outputs + lane) * 4;
+        const int64_t group = o / group_outputs_, block = o % group_outputs_ / dense_outputs,
+                      lane = o % group_outputs_ % dense_outputs;
+        const char* word =
+            weights_.data() +
+            ((((group * blocks + block) * units_ + c / unit_channels_) * taps_ + t) * dense_outputs + lane) * 4;
         if (unit_channels_ == 1) std::memcpy(&level, word, 4);
         else level = static_cast<float>(static_cast<signed char>(word[c % 4]));
       }

@@ -1,4 +1,5 @@
-// Everything decided before a pixel is seen: dispatch, the levels, the choice of an algorithm, the tables of a layer, the lifted layout.
+// Everything decided before a pixel is seen: dispatch, the levels, the choice of an algorithm, the tables of a layer,
+// the lifted layout.
 #include "repetition/plan.h"
 
 #include <algorithm>
@@ -37,13 +38,21 @@ std::vector<float> distinct_levels(const Weights& w) {
   return {values.begin(), values.end()};
 }
 
-// ---- cost model -----------------------------------------------------------------------------------------------------------------
-// In cycles of a core that loads one 64-byte vector per cycle; fitted on the layers of ResNet-18.
+// ---- cost model
+// ----------------------------------------------------------------------------------------------------------------- In
+// cycles of a core that loads one 64-byte vector per cycle; fitted on the layers of ResNet-18.
 
-double tile_cost(double vectors, double width, double entries, double block, double outputs, double slots, double vector_bytes) {
-  constexpr double build = 3.8, output = 2, slot = 0.4;         // per vector stored; per vector of a sum loaded and stored; per index
-  const double bytes = entries * block * width * vector_bytes;  // first-level cache holds them, nearly, a quarter; the second; neither
-  const double load = bytes <= 32 << 10 ? 1.2 : bytes <= 64 << 10 ? 1.3 : bytes <= 112 << 10 ? 1.4 : bytes <= 512 << 10 ? 1.7 : 4;
+double tile_cost(double vectors, double width, double entries, double block, double outputs, double slots,
+                 double vector_bytes) {
+  constexpr double build = 3.8, output = 2,
+                   slot = 0.4;  // per vector stored; per vector of a sum loaded and stored; per index
+  const double bytes =
+      entries * block * width * vector_bytes;  // first-level cache holds them, nearly, a quarter; the second; neither
+  const double load = bytes <= 32 << 10    ? 1.2
+                      : bytes <= 64 << 10  ? 1.3
+                      : bytes <= 112 << 10 ? 1.4
+                      : bytes <= 512 << 10 ? 1.7
+                                           : 4;
   return entries * block * width * build + outputs * (slots * (vectors * load + slot) + vectors * output);
 }
 
@@ -51,14 +60,18 @@ double tile_cost(double vectors, double width, double entries, double block, dou
 int64_t table_entries(const std::vector<float>& levels, int inputs) {
   // Patterns of levels that all have their negative among the levels halve; the zero pattern is its own negative.
   const bool zero = std::find(levels.begin(), levels.end(), 0.0f) != levels.end();
-  const auto paired = std::count_if(levels.begin(), levels.end(), [&](float l) { return std::find(levels.begin(), levels.end(), -l) != levels.end(); });
+  const auto paired = std::count_if(levels.begin(), levels.end(), [&](float l) {
+    return std::find(levels.begin(), levels.end(), -l) != levels.end();
+  });
   const auto patterns = [&](int size) {
-    const double all = std::pow(static_cast<double>(levels.size()), size), halved = std::pow(static_cast<double>(paired), size);
+    const double all = std::pow(static_cast<double>(levels.size()), size),
+                 halved = std::pow(static_cast<double>(paired), size);
     return all - halved + (halved + zero) / 2;
   };
   double entries = patterns(inputs);
   // Without a zero level the prefixes are entries of their own, and so is the zero that pads the last channels.
-  if (!zero) for (int i = 1; i < inputs; ++i) entries += patterns(i);
+  if (!zero)
+    for (int i = 1; i < inputs; ++i) entries += patterns(i);
   return entries > 1e6 ? 1000000 : static_cast<int64_t>(entries);
 }
 
@@ -71,9 +84,11 @@ TableChoice choose_table(const std::vector<float>& levels, const Geometry& g, in
     const int64_t entries = table_entries(levels, size), units = (channels + size - 1) / size;
     if (entries > max_table_entries) break;
     for (int block = 1; block <= 8 && block <= units; ++block)
-      for (const double vectors : {4, 6, 8}) {                   // the input's size comes later, with the plan
-        const double width = static_cast<double>(g.kernel[0]) * (vectors + static_cast<double>((g.kernel[1] - 1) / g.stride[1]));
-        const double cost = tile_cost(vectors, width, static_cast<double>(entries), block, outputs, block * taps, vector_bytes);
+      for (const double vectors : {4, 6, 8}) {  // the input's size comes later, with the plan
+        const double width =
+            static_cast<double>(g.kernel[0]) * (vectors + static_cast<double>((g.kernel[1] - 1) / g.stride[1]));
+        const double cost =
+            tile_cost(vectors, width, static_cast<double>(entries), block, outputs, block * taps, vector_bytes);
         const double total = cost * static_cast<double>(units) / (block * vectors);
         if (best.size == 0 || total < best.cost) best = {size, block, total};
       }
@@ -87,11 +102,14 @@ Choice choose_conv2d(const Weights& w, const Geometry& g, const Activations& a) 
   if (levels.size() > 16) return {Algorithm::dense, "more than 16 levels"};
   const int64_t group_outputs = w.outputs / g.groups;
   const TableChoice tables = choose_table(levels, g, group_outputs);
-  constexpr double dense_cost = 1.25;                            // cycles per multiply-add of a vector
+  constexpr double dense_cost = 1.25;  // cycles per multiply-add of a vector
   const double blocks = std::ceil(static_cast<double>(group_outputs) / dense_outputs) * dense_outputs;
-  const double dense = static_cast<double>(w.inputs) * (group_outputs < dense_outputs ? static_cast<double>(group_outputs) : blocks) * dense_cost;
-  if (tables.size == 0 || tables.cost >= dense) return {Algorithm::dense, "too few outputs per table entry for tables to pay"};
-  return {Algorithm::tables, "predicted " + std::to_string(tables.cost / dense).substr(0, 4) + " of the time of dense sums"};
+  const double dense = static_cast<double>(w.inputs) *
+                       (group_outputs < dense_outputs ? static_cast<double>(group_outputs) : blocks) * dense_cost;
+  if (tables.size == 0 || tables.cost >= dense)
+    return {Algorithm::dense, "too few outputs per table entry for tables to pay"};
+  return {Algorithm::tables,
+          "predicted " + std::to_string(tables.cost / dense).substr(0, 4) + " of the time of dense sums"};
 }
 
 Choice choose_linear(const Weights& w, const Activations&) {
@@ -99,13 +117,14 @@ Choice choose_linear(const Weights& w, const Activations&) {
   return {Algorithm::dense, "more than 4 levels"};
 }
 
-// ---- lifted layout --------------------------------------------------------------------------------------------------------------
+// ---- lifted layout
+// --------------------------------------------------------------------------------------------------------------
 
 namespace {
 
 struct Axis {
-  int64_t out, reach, pitch;                 // output size, largest tap offset, positions from one line to the next
-  std::vector<PhaseAxis> phases;             // one per residue of the stride
+  int64_t out, reach, pitch;      // output size, largest tap offset, positions from one line to the next
+  std::vector<PhaseAxis> phases;  // one per residue of the stride
 };
 
 // Padding behind one line serves as padding before the next where both are wide enough.
@@ -121,7 +140,8 @@ Axis plan_axis(const Geometry& g, int axis, int64_t size) {
   for (int64_t p = 0; p < stride; ++p) {
     const int64_t lead = p >= pad ? 0 : (pad - p + stride - 1) / stride;
     const int64_t first = lead * stride + p - pad;
-    const int64_t data = std::clamp<int64_t>((size - first + stride - 1) / stride, 0, std::max<int64_t>(span - lead, 0));
+    const int64_t data =
+        std::clamp<int64_t>((size - first + stride - 1) / stride, 0, std::max<int64_t>(span - lead, 0));
     a.phases.push_back({std::min(lead, span), data, first});
     if (used[static_cast<size_t>(p)]) shared = std::min({shared, lead, span - std::min(lead, span) - data});
   }
@@ -147,7 +167,9 @@ LiftPlan::LiftPlan(const Geometry& g, int64_t images, int64_t height, int64_t wi
       const int64_t y = r * g.dilation[0], x = s * g.dilation[1];
       const std::pair key{y % g.stride[0], x % g.stride[1]};
       const auto [at, is_new] = index.emplace(key, static_cast<int>(phases.size()));
-      if (is_new) phases.push_back({rows.phases[static_cast<size_t>(key.first)], columns.phases[static_cast<size_t>(key.second)], {}});
+      if (is_new)
+        phases.push_back(
+            {rows.phases[static_cast<size_t>(key.first)], columns.phases[static_cast<size_t>(key.second)], {}});
       taps.push_back({at->second, y / g.stride[0] * row_pitch + x / g.stride[1]});
     }
   }
@@ -157,12 +179,14 @@ LiftPlan::LiftPlan(const Geometry& g, int64_t images, int64_t height, int64_t wi
     Tap& tap = taps[static_cast<size_t>(t)];
     std::vector<Span>& spans = phases[static_cast<size_t>(tap.phase)].spans;
     if (spans.empty()) spans.push_back({tap.offset, segment, 0});
-    else if (Span& last = spans.back(); tap.offset <= last.first + last.count) last.count = tap.offset + segment - last.first;
+    else if (Span& last = spans.back(); tap.offset <= last.first + last.count)
+      last.count = tap.offset + segment - last.first;
     else spans.push_back({tap.offset, segment, last.at + last.count});
     tap.offset += spans.back().at - spans.back().first;
     plane_vectors = std::max(plane_vectors, spans.back().at + spans.back().count);
   }
-  plane_vectors = (plane_vectors + lanes) | 1;   // room for a block that runs over; odd: planes start in different cache sets
+  plane_vectors =
+      (plane_vectors + lanes) | 1;  // room for a block that runs over; odd: planes start in different cache sets
 }
 
 std::vector<int> LiftPlan::ascending_taps() const {
@@ -180,7 +204,8 @@ std::vector<TapSegment> LiftPlan::tap_segments(int vectors_per_tile) const {
   for (const int t : ascending_taps()) {
     const Tap& tap = taps[static_cast<size_t>(t)];
     // A gap wider than a tile is cheaper as a segment of its own.
-    if (segments.empty() || segments.back().phase != tap.phase || tap.offset - segments.back().last() > vectors_per_tile)
+    if (segments.empty() || segments.back().phase != tap.phase ||
+        tap.offset - segments.back().last() > vectors_per_tile)
       segments.push_back({tap.phase, tap.offset, {}});
     segments.back().taps.push_back({t, tap.offset - segments.back().offset});
   }

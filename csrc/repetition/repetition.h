@@ -1,4 +1,5 @@
-// Quantized layers: w[o, i] = scale[o] * levels[codes[o, i]], packed once, run many times. The public face of this family.
+// Quantized layers: w[o, i] = scale[o] * levels[codes[o, i]], packed once, run many times. The public face of this
+// family.
 #pragma once
 
 #include <array>
@@ -19,29 +20,31 @@ const char* algorithm_name(Algorithm);
 
 // Borrowed while packing.
 struct Weights {
-  int64_t outputs, inputs;             // inputs of one output: C / groups * R * S
-  const uint8_t* codes;                // (outputs, inputs)
-  const float* levels;                 // (1 or outputs, level_count), ascending
+  int64_t outputs, inputs;  // inputs of one output: C / groups * R * S
+  const uint8_t* codes;     // (outputs, inputs)
+  const float* levels;      // (1 or outputs, level_count), ascending
   int64_t level_rows, level_count;
-  const float* scale;                  // (outputs, scale_groups)
+  const float* scale;  // (outputs, scale_groups)
   int64_t scale_groups;
-  const float* bias;                   // (outputs,) or null
+  const float* bias;  // (outputs,) or null
 
-  float level(int64_t o, int64_t i) const { return levels[(level_rows == 1 ? 0 : o) * level_count + codes[o * inputs + i]]; }
+  float level(int64_t o, int64_t i) const {
+    return levels[(level_rows == 1 ? 0 : o) * level_count + codes[o * inputs + i]];
+  }
 };
 
 struct Activations {
   DType dtype = DType::f32;
   double scale = 1;
   int32_t zero_point = 0;
-  int bits = 0;                        // the promise that values fit; 0: none
+  int bits = 0;  // the promise that values fit; 0: none
 };
 
 struct Geometry {
   int64_t channels, groups;
   std::array<int64_t, 2> kernel, stride, padding, dilation;
 
-  int64_t output_size(int axis, int64_t input) const {   // may be <= 0
+  int64_t output_size(int axis, int64_t input) const {  // may be <= 0
     const int64_t span = input + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1;
     return span < 0 ? 0 : span / stride[axis] + 1;
   }
@@ -71,10 +74,12 @@ class PackedLayer {
   int64_t outputs() const { return outputs_; }
   int64_t inputs() const { return inputs_; }
   virtual Counts counts() const = 0;
-  virtual std::vector<uint8_t> codes() const = 0;       // as packed, (outputs, inputs)
+  virtual std::vector<uint8_t> codes() const = 0;  // as packed, (outputs, inputs)
 
  protected:
-  int64_t level_bytes() const { return static_cast<int64_t>((levels_.size() + multiplier_.size() + bias_.size() + correction_.size()) * 4); }
+  int64_t level_bytes() const {
+    return static_cast<int64_t>((levels_.size() + multiplier_.size() + bias_.size() + correction_.size()) * 4);
+  }
   uint8_t code_of(int64_t o, float level) const;
 
   Algorithm algorithm_;
@@ -82,9 +87,9 @@ class PackedLayer {
   int64_t outputs_, inputs_, scale_groups_;
   int64_t level_rows_, level_count_;
   std::vector<float> levels_;
-  std::vector<float> multiplier_;      // (scale_groups, outputs): float32(input scale * scale)
+  std::vector<float> multiplier_;  // (scale_groups, outputs): float32(input scale * scale)
   std::vector<float> bias_;
-  std::vector<int32_t> correction_;    // (scale_groups, outputs): added to integer sums
+  std::vector<int32_t> correction_;  // (scale_groups, outputs): added to integer sums
 };
 
 struct LiftPlan;
@@ -98,7 +103,7 @@ class PackedConv2d final : public PackedLayer {
   void run(const Tensor& x, const Tensor& out, const Tensor* residual, const Epilogue&) const;
 
   const Geometry& geometry() const { return geometry_; }
-  int group_size() const { return group_size_; }       // channels that share a table
+  int group_size() const { return group_size_; }  // channels that share a table
   int max_entries() const { return max_entries_; }
   Counts counts() const override;
   std::vector<uint8_t> codes() const override;
@@ -115,13 +120,14 @@ class PackedConv2d final : public PackedLayer {
   int64_t taps_, group_channels_, group_outputs_;
   int64_t unit_channels_;              // channels per staged plane: 1, or 4 as bytes
   int64_t units_;                      // staged planes per group of the convolution
-  core::AlignedBuffer<char> weights_;  // dense: [group][block of outputs][unit][tap][dense_outputs] words; tables: [group][block][output][slot] bytes
+  core::AlignedBuffer<char> weights_;  // dense: [group][block of outputs][unit][tap][dense_outputs] words; tables:
+                                       // [group][block][output][slot] bytes
   size_t weights_size_ = 0;
 
   // tables: channels in groups of group_size_, `block_units_` tables alive at a time
   int group_size_ = 0, max_entries_ = 0, block_units_ = 0;
   int64_t table_units_ = 0;
-  std::vector<TableStep> steps_;       // one list for every table of the layer
+  std::vector<TableStep> steps_;  // one list for every table of the layer
 
   mutable std::mutex mutex_;
   mutable std::map<std::array<int64_t, 4>, std::shared_ptr<const LiftPlan>> plans_;
@@ -137,16 +143,17 @@ class PackedLinear final : public PackedLayer {
   std::vector<uint8_t> codes() const override;
 
  private:
-  void add_group(const char* sums, char* total, int64_t rows, int64_t panel, int64_t outputs_here, int64_t group, bool integers) const;
+  void add_group(const char* sums, char* total, int64_t rows, int64_t panel, int64_t outputs_here, int64_t group,
+                 bool integers) const;
 
-  int64_t group_inputs_;               // inputs that share a scale
-  int64_t word_inputs_;                // inputs per 32-bit word of weights
+  int64_t group_inputs_;  // inputs that share a scale
+  int64_t word_inputs_;   // inputs per 32-bit word of weights
   int64_t group_words_;
   int code_bits_ = 0, code_inputs_ = 0, codes_per_word_ = 0;
-  std::vector<float> values_;          // packed: the levels by code, padded
+  std::vector<float> values_;  // packed: the levels by code, padded
   std::array<int8_t, 16> level_bytes_{};
-  core::AlignedBuffer<float> digits_;  // packed float: [code_inputs][32]
-  core::AlignedBuffer<uint32_t> weights_;   // [panel][scale group][word][panel_outputs]
+  core::AlignedBuffer<float> digits_;      // packed float: [code_inputs][32]
+  core::AlignedBuffer<uint32_t> weights_;  // [panel][scale group][word][panel_outputs]
   size_t weights_size_ = 0;
 };
 

@@ -12,7 +12,7 @@ typedef float f32v __attribute__((vector_size(16), may_alias));
 typedef int32_t i32v __attribute__((vector_size(16), may_alias));
 typedef uint32_t u32v __attribute__((vector_size(16), may_alias));
 
-inline f32v fma(f32v a, f32v b, f32v c) { return a * b + c; }   // two roundings
+inline f32v fma(f32v a, f32v b, f32v c) { return a * b + c; }  // two roundings
 
 inline i32v dot4(i32v acc, i32v x, i32v w) {
   const u32v u = reinterpret_cast<u32v>(x), v = reinterpret_cast<u32v>(w);
@@ -28,9 +28,13 @@ inline u32v widen_halves(const uint8_t* p) {
   return u32v{h[0], h[1], h[2], h[3]};
 }
 
-struct Lookup { const float* table; };
+struct Lookup {
+  const float* table;
+};
 inline Lookup load_lookup(const float* table) { return {table}; }
-inline f32v look_up(const Lookup& t, i32v i) { return f32v{t.table[i[0] & 31], t.table[i[1] & 31], t.table[i[2] & 31], t.table[i[3] & 31]}; }
+inline f32v look_up(const Lookup& t, i32v i) {
+  return f32v{t.table[i[0] & 31], t.table[i[1] & 31], t.table[i[2] & 31], t.table[i[3] & 31]};
+}
 
 using Levels = const int8_t*;
 inline Levels load_levels(const int8_t* p) { return p; }

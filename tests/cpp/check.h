@@ -34,11 +34,11 @@ inline int report() {
 #define CHECK_EQUAL(got, expected) check::equal(got, expected, #got, __FILE__, __LINE__)
 
 // The statement throws `Exception` and its message contains `part`.
-#define CHECK_THROWS(statement, Exception, part)                                                          \
-  try {                                                                                                   \
-    statement;                                                                                            \
-    check::fail(__FILE__, __LINE__, "did not throw: " #statement);                                        \
-  } catch (const Exception& error) {                                                                      \
-    if (std::string(error.what()).find(part) == std::string::npos)                                        \
+#define CHECK_THROWS(statement, Exception, part)                                                             \
+  try {                                                                                                      \
+    statement;                                                                                               \
+    check::fail(__FILE__, __LINE__, "did not throw: " #statement);                                           \
+  } catch (const Exception& error) {                                                                         \
+    if (std::string(error.what()).find(part) == std::string::npos)                                           \
       check::fail(__FILE__, __LINE__, std::string("unexpected message of " #statement ": ") + error.what()); \
   }

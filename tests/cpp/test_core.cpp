@@ -258,8 +258,7 @@ void test_changing_thread_count() {
 }
 
 // The exit status of a child that runs `body`.
-template <class Body>
-[[maybe_unused]] int run_in_child(Body body) {
+template <class Body> [[maybe_unused]] int run_in_child(Body body) {
   const pid_t child = fork();
   if (child == 0) {
     alarm(60);

@@ -12,11 +12,15 @@ namespace pycodesign::repetition {
 
 std::shared_ptr<const LiftPlan> PackedConv2d::plan(int64_t images, int64_t height, int64_t width,
                                                    const Kernels& k) const {
-  const std::array<int64_t, 4> key{images, height, width, k.lanes};
+  const int threads = core::num_threads();
+  const std::array<int64_t, 5> key{images, height, width, k.lanes, threads};
   const std::lock_guard lock(mutex_);
   if (const auto found = plans_.find(key); found != plans_.end()) return found->second;
   if (plans_.size() >= 32) plans_.clear();  // a caller that never repeats a size
-  return plans_[key] = std::make_shared<const LiftPlan>(geometry_, images, height, width, k.lanes);
+  auto lift = std::make_shared<LiftPlan>(geometry_, images, height, width, k.lanes);
+  if (algorithm_ == Algorithm::tables)
+    lift->tables = TablePlan(*lift, {max_entries_, block_units_, geometry_.groups, group_outputs_}, k, threads);
+  return plans_[key] = std::move(lift);
 }
 
 namespace {
@@ -127,67 +131,35 @@ void PackedConv2d::run_tables(const LiftPlan& lift, const Kernels& k, const char
   const auto phases = static_cast<int64_t>(lift.phases.size());
   const bool is_float = activations_.dtype == DType::f32;
 
-  // Tiles of nearly equal width, as wide as the caches like.
-  int64_t tiles = lift.segment;
-  int tile = 1;
-  double best = std::numeric_limits<double>::max();
-  for (int vectors = 1; vectors <= k.max_table_vectors; ++vectors) {
-    const int64_t count = (lift.segment + vectors - 1) / vectors;
-    int64_t width = 0;
-    for (const TapSegment& s : lift.tap_segments(vectors)) width += vectors + s.taps.back().shift;
-    const double cost =
-        static_cast<double>(count) *
-        tile_cost(static_cast<double>(lift.segment) / static_cast<double>(count), static_cast<double>(width),
-                  max_entries_, block_units_, static_cast<double>(group_outputs_),
-                  static_cast<double>(block_units_ * taps_), static_cast<double>(vector_bytes));
-    if (cost < best) best = cost, tile = vectors, tiles = count;
-  }
-  const auto segments = lift.tap_segments(tile);
-  std::vector<int64_t> segment_source;
-  std::vector<int> segment_at, segment_shift;
-  std::vector<int32_t> slot_offset(static_cast<size_t>(block_units_ * taps_));
-  int64_t width = 0;
-  for (const TapSegment& s : segments) {
-    segment_source.push_back(s.phase * plane + s.offset * vector_bytes);
-    segment_at.push_back(static_cast<int>(width * vector_bytes));
-    segment_shift.push_back(static_cast<int>(s.taps.back().shift));
-    for (const auto& [tap, shift] : s.taps)
-      slot_offset[static_cast<size_t>(tap)] = static_cast<int32_t>((width + shift) * vector_bytes);
-    width += tile + s.taps.back().shift;
-  }
-  const int64_t entry_bytes = width * vector_bytes, unit_bytes = entry_bytes * max_entries_;
-  for (int64_t slot = taps_; slot < block_units_ * taps_; ++slot)
-    slot_offset[static_cast<size_t>(slot)] =
-        slot_offset[static_cast<size_t>(slot % taps_)] + static_cast<int32_t>(slot / taps_ * unit_bytes);
-  const int64_t groups = geometry_.groups;
-  const int64_t splits = output_splits(tiles * groups, group_outputs_, core::num_threads());
+  const TablePlan& t = lift.tables;
+  const int64_t entry_bytes = t.width * vector_bytes, unit_bytes = entry_bytes * max_entries_;
   const size_t row_bytes = static_cast<size_t>((group_size_ + 1) * entry_bytes),
                table_bytes = static_cast<size_t>(unit_bytes * block_units_);
-  core::parallel_for(tiles * groups * splits, [&](int64_t chunk, int) {
-    const int64_t group = chunk / (tiles * splits), t = chunk / splits % tiles, split = chunk % splits;
-    const int64_t j = lift.segment * t / tiles;
-    const int64_t first = group_outputs_ * split / splits, count = group_outputs_ * (split + 1) / splits - first;
-    const int vectors = static_cast<int>(lift.segment * (t + 1) / tiles - j);
+  core::parallel_for(geometry_.groups * t.tiles * t.splits, [&](int64_t chunk, int) {
+    const int64_t group = chunk / (t.tiles * t.splits), tile = chunk / t.splits % t.tiles, split = chunk % t.splits;
+    const int64_t j = lift.segment * tile / t.tiles;
+    const int64_t first = group_outputs_ * split / t.splits, count = group_outputs_ * (split + 1) / t.splits - first;
+    const int vectors = static_cast<int>(lift.segment * (tile + 1) / t.tiles - j);
     TableBuild build{};
     build.channel_stride = phases * plane;
-    build.segment_source = segment_source.data();
-    build.segment_at = segment_at.data();
-    build.segment_shift = segment_shift.data();
-    build.segments = static_cast<int>(segments.size());
+    build.segment_source = t.segment_source.data();
+    build.segment_at = t.segment_at.data();
+    build.segment_shift = t.segment_shift.data();
+    build.segments = static_cast<int>(t.segment_source.size());
     build.vectors = vectors;
     build.entry_bytes = entry_bytes;
     build.unit_bytes = unit_bytes;
     build.group_size = group_size_;
     build.steps = steps_.data();
     build.step_count = static_cast<int64_t>(steps_.size());
-    build.rows = scratch(3, row_bytes + table_bytes + static_cast<size_t>(count * tile * vector_bytes));
+    build.rows = scratch(3, row_bytes + table_bytes + static_cast<size_t>(count * t.vectors * vector_bytes));
     build.tables = build.rows + row_bytes;
     TableSum sum{};
     sum.tables = build.tables;
-    sum.slot_offset = slot_offset.data();
+    sum.slot_offset = t.slot_offset.data();
     sum.entry_bytes = entry_bytes;
     sum.acc = build.tables + table_bytes;
-    sum.acc_stride = tile * vector_bytes;
+    sum.acc_stride = t.vectors * vector_bytes;
     sum.outputs = count;
     sum.vectors = vectors;
     for (int64_t block = 0; block * block_units_ < table_units_; ++block) {

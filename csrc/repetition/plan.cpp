@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <set>
 #include <stdexcept>
@@ -210,6 +211,44 @@ std::vector<TapSegment> LiftPlan::tap_segments(int vectors_per_tile) const {
     segments.back().taps.push_back({t, tap.offset - segments.back().offset});
   }
   return segments;
+}
+
+TablePlan::TablePlan(const LiftPlan& lift, const Layer& layer, const Kernels& k, int threads) {
+  const int64_t vector_bytes = k.lanes * 4, plane = lift.plane_vectors * vector_bytes;
+  const auto taps = static_cast<int64_t>(lift.taps.size());
+  const auto width_of = [&](int vectors_) {
+    int64_t sum = 0;
+    for (const TapSegment& s : lift.tap_segments(vectors_)) sum += vectors_ + s.taps.back().shift;
+    return sum;
+  };
+  // Tiles of nearly equal width, as wide as the caches like; outputs split where that makes threads finish together.
+  double best = std::numeric_limits<double>::max();
+  for (int v = 1; v <= k.max_table_vectors; ++v) {
+    const int64_t count = (lift.segment + v - 1) / v;
+    const auto wide = static_cast<double>(width_of(v)),
+               mean = static_cast<double>(lift.segment) / static_cast<double>(count);
+    for (int64_t split = 1; split <= 2 * threads && split <= layer.group_outputs; ++split) {
+      const int64_t rounds = (count * split * layer.groups + threads - 1) / threads;
+      const double outputs = static_cast<double>(layer.group_outputs) / static_cast<double>(split);
+      const double cost = static_cast<double>(rounds) * tile_cost(mean, wide, layer.entries, layer.block, outputs,
+                                                                  static_cast<double>(layer.block * taps),
+                                                                  static_cast<double>(vector_bytes));
+      if (cost < best) best = cost, vectors = v, tiles = count, splits = split;
+    }
+  }
+  slot_offset.resize(static_cast<size_t>(layer.block * taps));
+  for (const TapSegment& s : lift.tap_segments(vectors)) {
+    segment_source.push_back(s.phase * plane + s.offset * vector_bytes);
+    segment_at.push_back(static_cast<int>(width * vector_bytes));
+    segment_shift.push_back(static_cast<int>(s.taps.back().shift));
+    for (const auto& [tap, shift] : s.taps)
+      slot_offset[static_cast<size_t>(tap)] = static_cast<int32_t>((width + shift) * vector_bytes);
+    width += vectors + s.taps.back().shift;
+  }
+  const int64_t unit_bytes = width * vector_bytes * layer.entries;
+  for (int64_t slot = taps; slot < layer.block * taps; ++slot)
+    slot_offset[static_cast<size_t>(slot)] =
+        slot_offset[static_cast<size_t>(slot % taps)] + static_cast<int32_t>(slot / taps * unit_bytes);
 }
 
 }  // namespace pycodesign::repetition

@@ -36,6 +36,25 @@ struct TapSegment {
   int64_t last() const { return offset + taps.back().shift; }
 };
 
+struct LiftPlan;
+
+// How a layer's tables are cut into chunks of work, and where their vectors lie.
+struct TablePlan {
+  struct Layer {
+    int entries, block;
+    int64_t groups, group_outputs;
+  };
+  TablePlan() = default;
+  TablePlan(const LiftPlan&, const Layer&, const Kernels&, int threads);
+
+  int vectors = 0;                      // of the widest tile
+  int64_t tiles = 0, splits = 0;        // of the segment, of the outputs of a group
+  int64_t width = 0;                    // vectors of an entry: all segments side by side
+  std::vector<int64_t> segment_source;  // bytes, as in TableBuild
+  std::vector<int> segment_at, segment_shift;
+  std::vector<int32_t> slot_offset;  // bytes, as in TableSum
+};
+
 // The dimension-lifted layout of one input size: the padded image, flattened, cut into `lanes` segments; vector j holds
 // the positions j + l * segment. A tap is then a whole number of vectors. Planes keep only the spans of vectors that
 // taps read.
@@ -59,6 +78,7 @@ struct LiftPlan {
   int64_t plane_vectors;           // of the longest phase
   std::vector<Phase> phases;
   std::vector<Tap> taps;
+  TablePlan tables;
 };
 
 }  // namespace pycodesign::repetition

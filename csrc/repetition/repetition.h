@@ -130,7 +130,7 @@ class PackedConv2d final : public PackedLayer {
   std::vector<TableStep> steps_;  // one list for every table of the layer
 
   mutable std::mutex mutex_;
-  mutable std::map<std::array<int64_t, 4>, std::shared_ptr<const LiftPlan>> plans_;
+  mutable std::map<std::array<int64_t, 5>, std::shared_ptr<const LiftPlan>> plans_;
 };
 
 class PackedLinear final : public PackedLayer {

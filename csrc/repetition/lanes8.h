@@ -27,7 +27,7 @@ inline i32v dot4(i32v acc, i32v x, i32v w) {
                 odd_x = _mm256_srli_epi16((__m256i)x, 8);
   const __m256i even_w = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)w, 8), 8),
                 odd_w = _mm256_srai_epi16((__m256i)w, 8);
-  return acc + (i32v)_mm256_madd_epi16(even_x, even_w) + (i32v)_mm256_madd_epi16(odd_x, odd_w);
+  return (i32v)((u32v)acc + (u32v)_mm256_madd_epi16(even_x, even_w) + (u32v)_mm256_madd_epi16(odd_x, odd_w));
 #endif
 }
 

@@ -1,9 +1,14 @@
-// The loops of all kernels, written once over a vector type. Each instruction set's file defines, in an unnamed
-// namespace of pycodesign::repetition, the types f32v, i32v, u32v of `lanes` words, and
-//   widen_bytes(p), widen_halves(p),
-//   fma(a, b, c), dot4(acc, x_u8x4, w_i8x4), Lookup / load_lookup(p) / look_up(table, index), table_byte(levels,
-//   codes), transpose(...)
-// then includes this file. Everything here has internal linkage: no other file may share its code.
+// The loops of all kernels, written once over a vector type. The file of each instruction set defines, in an unnamed
+// namespace of pycodesign::repetition,
+//   f32v, i32v, u32v                            vectors of `lanes` words
+//   fma(a, b, c), dot4(acc, x_u8x4, w_i8x4)     a * b + c; sums of four products, modulo 2^32
+//   Lookup, load_lookup(p), look_up(t, index)   32 floats by the low five bits
+//   Levels, load_levels(p), levels_of(l, codes) 16 bytes by code, for each byte
+//   widen_bytes(p), widen_halves(p)             to words
+//   transpose(from, stride, to, stride)         lanes x lanes words
+// and how many vectors its registers hold: max_table_vectors, max_dense_vectors, dense_block, linear_rows,
+// linear_vectors, packed_rows; then includes this file. Everything here has internal linkage: no other file may share
+// its code.
 #pragma once
 
 #include <cstring>
@@ -59,7 +64,7 @@ template <int64_t bytes> inline void prefetch(const char* p) {
 // --------------------------------------------------------------------------------------------------
 
 // Elements `stride` bytes apart, one after another; strides of one and two elements are constants, so that they
-// vectorise.
+// vectorize.
 template <class T, class Put> inline void for_elements(const char* source, int64_t stride, int64_t count, Put put) {
   const T* p = reinterpret_cast<const T*>(source);
   if (stride == sizeof(T))

@@ -33,7 +33,7 @@ PackedLayer::PackedLayer(const Weights& w, const Activations& a, Algorithm algor
   for (int64_t o = 0; o < w.outputs; ++o) {
     double magnitude = 0;
     for (int64_t i = 0; i < w.inputs; ++i) magnitude += std::abs(static_cast<double>(w.level(o, i)));
-    if (magnitude * static_cast<double>(std::max<int64_t>(range, 255)) > std::numeric_limits<int32_t>::max())
+    if (magnitude * static_cast<double>(range) > std::numeric_limits<int32_t>::max())
       throw std::invalid_argument("levels: expected sums that fit 32 bits, got output " + std::to_string(o) +
                                   " with a sum of |levels| of " + std::to_string(magnitude) + " over its " +
                                   std::to_string(w.inputs) + " inputs");

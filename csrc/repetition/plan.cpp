@@ -224,17 +224,18 @@ TablePlan::TablePlan(const LiftPlan& lift, const Layer& layer, const Kernels& k,
   // Tiles of nearly equal width, as wide as the caches like; outputs split where that makes threads finish together.
   double best = std::numeric_limits<double>::max();
   for (int v = 1; v <= k.max_table_vectors; ++v) {
-    const int64_t count = (lift.segment + v - 1) / v;
-    const auto wide = static_cast<double>(width_of(v)),
-               mean = static_cast<double>(lift.segment) / static_cast<double>(count);
-    for (int64_t split = 1; split <= 2 * threads && split <= layer.group_outputs; ++split) {
-      const int64_t rounds = (count * split * layer.groups + threads - 1) / threads;
-      const double outputs = static_cast<double>(layer.group_outputs) / static_cast<double>(split);
-      const double cost = static_cast<double>(rounds) * tile_cost(mean, wide, layer.entries, layer.block, outputs,
-                                                                  static_cast<double>(layer.block * taps),
-                                                                  static_cast<double>(vector_bytes));
-      if (cost < best) best = cost, vectors = v, tiles = count, splits = split;
-    }
+    const auto wide = static_cast<double>(width_of(v));
+    const int64_t least = (lift.segment + v - 1) / v;
+    for (int64_t count = least; count < least + threads && count <= lift.segment; ++count)
+      for (int64_t split = 1; split <= 2 * threads && split <= layer.group_outputs; ++split) {
+        const int64_t rounds = (count * split * layer.groups + threads - 1) / threads;
+        const double cost =
+            static_cast<double>(rounds) *
+            tile_cost(static_cast<double>(lift.segment) / static_cast<double>(count), wide, layer.entries, layer.block,
+                      static_cast<double>(layer.group_outputs) / static_cast<double>(split),
+                      static_cast<double>(layer.block * taps), static_cast<double>(vector_bytes));
+        if (cost < best) best = cost, vectors = v, tiles = count, splits = split;
+      }
   }
   slot_offset.resize(static_cast<size_t>(layer.block * taps));
   for (const TapSegment& s : lift.tap_segments(vectors)) {

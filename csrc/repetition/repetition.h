@@ -113,8 +113,11 @@ class PackedConv2d final : public PackedLayer {
   void pack_dense(const Weights&);
   int64_t stream_at(int64_t output, int64_t unit) const;
   std::shared_ptr<const LiftPlan> plan(int64_t images, int64_t height, int64_t width, const Kernels&) const;
-  void run_tables(const LiftPlan&, const Kernels&, const char* staged, char* planes) const;
-  void run_dense(const LiftPlan&, const Kernels&, const char* staged, char* planes) const;
+  struct Call;
+  void stage_plane(const Call&, int64_t index) const;
+  void sum_tables(const Call&) const;
+  bool sum_dense_and_finish(const Call&) const;
+  void finish_outputs(const Call&, int64_t first, int64_t last) const;
 
   Geometry geometry_;
   int64_t taps_, group_channels_, group_outputs_;

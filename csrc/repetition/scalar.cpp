@@ -15,10 +15,10 @@ typedef uint32_t u32v __attribute__((vector_size(16), may_alias));
 inline f32v fma(f32v a, f32v b, f32v c) { return a * b + c; }  // two roundings
 
 inline i32v dot4(i32v acc, i32v x, i32v w) {
-  const u32v u = reinterpret_cast<u32v>(x), v = reinterpret_cast<u32v>(w);
+  u32v sum = (u32v)acc;
   for (int byte = 0; byte < 32; byte += 8)
-    acc = acc + reinterpret_cast<i32v>((u >> byte) & 0xff) * (reinterpret_cast<i32v>(v << (24 - byte)) >> 24);
-  return acc;
+    sum += ((u32v)x >> byte & 0xff) * (u32v)((i32v)((u32v)w << (24 - byte)) >> 24);
+  return (i32v)sum;
 }
 
 inline u32v widen_bytes(const uint8_t* p) { return u32v{p[0], p[1], p[2], p[3]}; }

@@ -122,6 +122,20 @@ Counts PackedLinear::counts() const {
   return c;
 }
 
+void PackedLinear::stage_row(const Tensor& x, int64_t index, int64_t group_bytes, char* to) const {
+  const int64_t element = activations_.dtype == DType::f32 ? 4 : 1;
+  const auto flip = static_cast<char>(activations_.dtype == DType::i8 ? 0x80 : 0);
+  for (int64_t g = 0; g < scale_groups_; ++g, to += group_bytes) {
+    const char* from = x.data + index * x.stride[3] + g * group_inputs_ * x.stride[1];
+    if (x.stride[1] == element) std::memcpy(to, from, static_cast<size_t>(group_inputs_ * element));
+    else
+      for (int64_t i = 0; i < group_inputs_; ++i)
+        std::memcpy(to + i * element, from + i * x.stride[1], static_cast<size_t>(element));
+    for (int64_t i = 0; flip && i < group_inputs_; ++i) to[i] = static_cast<char>(to[i] ^ flip);
+    std::memset(to + group_inputs_ * element, 0, static_cast<size_t>(group_bytes - group_inputs_ * element));
+  }
+}
+
 void PackedLinear::run(const Tensor& x, const Tensor& out, const Tensor* residual, const Epilogue& epilogue) const {
   const int64_t T = x.size[3], G = scale_groups_;
   if (T * outputs_ == 0) return;
@@ -129,26 +143,10 @@ void PackedLinear::run(const Tensor& x, const Tensor& out, const Tensor* residua
   const bool is_float = activations_.dtype == DType::f32, lookup = is_float && algorithm_ == Algorithm::packed;
   const int64_t element = is_float ? 4 : 1;
 
-  // Rows as the kernels read them: each scale group padded with zeros to whole words.
+  // Rows as the kernels read them, each scale group padded with zeros to whole words; a few at a time, so that they
+  // (and their lookup tables) stay in the second-level cache while the weights pass.
   const int64_t padded = group_words_ * word_inputs_, row_bytes = round_up(G * padded * element, 64);
-  char* rows = scratch(0, static_cast<size_t>(T * row_bytes));
-  const auto flip = static_cast<char>(activations_.dtype == DType::i8 ? 0x80 : 0);
-  core::parallel_for(T, [&](int64_t t, int) {
-    char* row = rows + t * row_bytes;
-    std::memset(row, 0, static_cast<size_t>(row_bytes));
-    for (int64_t g = 0; g < G; ++g) {
-      const char* from = x.data + t * x.stride[3] + g * group_inputs_ * x.stride[1];
-      char* to = row + g * padded * element;
-      if (x.stride[1] == element) std::memcpy(to, from, static_cast<size_t>(group_inputs_ * element));
-      else
-        for (int64_t i = 0; i < group_inputs_; ++i)
-          std::memcpy(to + i * element, from + i * x.stride[1], static_cast<size_t>(element));
-      for (int64_t i = 0; flip && i < group_inputs_; ++i) to[i] = static_cast<char>(to[i] ^ flip);
-    }
-  });
-
-  // A few rows at a time: their lookup tables stay in the second-level cache while the weights pass.
-  const int64_t positions = lookup ? G * group_words_ * codes_per_word_ : 0, step = lookup ? 6 : T;
+  const int64_t positions = lookup ? G * group_words_ * codes_per_word_ : 0, step = lookup ? 6 : 48;
   Epilogue last = epilogue;
   if (G > 1 && epilogue.out_dtype != DType::i32) last.acc_dtype = DType::f32;
   static constexpr auto ones = [] {
@@ -158,13 +156,15 @@ void PackedLinear::run(const Tensor& x, const Tensor& out, const Tensor* residua
   }();
   for (int64_t first = 0; first < T; first += step) {
     const int64_t count = std::min(step, T - first);
+    char* rows = scratch(0, static_cast<size_t>(count * row_bytes));
+    core::parallel_for(count, [&](int64_t t, int) { stage_row(x, first + t, padded * element, rows + t * row_bytes); });
     float* tables = nullptr;
     if (lookup) {
       tables = reinterpret_cast<float*>(scratch(1, static_cast<size_t>(count * positions * 32 * 4)));
       const int64_t piece = 512, pieces = (positions + piece - 1) / piece;
       core::parallel_for(count * pieces, [&](int64_t chunk, int) {
         const int64_t t = chunk / pieces, at = chunk % pieces * piece;
-        const float* row = reinterpret_cast<const float*>(rows + (first + t) * row_bytes);
+        const float* row = reinterpret_cast<const float*>(rows + t * row_bytes);
         k.build_lookup({row + at * code_inputs_, std::min(piece, positions - at), code_inputs_, digits_.data(),
                         tables + (t * positions + at) * 32});
       });
@@ -176,7 +176,7 @@ void PackedLinear::run(const Tensor& x, const Tensor& out, const Tensor* residua
       const int64_t outputs_here = std::min<int64_t>(panel_outputs, outputs_ - panel * panel_outputs);
       for (int64_t g = 0; g < G; ++g) {
         LinearTile t{};
-        t.x = rows + first * row_bytes + g * padded * element;
+        t.x = rows + g * padded * element;
         t.x_stride = row_bytes;
         t.rows = static_cast<int>(count);
         t.weights = reinterpret_cast<const char*>(weights_.data() + (panel * G + g) * group_words_ * panel_outputs);

@@ -60,9 +60,6 @@ template <int64_t bytes> inline void prefetch(const char* p) {
   for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + 8192 + at, 0, 2);
 }
 
-// ---- staging and its inverse
-// --------------------------------------------------------------------------------------------------
-
 // Elements `stride` bytes apart, one after another; strides of one and two elements are constants, so that they
 // vectorize.
 template <class T, class Put> inline void for_elements(const char* source, int64_t stride, int64_t count, Put put) {
@@ -159,9 +156,6 @@ void unlift(const Unlift& u) {
     for (int64_t r = 0; r < u.rows; ++r, out += u.columns * 4)
       std::memcpy(out, u.flat + (n * u.image_pitch + r * u.row_pitch) * 4, u.columns * 4);
 }
-
-// ---- epilogue
-// -----------------------------------------------------------------------------------------------------------------
 
 template <class T>
 void add_residual(float* y, const char* p, int64_t stride, int64_t count, float zero_point, float scale) {
@@ -269,9 +263,6 @@ template <bool per_element> void finish_as(const Finish& f) {
 
 void finish(const Finish& f) { f.per_element ? finish_as<true>(f) : finish_as<false>(f); }
 
-// ---- tables
-// -------------------------------------------------------------------------------------------------------------------
-
 template <class Math> void build_tables(const TableBuild& b) {
   const int64_t entry_bytes = b.entry_bytes;
   char* const zero = b.rows + b.group_size * entry_bytes;
@@ -351,9 +342,6 @@ template <class Math> void sum_tables(const TableSum& s) {
   }
 }
 
-// ---- dense
-// --------------------------------------------------------------------------------------------------------------------
-
 template <class Math, int O, int V> void dense_of(const DenseTile& d) {
   using vec = typename Math::vec;
   vec acc[O][V] = {};
@@ -397,9 +385,6 @@ template <class Math> void dense(const DenseTile& d) {
     part.acc += done * part.acc_stride;
   }
 }
-
-// ---- linear: lanes are outputs
-// --------------------------------------------------------------------------------------------------
 
 // R rows of x by P vectors of outputs.
 template <class Math, int R, int P> void linear_of(const LinearTile& t) {

@@ -39,10 +39,7 @@ std::vector<float> distinct_levels(const Weights& w) {
   return {values.begin(), values.end()};
 }
 
-// ---- cost model
-// ----------------------------------------------------------------------------------------------------------------- In
-// cycles of a core that loads one 64-byte vector per cycle; fitted on the layers of ResNet-18.
-
+// The cost model: cycles of a core that loads one 64-byte vector per cycle, fitted on the layers of ResNet-18.
 double tile_cost(double vectors, double width, double entries, double block, double outputs, double slots,
                  double vector_bytes) {
   constexpr double build = 3.8, output = 2,
@@ -118,14 +115,11 @@ Choice choose_linear(const Weights& w, const Activations&) {
   return {Algorithm::dense, "more than 4 levels"};
 }
 
-// ---- lifted layout
-// --------------------------------------------------------------------------------------------------------------
-
 namespace {
 
 struct Axis {
-  int64_t out, reach, pitch;      // output size, largest tap offset, positions from one line to the next
-  std::vector<PhaseAxis> phases;  // one per residue of the stride
+  int64_t out, reach, pitch;            // output size, largest tap offset, positions from one line to the next
+  std::map<int64_t, PhaseAxis> phases;  // by residue of the stride, those that taps read
 };
 
 // Padding behind one line serves as padding before the next where both are wide enough.
@@ -136,17 +130,15 @@ Axis plan_axis(const Geometry& g, int axis, int64_t size) {
   a.reach = (g.kernel[axis] - 1) * dilation / stride;
   const int64_t span = a.out + a.reach;
   int64_t shared = span;
-  std::vector<bool> used(static_cast<size_t>(stride));
-  for (int64_t k = 0; k < g.kernel[axis]; ++k) used[static_cast<size_t>(k * dilation % stride)] = true;
-  for (int64_t p = 0; p < stride; ++p) {
-    const int64_t lead = p >= pad ? 0 : (pad - p + stride - 1) / stride;
-    const int64_t first = lead * stride + p - pad;
-    const int64_t data =
-        std::clamp<int64_t>((size - first + stride - 1) / stride, 0, std::max<int64_t>(span - lead, 0));
-    a.phases.push_back({std::min(lead, span), data, first});
-    if (used[static_cast<size_t>(p)]) shared = std::min({shared, lead, span - std::min(lead, span) - data});
+  for (int64_t k = 0; k < g.kernel[axis]; ++k) {
+    const int64_t p = k * dilation % stride;
+    const int64_t padded = p >= pad ? 0 : (pad - p + stride - 1) / stride;
+    const int64_t first = padded * stride + p - pad, lead = std::min(padded, span);
+    const int64_t data = std::clamp<int64_t>((size - first + stride - 1) / stride, 0, span - lead);
+    a.phases[p] = {lead, data, first};
+    shared = std::min({shared, lead, span - lead - data});
   }
-  a.pitch = span - std::max<int64_t>(shared, 0);
+  a.pitch = span - shared;
   return a;
 }
 
@@ -168,9 +160,7 @@ LiftPlan::LiftPlan(const Geometry& g, int64_t images, int64_t height, int64_t wi
       const int64_t y = r * g.dilation[0], x = s * g.dilation[1];
       const std::pair key{y % g.stride[0], x % g.stride[1]};
       const auto [at, is_new] = index.emplace(key, static_cast<int>(phases.size()));
-      if (is_new)
-        phases.push_back(
-            {rows.phases[static_cast<size_t>(key.first)], columns.phases[static_cast<size_t>(key.second)], {}});
+      if (is_new) phases.push_back({rows.phases.at(key.first), columns.phases.at(key.second), {}});
       taps.push_back({at->second, y / g.stride[0] * row_pitch + x / g.stride[1]});
     }
   }

@@ -146,6 +146,7 @@ class PackedLinear final : public PackedLayer {
   std::vector<uint8_t> codes() const override;
 
  private:
+  void stage_row(const Tensor& x, int64_t index, int64_t group_bytes, char* to) const;
   void add_group(const char* sums, char* total, int64_t rows, int64_t panel, int64_t outputs_here, int64_t group,
                  bool integers) const;
 

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from pycodesign import _core
+try:
+    from pycodesign import _core
+except ImportError as error:
+    raise ImportError(
+        "pycodesign._core, the compiled module, cannot be imported: "
+        "in a source checkout, build it with `pip install .` or `pip install -e .`"
+    ) from error
 
 __version__: str = _core.build_info()["version"]
 
@@ -71,8 +77,9 @@ def show_config() -> dict[str, Any]:
     Returns
     -------
     dict
-        ``version``, ``compiler``, ``isas`` (built), ``isa`` (in force), ``supported_isas``, ``cpu``, ``caches`` (bytes),
-        ``cores``, ``threads``, ``team`` (whose threads), ``cuda`` (what the CUDA module says, or why there is none).
+        ``version``, ``compiler``, ``isas`` (built), ``isa`` (in force), ``supported_isas``, ``cpu``, ``caches``
+        (bytes), ``cores``, ``threads``, ``team`` (whose threads), ``cuda`` (what the CUDA module says, or why there is
+        none).
     """
     return {
         **_core.build_info(),

@@ -75,7 +75,7 @@ def demo(quick: bool, as_json: bool, plot: Path | None, threads: int | None) -> 
         pycodesign.set_num_threads(threads)
         _, (images, labels) = load_digits()
     if quick:
-        images, labels = images[::4], labels[::4]
+        images, labels = images[::5], labels[::5]
     networks = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for name in NETWORKS:
@@ -200,6 +200,9 @@ def bench(suite: str, file: Path | None, **options: Any) -> None:
 def info(as_json: bool) -> None:
     """Print what was detected, forced and built, and which optional packages are installed.
 
+    Used are the kernels of the best instruction set that was built and is not above isa: avx512_vbmi has none of its
+    own, it runs those of avx512.
+
     \b
     pycodesign info
     PYCODESIGN_ISA=avx2 PYCODESIGN_NUM_THREADS=1 pycodesign info --json
@@ -222,9 +225,12 @@ def gather_info() -> dict[str, dict[str, Any]]:
     from pycodesign.bench.harness import package_version
 
     config = pycodesign.show_config()
+    supported = config["supported_isas"]  # from the least to the best
+    reached = supported[: supported.index(config["isa"]) + 1]
+    config["kernels"] = [isa for isa in reached if isa in config["isas"]][-1]
     return {
         "detected": {name: config[name] for name in ("cpu", "cores", "caches", "supported_isas")},
-        "used": {name: config[name] for name in ("isa", "threads", "team")},
+        "used": {name: config[name] for name in ("isa", "kernels", "threads", "team")},
         "forced": {name: os.environ.get(name) for name in VARIABLES},
         "built": {name: config[name] for name in ("version", "compiler", "isas", "cuda")},
         "competitors": {name: package_version(name) for name in COMPETITORS},

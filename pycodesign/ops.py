@@ -5,41 +5,46 @@ An array is a NumPy array or a torch tensor in host memory; the result is of the
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import numbers
-import operator
 import os
-import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 
-from pycodesign import _core
+from pycodesign import _core, _packed_file
+from pycodesign._arguments import (
+    Array,
+    Pair,
+    check_algorithm,
+    check_array,
+    check_bias,
+    check_epilogue,
+    check_inputs,
+    check_promise,
+    check_tune,
+    check_weights,
+    flatten_out,
+    from_numpy,
+    to_integer,
+    to_numpy,
+    to_pair,
+)
 from pycodesign.quantize import QuantizedTensor
 
 __all__ = ["Explanation", "Packed", "conv2d", "linear", "load_packed", "prepack_conv2d", "prepack_linear"]
 
-Array: TypeAlias = Any
-Pair: TypeAlias = int | Sequence[int]
 Native: TypeAlias = _core.PackedConv2d | _core.PackedLinear
 
-OUTPUT_DTYPES = ("float32", "uint8", "int8", "int32")
-INPUT_RANGES = {"float32": (0, 0), "uint8": (0, 255), "int8": (-128, 127)}
 CONV2D_ALGORITHMS = ("auto", "tables", "dense")
 LINEAR_ALGORITHMS = ("auto", "tables", "dense", "packed")
 COLD_BYTES = 96 << 20  # what tuning reads between two timings
-FILE_FORMAT = "pycodesign packed layer 1"
-LARGEST_INTEGER = 1 << 24  # of options: float32 holds it exactly
 
 
 class Explanation(dict[str, Any]):
@@ -64,7 +69,9 @@ class Packed:
     Calls on one object may run at the same time from several threads.
     """
 
-    def __init__(self, q: QuantizedTensor, bias: NDArray[np.float32] | None, options: dict[str, Any], tune: bool) -> None:
+    def __init__(
+        self, q: QuantizedTensor, bias: NDArray[np.float32] | None, options: dict[str, Any], tune: bool
+    ) -> None:
         start = time.perf_counter()
         self._shape = q.shape
         self._levels, self._scale, self._bias = q.levels, q.scale, bias
@@ -86,7 +93,9 @@ class Packed:
             geometry = channels, o["groups"], kernel, o["stride"], o["padding"], o["dilation"]
             return _core.PackedConv2d(*arrays, *geometry, **inputs, algorithm=algorithm)
         if algorithm == "tables":
-            return _core.PackedConv2d(*arrays, codes.shape[1], 1, (1, 1), (1, 1), (0, 0), (1, 1), **inputs, algorithm=algorithm)
+            return _core.PackedConv2d(
+                *arrays, codes.shape[1], 1, (1, 1), (1, 1), (0, 0), (1, 1), **inputs, algorithm=algorithm
+            )
         return _core.PackedLinear(*arrays, **inputs, algorithm=algorithm)
 
     @property
@@ -109,8 +118,8 @@ class Packed:
         Returns
         -------
         Explanation
-            ``kind``, ``algorithm``, ``why``; ``adds`` and ``multiplies`` as executed and ``dense_ops`` = O (2 I - 1), all
-            per output pixel or row; ``share_removed``; ``bytes`` of the packed weights beside ``float32_bytes``;
+            ``kind``, ``algorithm``, ``why``; ``adds`` and ``multiplies`` as executed and ``dense_ops`` = O (2 I - 1),
+            all per output pixel or row; ``share_removed``; ``bytes`` of the packed weights beside ``float32_bytes``;
             ``seconds`` it took to pack; ``isa`` and ``threads`` in force.
         """
         counts = self._native.counts()
@@ -143,21 +152,15 @@ class Packed:
         conv2d(x, self) if self.kind == "conv2d" else linear(x, self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write codes, levels, scale, bias and options to a safetensors file; machine code and programs are never saved.
+        """Write codes, levels, scale, bias and options to a safetensors file, never machine code or programs.
 
-        The file appears whole or not at all.
+        The file appears whole or not at all. Equal layers give equal bytes.
 
         Parameters
         ----------
         path : path
         """
-        q = self.weights()
-        tensors: dict[str, NDArray[Any]] = {"codes": _pack_bits(q.codes, _code_bits(q.Q)), "levels": q.levels, "scale": q.scale}
-        if self._bias is not None:
-            tensors["bias"] = self._bias
-        options = json.dumps({**self._options, "algorithm": self.algorithm, "shape": self._shape}, sort_keys=True)
-        metadata = {"format": FILE_FORMAT, "options": options, "sha256": _digest(tensors, options)}
-        data = safetensors.numpy.save(tensors, metadata)
+        data = _packed_file.encode(self.weights(), self._bias, self._options | {"algorithm": self.algorithm})
         target = Path(path)
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         try:
@@ -227,9 +230,11 @@ def prepack_conv2d(
     input_scale, input_zero_point : float, int
         Real value of an integer input: ``input_scale * (x - input_zero_point)``.
     input_bits : int, optional
-        Promise that integer inputs fit this many bits. A broken promise gives wrong sums; ``PYCODESIGN_CHECK=1`` verifies it.
+        Promise that integer inputs fit this many bits. A broken promise gives wrong sums; ``PYCODESIGN_CHECK=1``
+        verifies it.
     algorithm : {"auto", "tables", "dense"}
-        ``tables``: partial sums of small groups of channels are computed once and looked up (at most 16 distinct levels).
+        ``tables``: partial sums of small groups of channels are computed once and looked up (at most 16 distinct
+        levels).
         ``dense``: every product, in 8-bit dot products or float32.
         ``auto``: what a cost model predicts to be faster; see `Packed.explain`.
     tune : bool
@@ -270,7 +275,8 @@ def prepack_conv2d(
     }
     inputs = check_inputs(q, input_dtype, input_scale, input_zero_point, input_bits)
     check_algorithm(algorithm, CONV2D_ALGORITHMS)
-    return Packed(q, check_bias(bias, q), {**options, **inputs, "algorithm": algorithm}, check_tune(tune, algorithm))
+    check_tune(tune, algorithm)
+    return Packed(q, check_bias(bias, q), {**options, **inputs, "algorithm": algorithm}, tune)
 
 
 def prepack_linear(
@@ -321,8 +327,10 @@ def prepack_linear(
     inputs = check_inputs(q, input_dtype, input_scale, input_zero_point, input_bits)
     check_algorithm(algorithm, LINEAR_ALGORITHMS)
     if algorithm == "tables" and q.scale.ndim == 2 and q.scale.shape[1] > 1:
-        raise ValueError(f"algorithm: expected 'dense' or 'packed' for one scale per group of inputs {q.scale.shape}, got 'tables'")
-    return Packed(q, check_bias(bias, q), {**inputs, "algorithm": algorithm}, check_tune(tune, algorithm))
+        wanted = f"'dense' or 'packed' for one scale per group of inputs {q.scale.shape}"
+        raise ValueError(f"algorithm: expected {wanted}, got 'tables'")
+    check_tune(tune, algorithm)
+    return Packed(q, check_bias(bias, q), {**inputs, "algorithm": algorithm}, tune)
 
 
 def conv2d(
@@ -340,21 +348,21 @@ def conv2d(
 ) -> Array:
     """Run a packed convolution, with its epilogue.
 
-    For integer inputs every step is one float32 rounding, in this order, so that results are the same on every machine::
+    For integer inputs every step is one float32 rounding, in this order: results are the same on every machine::
 
         acc = sum of level * (x - input_zero_point)                      exact
         y = float(acc) * float32(input_scale * scale[o]) + bias[o]
         y = y + residual_scale * (residual - residual_zero_point)
         y = clamp(y);  integer outputs: saturate(rint(y / out_scale) + out_zero_point)
 
-    Float inputs give the same in float arithmetic, within ``8 eps sqrt(K) sum |w| |x|`` for K weights per output, the same
-    bits from run to run.
+    Float inputs give the same in float arithmetic, within ``8 eps sqrt(K) sum |w| |x|`` for K weights per output, the
+    same bits from run to run.
 
     Parameters
     ----------
     x : float32, uint8 or int8 (N, C, H, W)
-        Of the packed `input_dtype`; any strides. An infinite or NaN element makes the outputs that read it through a nonzero
-        weight infinite or NaN; through a zero weight it may or may not. No other output sees it.
+        Of the packed `input_dtype`; any strides. An infinite or NaN element makes the outputs that read it through a
+        nonzero weight infinite or NaN; through a zero weight it may or may not. No other output sees it.
     packed : Packed
     residual : float32, uint8 or int8 (N, O, OH, OW), optional
         Added before the clamp.
@@ -392,8 +400,9 @@ def conv2d(
     """
     _check_packed(packed, "conv2d")
     given, kind = to_numpy("x", x)
-    check_promise(given, packed)
-    arguments = check_epilogue(residual, residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point)
+    check_promise(given, packed._options)
+    epilogue = residual, residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point
+    arguments = check_epilogue(*epilogue)
     target = None if out is None else to_numpy("out", out)[0]
     y = packed._run(lambda native: native.run(given, **arguments, out=target))  # type: ignore[union-attr]
     return out if out is not None else from_numpy(y, kind)
@@ -420,8 +429,8 @@ def linear(
     packed : Packed
     residual : array (..., O), optional
     residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point
-        As for `conv2d`. With one scale per group of inputs, the groups' products ``float(acc[g]) * m[o, g]`` are added in
-        ascending order of g before the bias.
+        As for `conv2d`. With one scale per group of inputs, the groups' products ``float(acc[g]) * m[o, g]`` are added
+        in ascending order of g before the bias.
     out : array (..., O), optional
 
     Returns
@@ -444,12 +453,12 @@ def linear(
     _check_packed(packed, "linear")
     given, kind = to_numpy("x", x)
     outputs, inputs = packed._shape
-    dtype = packed._options["input_dtype"]
-    check_array("x", given, (dtype,), f"(..., {inputs})", given.shape[-1:] == (inputs,))
-    check_promise(given, packed)
+    check_array("x", given, (packed._options["input_dtype"],), f"(..., {inputs})", given.shape[-1:] == (inputs,))
+    check_promise(given, packed._options)
     shape = (*given.shape[:-1], outputs)
     flat = given.reshape(math.prod(given.shape[:-1]), inputs)
-    arguments = check_epilogue(residual, residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point, shape)
+    epilogue = residual, residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point
+    arguments = check_epilogue(*epilogue, shape)
     target = None if out is None else flatten_out(to_numpy("out", out)[0], shape, out_dtype)
     y = packed._run(lambda native: native.run_rows(flat, **arguments, out=target))
     return out if out is not None else from_numpy(y.reshape(shape), kind)
@@ -475,25 +484,12 @@ def load_packed(path: str | os.PathLike[str]) -> Packed:
     """
     data = Path(path).read_bytes()
     try:
-        tensors = safetensors.numpy.load(data)
-        size = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + size])["__metadata__"]
-        if metadata["format"] != FILE_FORMAT:
-            raise ValueError(f"format {metadata['format']!r}, expected {FILE_FORMAT!r}")
-        if metadata["sha256"] != _digest(tensors, metadata["options"]):
-            raise ValueError("its checksum does not match its contents")
-        options = json.loads(metadata["options"])
-        shape = tuple(to_integer("shape", n, 1) for n in options.pop("shape"))
-        levels = tensors["levels"]
-        codes = _unpack_bits(tensors["codes"], _code_bits(levels.shape[-1]), shape)
-        q = QuantizedTensor(codes, levels, tensors["scale"])
-        prepack = prepack_conv2d if len(shape) == 4 else prepack_linear
-        return prepack(q, tensors.get("bias"), **options)
-    except (safetensors.SafetensorError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{os.fspath(path)}: expected a packed layer of pycodesign, got a damaged or foreign file: {error}") from error
-
-
-# ---- choosing ----------------------------------------------------------------------------------------------------------
+        q, bias, options = _packed_file.decode(data)
+        prepack = prepack_conv2d if len(q.shape) == 4 else prepack_linear
+        return prepack(q, bias, **options)
+    except (SafetensorError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:
+        wanted = "a packed layer of pycodesign"
+        raise ValueError(f"{os.fspath(path)}: expected {wanted}, got a damaged or foreign file: {e}") from e
 
 
 def _choose(q: QuantizedTensor, options: dict[str, Any]) -> tuple[str, str]:
@@ -511,8 +507,8 @@ def _choose(q: QuantizedTensor, options: dict[str, Any]) -> tuple[str, str]:
     if q.codes.ndim == 2:
         return _core.choose_linear(*arrays, options["input_dtype"])
     geometry = options["stride"], options["padding"], options["dilation"]
-    kernel = q.shape[2], q.shape[3]
-    return _core.choose_conv2d(*arrays, q.shape[1] * options["groups"], options["groups"], kernel, *geometry, options["input_dtype"])
+    channels, kernel = q.shape[1] * options["groups"], (q.shape[2], q.shape[3])
+    return _core.choose_conv2d(*arrays, channels, options["groups"], kernel, *geometry, options["input_dtype"])
 
 
 def _exceed_int8(levels: NDArray[np.float32], options: dict[str, Any]) -> bool:

@@ -20,7 +20,7 @@ Floats: TypeAlias = NDArray[np.float32]
 MAX_LEVELS = 256  # a code is one byte
 REPETITION_LEVELS = 16  # above this only the dense algorithm remains
 MAX_INTEGER_LEVEL = 1 << 15  # what from_fake_quantized looks for; holds the levels of power_of_two(5)
-MAX_SMALLEST_MULTIPLE = 128  # steps in the smallest nonzero |weight|
+MAX_SMALLEST_MULTIPLE = 256  # steps in the smallest nonzero |weight|; holds 8-bit levels, odd ones too
 CLIP_FRACTIONS = np.linspace(1.0, 0.2, 17, dtype=np.float32)
 CACHED_WEIGHTS = 1 << 16  # weights per block of the scale search: the block and its temporaries stay in the L2 cache
 

@@ -18,11 +18,12 @@ import pytest
 
 import pycodesign
 from pycodesign import _core, ops
+from pycodesign._arguments import INPUT_RANGES
 
 ISAS = _core.supported_isas()
 THREADS = (1, 2, 3)
 ALGORITHMS = {"conv2d": ops.CONV2D_ALGORITHMS[1:], "linear": ops.LINEAR_ALGORITHMS[1:]}
-INPUT_DTYPES = tuple(ops.INPUT_RANGES)
+INPUT_DTYPES = tuple(INPUT_RANGES)
 
 Combination: TypeAlias = tuple[str, str, str, str, int]  # kind, algorithm, input dtype, isa, threads
 

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,11 +23,9 @@ needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reas
 
 
 @pytest.fixture(autouse=True)
-def restore_settings() -> Iterator[None]:
-    isa, threads = _core.active_isa(), pycodesign.get_num_threads()
-    yield
-    pycodesign.set_isa(isa)
-    pycodesign.set_num_threads(threads)
+def leave_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start scripts where they import the installed package, not the sources."""
+    monkeypatch.chdir(tmp_path)
 
 
 def build_layer(seed: int = 0) -> tuple[np.ndarray, ops.Packed]:

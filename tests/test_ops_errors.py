@@ -262,8 +262,10 @@ PACKING: dict[str, ERRORS] = {
             QuantizedTensor(np.ones((4, 3, 3, 3), np.uint8), np.array([0, 1e6], F32), Q.scale), input_dtype="uint8"
         ),
         ValueError,
-        "levels: expected sums that fit 32 bits, got output 0 with a sum of |levels| of 27000000 over its 27 inputs",
+        "levels: expected sums that fit 32 bits, got output 0 with a sum of |levels| of 27000000.000000 over its "
+        "27 inputs",
     ),
+    "tuning by a number": (lambda: conv(Q, tune=1), TypeError, "tune: expected a bool, got int"),  # type: ignore[arg-type]
     "tuning what was chosen": (
         lambda: conv(Q, algorithm="dense", tune=True),
         ValueError,

@@ -20,7 +20,7 @@ import pytest
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from pycodesign import ops, quantize
+from pycodesign import _packed_file, ops, quantize
 from pycodesign.quantize import QuantizedTensor
 
 F32 = np.float32
@@ -45,6 +45,10 @@ def metadata_of(contents: bytes) -> dict[str, str]:
     size = struct.unpack("<Q", contents[:8])[0]
     metadata: dict[str, str] = json.loads(contents[8 : 8 + size])["__metadata__"]
     return metadata
+
+
+def with_description(tensors: Tensors, description: str) -> bytes:
+    return bytes(safetensors.numpy.save(tensors, {_packed_file.KEY: description}))
 
 
 @pytest.fixture
@@ -114,9 +118,10 @@ def test_round_trip(name: str, path: Path) -> None:
     run = ops.conv2d if packed.kind == "conv2d" else ops.linear
     np.testing.assert_array_equal(run(x, loaded), run(x, packed))
 
-    again = path.with_name("again")
-    loaded.save(again)
-    assert metadata_of(again.read_bytes()) == metadata_of(path.read_bytes())
+    for layer in (packed, loaded):
+        again = path.with_name("again")
+        layer.save(again)
+        assert again.read_bytes() == path.read_bytes()
 
 
 def test_a_measured_choice_is_kept(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,8 +245,8 @@ def test_hostile_header(data: bytes, path: Path) -> None:
     ids=str,
 )
 def test_hostile_tensor(codes: Any, path: Path) -> None:
-    metadata = {"format": ops.FILE_FORMAT, "options": "{}", "sha256": "0" * 64}
-    header = json.dumps({"codes": codes, "__metadata__": metadata}).encode()
+    description = json.dumps({"format": _packed_file.FORMAT, "options": {}, "sha256": "0" * 64})
+    header = json.dumps({"codes": codes, "__metadata__": {_packed_file.KEY: description}}).encode()
     assert_refused(path, struct.pack("<Q", len(header)) + header + b"\0\0\0\0")
 
 
@@ -250,16 +255,11 @@ def test_hostile_tensor(codes: Any, path: Path) -> None:
 
 def forge(contents: bytes, tensors: Tensors | None = None, drop: str = "", **options: Any) -> bytes:
     """Change tensors and options of a saved layer, and sign it."""
-    held = json.loads(metadata_of(contents)["options"]) | options
+    held = json.loads(metadata_of(contents)[_packed_file.KEY])["options"] | options
     kept = safetensors.numpy.load(contents) | (tensors or {})
     kept.pop(drop, None)
     held.pop(drop, None)
-    return sign(kept, json.dumps(held))
-
-
-def sign(tensors: Tensors, options: str) -> bytes:
-    metadata = {"format": ops.FILE_FORMAT, "options": options, "sha256": ops._digest(tensors, options)}
-    return bytes(safetensors.numpy.save(tensors, metadata))
+    return _packed_file.sign(kept, held)
 
 
 def test_a_forged_file_can_be_valid(path: Path, contents: bytes) -> None:
@@ -305,9 +305,16 @@ def test_missing_part(option: str, path: Path, contents: bytes) -> None:
         assert option in assert_refused(path, data)
 
 
-@pytest.mark.parametrize("options", ["", "5", "null", "[]", '"text"', "{", "[" * 100_000, '{"shape": ' * 50_000, "\0"])
-def test_hostile_options(options: str, path: Path, contents: bytes) -> None:
-    assert_refused(path, sign(safetensors.numpy.load(contents), options))
+@pytest.mark.parametrize("options", [5, None, [], ["shape"], "text", {}], ids=str)
+def test_hostile_options(options: Any, path: Path, contents: bytes) -> None:
+    assert_refused(path, _packed_file.sign(safetensors.numpy.load(contents), options))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "5", "null", "[]", '"text"', "{}", "{", "[" * 100_000, '{"options": ' * 50_000, "\0"]
+)
+def test_hostile_description(text: str, path: Path, contents: bytes) -> None:
+    assert_refused(path, with_description(safetensors.numpy.load(contents), text))
 
 
 TENSORS: dict[str, list[NDArray[Any]]] = {
@@ -355,10 +362,11 @@ def test_unsigned_change(path: Path, contents: bytes) -> None:
 def test_foreign_files(path: Path, contents: bytes) -> None:
     weights = {"weight": np.zeros((4, 4), F32)}
     assert "__metadata__" in assert_refused(path, safetensors.numpy.save(weights))
-    assert "format" in assert_refused(path, safetensors.numpy.save(weights, {"format": "pt"}))
-    assert "format" in assert_refused(path, safetensors.numpy.save(weights, {"made": "by hand"}))
-    assert "sha256" in assert_refused(path, safetensors.numpy.save(weights, {"format": ops.FILE_FORMAT}))
-    later = contents.replace(ops.FILE_FORMAT.encode(), ops.FILE_FORMAT[:-1].encode() + b"9")
+    assert _packed_file.KEY in assert_refused(path, safetensors.numpy.save(weights, {"format": "pt"}))
+    assert "format" in assert_refused(path, with_description(weights, '{"made": "by hand"}'))
+    unsigned = json.dumps({"format": _packed_file.FORMAT, "options": {}})
+    assert "sha256" in assert_refused(path, with_description(weights, unsigned))
+    later = contents.replace(_packed_file.FORMAT.encode(), _packed_file.FORMAT[:-1].encode() + b"9")
     assert "9" in assert_refused(path, later)
 
 

@@ -25,9 +25,10 @@ std::shared_ptr<const LiftPlan> PackedConv2d::plan(int64_t images, int64_t heigh
 
 namespace {
 
-// Scratch that outlives a call, one set per calling thread and slot.
+// Scratch that outlives a call, one set per calling thread and slot; large ones in huge pages, as planes lie far apart.
 char* scratch(int which, size_t bytes) {
   thread_local core::AlignedBuffer<char> buffers[4];
+  if (bytes > core::huge_page / 4) bytes = (bytes + core::huge_page - 1) / core::huge_page * core::huge_page;
   return buffers[which].reserve(bytes);
 }
 

@@ -42,15 +42,16 @@ std::vector<float> distinct_levels(const Weights& w) {
 // The cost model: cycles of a core that loads one 64-byte vector per cycle, fitted on the layers of ResNet-18.
 double tile_cost(double vectors, double width, double entries, double block, double outputs, double slots,
                  double vector_bytes) {
-  constexpr double build = 3.8, output = 2,
-                   slot = 0.4;  // per vector stored; per vector of a sum loaded and stored; per index
-  const double bytes =
-      entries * block * width * vector_bytes;  // first-level cache holds them, nearly, a quarter; the second; neither
-  const double load = bytes <= 32 << 10    ? 1.2
-                      : bytes <= 64 << 10  ? 1.3
-                      : bytes <= 112 << 10 ? 1.4
-                      : bytes <= 512 << 10 ? 1.7
-                                           : 4;
+  constexpr double build = 3.2;  // per vector of an entry
+  constexpr double output = 2;   // per vector of a sum, loaded and stored
+  constexpr double slot = 0.7;   // per byte of the stream
+  // Per vector added: tables in the first-level cache, spilling from it, in the second, beyond.
+  const double bytes = entries * block * width * vector_bytes;
+  double load = 4;
+  if (bytes <= 32 << 10) load = 1.25;
+  else if (bytes <= 64 << 10) load = 1.3;
+  else if (bytes <= 112 << 10) load = 1.45;
+  else if (bytes <= 512 << 10) load = 1.75;
   return entries * block * width * build + outputs * (slots * (vectors * load + slot) + vectors * output);
 }
 
@@ -83,8 +84,10 @@ TableChoice choose_table(const std::vector<float>& levels, const Geometry& g, in
     if (entries > max_table_entries) break;
     for (int block = 1; block <= 8 && block <= units; ++block)
       for (const double vectors : {4, 6, 8}) {  // the input's size comes later, with the plan
+        // For each row of the filter one run of vectors per column phase; neighbouring taps of a phase add one vector.
+        const auto phases = static_cast<double>(std::min(g.kernel[1], g.stride[1]));
         const double width =
-            static_cast<double>(g.kernel[0]) * (vectors + static_cast<double>((g.kernel[1] - 1) / g.stride[1]));
+            static_cast<double>(g.kernel[0]) * (phases * vectors + static_cast<double>(g.kernel[1]) - phases);
         const double cost =
             tile_cost(vectors, width, static_cast<double>(entries), block, outputs, block * taps, vector_bytes);
         const double total = cost * static_cast<double>(units) / (block * vectors);

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 ACTIVATION_SCALE = 4 / 255  # of every uint8 tensor; the zero point is 0, so that saturation is the ReLU
 CHAIN_MACS = 800e6  # long enough for the ends of a graph not to count
-CHAIN_BYTES = 1 << 28  # of float32 weights
+CHAIN_BYTES = 3 << 28  # of float32 weights, and of each engine's copy
 CHAIN_LENGTHS = (4, 32)
 
 Array = NDArray[Any]

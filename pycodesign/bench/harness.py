@@ -6,7 +6,7 @@ meets all of them alike. A turn is:
 1. a pause, in which the threads of the previous contender stop spinning;
 2. one run that is not timed: it wakes the contender's own threads and fills the caches;
 3. the *hot* timing;
-4. eviction: all cores read and write a buffer larger than the caches, so that no weight, table, generated code or
+4. eviction: all cores read a buffer larger than the caches, so that no weight, table, generated code or
    activation of the contender is left in them;
 5. the *cold* timing.
 

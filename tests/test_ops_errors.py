@@ -291,7 +291,7 @@ def test_largest_sums(input_dtype: str) -> None:
     assert ops.linear(x, packed, out_dtype="int32")[0, 0] == 255 * int(q.levels[0])
     q = QuantizedTensor(np.zeros((1, 1), np.uint8), np.array([level + 2], F32), np.ones(1, F32))
     with pytest.raises(ValueError, match=r"^levels: expected sums that fit 32 bits, got output 0 with "):
-        lin(q, input_dtype=input_dtype)
+        lin(q, input_dtype=input_dtype, input_zero_point=zero_point)
 
 
 # ---- running -------------------------------------------------------------------------------------------------------

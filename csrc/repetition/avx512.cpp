@@ -36,10 +36,11 @@ inline Levels load_levels(const int8_t* p) {
 }
 inline i32v levels_of(Levels levels, i32v codes) { return (i32v)_mm512_shuffle_epi8(levels, (__m512i)codes); }
 
-// 16 x 16 words; strides in bytes. Rows are stored in order: unlift lets them overlap.
-inline void transpose(const char* from, int64_t from_stride, char* to, int64_t to_stride) {
+// 16 x 16 words; strides in bytes. The first `rows` rows are read, for the others any. Stored in order: unlift lets
+// rows overlap.
+inline void transpose(const char* from, int64_t from_stride, int64_t rows, char* to, int64_t to_stride) {
   __m512i a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(from + i * from_stride);
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(from + (i < rows ? i : 0) * from_stride);
   for (int i = 0; i < 16; i += 2) {
     b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
     b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);

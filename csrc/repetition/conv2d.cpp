@@ -76,7 +76,7 @@ void PackedConv2d::run(const Tensor& x, const Tensor& out, const Tensor* residua
   // Entries of channels that do not exist are built (from what lies behind) but never read.
   const int64_t staged_planes = (geometry_.groups * units_ + group_size_) * call.phases() + 1;
   call.staged = scratch(0, static_cast<size_t>(staged_planes * call.plane()));
-  call.planes = scratch(2, static_cast<size_t>(outputs_ * call.out_plane() + (k.lanes + 1) * call.vector_bytes()));
+  call.planes = scratch(2, static_cast<size_t>(outputs_ * call.out_plane()));
   parallel_ranges(geometry_.groups * units_ * call.phases(), lift->positions, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) stage_plane(call, i);
   });

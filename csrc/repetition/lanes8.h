@@ -61,10 +61,12 @@ inline Levels load_levels(const int8_t* p) {
 }
 inline i32v levels_of(Levels levels, i32v codes) { return (i32v)_mm256_shuffle_epi8(levels, (__m256i)codes); }
 
-// 8 x 8 words; strides in bytes. Rows are stored in order: unlift lets them overlap.
-inline void transpose(const char* from, int64_t from_stride, char* to, int64_t to_stride) {
+// 8 x 8 words; strides in bytes. The first `rows` rows are read, for the others any. Stored in order: unlift lets
+// rows overlap.
+inline void transpose(const char* from, int64_t from_stride, int64_t rows, char* to, int64_t to_stride) {
   __m256 a[8], b[8];
-  for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(from + i * from_stride));
+  for (int i = 0; i < 8; ++i)
+    a[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(from + (i < rows ? i : 0) * from_stride));
   for (int i = 0; i < 8; i += 2) {
     b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
     b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);

@@ -5,7 +5,7 @@
 //   Lookup, load_lookup(p), look_up(t, index)   32 floats by the low five bits
 //   Levels, load_levels(p), levels_of(l, codes) 16 bytes by code, for each byte
 //   widen_bytes(p), widen_halves(p)             to words
-//   transpose(from, stride, to, stride)         lanes x lanes words
+//   transpose(from, stride, rows, to, stride)   lanes x lanes words
 // and how many vectors its registers hold: max_table_vectors, max_dense_vectors, dense_block, linear_rows,
 // linear_vectors, packed_rows; then includes this file. Everything here has internal linkage: no other file may share
 // its code.
@@ -143,14 +143,15 @@ void stage(const Stage& s) {
   for (int i = 0; i < s.span_count; ++i) {
     const Span& span = s.spans[i];
     for (int64_t j = 0; j < span.count; j += lanes)
-      transpose(s.flat + (span.first + j) * 4, s.segment * 4, s.lifted + (span.at + j) * vector_bytes, vector_bytes);
+      transpose(s.flat + (span.first + j) * 4, s.segment * 4, lanes, s.lifted + (span.at + j) * vector_bytes,
+                vector_bytes);
   }
 }
 
 void unlift(const Unlift& u) {
   // Last block first: what a block writes past its segment is then overwritten by its owner.
   for (int64_t j = (u.segment - 1) / lanes * lanes; j >= 0; j -= lanes)
-    transpose(u.lifted + j * vector_bytes, vector_bytes, u.flat + j * 4, u.segment * 4);
+    transpose(u.lifted + j * vector_bytes, vector_bytes, u.segment - j, u.flat + j * 4, u.segment * 4);
   char* out = u.out;
   for (int64_t n = 0; n < u.images; ++n)
     for (int64_t r = 0; r < u.rows; ++r, out += u.columns * 4)

@@ -49,10 +49,11 @@ inline i32v levels_of(Levels levels, i32v codes) {
   return out;
 }
 
-// 4 x 4 words; strides in bytes. Rows are stored in order: unlift lets them overlap.
-inline void transpose(const char* from, int64_t from_stride, char* to, int64_t to_stride) {
+// 4 x 4 words; strides in bytes. The first `rows` rows are read, for the others any. Stored in order: unlift lets
+// rows overlap.
+inline void transpose(const char* from, int64_t from_stride, int64_t rows, char* to, int64_t to_stride) {
   uint32_t w[lanes][lanes];
-  for (int i = 0; i < lanes; ++i) __builtin_memcpy(w[i], from + i * from_stride, sizeof w[i]);
+  for (int i = 0; i < lanes; ++i) __builtin_memcpy(w[i], from + (i < rows ? i : 0) * from_stride, sizeof w[i]);
   for (int i = 0; i < lanes; ++i)
     for (int k = 0; k < lanes; ++k) __builtin_memcpy(to + i * to_stride + k * 4, &w[k][i], 4);
 }

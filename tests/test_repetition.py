@@ -650,6 +650,17 @@ def test_concurrent_calls(kind: str, algorithm: str) -> None:
             assert y.tobytes() == expected[i % len(inputs)].tobytes()
 
 
+def test_concurrent_first_calls_tune_once() -> None:
+    x = make_input((40,), "uint8")
+    q = quantize.ternary(np.random.default_rng(0).standard_normal((30, 40), np.float32))
+    expected = ops.linear(x, ops.prepack_linear(q, input_dtype="uint8"), out_dtype="int32")
+    packed = ops.prepack_linear(q, input_dtype="uint8", tune=True)
+    with ThreadPoolExecutor(8) as threads:
+        results = list(threads.map(lambda _: ops.linear(x, packed, out_dtype="int32"), range(32)))
+    assert all(np.array_equal(y, expected) for y in results)
+    assert packed.explain()["why"].startswith("measured cold")
+
+
 def test_more_input_sizes_than_plans_are_kept() -> None:
     case = Case((1, 3, 1, 1), (5, 3, 3, 3), {"padding": 1})
     packed = pack(case, "uint8", "tables")

@@ -74,7 +74,7 @@ class Packed:
     ) -> None:
         start = time.perf_counter()
         self._shape = q.shape
-        self._levels, self._scale, self._bias = q.levels, q.scale, bias
+        self._levels, self._scale, self._bias = q.levels.copy(), q.scale.copy(), bias
         self._options = options
         self._tune_lock = threading.Lock() if tune else None
         algorithm, self._why = _choose(q, options)
@@ -170,10 +170,10 @@ class Packed:
             temporary.unlink(missing_ok=True)
             raise
 
-    def _run(self, call: Callable[[Native], Array]) -> Array:
-        """Run, after choosing by time on the first call where tuning was asked for."""
+    def _run(self, x: NDArray[Any], call: Callable[[Native], Array]) -> Array:
+        """Run, after choosing by time on the first call with something to time where tuning was asked for."""
         lock = self._tune_lock
-        if lock is not None:
+        if lock is not None and x.size:
             with lock:
                 if self._tune_lock is not None:
                     self._tune(call)
@@ -405,7 +405,7 @@ def conv2d(
     epilogue = residual, residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point
     arguments = check_epilogue(*epilogue)
     target = None if out is None else to_numpy("out", out)[0]
-    y = packed._run(lambda native: native.run(given, **arguments, out=target))  # type: ignore[union-attr]
+    y = packed._run(given, lambda native: native.run(given, **arguments, out=target))  # type: ignore[union-attr]
     return out if out is not None else from_numpy(y, kind)
 
 
@@ -461,7 +461,7 @@ def linear(
     epilogue = residual, residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point
     arguments = check_epilogue(*epilogue, shape)
     target = None if out is None else flatten_out(to_numpy("out", out)[0], shape, out_dtype)
-    y = packed._run(lambda native: native.run_rows(flat, **arguments, out=target))
+    y = packed._run(given, lambda native: native.run_rows(flat, **arguments, out=target))
     return out if out is not None else from_numpy(y.reshape(shape), kind)
 
 

@@ -655,10 +655,29 @@ def test_concurrent_first_calls_tune_once() -> None:
     q = quantize.ternary(np.random.default_rng(0).standard_normal((30, 40), np.float32))
     expected = ops.linear(x, ops.prepack_linear(q, input_dtype="uint8"), out_dtype="int32")
     packed = ops.prepack_linear(q, input_dtype="uint8", tune=True)
+    packed.warmup((0, 40))  # nothing to time yet
+    assert not packed.explain()["why"].startswith("measured")
     with ThreadPoolExecutor(8) as threads:
         results = list(threads.map(lambda _: ops.linear(x, packed, out_dtype="int32"), range(32)))
     assert all(np.array_equal(y, expected) for y in results)
     assert packed.explain()["why"].startswith("measured cold")
+
+
+def test_packed_layers_own_their_weights() -> None:
+    scale = np.ones(3, np.float32)
+    q = QuantizedTensor(np.ones((3, 4), np.uint8), np.array([-1, 1], np.float32), scale)
+    packed = ops.prepack_linear(q)
+    scale[:] = 0
+    assert packed.weights().dequantize().max() == ops.linear(np.ones(4, np.float32), packed).max() / 4 == 1
+
+
+def test_widely_dilated_wide_filters_keep_their_tables_small() -> None:
+    q = quantize.binary(np.random.default_rng(0).standard_normal((8, 16, 1, 200), np.float32))
+    x = make_input((1, 16, 1, 3400), "uint8")
+    options = {"dilation": (1, 16), "input_dtype": "uint8"}
+    packed = ops.prepack_conv2d(q, algorithm="tables", **options)
+    expected = ops.conv2d(x, ops.prepack_conv2d(q, algorithm="dense", **options), out_dtype="int32")
+    np.testing.assert_array_equal(ops.conv2d(x, packed, out_dtype="int32"), expected)
 
 
 def test_more_input_sizes_than_plans_are_kept() -> None:

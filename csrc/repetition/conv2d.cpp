@@ -1,9 +1,6 @@
 // Convolutions: stage the input into the lifted layout, sum over tiles, finish. See README.md for the drawing.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <limits>
-#include <stdexcept>
 
 #include "core/thread_pool.h"
 #include "repetition/plan.h"

@@ -64,7 +64,7 @@ struct TableBuild {
   const char* x;                  // staged plane of the block's first channel, at the tile's first vector
   int64_t channel_stride;         // bytes
   const int64_t* segment_source;  // bytes from x
-  const int* segment_at;          // bytes within an entry
+  const int64_t* segment_at;      // bytes within an entry
   const int* segment_shift;       // a segment is `vectors` plus this many vectors wide
   int segments, vectors;
   int64_t units, group_size;  // tables, and channels of each
@@ -78,7 +78,7 @@ struct TableBuild {
 // acc[o][v] (+)= sum over slots of sign * table entry, for `vectors` vectors of `outputs` outputs.
 struct TableSum {
   const char* tables;
-  const int32_t* slot_offset;  // bytes, per slot (unit of the block, tap)
+  const int64_t* slot_offset;  // bytes, per slot (unit of the block, tap)
   int slots;
   int64_t entry_bytes;
   const uint8_t* stream;  // [outputs][slots] bytes: 7 bits of entry, 1 of sign

@@ -229,7 +229,7 @@ void PackedLinear::add_group(const char* sums, char* total, int64_t rows, int64_
                                                  static_cast<uint32_t>(correction_[at + static_cast<size_t>(o)]));
         auto* to = reinterpret_cast<int32_t*>(total) + index;
         if (integers) {
-          *to = group == 0 ? sum : *to + sum;
+          *to = group == 0 ? sum : static_cast<int32_t>(static_cast<uint32_t>(*to) + static_cast<uint32_t>(sum));
           continue;
         }
         const float term = static_cast<float>(sum) * multiplier_[at + static_cast<size_t>(o)];

@@ -305,7 +305,7 @@ template <class Math, int V> void sum_tables_of(const TableSum& s) {
   using vec = typename Math::vec;
   // Copies: the stores below could alias the fields.
   const char* const tables = s.tables;
-  const int32_t* const slot_offset = s.slot_offset;
+  const int64_t* const slot_offset = s.slot_offset;
   const int64_t entry_bytes = s.entry_bytes, outputs = s.outputs, acc_stride = s.acc_stride;
   const int slots = s.slots;
   const bool first = s.first;

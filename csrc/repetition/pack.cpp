@@ -3,6 +3,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <numeric>
 #include <stdexcept>
 
 #include "repetition/plan.h"
@@ -40,11 +41,13 @@ PackedLayer::PackedLayer(const Weights& w, const Activations& a, Algorithm algor
   }
   // sum level * (x - z) = sum level * (x + flip) - (z + flip) * sum level
   correction_.resize(static_cast<size_t>(w.outputs * w.scale_groups));
-  const int64_t offset = a.zero_point + (is_signed ? 128 : 0);
+  const auto offset = static_cast<uint32_t>(a.zero_point + (is_signed ? 128 : 0));
   for (int64_t o = 0; o < w.outputs; ++o)
-    for (int64_t i = 0; i < w.inputs; ++i)
-      correction_[static_cast<size_t>(i / group * w.outputs + o)] -=
-          static_cast<int32_t>(w.level(o, i)) * static_cast<int32_t>(offset);
+    for (int64_t i = 0; i < w.inputs; ++i) {
+      int32_t& sum = correction_[static_cast<size_t>(i / group * w.outputs + o)];  // modulo 2^32, as the sums are
+      sum = static_cast<int32_t>(static_cast<uint32_t>(sum) -
+                                 static_cast<uint32_t>(static_cast<int32_t>(w.level(o, i))) * offset);
+    }
 }
 
 uint8_t PackedLayer::code_of(int64_t o, float level) const {
@@ -275,8 +278,10 @@ Counts PackedConv2d::counts() const {
     c.adds = outputs_ * (inputs_ - 1);
     return c;
   }
-  // A table is built once per row of the filter, and read once per tap.
-  const int64_t builds = geometry_.groups * table_units_ * geometry_.kernel[0];
+  // A table is built once per row of the filter and column phase of the stride, and read once per tap.
+  const int64_t phases =
+      std::min(geometry_.kernel[1], geometry_.stride[1] / std::gcd(geometry_.stride[1], geometry_.dilation[1]));
+  const int64_t builds = geometry_.groups * table_units_ * geometry_.kernel[0] * phases;
   for (const TableStep& s : steps_) {
     const int64_t entries = (s.plus >= 0) + (s.minus >= 0);
     const float k = activations_.dtype == DType::f32 ? s.coefficient.f : static_cast<float>(s.coefficient.i);

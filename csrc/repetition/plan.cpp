@@ -75,7 +75,8 @@ int64_t table_entries(const std::vector<float>& levels, int inputs) {
 }
 
 TableChoice choose_table(const std::vector<float>& levels, const Geometry& g, int64_t group_outputs) {
-  constexpr double vector_bytes = 64;
+  constexpr double vector_bytes = 64,
+                   most_table_bytes = 1 << 20;  // tables beyond the second-level cache pay for nothing
   const auto taps = static_cast<double>(g.kernel[0] * g.kernel[1]), outputs = static_cast<double>(group_outputs);
   const int64_t channels = g.channels / g.groups;
   TableChoice best;
@@ -84,10 +85,13 @@ TableChoice choose_table(const std::vector<float>& levels, const Geometry& g, in
     if (entries > max_table_entries) break;
     for (int block = 1; block <= 8 && block <= units; ++block)
       for (const double vectors : {4, 6, 8}) {  // the input's size comes later, with the plan
-        // For each row of the filter one run of vectors per column phase; neighbouring taps of a phase add one vector.
+        // For each row of the filter one run of vectors per column phase; further taps of a phase add the vectors that
+        // they are apart, or a run of their own.
         const auto phases = static_cast<double>(std::min(g.kernel[1], g.stride[1]));
+        const double apart = std::min(static_cast<double>(g.dilation[1]), vectors);
         const double width =
-            static_cast<double>(g.kernel[0]) * (phases * vectors + static_cast<double>(g.kernel[1]) - phases);
+            static_cast<double>(g.kernel[0]) * (phases * vectors + (static_cast<double>(g.kernel[1]) - phases) * apart);
+        if (block > 1 && static_cast<double>(entries * block) * width * vector_bytes > most_table_bytes) continue;
         const double cost =
             tile_cost(vectors, width, static_cast<double>(entries), block, outputs, block * taps, vector_bytes);
         const double total = cost * static_cast<double>(units) / (block * vectors);
@@ -233,16 +237,14 @@ TablePlan::TablePlan(const LiftPlan& lift, const Layer& layer, const Kernels& k,
   slot_offset.resize(static_cast<size_t>(layer.block * taps));
   for (const TapSegment& s : lift.tap_segments(vectors)) {
     segment_source.push_back(s.phase * plane + s.offset * vector_bytes);
-    segment_at.push_back(static_cast<int>(width * vector_bytes));
+    segment_at.push_back(width * vector_bytes);
     segment_shift.push_back(static_cast<int>(s.taps.back().shift));
-    for (const auto& [tap, shift] : s.taps)
-      slot_offset[static_cast<size_t>(tap)] = static_cast<int32_t>((width + shift) * vector_bytes);
+    for (const auto& [tap, shift] : s.taps) slot_offset[static_cast<size_t>(tap)] = (width + shift) * vector_bytes;
     width += vectors + s.taps.back().shift;
   }
   const int64_t unit_bytes = width * vector_bytes * layer.entries;
   for (int64_t slot = taps; slot < layer.block * taps; ++slot)
-    slot_offset[static_cast<size_t>(slot)] =
-        slot_offset[static_cast<size_t>(slot % taps)] + static_cast<int32_t>(slot / taps * unit_bytes);
+    slot_offset[static_cast<size_t>(slot)] = slot_offset[static_cast<size_t>(slot % taps)] + slot / taps * unit_bytes;
 }
 
 }  // namespace pycodesign::repetition

@@ -51,8 +51,9 @@ struct TablePlan {
   int64_t tiles = 0, splits = 0;        // of the segment, of the outputs of a group
   int64_t width = 0;                    // vectors of an entry: all segments side by side
   std::vector<int64_t> segment_source;  // bytes, as in TableBuild
-  std::vector<int> segment_at, segment_shift;
-  std::vector<int32_t> slot_offset;  // bytes, as in TableSum
+  std::vector<int64_t> segment_at;
+  std::vector<int> segment_shift;
+  std::vector<int64_t> slot_offset;  // bytes, as in TableSum
 };
 
 // The dimension-lifted layout of one input size: the padded image, flattened, cut into `lanes` segments; vector j holds

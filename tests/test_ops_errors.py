@@ -608,7 +608,8 @@ def test_outputs_too_large_for_memory() -> None:
 
 
 def test_torch_tensor_that_is_not_in_host_memory() -> None:
-    torch = pytest.importorskip("torch")
+    import torch
+
     x = torch.empty(1, 3, 5, 5, device="meta")
     with pytest.raises(TypeError, match=r"^x: expected an array in host memory .*, got a tensor on meta$"):
         ops.conv2d(x, FLOAT)

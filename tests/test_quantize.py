@@ -211,7 +211,8 @@ def test_bad_bits_name_the_argument(function, bits, error, message):
 
 @pytest.mark.parametrize("function", EVERY_FUNCTION.values(), ids=EVERY_FUNCTION)
 def test_torch_tensors_and_strided_arrays_give_the_same(function):
-    torch = pytest.importorskip("torch")
+    import torch
+
     w = normal(6, 5, 3, 3)
     expected = function(w)
     wide = np.zeros((6, 10, 3, 3), F32)
@@ -476,7 +477,8 @@ def test_256_values_pass_and_257_name_the_output():
 
 
 def test_torch_fake_quantization_is_recovered():
-    torch = pytest.importorskip("torch")
+    import torch
+
     w = torch.randn(16, 8, 3, 3, generator=torch.Generator().manual_seed(0))
     scale = w.abs().amax((1, 2, 3)) / 7
     zero_point = torch.zeros(16, dtype=torch.int32)

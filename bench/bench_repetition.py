@@ -11,7 +11,8 @@ from pathlib import Path
 import click
 
 from pycodesign.bench.harness import write_result
-from pycodesign.bench.suites import CLOCKS, DTYPES, SUITES, print_table, run_suite
+from pycodesign.bench.report import print_table
+from pycodesign.bench.suites import CLOCKS, DTYPES, RIVAL_DTYPES, SUITES, run_suite
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -19,7 +20,9 @@ RESULTS = Path(__file__).parent / "results"
 @click.command()
 @click.argument("suites", nargs=-1, required=True, type=click.Choice(list(SUITES)))
 @click.option("--weights", multiple=True, default=("ternary",), show_default=True, help="binary, uniform4, ...")
-@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(DTYPES), default=DTYPES, show_default=True)
+@click.option(
+    "--dtype", "dtypes", multiple=True, type=click.Choice(list(RIVAL_DTYPES)), default=DTYPES, show_default=True
+)
 @click.option("--threads", multiple=True, type=int, help="Default: 1 and 2.")
 @click.option("--batch", "batches", multiple=True, type=int, help="Default: the suite's.")
 @click.option("--algorithm", "algorithms", multiple=True, help="Of ours; default: all.")
@@ -27,6 +30,7 @@ RESULTS = Path(__file__).parent / "results"
 @click.option("--layer", "layers", multiple=True, help="Part of a layer's name; default: all.")
 @click.option("--rounds", type=int, help="Turns of each contender.")
 @click.option("--clock", type=click.Choice(list(CLOCKS)), default="wall", show_default=True)
+@click.option("--isa", help="Hold every contender to an instruction set, as avx2.")
 @click.option("--quick", is_flag=True, help="A minute instead of many.")
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), default=RESULTS, show_default=True)
 def main(
@@ -40,6 +44,7 @@ def main(
     layers: tuple[str, ...],
     rounds: int | None,
     clock: str,
+    isa: str | None,
     quick: bool,
     output: Path,
 ) -> None:
@@ -57,6 +62,7 @@ def main(
                 layers=layers or None,
                 rounds=rounds,
                 clock=clock,
+                isa=isa,
                 quick=quick,
             )
         except ValueError as error:

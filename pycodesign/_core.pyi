@@ -36,6 +36,9 @@ def cpu_name() -> str:
 def cache_sizes() -> dict[str, int]:
     """Return the bytes of ``l1d``, ``l2`` and ``l3``."""
 
+def generates_code() -> bool:
+    """Return whether machine code can be made for the active instruction set."""
+
 def choose_conv2d(
     codes: NDArray[np.uint8],
     levels: NDArray[np.float32],
@@ -47,6 +50,8 @@ def choose_conv2d(
     padding: Sequence[int],
     dilation: Sequence[int],
     input_dtype: str,
+    input_zero_point: int,
+    input_bits: int,
 ) -> tuple[str, str]:
     """Return the algorithm that the cost model prefers, and why."""
 
@@ -92,6 +97,14 @@ class PackedConv2d(metaclass=_Type):
     @property
     def max_entries(self) -> int:
         """Entries of the largest table."""
+
+    def machine_code(
+        self, avx512: bool
+    ) -> tuple[bytes, list[tuple[int, int, int, list[tuple[int, int, int, int]]]]] | None:
+        """Return code with its constants, and chunks: group, first output, outputs and segments.
+
+        A segment: first and one-past-last byte, channel, lines that it prefetches. None where no code is made.
+        """
 
     def codes(self) -> NDArray[np.uint8]:
         """Return the codes, decoded from the packed form."""

@@ -97,7 +97,7 @@ def demo(quick: bool, as_json: bool, plot: Path | None, threads: int | None) -> 
 
 def open_console() -> Console:
     """Standard output, wide enough for the tables where it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 120)
+    return Console(width=None if sys.stdout.isatty() else 140)
 
 
 def print_network(network: Mapping[str, Any], console: Console) -> None:
@@ -153,15 +153,22 @@ def counts_cells(row: Mapping[str, Any]) -> list[str]:
 
 
 @main.command()
-@click.argument("suite", type=click.Choice(["resnet18", "linear"]))
+@click.argument("suite", type=click.Choice(["resnet18", "other", "linear"]))
 @click.option("--weights", multiple=True, default=("ternary",), show_default=True, help="Or binary, uniform4, ...")
-@click.option("--dtype", "dtypes", multiple=True, type=click.Choice(["float32", "uint8"]), help="Both by default.")
+@click.option(
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    type=click.Choice(["float32", "uint8", "uint4"]),
+    help="float32 and uint8 by default; uint4: values of uint8 below 16.",
+)
 @click.option("--threads", multiple=True, type=click.IntRange(min=1), help="One and two by default.")
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(min=1), help="The suite's own by default.")
-@click.option("--algorithm", "algorithms", multiple=True, help="Of ours: auto, tables, dense, packed.")
+@click.option("--algorithm", "algorithms", multiple=True, help="Of ours; all by default.")
 @click.option("--contender", "contenders", multiple=True, help="torch, onnxruntime, openvino, pycodesign.")
 @click.option("--layer", "layers", multiple=True, help="Part of a layer's name.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Turns of each contender, 15 by default.")
+@click.option("--isa", help="Hold every contender to an instruction set, as avx2; those that cannot be are left out.")
 @click.option("--quick", is_flag=True, help="Few layers and rounds, one thread.")
 @click.option(
     "--json",
@@ -174,7 +181,8 @@ def bench(suite: str, file: Path | None, **options: Any) -> None:
     """Time the layers of SUITE beside every engine that is installed.
 
     Each contender is checked against a reference, then timed in turns with the others, with its weights in the caches
-    (hot) and with other data there (cold). An option that may be given several times selects several values.
+    (hot) and with other data there (cold); the tables show the cold timings. An option that may be given several times
+    selects several values. Several weights share one timing of the other engines.
 
     The other engines need: pip install "pycodesign[bench]"
 
@@ -182,15 +190,16 @@ def bench(suite: str, file: Path | None, **options: Any) -> None:
     pycodesign bench resnet18 --quick
     pycodesign bench linear --weights binary --batch 1 --threads 1
     pycodesign bench resnet18 --layer 3x3 --json resnet18.json
+    pycodesign bench other --batch 1 --weights binary --weights ternary --isa avx2
     """
-    from pycodesign.bench.suites import DTYPES, print_table, run_suite
+    from pycodesign.bench import print_table, run_suite
+    from pycodesign.bench.harness import format_result
 
-    chosen: dict[str, Any] = {"dtypes": DTYPES} | {name: value for name, value in options.items() if value}
     with plain_errors():
-        result = run_suite(suite, **chosen)
+        result = run_suite(suite, **{name: value for name, value in options.items() if value})
     if file:
         with plain_errors(), click.open_file(file, "w") as stream:
-            stream.write(json.dumps(result, indent=1) + "\n")
+            stream.write(format_result(result))
     if file != Path("-"):
         print_table(result, open_console())
 

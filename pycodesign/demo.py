@@ -18,8 +18,8 @@ from safetensors.numpy import save_file
 
 from pycodesign import ops
 from pycodesign.bench import cases
-from pycodesign.bench.contenders import ENGINES, Chain, missing_package
-from pycodesign.bench.suites import OURS, run_suite
+from pycodesign.bench.contenders import ENGINES, OURS, Chain, missing_package
+from pycodesign.bench.suites import run_suite
 from pycodesign.quantize import QuantizedTensor
 from pycodesign.repetition import factor
 

@@ -5,11 +5,13 @@ An array is a NumPy array or a torch tensor in host memory; the result is of the
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -42,8 +44,9 @@ __all__ = ["Explanation", "Packed", "conv2d", "linear", "load_packed", "prepack_
 
 Native: TypeAlias = _core.PackedConv2d | _core.PackedLinear
 
-CONV2D_ALGORITHMS = ("auto", "tables", "dense")
-LINEAR_ALGORITHMS = ("auto", "tables", "dense", "packed")
+CONV2D_ALGORITHMS = ("auto", "codegen", "tables", "dense")
+LINEAR_ALGORITHMS = (*CONV2D_ALGORITHMS, "packed")
+BY_PATTERNS = ("codegen", "tables")  # at most 16 distinct levels, of any size; one scale per output
 COLD_BYTES = 96 << 20  # what tuning reads between two timings
 
 
@@ -86,13 +89,15 @@ class Packed:
         arrays = flat, np.atleast_2d(self._levels), self._scale.reshape(codes.shape[0], -1), self._bias
         names = "input_dtype", "input_scale", "input_zero_point"
         inputs: dict[str, Any] = {name: o[name] for name in names} | {"input_bits": o["input_bits"] or 0}
-        if algorithm != "tables" and _exceed_int8(self._levels, o):
+        if algorithm not in BY_PATTERNS and _exceed_int8(self._levels, o):
             raise ValueError(f"algorithm: expected 'tables' for levels beyond int8, got {algorithm!r}")
+        if algorithm == "codegen" and not _core.generates_code() and _core.active_isa() == _core.supported_isas()[-1]:
+            _warn_once()
         if codes.ndim == 4:
             channels, kernel = codes.shape[1] * o["groups"], (codes.shape[2], codes.shape[3])
             geometry = channels, o["groups"], kernel, o["stride"], o["padding"], o["dilation"]
             return _core.PackedConv2d(*arrays, *geometry, **inputs, algorithm=algorithm)
-        if algorithm == "tables":
+        if algorithm in BY_PATTERNS:
             return _core.PackedConv2d(
                 *arrays, codes.shape[1], 1, (1, 1), (1, 1), (0, 0), (1, 1), **inputs, algorithm=algorithm
             )
@@ -100,7 +105,7 @@ class Packed:
 
     @property
     def algorithm(self) -> str:
-        """Name of the algorithm that runs."""
+        """Name of the algorithm that the layer is packed for."""
         return self._native.algorithm
 
     @property
@@ -119,21 +124,26 @@ class Packed:
         -------
         Explanation
             ``kind``, ``algorithm``, ``why``; ``adds`` and ``multiplies`` as executed and ``dense_ops`` = O (2 I - 1),
-            all per output pixel or row; ``share_removed``; ``bytes`` of the packed weights beside ``float32_bytes``;
+            all per output pixel or row; ``share_removed``; ``bytes`` of the packed weights beside ``float32_bytes``,
+            and ``code_bytes`` of the machine code made from them;
             ``seconds`` it took to pack; ``isa`` and ``threads`` in force.
         """
         counts = self._native.counts()
+        algorithm, why = self.algorithm, self._why
+        if algorithm == "codegen" and not _core.generates_code():
+            algorithm, why = "tables", f"{why}; no machine code is made for {_core.active_isa()} here"
         size = math.prod(self._shape)
         dense_ops = 2 * size - self._shape[0]
         return Explanation(
             kind=self.kind,
-            algorithm=self.algorithm,
-            why=self._why,
+            algorithm=algorithm,
+            why=why,
             adds=counts["adds"],
             multiplies=counts["multiplies"],
             dense_ops=dense_ops,
             share_removed=1 - (counts["adds"] + counts["multiplies"]) / dense_ops,
             bytes=counts["bytes"],
+            code_bytes=counts["code_bytes"],
             float32_bytes=4 * size,
             seconds=self._seconds,
             isa=_core.active_isa(),
@@ -233,7 +243,10 @@ def prepack_conv2d(
     input_bits : int, optional
         Promise that integer inputs fit this many bits. A broken promise gives wrong sums; ``PYCODESIGN_CHECK=1``
         verifies it.
-    algorithm : {"auto", "tables", "dense"}
+    algorithm : {"auto", "codegen", "tables", "dense"}
+        ``codegen``: machine code, made for these weights while packing, adds every partial sum of a few channels to
+        all outputs that share it (at most 16 distinct levels; x86-64 with AVX2 on Linux, and not with
+        ``PYCODESIGN_JIT=0``: elsewhere ``tables`` runs instead, with a warning).
         ``tables``: partial sums of small groups of channels are computed once and looked up (at most 16 distinct
         levels).
         ``dense``: every product, in 8-bit dot products or float32.
@@ -296,11 +309,11 @@ def prepack_linear(
     Parameters
     ----------
     q : QuantizedTensor (O, I)
-        Its scale may be (O, G): one per group of I / G inputs (not for ``tables``).
+        Its scale may be (O, G): one per group of I / G inputs (not for ``codegen`` and ``tables``).
     bias : float32 (O,), optional
     input_dtype, input_scale, input_zero_point, input_bits, tune
         As for `prepack_conv2d`.
-    algorithm : {"auto", "tables", "dense", "packed"}
+    algorithm : {"auto", "codegen", "tables", "dense", "packed"}
         ``packed``: 1- and 2-bit codes unpacked in registers, for at most 4 distinct levels; the fewest bytes to read,
         which is what bounds small batches. The others as for `prepack_conv2d`.
 
@@ -327,9 +340,9 @@ def prepack_linear(
     check_weights(q, 2, "(O, I)")
     inputs = check_inputs(q, input_dtype, input_scale, input_zero_point, input_bits)
     check_algorithm(algorithm, LINEAR_ALGORITHMS)
-    if algorithm == "tables" and q.scale.ndim == 2 and q.scale.shape[1] > 1:
+    if algorithm in BY_PATTERNS and q.scale.ndim == 2 and q.scale.shape[1] > 1:
         wanted = f"'dense' or 'packed' for one scale per group of inputs {q.scale.shape}"
-        raise ValueError(f"algorithm: expected {wanted}, got 'tables'")
+        raise ValueError(f"algorithm: expected {wanted}, got {algorithm!r}")
     check_tune(tune, algorithm)
     return Packed(q, check_bias(bias, q), {**inputs, "algorithm": algorithm}, tune)
 
@@ -509,7 +522,14 @@ def _choose(q: QuantizedTensor, options: dict[str, Any]) -> tuple[str, str]:
         return _core.choose_linear(*arrays, options["input_dtype"])
     geometry = options["stride"], options["padding"], options["dilation"]
     channels, kernel = q.shape[1] * options["groups"], (q.shape[2], q.shape[3])
-    return _core.choose_conv2d(*arrays, channels, options["groups"], kernel, *geometry, options["input_dtype"])
+    inputs = options["input_dtype"], options["input_zero_point"], options["input_bits"] or 0
+    return _core.choose_conv2d(*arrays, channels, options["groups"], kernel, *geometry, *inputs)
+
+
+@functools.cache
+def _warn_once() -> None:
+    reason = "machine code needs Linux on x86-64 with AVX2, and PYCODESIGN_JIT other than 0"
+    warnings.warn(f"algorithm: 'codegen' asked for, 'tables' runs: {reason}", RuntimeWarning, stacklevel=5)
 
 
 def _exceed_int8(levels: NDArray[np.float32], options: dict[str, Any]) -> bool:

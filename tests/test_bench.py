@@ -6,7 +6,10 @@ import importlib.util
 import io
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,11 +18,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import pycodesign
+from pycodesign import ops
 from pycodesign.bench import harness, suites
-from pycodesign.bench.cases import ACTIVATION_SCALE, Case, Layer
-from pycodesign.bench.contenders import ENGINES, Chain, PycodesignChain, missing_package
+from pycodesign.bench.cases import ACTIVATION_SCALES, Case, Layer
+from pycodesign.bench.contenders import ENGINES, RIVAL_DTYPES, Chain, PycodesignChain, hold_engine, missing_package
 from pycodesign.bench.harness import CheckError, Evictor, Spread, gather_facts, measure, read_result, write_result
-from pycodesign.bench.suites import linear_layers, print_table, resnet18_layers, run_suite, summarize, thread_scaling
+from pycodesign.bench.report import add_ratios, compare_choices, print_table, summarize, thread_scaling
+from pycodesign.bench.suites import linear_layers, other_layers, resnet18_layers, run_suite
 
 TINY = {
     "sequential": Layer("3x3", 2, 16, 16, 6, 3, 1, 1),
@@ -49,9 +55,6 @@ class FakeContender:
     def __init__(self, name: str, machine: FakeMachine, hot: float, cold: float) -> None:
         self.name, self.machine, self.hot, self.cold = name, machine, hot, cold
 
-    def check(self) -> None:
-        pass
-
     def run(self) -> None:
         self.machine.now += self.hot if self.machine.cached == self.name else self.cold
         self.machine.cached = self.name
@@ -72,10 +75,11 @@ def test_spread_is_robust() -> None:
 def test_measure_separates_hot_from_cold(quiet_machine: FakeMachine) -> None:
     contenders = [FakeContender("a", quiet_machine, 1.0, 3.0), FakeContender("b", quiet_machine, 2.0, 7.0)]
     timings = measure(contenders, rounds=4, pause=0, evict=quiet_machine.evict, clock=quiet_machine.clock)
-    assert list(timings) == ["a", "b"]
-    assert (timings["a"].hot.median, timings["a"].cold.median) == (1.0, 3.0)
-    assert (timings["b"].hot.median, timings["b"].cold.median) == (2.0, 7.0)
-    assert timings["b"].cold.count == 4
+    assert list(timings) == contenders
+    a, b = timings.values()
+    assert (a.hot.median, a.cold.median) == (1.0, 3.0)
+    assert (b.hot.median, b.cold.median) == (2.0, 7.0)
+    assert b.cold.count == 4
 
 
 def test_measure_rotates_the_order(quiet_machine: FakeMachine) -> None:
@@ -89,17 +93,14 @@ def test_measure_rotates_the_order(quiet_machine: FakeMachine) -> None:
 def test_measure_repeats_disturbed_timings(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = FakeMachine()
     monkeypatch.setattr(harness, "_preemptions", lambda: len(machine.log))
-    timing = measure([FakeContender("a", machine, 1.0, 1.0)], rounds=2, pause=0, evict=machine.evict)["a"]
+    (timing,) = measure([FakeContender("a", machine, 1.0, 1.0)], rounds=2, pause=0, evict=machine.evict).values()
     assert timing.hot.disturbed == timing.hot.count == 2
     assert len(machine.log) == 2 * harness.ATTEMPTS * (2 + 1)  # warm-up and hot, cold
 
 
 def test_measure_checks_its_arguments(quiet_machine: FakeMachine) -> None:
-    twins = [FakeContender("a", quiet_machine, 1.0, 1.0)] * 2
     with pytest.raises(ValueError, match="rounds: expected at least 1, got 0"):
-        measure(twins[:1], rounds=0)
-    with pytest.raises(ValueError, match="contenders: expected distinct names"):
-        measure(twins)
+        measure([FakeContender("a", quiet_machine, 1.0, 1.0)], rounds=0)
 
 
 def test_evictor_walks_enough_memory_on_every_core() -> None:
@@ -124,7 +125,8 @@ def test_facts_fit_json_and_name_the_machine() -> None:
 
 
 def test_results_survive_the_file(tmp_path: Path) -> None:
-    result = {"schema": harness.SCHEMA, "suite": "linear", "facts": gather_facts(), "rows": []}
+    rows = [_row("3x3 a", "torch float32", 1.0), _row("3x3 b", "torch float32", 1.0)]
+    result = {"schema": harness.SCHEMA, "suite": "linear", "facts": gather_facts(), "rows": rows, "left_out": []}
     path = write_result(result, tmp_path / "results")
     assert path.name.startswith("linear_")
     assert read_result(path) == result
@@ -143,7 +145,10 @@ def test_suites_hold_the_layers_they_are_named_after() -> None:
     by_name = {layer.name: layer for layer in resnet18_layers(1)}
     assert {by_name[f"3x3 {c}-{c}@{s}"].macs for c, s in ((64, 56), (128, 28), (256, 14), (512, 7))} == {115_605_504}
     assert [layer.macs for layer in linear_layers(1)] == [4096 * 4096, 1024 * 4096]
-    assert all(4 <= layer.chain_length <= 32 for layer in (*layers, *linear_layers(32)))
+    others = other_layers(1)
+    assert len(others) == len({layer.name for layer in others}) == 12
+    assert all(layer.output_size == layer.size for layer in others)
+    assert all(4 <= layer.chain_length <= 32 for layer in (*layers, *others, *linear_layers(32)))
 
 
 @pytest.mark.parametrize("weights", ["binary", "ternary", "uniform4", "power_of_two4"])
@@ -151,9 +156,9 @@ def test_cases_hold_exact_weights_and_biases(weights: str) -> None:
     case = Case.random(TINY["sequential"], weights, length=2)
     levels, q = case.int8_weights(1), case.weights[1]
     np.testing.assert_array_equal(levels * q.scale[:, None, None, None], case.float_weights(1))
-    steps = case.biases[1] / (np.float32(ACTIVATION_SCALE) * q.scale)
+    steps = case.biases[1] / (ACTIVATION_SCALES["uint8"] * q.scale)
     np.testing.assert_allclose(steps, np.rint(steps), atol=1e-4)
-    np.testing.assert_array_equal(case.x_uint8 * np.float32(ACTIVATION_SCALE), case.x)
+    np.testing.assert_array_equal(case.input("uint8") * ACTIVATION_SCALES["uint8"], case.x)
     assert not np.array_equal(case.int8_weights(0), levels)
 
 
@@ -178,8 +183,9 @@ def test_expected_results_agree_with_plain_loops(name: str) -> None:
             y[:, :, row, column] = np.einsum("ncrs,ocrs->no", window, w) + case.biases[0]
     relu = np.maximum(y, 0).reshape(layer.output_shape)
     np.testing.assert_allclose(case.expected("float32")[0], relu, rtol=1e-12, atol=1e-12)
-    codes = np.minimum(np.rint(relu / ACTIVATION_SCALE), 255)
+    codes = np.minimum(np.rint(relu / ACTIVATION_SCALES["uint8"]), 255)
     assert np.max(np.abs(case.expected("uint8")[0] - codes)) <= 1
+    assert max(case.input("uint4").max(), case.expected("uint4")[0].max()) <= 15
 
 
 class ExactChain(Chain):
@@ -232,13 +238,20 @@ def test_engines_compute_the_layers(engine: str, dtype: str, layer: Layer) -> No
 
 
 @pytest.mark.parametrize("layer", TINY.values(), ids=TINY.keys())
-@pytest.mark.parametrize("dtype", suites.DTYPES)
+@pytest.mark.parametrize("dtype", RIVAL_DTYPES)
 @pytest.mark.parametrize("algorithm", ["auto", "dense"])
 def test_ours_computes_the_layers(algorithm: str, dtype: str, layer: Layer) -> None:
     chain = PycodesignChain(Case.random(layer, length=3), dtype, 1, algorithm)
     chain.check()
-    assert chain.details["algorithm"] in ("tables", "dense", "packed")
+    assert chain.details["algorithm"] in (ops.CONV2D_ALGORITHMS if layer.is_conv else ops.LINEAR_ALGORITHMS)
     assert chain.details["bytes"] > 0
+
+
+def test_values_of_uint4_chains_stay_below_16() -> None:
+    case = Case.random(TINY["sequential"], length=2)
+    case = replace(case, biases=[bias + np.float32(3) for bias in case.biases])
+    assert case.expected("uint4")[0].max() == 15
+    PycodesignChain(case, "uint4", 1).check()
 
 
 @pytest.fixture
@@ -247,9 +260,23 @@ def tiny_suite(monkeypatch: pytest.MonkeyPatch) -> None:
         engine = suites.OURS
 
         def __init__(self, case: Case, dtype: str, threads: int, way: str = "auto") -> None:
+            self.way = way
             super().__init__(case, dtype, threads)
+            self.details["algorithm"] = "quick"
 
-    monkeypatch.setitem(suites.SUITES, "tiny", suites.Suite(lambda batch: [TINY["sequential"]], (2,), ("auto",)))
+        @property
+        def name(self) -> str:
+            return f"{super().name} {self.way}"
+
+        @property
+        def algorithm(self) -> str:
+            return self.way
+
+        def for_case(self, case: Case) -> Chain:
+            return type(self)(case, self.dtype, self.threads, self.way)
+
+    tiny = suites.Suite(lambda batch: [TINY["sequential"]], (2,), ("auto", "quick", "slow"))
+    monkeypatch.setitem(suites.SUITES, "tiny", tiny)
     monkeypatch.setattr(suites, "PycodesignChain", Ours)
     monkeypatch.setattr(suites, "ENGINES", {"exact": (ExactChain, ("numpy",))})
     monkeypatch.setattr(suites, "missing_package", lambda engine: None)
@@ -259,18 +286,46 @@ def tiny_suite(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_run_suite_gives_what_it_documents(capsys: pytest.CaptureFixture[str]) -> None:
     result = run_suite("tiny", rounds=1, threads=[1], progress=False)
     assert json.loads(json.dumps(result)) == result
-    assert set(result) == {"schema", "suite", "options", "facts", "rows", "summary", "scaling", "left_out"}
+    assert set(result) == {"schema", "suite", "options", "facts", "rows", "summary", "choices", "scaling", "left_out"}
     assert result["left_out"] == []
-    assert len(result["rows"]) == 2 * 2 * 2  # contenders, dtypes, hot and cold
+    assert len(result["rows"]) == (1 + 3) * 2 * 2  # contenders, dtypes, hot and cold
     for row in result["rows"]:
         assert {"layer", "batch", "threads", "weights", "state", "contender", "dtype", "macs", "chain"} <= set(row)
         assert set(row["ms"]) == {"median", "iqr", "mad", "minimum", "rounds", "disturbed"}
         assert row["best"].startswith("exact")
-    assert {entry["layers"] for entry in result["summary"]} == {"all", "3x3"}
+    assert {(entry["algorithm"], entry["count"], entry["stem"]) for entry in result["summary"]} == {
+        (algorithm, 1, None) for algorithm in ("auto", "quick", "slow")
+    }
+    assert {choice["chosen"] for choice in result["choices"]} == {"quick"}
     text = io.StringIO()
     print_table(result, Console(file=text, width=200))
-    assert all(part in text.getvalue() for part in ("exact", "float32, cold", "3x3"))
+    assert all(part in text.getvalue() for part in ("exact", "ternary, float32, batch 2", "3x3", "chosen / best"))
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.usefixtures("tiny_suite")
+def test_nothing_is_timed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[Chain] = []
+
+    def record(chains: list[Chain], **options: Any) -> dict[Chain, harness.Timing]:
+        timed.extend(chains)
+        return measure(chains, **options)
+
+    monkeypatch.setattr(suites, "measure", record)
+    dtypes = ["float32", "uint8", "uint4"]
+    result = run_suite("tiny", weights=["binary", "ternary"], dtypes=dtypes, rounds=1, threads=[1], progress=False)
+    names = [chain.name for chain in timed]
+    assert sorted(names) == sorted(
+        ["exact float32", "exact int8"]
+        + [f"pycodesign {d} {way}" for d in ("float32", "int8", "uint4") for way in ("quick", "slow")] * 2
+    )
+    cold = {(r["weights"], r["dtype"], r["contender"]): r for r in result["rows"] if r["state"] == "cold"}
+    assert len(cold) == 2 * (2 + 3 * 3)
+    for weights in ("binary", "ternary"):
+        assert cold[weights, "uint8", "exact int8"]["ms"] == cold["binary", "uint8", "exact int8"]["ms"]
+        auto, quick = (cold[weights, "uint4", f"pycodesign uint4 {way}"] for way in ("auto", "quick"))
+        assert auto["ms"] == quick["ms"]
+        assert auto["best"] == "exact int8"
 
 
 @pytest.mark.usefixtures("tiny_suite")
@@ -280,7 +335,7 @@ def test_nothing_is_dropped_silently(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run_suite("tiny", rounds=1, threads=[1], dtypes=["float32"], progress=False)
     reasons = {entry["contender"]: entry["reason"] for entry in result["left_out"]}
     assert reasons["exact"] == "not installed: exactlib"
-    assert reasons["pycodesign float32"].startswith("failed its check")
+    assert reasons["pycodesign float32 auto"].startswith("failed its check")
     assert result["rows"] == result["summary"] == []
     text = io.StringIO()
     print_table(result, Console(file=text, width=200))
@@ -288,16 +343,66 @@ def test_nothing_is_dropped_silently(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_run_suite_checks_its_options() -> None:
-    with pytest.raises(ValueError, match="name: expected one of resnet18, linear, got 'vgg'"):
+    with pytest.raises(ValueError, match="name: expected one of resnet18, other, linear, got 'vgg'"):
         run_suite("vgg")
     with pytest.raises(ValueError, match=r"contenders: expected some of .*, got 'tvm'"):
         run_suite("linear", contenders=["tvm"])
-    with pytest.raises(ValueError, match="dtypes: expected some of float32, uint8, got 'int8'"):
+    with pytest.raises(ValueError, match="dtypes: expected some of float32, uint8, uint4, got 'int8'"):
         run_suite("linear", dtypes=["int8"])
+    with pytest.raises(ValueError, match=r"algorithms: expected some of auto, .*, got 'fast'"):
+        run_suite("linear", algorithms=["fast"])
+    with pytest.raises(ValueError, match=r"isa: expected some of scalar.*, got 'mmx'"):
+        run_suite("linear", isa="mmx")
     with pytest.raises(ValueError, match=r"threads: expected 1 with the clock cpu, got \[2\]"):
         run_suite("linear", clock="cpu", threads=[2])
     with pytest.raises(ValueError, match=r"layers: expected part of a layer's name .*, got '3x3'"):
         run_suite("linear", layers=["4096", "3x3"])
+
+
+def test_engines_are_held_to_an_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+    for name in limit:
+        monkeypatch.setenv(name, "another")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert hold_engine("torch", "avx2") == "was imported before it could be held to avx2"
+    assert os.environ["ONEDNN_MAX_CPU_ISA"] == "another"
+    monkeypatch.delitem(sys.modules, "torch")
+    assert hold_engine("torch", "avx2") is None
+    assert limit.items() <= os.environ.items()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert hold_engine("torch", "avx2") is None
+    assert hold_engine("torch", "scalar") == "is not held to scalar"
+    assert hold_engine("onnxruntime", "avx2") == "is not held to avx2"
+
+
+@pytest.mark.skipif("avx2" not in pycodesign.show_config()["supported_isas"], reason="this processor has no AVX2")
+@pytest.mark.parametrize("isa", [None, "avx2"])
+def test_run_suite_forces_and_restores_the_instruction_set(isa: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(suites.SUITES, "tiny", suites.Suite(lambda batch: [TINY["sequential"]], (2,), ("auto",)))
+    before = pycodesign.show_config()["isa"]
+    result = run_suite("tiny", isa=isa, contenders=[suites.OURS], rounds=1, threads=[1], progress=False)
+    assert result["rows"] and not result["left_out"]
+    assert result["facts"]["pycodesign"]["isa"] == (isa or before)
+    assert pycodesign.show_config()["isa"] == before
+
+
+@pytest.mark.skipif(
+    missing_package("torch") is not None, reason="torch is not installed (pip install 'pycodesign[bench]')"
+)
+def test_torch_obeys_its_limit(tmp_path: Path) -> None:
+    script = (
+        "from pycodesign.bench.cases import Case, Layer\n"
+        "from pycodesign.bench.contenders import TorchChain, hold_engine\n"
+        "assert hold_engine('torch', 'avx2') is None\n"
+        "for dtype in ('float32', 'uint8'):\n"
+        "    TorchChain(Case.random(Layer('3x3', 1, 16, 16, 6, 3, 1, 1), length=1), dtype, 1).run()\n"
+    )
+    verbose = os.environ | {"ONEDNN_VERBOSE": "1"}
+    run = subprocess.run([sys.executable, "-c", script], env=verbose, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    kinds = [line.split(",")[6] for line in run.stdout.splitlines() if ",exec,cpu,convolution," in line]
+    assert kinds
+    assert not [kind for kind in kinds if "avx512" in kind]
 
 
 def _row(layer: str, contender: str, median: float, threads: int = 1) -> dict[str, Any]:
@@ -309,6 +414,8 @@ def _row(layer: str, contender: str, median: float, threads: int = 1) -> dict[st
         "state": "cold",
         "contender": contender,
         "engine": contender.split()[0],
+        "algorithm": (contender.split()[2:] or [None])[0],
+        "details": {"algorithm": "dense"},
         "dtype": "float32",
         "shape": {"kernel": int(layer[0])},
         "macs": 10**8,
@@ -324,16 +431,30 @@ def test_summary_weighs_by_time() -> None:
         _row("3x3 b", "torch float32", 1.0),
         _row("3x3 b", "pycodesign float32 auto", 2.0),
         _row("1x1 c", "pycodesign float32 auto", 5.0),
+        _row("7x7 d", "torch float32", 3.0),
+        _row("7x7 d", "pycodesign float32 auto", 2.0),
     ]
-    suites._add_ratios(rows)
-    assert [row["speedup"] for row in rows] == [0.75, 1.0, 3.0, 1.0, 0.5, None]
+    add_ratios(rows)
+    assert [row["speedup"] for row in rows] == [0.75, 1.0, 3.0, 1.0, 0.5, None, 1.0, 1.5]
     assert rows[2]["best"] == "openvino float32"
     assert rows[2]["speedups"] == {"torch float32": 4.0, "openvino float32": 3.0}
-    for entry in summarize(rows):
-        assert entry["speedup"] == round((3.0 + 1.0) / (1.0 + 2.0), 4)
-        assert entry["slowest"] == {"layer": "3x3 b", "speedup": 0.5}
-        assert entry["count"] == 2
-        assert entry["of"] == {"3x3": 2, "all": 3}[entry["layers"]]
+    (entry,) = summarize(rows)
+    assert entry["speedup"] == round((3.0 + 1.0) / (1.0 + 2.0), 4)
+    assert entry["slowest"] == {"layer": "3x3 b", "speedup": 0.5}
+    assert (entry["count"], entry["of"]) == (2, 3)
+    assert entry["stem"] == 1.5
+
+
+def test_choices_compare_auto_with_the_best() -> None:
+    rows = [
+        _row("3x3 a", "torch float32", 1.0),
+        _row("3x3 a", "pycodesign float32 auto", 3.0),
+        _row("3x3 a", "pycodesign float32 tables", 2.0),
+        _row("3x3 b", "pycodesign float32 auto", 3.0),
+    ]
+    rows[2]["details"] = {"algorithm": "tables"}
+    (choice,) = compare_choices(rows)
+    assert (choice["layer"], choice["chosen"], choice["best"], choice["ratio"]) == ("3x3 a", "dense", "tables", 1.5)
 
 
 def test_scaling_compares_thread_counts() -> None:
@@ -343,17 +464,16 @@ def test_scaling_compares_thread_counts() -> None:
     assert thread_scaling(rows) == []
 
 
-@pytest.fixture(scope="module")
-def compare_script() -> ModuleType:
-    path = Path(__file__).parents[1] / "bench" / "compare.py"
-    spec = importlib.util.spec_from_file_location("bench_compare", path)
+def _load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", Path(__file__).parents[1] / "bench" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_compare_matches_timings(compare_script: ModuleType) -> None:
+def test_compare_matches_timings() -> None:
+    compare_script = _load_script("compare")
     old = {"rows": [_row("3x3 a", "torch float32", 4.0), _row("3x3 b", "torch float32", 4.0)]}
     new = {"rows": [_row("3x3 a", "torch float32", 2.0), _row("3x3 c", "torch float32", 4.0)]}
     matches = compare_script.compare(old, new)
@@ -363,3 +483,21 @@ def test_compare_matches_timings(compare_script: ModuleType) -> None:
     text = io.StringIO()
     compare_script.print_comparison(matches, Console(file=text, width=200))
     assert "2.00" in text.getvalue()
+
+
+@pytest.mark.usefixtures("tiny_suite")
+def test_plot_draws_every_ratio(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    script = _load_script("plot")
+    result = run_suite("tiny", weights=["binary", "uniform4"], rounds=1, threads=[1], progress=False)
+    means = script.collect_ratios(result, None, "quick")
+    assert list(means) == ["float32", "uint8"]
+    assert list(means["uint8"][1]) == ["binary", "16 levels"]
+    assert list(script.collect_ratios(result, "binary", "auto")["float32"][1]) == ["3x3"]
+    for name, weights in (("means.svg", None), ("layers.png", "binary")):
+        script.draw_result(result, weights, "auto").savefig(tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 1000
+    with pytest.raises(
+        ValueError, match="result: expected cold timings of auto with ternary weights beside other engines"
+    ):
+        script.draw_result(result, "ternary", "auto")

@@ -198,17 +198,17 @@ PACKING: dict[str, ERRORS] = {
     "unknown algorithm of conv2d": (
         lambda: conv(Q, algorithm="fast"),
         ValueError,
-        "algorithm: expected 'auto', 'tables' or 'dense', got 'fast'",
+        "algorithm: expected 'auto', 'codegen', 'tables' or 'dense', got 'fast'",
     ),
     "algorithm of linear for conv2d": (
         lambda: conv(Q, algorithm="packed"),
         ValueError,
-        "algorithm: expected 'auto', 'tables' or 'dense', got 'packed'",
+        "algorithm: expected 'auto', 'codegen', 'tables' or 'dense', got 'packed'",
     ),
     "unknown algorithm of linear": (
         lambda: lin(QL, algorithm="Dense"),
         ValueError,
-        "algorithm: expected 'auto', 'tables', 'dense' or 'packed', got 'Dense'",
+        "algorithm: expected 'auto', 'codegen', 'tables', 'dense' or 'packed', got 'Dense'",
     ),
     "tables at Q = 17": (
         lambda: conv(weights((4, 3, 3, 3), range(17)), algorithm="tables"),
@@ -641,7 +641,7 @@ def test_an_error_in_the_first_call_does_not_end_tuning(monkeypatch: pytest.Monk
         ({"scale": np.ones((3, 1), F32)}, "scale: expected float32 (O, G), got float32 (3, 1)"),
         ({"bias": np.zeros(3, F32)}, "bias: expected float32 (2,), got float32 (3,)"),
         ({"input_dtype": "int32"}, "input_dtype: expected 'float32', 'uint8' or 'int8', got 'int32'"),
-        ({"algorithm": "auto"}, "algorithm: expected 'tables', 'dense' or 'packed', got 'auto'"),
+        ({"algorithm": "auto"}, "algorithm: expected 'codegen', 'tables', 'dense' or 'packed', got 'auto'"),
     ],
 )
 def test_native_linear(change: dict[str, Any], message: str) -> None:

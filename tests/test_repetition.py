@@ -59,11 +59,11 @@ class Case:
     def fits(self, algorithm: str) -> bool:
         values = len(self.levels) + self.own_levels
         tables = values <= 16 and self.scale_groups < 2
-        return {"tables": tables, "dense": True, "packed": values <= 4}[algorithm]
+        return {"codegen": tables, "tables": tables, "dense": True, "packed": values <= 4}[algorithm]
 
     def input_dtypes(self, algorithm: str) -> tuple[str, ...]:
         """Levels beyond int8 are for tables, or for float inputs."""
-        return INPUT_DTYPES if algorithm == "tables" or max(self.levels) < 128 else ("float32",)
+        return INPUT_DTYPES if algorithm in ops.BY_PATTERNS or max(self.levels) < 128 else ("float32",)
 
 
 def make_weights(case: Case) -> tuple[QuantizedTensor, Array | None]:
@@ -313,7 +313,7 @@ def test_levels(name: str, algorithm: str, record: Record) -> None:
     # 300 x 9 patterns of 4 channels: so many outputs call for large tables, and nearly fill them
     case = Case((1, 4, 3, 5), (300, 4, 3, 3), levels=LEVELS[name])
     if not case.fits(algorithm):
-        message = rf"^algorithm: expected at most 16 distinct levels for 'tables', got {len(case.levels)}$"
+        message = rf"^algorithm: expected at most 16 distinct levels for '{algorithm}', got {len(case.levels)}$"
         with pytest.raises(ValueError, match=message):
             pack(case, "float32", algorithm)
         return

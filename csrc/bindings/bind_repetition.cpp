@@ -6,6 +6,8 @@
 #include <optional>
 
 #include "bindings/arrays.h"
+#include "core/executable_memory.h"
+#include "repetition/codegen_x86.h"
 #include "repetition/repetition.h"
 
 namespace pycodesign::bindings {
@@ -55,9 +57,10 @@ repetition::Activations activations(const std::string& dtype, double scale, int 
 }
 
 repetition::Algorithm parse_algorithm(const std::string& name) {
-  for (const auto a : {repetition::Algorithm::tables, repetition::Algorithm::dense, repetition::Algorithm::packed})
+  using repetition::Algorithm;
+  for (const auto a : {Algorithm::codegen, Algorithm::tables, Algorithm::dense, Algorithm::packed})
     if (name == repetition::algorithm_name(a)) return a;
-  throw py::value_error("algorithm: expected 'tables', 'dense' or 'packed', got '" + name + "'");
+  throw py::value_error("algorithm: expected 'codegen', 'tables', 'dense' or 'packed', got '" + name + "'");
 }
 
 py::tuple choice(const repetition::Choice& c) { return py::make_tuple(repetition::algorithm_name(c.algorithm), c.why); }
@@ -193,6 +196,7 @@ template <class Layer> void bind_layer(py::class_<Layer>& c) {
     d["adds"] = n.adds;
     d["multiplies"] = n.multiplies;
     d["bytes"] = n.bytes;
+    d["code_bytes"] = n.code_bytes;
     return d;
   });
   c.def("codes", [](const Layer& l) {
@@ -231,6 +235,22 @@ void bind_repetition(py::module_& m) {
   bind_layer(conv);
   conv.def_property_readonly("group_size", &PackedConv2d::group_size);
   conv.def_property_readonly("max_entries", &PackedConv2d::max_entries);
+  conv.def(
+      "machine_code",
+      [](const PackedConv2d& layer, bool avx512) -> py::object {
+        if (layer.algorithm() != repetition::Algorithm::codegen || !core::ExecutableMemory::available())
+          return py::none();
+        const repetition::LayerCode& made = layer.machine_code(avx512);
+        py::list chunks;
+        for (const repetition::CodeChunk& c : made.chunks()) {
+          py::list segments;
+          for (const repetition::CodeSegment& s : c.segments)
+            segments.append(py::make_tuple(s.begin, s.end, s.channel, s.prefetch_lines));
+          chunks.append(py::make_tuple(c.group, c.first_output, c.outputs, segments));
+        }
+        return py::make_tuple(py::bytes(made.code().data(), made.code().size()), chunks);
+      },
+      py::arg("avx512"));
   bind_run(conv, "run", images, [](const PackedConv2d& layer, const py::array& x) {
     const repetition::Geometry& g = layer.geometry();
     check_x(layer, x, {-1, g.channels, -1, -1}, "(N, " + std::to_string(g.channels) + ", H, W)");
@@ -262,18 +282,20 @@ void bind_repetition(py::module_& m) {
     return std::vector<int64_t>{x.shape(0), layer.outputs()};
   });
 
+  m.def("generates_code", &repetition::generates_code);
   m.def(
       "choose_conv2d",
       [](py::array codes, py::array levels, py::array scale, int64_t channels, int64_t groups,
          std::array<int64_t, 2> kernel, std::array<int64_t, 2> stride, std::array<int64_t, 2> padding,
-         std::array<int64_t, 2> dilation, const std::string& input_dtype) {
+         std::array<int64_t, 2> dilation, const std::string& input_dtype, int input_zero_point, int input_bits) {
         const WeightArrays a(std::move(codes), std::move(levels), std::move(scale), std::nullopt);
         return choice(repetition::choose_conv2d(a.weights,
                                                 geometry(channels, groups, kernel, stride, padding, dilation),
-                                                activations(input_dtype, 1, 0, 0)));
+                                                activations(input_dtype, 1, input_zero_point, input_bits)));
       },
       py::arg("codes"), py::arg("levels"), py::arg("scale"), py::arg("channels"), py::arg("groups"), py::arg("kernel"),
-      py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("input_dtype"));
+      py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("input_dtype"), py::arg("input_zero_point"),
+      py::arg("input_bits"));
   m.def(
       "choose_linear",
       [](py::array codes, py::array levels, py::array scale, const std::string& input_dtype) {

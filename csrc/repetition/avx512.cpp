@@ -7,6 +7,7 @@ namespace pycodesign::repetition {
 namespace {
 
 constexpr int lanes = 16;
+constexpr bool generates_code = true;
 constexpr int max_table_vectors = 8, max_dense_vectors = 3, dense_block = 8;
 constexpr int linear_rows = 6, linear_vectors = 4, packed_rows = 3;
 
@@ -36,9 +37,10 @@ inline Levels load_levels(const int8_t* p) {
 }
 inline i32v levels_of(Levels levels, i32v codes) { return (i32v)_mm512_shuffle_epi8(levels, (__m512i)codes); }
 
-// 16 x 16 words; strides in bytes. The first `rows` rows are read, for the others any. Stored in order: unlift lets
-// rows overlap.
-inline void transpose(const char* from, int64_t from_stride, int64_t rows, char* to, int64_t to_stride) {
+// 16 x 16 words; strides in bytes. The first `rows` rows are read, for the others any; the first `to_rows` are
+// stored, in order: unlift lets rows overlap.
+inline void transpose(const char* from, int64_t from_stride, int64_t rows, char* to, int64_t to_stride,
+                      int64_t to_rows) {
   __m512i a[16], b[16];
   for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(from + (i < rows ? i : 0) * from_stride);
   for (int i = 0; i < 16; i += 2) {
@@ -57,8 +59,15 @@ inline void transpose(const char* from, int64_t from_stride, int64_t rows, char*
     b[i + 8] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
     b[i + 12] = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
   }
-  for (int i = 0; i < 8; ++i) _mm512_storeu_si512(to + i * to_stride, _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88));
-  for (int i = 0; i < 8; ++i) _mm512_storeu_si512(to + (i + 8) * to_stride, _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd));
+  for (int i = 0; i < 8; ++i) {
+    a[i] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88);
+    a[i + 8] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0xdd);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) {
+    if (i >= to_rows) return;
+    _mm512_storeu_si512(to + i * to_stride, a[i]);
+  }
 }
 
 }  // namespace

@@ -1,24 +1,12 @@
-// Convolutions: stage the input into the lifted layout, sum over tiles, finish. See README.md for the drawing.
+// Convolutions: stage a band of the input into the lifted layout, sum, finish. See README.md for the drawing.
 #include <algorithm>
 #include <cstring>
 
 #include "core/thread_pool.h"
+#include "repetition/codegen_x86.h"
 #include "repetition/plan.h"
 
 namespace pycodesign::repetition {
-
-std::shared_ptr<const LiftPlan> PackedConv2d::plan(int64_t images, int64_t height, int64_t width,
-                                                   const Kernels& k) const {
-  const int threads = core::num_threads();
-  const std::array<int64_t, 5> key{images, height, width, k.lanes, threads};
-  const std::lock_guard lock(mutex_);
-  if (const auto found = plans_.find(key); found != plans_.end()) return found->second;
-  if (plans_.size() >= 32) plans_.clear();  // a caller that never repeats a size
-  auto lift = std::make_shared<LiftPlan>(geometry_, images, height, width, k.lanes);
-  if (algorithm_ == Algorithm::tables)
-    lift->tables = TablePlan(*lift, {max_entries_, block_units_, geometry_.groups, group_outputs_}, k, threads);
-  return plans_[key] = std::move(lift);
-}
 
 namespace {
 
@@ -29,78 +17,140 @@ char* scratch(int which, size_t bytes) {
   return buffers[which].reserve(bytes);
 }
 
-// Calls work(first, last) for ranges of items: large enough to be worth a hand-over, and as many as threads can share.
-template <class Work> void parallel_ranges(int64_t items, int64_t words_per_item, Work work) {
-  constexpr int64_t words_per_chunk = 8192;
-  const int64_t threads = core::num_threads(), wanted = items * words_per_item / words_per_chunk + 1;
-  const int64_t chunks = std::min((wanted + threads - 1) / threads * threads, items);
-  core::parallel_for(chunks, [&](int64_t c, int) { work(items * c / chunks, items * (c + 1) / chunks); });
-}
-
-// Cut `items` so that `threads` finish together.
-int64_t output_splits(int64_t tiles, int64_t outputs, int threads) {
-  for (int64_t split = 1;; ++split) {
-    const int64_t rounds = (tiles * split + threads - 1) / threads;
-    const bool balanced = static_cast<double>(rounds * threads) <= 1.06 * static_cast<double>(tiles * split);
-    if (balanced || split >= 4 * threads || outputs / (split + 1) < 8) return split;
-  }
+// Touches share i of n of the code that runs first.
+void prefetch(const LayerCode& code, int64_t i, int64_t n) {
+  const CodeSegment& first = code.chunks()[0].segments[0];
+  const int64_t lines = (first.end - first.begin) / 64;
+  for (int64_t l = lines * i / n; l < lines * (i + 1) / n; ++l) __builtin_prefetch(code.address(first) + l * 64, 0, 2);
 }
 
 }  // namespace
 
-// One call: what to compute, and where its parts lie.
+// One call: what to compute, and with what.
 struct PackedConv2d::Call {
-  const LiftPlan& lift;
   const Kernels& k;
+  const LayerCode* code;
   const Tensor &x, &out;
   const Tensor* residual;
   const Epilogue& epilogue;
-  char* staged = nullptr;  // [group][unit][phase] planes
-  char* planes = nullptr;  // [output] sums
 
   int64_t vector_bytes() const { return k.lanes * 4; }
-  int64_t phases() const { return static_cast<int64_t>(lift.phases.size()); }
-  int64_t plane() const { return lift.plane_vectors * vector_bytes(); }
-  int64_t out_plane() const { return (lift.segment | 1) * vector_bytes(); }
-  size_t flat_bytes() const { return static_cast<size_t>(lift.positions * 4); }
 };
+
+// Sums of neighbouring outputs over one band; strides in bytes.
+struct PackedConv2d::Sums {
+  const char* data;
+  int64_t output_stride, vector_stride;
+  int64_t first_output, outputs;
+};
+
+// Machine code for this kind of vectors; null where none can be made.
+const LayerCode* PackedConv2d::code(const Kernels& k) const {
+  return generates_code() ? &machine_code(k.lanes == 16) : nullptr;
+}
+
+const LayerCode& PackedConv2d::machine_code(bool avx512) const {
+  const std::lock_guard lock(mutex_);
+  auto& made = code_[avx512];
+  if (!made) {
+    const std::vector<uint8_t> unpacked = codes();
+    const Weights weights = weights_of(unpacked);
+    made = std::make_unique<LayerCode>(code_layer(weights, geometry_, activations_), avx512);
+  }
+  return *made;
+}
+
+// The same layer by tables.
+const PackedConv2d& PackedConv2d::without_code() const {
+  const std::lock_guard lock(mutex_);
+  if (!without_code_) {
+    const std::vector<uint8_t> unpacked = codes();
+    without_code_.reset(new PackedConv2d(*this, weights_of(unpacked), Algorithm::tables));
+  }
+  return *without_code_;
+}
+
+std::shared_ptr<const ConvPlan> PackedConv2d::plan(int64_t images, int64_t height, int64_t width, const Kernels& k,
+                                                   const LayerCode* code) const {
+  const int threads = core::num_threads();
+  const std::array<int64_t, 5> key{images, height, width, k.lanes, threads};
+  const std::lock_guard lock(mutex_);
+  if (const auto found = plans_.find(key); found != plans_.end()) return found->second;
+  if (plans_.size() >= 32) plans_.clear();  // a caller that never repeats a size
+  const Load load{cycles_, code ? static_cast<double>(code->bytes()) : static_cast<double>(weights_size_),
+                  geometry_.groups * units_, outputs_, code ? static_cast<int64_t>(code->chunks().size()) : blocks_};
+  auto made = std::make_shared<ConvPlan>(geometry_, images, height, width, k.lanes, halves(), load, threads);
+  if (algorithm_ == Algorithm::tables)
+    for (LiftPlan& lift : made->bands)
+      lift.tables = TablePlan(lift, max_entries_, block_units_, std::max<int64_t>(outputs_ / made->splits, 1), k);
+  return plans_[key] = std::move(made);
+}
 
 void PackedConv2d::run(const Tensor& x, const Tensor& out, const Tensor* residual, const Epilogue& epilogue) const {
   if (out.size[0] * out.size[1] * out.size[2] * out.size[3] == 0) return;
   const Kernels& k = kernels();
-  const auto lift = plan(x.size[0], x.size[2], x.size[3], k);
-  Call call{*lift, k, x, out, residual, epilogue};
-  // Entries of channels that do not exist are built (from what lies behind) but never read.
-  const int64_t staged_planes = (geometry_.groups * units_ + group_size_) * call.phases() + 1;
-  call.staged = scratch(0, static_cast<size_t>(staged_planes * call.plane()));
-  call.planes = scratch(2, static_cast<size_t>(outputs_ * call.out_plane()));
-  parallel_ranges(geometry_.groups * units_ * call.phases(), lift->positions, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) stage_plane(call, i);
+  const LayerCode* code = nullptr;
+  if (algorithm_ == Algorithm::codegen) {
+    code = this->code(k);
+    if (!code) return without_code().run(x, out, residual, epilogue);
+  }
+  const auto plan = this->plan(x.size[0], x.size[2], x.size[3], k, code);
+  const Call call{k, code, x, out, residual, epilogue};
+  const auto bands = static_cast<int64_t>(plan->bands.size()), splits = plan->splits;
+  const int64_t blocks = code ? static_cast<int64_t>(code->chunks().size()) : blocks_;
+  // A plane for every unit and phase; entries of channels that do not exist are built (from what lies behind) but
+  // never read.
+  const LiftPlan& largest = *std::max_element(plan->bands.begin(), plan->bands.end(), [](const auto& a, const auto& b) {
+    return a.plane_bytes < b.plane_bytes;
   });
-  if (algorithm_ == Algorithm::dense && sum_dense_and_finish(call)) return;
-  if (algorithm_ == Algorithm::tables) sum_tables(call);
-  parallel_ranges(outputs_, lift->images * lift->out_rows * lift->out_columns,
-                  [&](int64_t first, int64_t last) { finish_outputs(call, first, last); });
+  const auto phases = static_cast<int64_t>(largest.phases.size()), planes = geometry_.groups * units_ * phases;
+  const int64_t band_bytes = (planes + group_size_ * phases + 1) * largest.plane_bytes;
+  if (splits == 1) {
+    core::parallel_for(bands, [&](int64_t b, int) {
+      const LiftPlan& lift = plan->bands[static_cast<size_t>(b)];
+      char* staged = scratch(0, static_cast<size_t>(band_bytes));
+      for (int64_t i = 0; i < planes; ++i) {
+        if (code) prefetch(*code, i, planes);
+        stage_plane(call, lift, i, staged);
+      }
+      sum(call, lift, staged, 0, blocks);
+    });
+    return;
+  }
+  char* const staged = scratch(0, static_cast<size_t>(bands * band_bytes));
+  // Ranges of planes: large enough to be worth a hand-over, and as many as threads can share.
+  constexpr int64_t words_per_chunk = 8192;
+  const int64_t threads = core::num_threads(), wanted = planes * largest.positions / words_per_chunk + 1;
+  const int64_t chunks = std::min((wanted + threads - 1) / threads * threads, planes);
+  core::parallel_for(bands * chunks, [&](int64_t item, int) {
+    const int64_t b = item / chunks, c = item % chunks;
+    for (int64_t i = planes * c / chunks; i < planes * (c + 1) / chunks; ++i)
+      stage_plane(call, plan->bands[static_cast<size_t>(b)], i, staged + b * band_bytes);
+  });
+  core::parallel_for(bands * splits, [&](int64_t item, int) {
+    const int64_t b = item / splits, s = item % splits;
+    sum(call, plan->bands[static_cast<size_t>(b)], staged + b * band_bytes, blocks * s / splits,
+        blocks * (s + 1) / splits);
+  });
 }
 
-void PackedConv2d::stage_plane(const Call& call, int64_t index) const {
-  const LiftPlan& lift = call.lift;
+void PackedConv2d::stage_plane(const Call& call, const LiftPlan& lift, int64_t index, char* staged) const {
   const Tensor& x = call.x;
-  const int64_t unit = index / call.phases() % units_, group = index / call.phases() / units_;
-  const LiftPlan::Phase& phase = lift.phases[static_cast<size_t>(index % call.phases())];
+  const auto phases = static_cast<int64_t>(lift.phases.size());
+  const int64_t unit = index / phases % units_, group = index / phases / units_;
+  const LiftPlan::Phase& phase = lift.phases[static_cast<size_t>(index % phases)];
   const int64_t channel = group * group_channels_ + unit * unit_channels_;
   const bool empty = phase.rows.data == 0 || phase.columns.data == 0;
   Stage s{};
   s.channels = static_cast<int>(std::min(unit_channels_, group_channels_ - unit * unit_channels_));
   for (int c = 0; c < s.channels; ++c)
-    s.source[c] = x.data + (channel + c) * x.stride[1] +
+    s.source[c] = x.data + lift.band.image * x.stride[0] + (channel + c) * x.stride[1] +
                   (empty ? 0 : phase.rows.first * x.stride[2] + phase.columns.first * x.stride[3]);
-  s.staging = activations_.dtype == DType::f32 ? Staging::f32
-              : unit_channels_ == 4            ? Staging::bytes4
-                                               : Staging::centered_i32;
+  s.staging = staging_;
   s.dtype = activations_.dtype;
   s.zero_point = activations_.zero_point;
-  s.images = lift.images;
+  s.center = center_;
+  s.images = lift.band.images;
   s.stride_n = x.stride[0];
   s.stride_h = x.stride[2] * geometry_.stride[0];
   s.stride_w = x.stride[3] * geometry_.stride[1];
@@ -112,23 +162,40 @@ void PackedConv2d::stage_plane(const Call& call, int64_t index) const {
   s.spans = phase.spans.data();
   s.span_count = static_cast<int>(phase.spans.size());
   s.positions = lift.positions;
-  s.flat = scratch(1, call.flat_bytes());
-  s.lifted = call.staged + index * call.plane();
+  s.half = lift.half;
+  s.flat = scratch(1, lift.flat_bytes());
+  s.lifted = staged + index * lift.plane_bytes;
   call.k.stage(s);
 }
 
+// Blocks [first, last) of outputs over one staged band: sums and the epilogue.
+void PackedConv2d::sum(const Call& call, const LiftPlan& lift, const char* staged, int64_t first, int64_t last) const {
+  if (algorithm_ == Algorithm::codegen) return sum_code(call, lift, staged, first, last);
+  const int64_t per_group = blocks_ / geometry_.groups;
+  for (int64_t block = first; block < last;) {  // outputs of one group of the convolution at a time
+    const int64_t group = block / per_group, end = std::min(last, (group + 1) * per_group);
+    const int64_t from = block % per_group * dense_outputs,
+                  to = std::min((end - group * per_group) * dense_outputs, group_outputs_);
+    const char* x = staged + group * units_ * static_cast<int64_t>(lift.phases.size()) * lift.plane_bytes;
+    if (algorithm_ == Algorithm::dense) sum_dense(call, lift, x, group, from, to);
+    else sum_tables(call, lift, x, group, from, to);
+    block = end;
+  }
+}
+
 // Planes of sums back to rows, then the epilogue.
-void PackedConv2d::finish_outputs(const Call& call, int64_t first, int64_t last) const {
-  const LiftPlan& lift = call.lift;
+void PackedConv2d::finish_outputs(const Call& call, const LiftPlan& lift, const Sums& sums) const {
   const Tensor &out = call.out, *residual = call.residual;
-  const int64_t N = lift.images, rows = lift.out_rows, columns = lift.out_columns, pixels = rows * columns;
-  const bool whole = (rows == 1 || out.stride[2] == columns * out.stride[3]) &&
-                     (!residual || rows == 1 || residual->stride[2] == columns * residual->stride[3]);
-  char* flat = scratch(1, call.flat_bytes() + static_cast<size_t>(N * pixels * 4));
-  char* sums = flat + call.flat_bytes();
-  for (int64_t o = first; o < last; ++o) {
-    call.k.unlift({call.planes + o * call.out_plane(), lift.segment, flat, N, rows, columns, lift.image_pitch,
-                   lift.row_pitch, sums});
+  const Band& band = lift.band;
+  const int64_t columns = lift.columns, pixels = band.rows * columns;
+  const bool whole = (band.rows == 1 || out.stride[2] == columns * out.stride[3]) &&
+                     (!residual || band.rows == 1 || residual->stride[2] == columns * residual->stride[3]);
+  char* flat = scratch(1, lift.flat_bytes() + static_cast<size_t>(band.images * pixels * 4));
+  char* rows = flat + lift.flat_bytes();
+  for (int64_t i = 0; i < sums.outputs; ++i) {
+    const int64_t o = sums.first_output + i;
+    call.k.unlift({sums.data + i * sums.output_stride, sums.vector_stride, lift.segment, halves(), flat, band.images,
+                   band.rows, columns, lift.image_pitch, lift.row_pitch, rows});
     Finish f{};
     f.epilogue = &call.epilogue;
     f.multiplier = &multiplier_[static_cast<size_t>(o)];
@@ -137,59 +204,91 @@ void PackedConv2d::finish_outputs(const Call& call, int64_t first, int64_t last)
     f.out_stride = out.stride[3];
     f.residual_stride = residual ? residual->stride[3] : 0;
     f.count = whole ? pixels : columns;
-    for (int64_t n = 0; n < N; ++n)
-      for (int64_t r = 0; r < (whole ? 1 : rows); ++r) {
-        f.acc = sums + (n * pixels + r * columns) * 4;
-        f.out = out.data + n * out.stride[0] + o * out.stride[1] + r * out.stride[2];
-        if (residual)
-          f.residual = residual->data + n * residual->stride[0] + o * residual->stride[1] + r * residual->stride[2];
+    const auto at = [&](const Tensor& t, int64_t n, int64_t r) {
+      return t.data + (band.image + n) * t.stride[0] + o * t.stride[1] + (band.row + r) * t.stride[2];
+    };
+    for (int64_t n = 0; n < band.images; ++n)
+      for (int64_t r = 0; r < (whole ? 1 : band.rows); ++r) {
+        f.acc = rows + (n * pixels + r * columns) * 4;
+        f.out = at(out, n, r);
+        if (residual) f.residual = at(*residual, n, r);
         call.k.finish(f);
       }
   }
 }
 
-void PackedConv2d::sum_tables(const Call& call) const {
-  const LiftPlan& lift = call.lift;
-  const Kernels& k = call.k;
-  const int64_t vector_bytes = call.vector_bytes(), channel_bytes = call.phases() * call.plane();
-  const bool is_float = activations_.dtype == DType::f32;
+// One segment of all chunks after the other: what it reads of the band stays in the cache, the sums do too.
+void PackedConv2d::sum_code(const Call& call, const LiftPlan& lift, const char* staged, int64_t first,
+                            int64_t last) const {
+  const LayerCode& code = *call.code;
+  const int64_t vector_bytes = call.vector_bytes(), output_bytes = halves() * vector_bytes,
+                channel_bytes = static_cast<int64_t>(lift.phases.size()) * lift.plane_bytes;
+  const auto chunk = [&](int64_t i) -> const CodeChunk& { return code.chunks()[static_cast<size_t>(i)]; };
+  const auto sums_at = [&](int64_t i) {
+    return (chunk(i).first_output - chunk(first).first_output) * lift.segment * output_bytes;
+  };
+  const CodeChunk& final_chunk = chunk(last - 1);
+  char* const sums =
+      scratch(2, static_cast<size_t>(sums_at(last - 1) + final_chunk.outputs * lift.segment * output_bytes));
+  const size_t segments = final_chunk.segments.size();
+  for (size_t s = 0; s < segments; ++s)
+    for (int64_t i = first; i < last; ++i) {
+      const CodeSegment& segment = chunk(i).segments[s];
+      // Each run of a segment touches some lines of the next one's code.
+      const CodeSegment& next = i + 1 < last ? chunk(i + 1).segments[s] : chunk(first).segments[(s + 1) % segments];
+      const char *ahead = code.address(next), *end = ahead + next.end - next.begin;
+      const char* x = staged + (chunk(i).group * units_ + segment.channel) * channel_bytes;
+      char* acc = sums + sums_at(i);
+      const SegmentFunction run = code.function(segment);
+      for (int64_t v = 0; v < lift.segment; ++v, x += vector_bytes, acc += chunk(i).outputs * output_bytes) {
+        run(x, acc, lift.tap_source.data(), channel_bytes, ahead);
+        if (ahead < end) ahead += code.prefetch_lines(segment) * 64;
+      }
+    }
+  for (int64_t i = first; i < last; ++i)
+    finish_outputs(
+        call, lift,
+        {sums + sums_at(i), output_bytes, chunk(i).outputs * output_bytes, chunk(i).first_output, chunk(i).outputs});
+}
 
+void PackedConv2d::sum_tables(const Call& call, const LiftPlan& lift, const char* x, int64_t group, int64_t first,
+                              int64_t last) const {
+  const Kernels& k = call.k;
+  const int64_t vector_bytes = call.vector_bytes(), count = last - first,
+                channel_bytes = static_cast<int64_t>(lift.phases.size()) * lift.plane_bytes;
+  const bool is_float = activations_.dtype == DType::f32;
   const TablePlan& t = lift.tables;
   const int64_t entry_bytes = t.width * vector_bytes, unit_bytes = entry_bytes * max_entries_;
-  const size_t row_bytes = static_cast<size_t>((group_size_ + 1) * entry_bytes),
-               table_bytes = static_cast<size_t>(unit_bytes * block_units_);
-  core::parallel_for(geometry_.groups * t.tiles * t.splits, [&](int64_t chunk, int) {
-    const int64_t group = chunk / (t.tiles * t.splits), tile = chunk / t.splits % t.tiles, split = chunk % t.splits;
+  const int64_t row_bytes = (group_size_ + 1) * entry_bytes, table_bytes = unit_bytes * block_units_;
+  TableBuild build{};
+  build.channel_stride = channel_bytes;
+  build.segment_source = t.segment_source.data();
+  build.segment_at = t.segment_at.data();
+  build.segment_shift = t.segment_shift.data();
+  build.segments = static_cast<int>(t.segment_source.size());
+  build.entry_bytes = entry_bytes;
+  build.unit_bytes = unit_bytes;
+  build.group_size = group_size_;
+  build.steps = steps_.data();
+  build.step_count = static_cast<int64_t>(steps_.size());
+  build.rows = scratch(3, static_cast<size_t>(row_bytes + table_bytes + count * t.vectors * vector_bytes));
+  build.tables = build.rows + row_bytes;
+  TableSum sum{};
+  sum.tables = build.tables;
+  sum.slot_offset = t.slot_offset.data();
+  sum.entry_bytes = entry_bytes;
+  sum.acc = build.tables + table_bytes;
+  sum.acc_stride = t.vectors * vector_bytes;
+  sum.outputs = count;
+  const int64_t plane = (lift.segment | 1) * vector_bytes;
+  char* const sums = scratch(2, static_cast<size_t>(count * plane));
+  for (int64_t tile = 0; tile < t.tiles; ++tile) {
     const int64_t j = lift.segment * tile / t.tiles;
-    const int64_t first = group_outputs_ * split / t.splits, count = group_outputs_ * (split + 1) / t.splits - first;
-    const int vectors = static_cast<int>(lift.segment * (tile + 1) / t.tiles - j);
-    TableBuild build{};
-    build.channel_stride = channel_bytes;
-    build.segment_source = t.segment_source.data();
-    build.segment_at = t.segment_at.data();
-    build.segment_shift = t.segment_shift.data();
-    build.segments = static_cast<int>(t.segment_source.size());
-    build.vectors = vectors;
-    build.entry_bytes = entry_bytes;
-    build.unit_bytes = unit_bytes;
-    build.group_size = group_size_;
-    build.steps = steps_.data();
-    build.step_count = static_cast<int64_t>(steps_.size());
-    build.rows = scratch(3, row_bytes + table_bytes + static_cast<size_t>(count * t.vectors * vector_bytes));
-    build.tables = build.rows + row_bytes;
-    TableSum sum{};
-    sum.tables = build.tables;
-    sum.slot_offset = t.slot_offset.data();
-    sum.entry_bytes = entry_bytes;
-    sum.acc = build.tables + table_bytes;
-    sum.acc_stride = t.vectors * vector_bytes;
-    sum.outputs = count;
-    sum.vectors = vectors;
+    build.vectors = sum.vectors = static_cast<int>(lift.segment * (tile + 1) / t.tiles - j);
     for (int64_t block = 0; block * block_units_ < table_units_; ++block) {
       const int64_t units_here = std::min<int64_t>(block_units_, table_units_ - block * block_units_),
                     slots = units_here * taps_;
-      build.x = call.staged + (group * group_channels_ + block * block_units_ * group_size_) * channel_bytes +
-                j * vector_bytes;
+      build.x = x + block * block_units_ * group_size_ * channel_bytes + j * vector_bytes;
       build.units = units_here;
       (is_float ? k.build_tables_f32 : k.build_tables_i32)(build);
       sum.slots = static_cast<int>(slots);
@@ -199,51 +298,38 @@ void PackedConv2d::sum_tables(const Call& call) const {
       (is_float ? k.sum_tables_f32 : k.sum_tables_i32)(sum);
     }
     for (int64_t o = 0; o < count; ++o)
-      std::memcpy(call.planes + (group * group_outputs_ + first + o) * call.out_plane() + j * vector_bytes,
-                  sum.acc + o * sum.acc_stride, static_cast<size_t>(vectors * vector_bytes));
-  });
+      std::memcpy(sums + o * plane + j * vector_bytes, sum.acc + o * sum.acc_stride,
+                  static_cast<size_t>(sum.vectors * vector_bytes));
+  }
+  finish_outputs(call, lift, {sums, plane, vector_bytes, group * group_outputs_ + first, count});
 }
 
-// True where the sums were finished on the way: while they are in the cache, and with no other thread to wait for.
-bool PackedConv2d::sum_dense_and_finish(const Call& call) const {
-  const LiftPlan& lift = call.lift;
+// One block of outputs after the other: its weights stream in once, the band stays in the cache.
+void PackedConv2d::sum_dense(const Call& call, const LiftPlan& lift, const char* x, int64_t group, int64_t first,
+                             int64_t last) const {
   const Kernels& k = call.k;
-  const int64_t vector_bytes = call.vector_bytes(), unit_bytes = call.phases() * call.plane();
-  std::vector<int64_t> tap_source;
-  for (const LiftPlan::Tap& tap : lift.taps) tap_source.push_back(tap.phase * call.plane() + tap.offset * vector_bytes);
-
-  // A chunk keeps either its weights or its tile of inputs in the cache and streams the other: weights, if the inputs
-  // stream from the second level.
-  constexpr int64_t second_level = 640 << 10;
-  const int64_t blocks = block_count(group_outputs_), block_bytes = units_ * taps_ * dense_outputs * 4;
-  const int64_t tiles = (lift.segment + k.max_dense_vectors - 1) / k.max_dense_vectors, groups = geometry_.groups;
-  const bool weights_stay = units_ * unit_bytes < std::max(blocks * block_bytes, second_level);
-  const int64_t outer = weights_stay ? blocks : tiles, inner = weights_stay ? tiles : blocks;
-  const int64_t splits = output_splits(outer * groups, inner * 8, core::num_threads());
-  const bool finishes = weights_stay && splits == 1;
-  core::parallel_for(groups * outer * splits, [&](int64_t chunk, int) {
-    const int64_t group = chunk / (outer * splits), at = chunk / splits % outer, split = chunk % splits;
-    for (int64_t i = inner * split / splits; i < inner * (split + 1) / splits; ++i) {
-      const int64_t block = weights_stay ? at : i, tile = weights_stay ? i : at;
+  const int64_t vector_bytes = call.vector_bytes(), plane = (lift.segment | 1) * vector_bytes;
+  const int64_t block_bytes = units_ * taps_ * dense_outputs * 4;
+  const int64_t tiles = (lift.segment + k.max_dense_vectors - 1) / k.max_dense_vectors;
+  char* const sums = scratch(2, static_cast<size_t>(dense_outputs * plane));
+  for (int64_t o = first; o < last; o += dense_outputs) {
+    DenseTile d{};
+    d.unit_stride = static_cast<int64_t>(lift.phases.size()) * lift.plane_bytes;
+    d.tap_source = lift.tap_source.data();
+    d.units = units_;
+    d.taps = static_cast<int>(taps_);
+    d.weights = weights_.data() + (group * block_count(group_outputs_) + o / dense_outputs) * block_bytes;
+    d.acc_stride = plane;
+    d.outputs = static_cast<int>(std::min<int64_t>(dense_outputs, last - o));
+    for (int64_t tile = 0; tile < tiles; ++tile) {
       const int64_t j = lift.segment * tile / tiles;  // tiles of nearly equal width
-      DenseTile d{};
-      d.x = call.staged + group * units_ * unit_bytes + j * vector_bytes;
-      d.unit_stride = unit_bytes;
-      d.tap_source = tap_source.data();
-      d.units = units_;
-      d.taps = static_cast<int>(taps_);
-      d.weights = weights_.data() + (group * blocks + block) * block_bytes;
-      d.acc = call.planes + (group * group_outputs_ + block * dense_outputs) * call.out_plane() + j * vector_bytes;
-      d.acc_stride = call.out_plane();
-      d.outputs = static_cast<int>(std::min<int64_t>(dense_outputs, group_outputs_ - block * dense_outputs));
+      d.x = x + j * vector_bytes;
+      d.acc = sums + j * vector_bytes;
       d.vectors = static_cast<int>(lift.segment * (tile + 1) / tiles - j);
       (activations_.dtype == DType::f32 ? k.dense_f32 : k.dense_i8)(d);
     }
-    if (finishes)
-      finish_outputs(call, group * group_outputs_ + at * dense_outputs,
-                     group * group_outputs_ + std::min(group_outputs_, (at + 1) * dense_outputs));
-  });
-  return finishes;
+    finish_outputs(call, lift, {sums, plane, vector_bytes, group * group_outputs_ + o, d.outputs});
+  }
 }
 
 }  // namespace pycodesign::repetition

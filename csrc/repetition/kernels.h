@@ -14,7 +14,8 @@ enum class DType : uint8_t { f32, u8, i8, i32 };
 // How staging turns input elements into words.
 enum class Staging : uint8_t {
   f32,           // float -> float
-  centered_i32,  // 8-bit -> int32, minus the zero point
+  centered_i32,  // 8-bit -> int32, minus the center
+  halves_i16,    // 8-bit -> int16, minus the center; position p in the low half of word p, p + half in the high half
   bytes4,        // four 8-bit channels -> one word of four uint8 (int8 inputs gain 128)
 };
 
@@ -36,15 +37,15 @@ struct Stage {
   int channels;           // how many of them exist
   Staging staging;
   DType dtype;
-  int32_t zero_point;                            // of the input
+  int32_t zero_point, center;                    // of the input: the value of its padding, and what is subtracted
   int64_t images, stride_n, stride_h, stride_w;  // bytes; stride_h and stride_w already multiplied by the convolution's
   PhaseAxis rows, columns;
   int64_t image_pitch, row_pitch;  // flat positions
   int64_t segment;
   const Span* spans;  // ascending
   int span_count;
-  int64_t positions;  // words of flat
-  char* flat;         // scratch
+  int64_t positions, half;  // words of flat; halves_i16: the distance of the high halves
+  char* flat;               // scratch: positions words, then as many and `half` more 16-bit numbers
   char* lifted;
 };
 
@@ -155,14 +156,17 @@ struct Finish {
 // Lifted plane -> `rows` rows of `columns` words, one after another.
 struct Unlift {
   const char* lifted;
+  int64_t vector_stride;  // bytes; with halves the lanes of the high halves are the vector behind each
   int64_t segment;
-  char* flat;  // scratch, lanes * (segment + 1) words
+  int halves;
+  char* flat;  // scratch, halves * lanes * (segment + 1) words
   int64_t images, rows, columns, image_pitch, row_pitch;
   char* out;
 };
 
 struct Kernels {
   int lanes;
+  bool generates_code;  // for algorithm `codegen`: 16 registers of 32 bytes, or 32 of 64
   int max_table_vectors, max_dense_vectors;
   void (*stage)(const Stage&);
   void (*unlift)(const Unlift&);

@@ -9,6 +9,7 @@ namespace pycodesign::repetition {
 namespace {
 
 constexpr int lanes = 8;
+constexpr bool generates_code = true;
 constexpr int max_table_vectors = 8, max_dense_vectors = 3, dense_block = 4;
 constexpr int linear_rows = 2, linear_vectors = 4, packed_rows = 2;
 
@@ -61,9 +62,10 @@ inline Levels load_levels(const int8_t* p) {
 }
 inline i32v levels_of(Levels levels, i32v codes) { return (i32v)_mm256_shuffle_epi8(levels, (__m256i)codes); }
 
-// 8 x 8 words; strides in bytes. The first `rows` rows are read, for the others any. Stored in order: unlift lets
-// rows overlap.
-inline void transpose(const char* from, int64_t from_stride, int64_t rows, char* to, int64_t to_stride) {
+// 8 x 8 words; strides in bytes. The first `rows` rows are read, for the others any; the first `to_rows` are
+// stored, in order: unlift lets rows overlap.
+inline void transpose(const char* from, int64_t from_stride, int64_t rows, char* to, int64_t to_stride,
+                      int64_t to_rows) {
   __m256 a[8], b[8];
   for (int i = 0; i < 8; ++i)
     a[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(from + (i < rows ? i : 0) * from_stride));
@@ -77,10 +79,15 @@ inline void transpose(const char* from, int64_t from_stride, int64_t rows, char*
     a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
     a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
   }
-  for (int i = 0; i < 4; ++i)
-    _mm256_storeu_ps(reinterpret_cast<float*>(to + i * to_stride), _mm256_permute2f128_ps(a[i], a[i + 4], 0x20));
-  for (int i = 0; i < 4; ++i)
-    _mm256_storeu_ps(reinterpret_cast<float*>(to + (i + 4) * to_stride), _mm256_permute2f128_ps(a[i], a[i + 4], 0x31));
+  for (int i = 0; i < 4; ++i) {
+    b[i] = _mm256_permute2f128_ps(a[i], a[i + 4], 0x20);
+    b[i + 4] = _mm256_permute2f128_ps(a[i], a[i + 4], 0x31);
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    if (i >= to_rows) return;
+    _mm256_storeu_ps(reinterpret_cast<float*>(to + i * to_stride), b[i]);
+  }
 }
 
 }  // namespace

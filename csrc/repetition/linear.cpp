@@ -23,8 +23,10 @@ char* scratch(int which, size_t bytes) {
 PackedLinear::PackedLinear(const Weights& w, const Activations& a, Algorithm algorithm)
     : PackedLayer(w, a, algorithm), group_inputs_(w.inputs / w.scale_groups) {
   const bool is_float = a.dtype == DType::f32, packed = algorithm == Algorithm::packed;
-  if (algorithm == Algorithm::tables)
-    throw std::invalid_argument("algorithm: expected 'dense' or 'packed', got 'tables'");
+  if (algorithm != Algorithm::dense && !packed)
+    throw std::invalid_argument(std::string("algorithm: expected 'dense' or 'packed', got '") +
+                                algorithm_name(algorithm) + "'");
+  set_correction(w, a.dtype == DType::i8 ? -128 : 0);
   if (packed) {
     values_ = distinct_levels(w);
     const size_t count = values_.size();

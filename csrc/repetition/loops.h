@@ -5,10 +5,10 @@
 //   Lookup, load_lookup(p), look_up(t, index)   32 floats by the low five bits
 //   Levels, load_levels(p), levels_of(l, codes) 16 bytes by code, for each byte
 //   widen_bytes(p), widen_halves(p)             to words
-//   transpose(from, stride, rows, to, stride)   lanes x lanes words
+//   transpose(from, stride, rows, to, stride, rows)   lanes x lanes words, or only their first rows
 // and how many vectors its registers hold: max_table_vectors, max_dense_vectors, dense_block, linear_rows,
-// linear_vectors, packed_rows; then includes this file. Everything here has internal linkage: no other file may share
-// its code.
+// linear_vectors, packed_rows; whether generates_code; then includes this file. Everything here has internal linkage:
+// no other file may share its code.
 #pragma once
 
 #include <cstring>
@@ -102,20 +102,37 @@ void interleave_row(const uint8_t* const* p, int64_t stride, int64_t count, uint
   }
 }
 
-void stage_row(const Stage& s, const char* const* source, uint32_t flip, uint32_t* row) {
+// 8-bit elements minus the center: pieces of `width` elements, the last of which may overlap the one before.
+template <int width, class X, class T> void center_pieces(const X* x, int64_t count, int32_t center, T* row) {
+  if constexpr (width > 1)
+    if (count < width) return center_pieces<width / 2>(x, count, center, row);
+  for (int64_t i = 0; i < count; i += width) {
+    const int64_t at = i < count - width ? i : count - width;
+    for (int k = 0; k < width; ++k) row[at + k] = static_cast<T>(x[at + k] - center);
+  }
+}
+template <class X, class T> void center_row_of(const Stage& s, const char* source, int64_t count, T* row) {
+  if (s.stride_w == 1) return center_pieces<32>(reinterpret_cast<const X*>(source), count, s.center, row);
+  for_elements<X>(source, s.stride_w, count,
+                  [row, center = s.center](int64_t i, int32_t x) { row[i] = static_cast<T>(x - center); });
+}
+template <class T> void center_row(const Stage& s, const char* source, int64_t count, T* row) {
+  if (s.dtype == DType::u8) center_row_of<uint8_t>(s, source, count, row);
+  else center_row_of<int8_t>(s, source, count, row);
+}
+
+// A row of the image to its place in the flattened band: words, or 16-bit numbers.
+void stage_row(const Stage& s, const char* const* source, uint32_t flip, int64_t at) {
   const int64_t stride = s.stride_w, count = s.columns.data;
   const auto* bytes = reinterpret_cast<const uint8_t* const*>(source);
+  uint32_t* row = reinterpret_cast<uint32_t*>(s.flat) + at;
   switch (s.staging) {
     case Staging::f32:
+      if (stride == 4) return static_cast<void>(std::memcpy(row, source[0], static_cast<size_t>(count) * 4));
       return for_elements<uint32_t>(source[0], stride, count, [=](int64_t i, uint32_t x) { row[i] = x; });
-    case Staging::centered_i32:
-      if (s.dtype == DType::u8)
-        return for_elements<uint8_t>(source[0], stride, count, [=, z = s.zero_point](int64_t i, int32_t x) {
-          row[i] = static_cast<uint32_t>(x - z);
-        });
-      return for_elements<int8_t>(source[0], stride, count, [=, z = s.zero_point](int64_t i, int32_t x) {
-        row[i] = static_cast<uint32_t>(x - z);
-      });
+    case Staging::centered_i32: return center_row(s, source[0], count, row);
+    case Staging::halves_i16:
+      return center_row(s, source[0], count, reinterpret_cast<uint16_t*>(s.flat + s.positions * 4) + at);
     case Staging::bytes4:
       if (stride == 1) return interleave_row<1>(bytes, stride, count, flip, row);
       if (stride == 2) return interleave_row<2>(bytes, stride, count, flip, row);
@@ -123,39 +140,52 @@ void stage_row(const Stage& s, const char* const* source, uint32_t flip, uint32_
   }
 }
 
+template <class T> void fill_words(T* to, int64_t count, uint32_t value) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(value);
+}
+
 void stage(const Stage& s) {
   const uint32_t flip = s.dtype == DType::i8 ? 0x80808080u : 0u;
-  uint32_t padding = 0;
-  if (s.staging == Staging::bytes4) padding = (static_cast<uint32_t>(s.zero_point) & 0xff) * 0x01010101u ^ flip;
-  uint32_t* flat = reinterpret_cast<uint32_t*>(s.flat);
-  for (int64_t i = 0; i < s.positions; ++i) flat[i] = padding;
+  uint32_t* const flat = reinterpret_cast<uint32_t*>(s.flat);
+  const uint16_t* const narrow = reinterpret_cast<const uint16_t*>(flat + s.positions);
+  if (s.staging == Staging::halves_i16)
+    fill_words(const_cast<uint16_t*>(narrow), s.positions + s.half, static_cast<uint32_t>(s.zero_point - s.center));
+  else if (s.staging == Staging::bytes4)
+    fill_words(flat, s.positions, (static_cast<uint32_t>(s.zero_point) & 0xff) * 0x01010101u ^ flip);
+  else fill_words(flat, s.positions, 0);
 
-  for (int64_t n = 0; n < s.images; ++n) {
+  for (int64_t n = 0; n < s.images; ++n)
     for (int64_t r = 0; r < s.rows.data; ++r) {
-      uint32_t* row = flat + n * s.image_pitch + (s.rows.lead + r) * s.row_pitch + s.columns.lead;
       const char* p[4];
       for (int c = 0; c < 4; ++c) p[c] = s.source[c < s.channels ? c : 0] + n * s.stride_n + r * s.stride_h;
-      stage_row(s, p, flip, row);
+      stage_row(s, p, flip, n * s.image_pitch + (s.rows.lead + r) * s.row_pitch + s.columns.lead);
     }
-  }
+  if (s.staging == Staging::halves_i16)
+    for (int64_t i = 0; i < s.positions; ++i) flat[i] = narrow[i] | static_cast<uint32_t>(narrow[i + s.half]) << 16;
 
-  // Vectors side by side in each span; what a block writes past its span the next one overwrites.
-  for (int i = 0; i < s.span_count; ++i) {
+  for (int i = 0; i < s.span_count; ++i) {  // vectors side by side
     const Span& span = s.spans[i];
     for (int64_t j = 0; j < span.count; j += lanes)
       transpose(s.flat + (span.first + j) * 4, s.segment * 4, lanes, s.lifted + (span.at + j) * vector_bytes,
-                vector_bytes);
+                vector_bytes, span.count - j);
   }
 }
 
 void unlift(const Unlift& u) {
   // Last block first: what a block writes past its segment is then overwritten by its owner.
   for (int64_t j = (u.segment - 1) / lanes * lanes; j >= 0; j -= lanes)
-    transpose(u.lifted + j * vector_bytes, vector_bytes, u.segment - j, u.flat + j * 4, u.segment * 4);
+    for (int h = 0; h < u.halves; ++h)
+      transpose(u.lifted + j * u.vector_stride + h * vector_bytes, u.vector_stride, u.segment - j,
+                u.flat + (h * lanes * u.segment + j) * 4, u.segment * 4, lanes);
   char* out = u.out;
   for (int64_t n = 0; n < u.images; ++n)
     for (int64_t r = 0; r < u.rows; ++r, out += u.columns * 4)
       std::memcpy(out, u.flat + (n * u.image_pitch + r * u.row_pitch) * 4, u.columns * 4);
+}
+
+inline float clamp(float v, float lo, float hi) {  // keeps NaN
+  v = v < lo ? lo : v;
+  return v > hi ? hi : v;
 }
 
 template <class T>
@@ -208,29 +238,35 @@ void quantize(const float* y, char* out, int64_t stride, int64_t count, float sc
   }
 }
 
-template <bool per_element, class Acc> void scale_acc(const Finish& f, int64_t first, int64_t count, float* y) {
+// y = acc * multiplier + bias, clamped.
+template <bool per_element, class Acc, bool has_bias>
+void scale_acc(const Finish& f, int64_t first, int64_t count, float lo, float hi, float* y) {
   const Acc* acc = reinterpret_cast<const Acc*>(f.acc) + first;
   const int64_t at = per_element ? first : 0;
   const auto pick = [](int64_t i) { return per_element ? i : 0; };
-  const float *m = f.multiplier + at, *b = f.bias ? f.bias + at : nullptr;
-  if constexpr (std::is_integral_v<Acc>) {
-    const int32_t* c = f.correction + at;
-    for (int64_t i = 0; i < count; ++i)
-      y[i] = static_cast<float>(static_cast<int32_t>(acc[i] + static_cast<uint32_t>(c[pick(i)]))) * m[pick(i)];
-  } else {
-    for (int64_t i = 0; i < count; ++i) y[i] = acc[i] * m[pick(i)];
+  const float *m = f.multiplier + at, *b = has_bias ? f.bias + at : nullptr;
+  const int32_t* c = std::is_integral_v<Acc> ? f.correction + at : nullptr;
+  for (int64_t i = 0; i < count; ++i) {
+    float v;
+    if constexpr (std::is_integral_v<Acc>)
+      v = static_cast<float>(static_cast<int32_t>(acc[i] + static_cast<uint32_t>(c[pick(i)]))) * m[pick(i)];
+    else v = acc[i] * m[pick(i)];
+    if constexpr (has_bias) v = v + b[pick(i)];
+    y[i] = clamp(v, lo, hi);
   }
-  if (b)
-    for (int64_t i = 0; i < count; ++i) y[i] = y[i] + b[pick(i)];
 }
 
 template <bool per_element> void finish_as(const Finish& f) {
   const Epilogue& e = *f.epilogue;
   constexpr int64_t piece = 512;
-  alignas(64) float y[piece];
+  alignas(64) float buffer[piece];
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  const float lo = e.has_lo ? e.lo : -infinity, hi = e.has_hi ? e.hi : infinity;
+  const bool in_place = e.out_dtype == DType::f32 && f.out_stride == 4;
   for (int64_t first = 0; first < f.count; first += piece) {
     const int64_t count = f.count - first < piece ? f.count - first : piece;
     char* out = f.out + first * f.out_stride;
+    float* const y = in_place ? reinterpret_cast<float*>(out) : buffer;
     if (e.out_dtype == DType::i32) {
       const uint32_t* acc = reinterpret_cast<const uint32_t*>(f.acc) + first;
       const int32_t* c = f.correction + (per_element ? first : 0);
@@ -240,8 +276,11 @@ template <bool per_element> void finish_as(const Finish& f) {
       }
       continue;
     }
-    if (e.acc_dtype == DType::i32) scale_acc<per_element, uint32_t>(f, first, count, y);
-    else scale_acc<per_element, float>(f, first, count, y);
+    const bool integers = e.acc_dtype == DType::i32;
+    const auto scale = f.bias ? integers ? scale_acc<per_element, uint32_t, true> : scale_acc<per_element, float, true>
+                       : integers ? scale_acc<per_element, uint32_t, false>
+                                  : scale_acc<per_element, float, false>;
+    scale(f, first, count, e.has_residual ? -infinity : lo, e.has_residual ? infinity : hi, y);
     if (e.has_residual) {
       const char* r = f.residual + first * f.residual_stride;
       if (e.residual_dtype == DType::f32)
@@ -249,15 +288,11 @@ template <bool per_element> void finish_as(const Finish& f) {
       else if (e.residual_dtype == DType::u8)
         add_residual<uint8_t>(y, r, f.residual_stride, count, e.residual_zero_point, e.residual_scale);
       else add_residual<int8_t>(y, r, f.residual_stride, count, e.residual_zero_point, e.residual_scale);
+      for (int64_t i = 0; i < count; ++i) y[i] = clamp(y[i], lo, hi);
     }
-    if (e.has_lo)
-      for (int64_t i = 0; i < count; ++i) y[i] = y[i] < e.lo ? e.lo : y[i];
-    if (e.has_hi)
-      for (int64_t i = 0; i < count; ++i) y[i] = y[i] > e.hi ? e.hi : y[i];
     if (e.out_dtype == DType::u8) quantize<uint8_t>(y, out, f.out_stride, count, e.out_scale, e.out_zero_point);
     else if (e.out_dtype == DType::i8) quantize<int8_t>(y, out, f.out_stride, count, e.out_scale, e.out_zero_point);
-    else if (f.out_stride == 4) std::memcpy(out, y, count * 4);
-    else
+    else if (!in_place)
       for (int64_t i = 0; i < count; ++i) std::memcpy(out + i * f.out_stride, y + i, 4);
   }
 }
@@ -492,6 +527,7 @@ void build_lookup(const LookupBuild& b) {
 
 void fill(Kernels& k) {
   k = {lanes,
+       generates_code,
        max_table_vectors,
        max_dense_vectors,
        stage,

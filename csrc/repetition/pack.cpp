@@ -6,6 +6,7 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "repetition/codegen_x86.h"
 #include "repetition/plan.h"
 
 namespace pycodesign::repetition {
@@ -30,7 +31,6 @@ PackedLayer::PackedLayer(const Weights& w, const Activations& a, Algorithm algor
   const int bits = a.bits ? a.bits : 8;
   const int64_t lowest = is_signed ? -(1 << (bits - 1)) : 0, highest = lowest + (1 << bits) - 1;
   const int64_t range = std::max(std::abs(highest - a.zero_point), std::abs(lowest - a.zero_point));
-  const int64_t group = w.inputs / w.scale_groups;
   for (int64_t o = 0; o < w.outputs; ++o) {
     double magnitude = 0;
     for (int64_t i = 0; i < w.inputs; ++i) magnitude += std::abs(static_cast<double>(w.level(o, i)));
@@ -39,9 +39,26 @@ PackedLayer::PackedLayer(const Weights& w, const Activations& a, Algorithm algor
                                   " with a sum of |levels| of " + std::to_string(magnitude) + " over its " +
                                   std::to_string(w.inputs) + " inputs");
   }
-  // sum level * (x - z) = sum level * (x + flip) - (z + flip) * sum level
-  correction_.resize(static_cast<size_t>(w.outputs * w.scale_groups));
-  const auto offset = static_cast<uint32_t>(a.zero_point + (is_signed ? 128 : 0));
+}
+
+PackedLayer::PackedLayer(Copy, const PackedLayer& other, Algorithm algorithm)
+    : algorithm_(algorithm),
+      activations_(other.activations_),
+      outputs_(other.outputs_),
+      inputs_(other.inputs_),
+      scale_groups_(other.scale_groups_),
+      level_rows_(other.level_rows_),
+      level_count_(other.level_count_),
+      levels_(other.levels_),
+      multiplier_(other.multiplier_),
+      bias_(other.bias_) {}
+
+// sum level * (x - z) = sum level * (x - center) - (z - center) * sum level
+void PackedLayer::set_correction(const Weights& w, int32_t center) {
+  if (activations_.dtype == DType::f32) return;
+  correction_.assign(static_cast<size_t>(w.outputs * scale_groups_), 0);
+  const int64_t group = w.inputs / scale_groups_;
+  const auto offset = static_cast<uint32_t>(activations_.zero_point - center);
   for (int64_t o = 0; o < w.outputs; ++o)
     for (int64_t i = 0; i < w.inputs; ++i) {
       int32_t& sum = correction_[static_cast<size_t>(i / group * w.outputs + o)];  // modulo 2^32, as the sums are
@@ -55,20 +72,70 @@ uint8_t PackedLayer::code_of(int64_t o, float level) const {
   return static_cast<uint8_t>(std::lower_bound(row, row + level_count_, level) - row);
 }
 
+namespace {
+
+void check_level_count(const std::vector<float>& values, Algorithm algorithm) {
+  if (values.size() > 16)
+    throw std::invalid_argument(std::string("algorithm: expected at most 16 distinct levels for '") +
+                                algorithm_name(algorithm) + "', got " + std::to_string(values.size()));
+}
+
+}  // namespace
+
 PackedConv2d::PackedConv2d(const Weights& w, const Geometry& g, const Activations& a, Algorithm algorithm)
     : PackedLayer(w, a, algorithm),
       geometry_(g),
       taps_(g.kernel[0] * g.kernel[1]),
       group_channels_(g.channels / g.groups),
       group_outputs_(w.outputs / g.groups) {
-  unit_channels_ = algorithm == Algorithm::dense && a.dtype != DType::f32 ? 4 : 1;
-  units_ = (group_channels_ + unit_channels_ - 1) / unit_channels_;
-  if (algorithm == Algorithm::tables) pack_tables(w);
-  else if (algorithm == Algorithm::dense) pack_dense(w);
-  else throw std::invalid_argument("algorithm: expected 'tables' or 'dense' for a convolution, got 'packed'");
+  pack(w);
+}
+
+PackedConv2d::PackedConv2d(const PackedConv2d& other, const Weights& w, Algorithm algorithm)
+    : PackedLayer(Copy{}, other, algorithm),
+      geometry_(other.geometry_),
+      taps_(other.taps_),
+      group_channels_(other.group_channels_),
+      group_outputs_(other.group_outputs_) {
+  pack(w);
 }
 
 PackedConv2d::~PackedConv2d() = default;
+
+void PackedConv2d::pack(const Weights& w) {
+  const bool integers = activations_.dtype != DType::f32;
+  unit_channels_ = algorithm_ == Algorithm::dense && integers ? 4 : 1;
+  units_ = (group_channels_ + unit_channels_ - 1) / unit_channels_;
+  blocks_ = geometry_.groups * block_count(group_outputs_);
+  switch (algorithm_) {
+    case Algorithm::codegen: return pack_codes(w);
+    case Algorithm::tables: return pack_tables(w);
+    case Algorithm::dense: return pack_dense(w);
+    case Algorithm::packed:
+      throw std::invalid_argument("algorithm: expected 'codegen', 'tables' or 'dense' for a convolution, got 'packed'");
+  }
+}
+
+// Codes of 1, 2, 4 or 8 bits.
+void PackedConv2d::pack_codes(const Weights& w) {
+  check_level_count(distinct_levels(w), algorithm_);
+  code_bits_ = w.level_count <= 2 ? 1 : w.level_count <= 4 ? 2 : w.level_count <= 16 ? 4 : 8;
+  if (activations_.dtype != DType::f32) staging_ = Staging::halves_i16;
+  center_ = code_center(activations_);
+  set_correction(w, center_);
+  const int64_t per_byte = 8 / code_bits_, count = outputs_ * inputs_;
+  weights_size_ = static_cast<size_t>((count + per_byte - 1) / per_byte);
+  char* to = weights_.reserve(weights_size_);
+  std::memset(to, 0, weights_size_);
+  for (int64_t i = 0; i < count; ++i)
+    to[i / per_byte] = static_cast<char>(to[i / per_byte] | w.codes[i] << i % per_byte * code_bits_);
+  cycles_ = code_cost(code_layer(w, geometry_, activations_), true);
+  code(kernels());  // now rather than at the first call
+}
+
+Weights PackedConv2d::weights_of(const std::vector<uint8_t>& codes) const {
+  return {outputs_, inputs_, codes.data(), levels_.data(), level_rows_, level_count_, nullptr, 1, nullptr};
+}
 
 namespace {
 
@@ -161,6 +228,9 @@ std::vector<TableStep> table_steps(const Patterns& patterns, const std::vector<i
 }  // namespace
 
 void PackedConv2d::pack_dense(const Weights& w) {
+  staging_ = activations_.dtype == DType::f32 ? Staging::f32 : Staging::bytes4;
+  set_correction(w, activations_.dtype == DType::i8 ? -128 : 0);
+  cycles_ = dense_cycles(outputs_, inputs_, activations_);
   const int64_t blocks = block_count(group_outputs_),
                 words = geometry_.groups * blocks * units_ * taps_ * dense_outputs;
   weights_size_ = static_cast<size_t>(words * 4);
@@ -182,10 +252,11 @@ void PackedConv2d::pack_dense(const Weights& w) {
 
 void PackedConv2d::pack_tables(const Weights& w) {
   const auto values = distinct_levels(w);
-  if (values.size() > 16)
-    throw std::invalid_argument("algorithm: expected at most 16 distinct levels for 'tables', got " +
-                                std::to_string(values.size()));
+  check_level_count(values, algorithm_);
+  staging_ = activations_.dtype == DType::f32 ? Staging::f32 : Staging::centered_i32;
+  center_ = activations_.zero_point;
   const TableChoice choice = choose_table(values, geometry_, group_outputs_);
+  cycles_ = choice.cost * static_cast<double>(geometry_.groups);
   group_size_ = choice.size;
   block_units_ = choice.block;
   table_units_ = (group_channels_ + group_size_ - 1) / group_size_;
@@ -217,11 +288,11 @@ void PackedConv2d::pack_tables(const Weights& w) {
       }
 
   // Integer sums see x - zero point, and -t as ~t + 1.
+  set_correction(w, center_);
   for (int64_t o = 0; activations_.dtype != DType::f32 && o < outputs_; ++o) {
-    int32_t negatives = 0;
+    int32_t& negatives = correction_[static_cast<size_t>(o)];
     for (int64_t unit = 0; unit < table_units_; ++unit)
       for (int64_t t = 0; t < taps_; ++t) negatives += stream[stream_at(o, unit) + t] >> 7;
-    correction_[static_cast<size_t>(o)] = negatives;
   }
 }
 
@@ -236,6 +307,13 @@ int64_t PackedConv2d::stream_at(int64_t output, int64_t unit) const {
 
 std::vector<uint8_t> PackedConv2d::codes() const {
   std::vector<uint8_t> codes(static_cast<size_t>(outputs_ * inputs_));
+  if (algorithm_ == Algorithm::codegen) {
+    const size_t per_byte = static_cast<size_t>(8 / code_bits_);
+    for (size_t i = 0; i < codes.size(); ++i)
+      codes[i] = static_cast<uint8_t>(static_cast<uint8_t>(weights_[i / per_byte]) >> i % per_byte * code_bits_ &
+                                      ((1 << code_bits_) - 1));
+    return codes;
+  }
   const int64_t blocks = block_count(group_outputs_);
   std::vector<float> entries(static_cast<size_t>(max_entries_ * group_size_));  // tables: levels of each entry
   for (const TableStep& step : steps_)
@@ -276,6 +354,14 @@ Counts PackedConv2d::counts() const {
   if (algorithm_ == Algorithm::dense) {
     c.multiplies = outputs_ * inputs_;
     c.adds = outputs_ * (inputs_ - 1);
+    return c;
+  }
+  if (algorithm_ == Algorithm::codegen) {
+    const LayerCode* made = code(kernels());
+    if (!made) return without_code().counts();
+    c.adds = made->adds();
+    c.multiplies = made->multiplies();
+    c.code_bytes = made->bytes();
     return c;
   }
   // A table is built once per row of the filter and column phase of the stride, and read once per tap.

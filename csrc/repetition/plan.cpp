@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "core/cpu.h"
+#include "core/executable_memory.h"
 
 namespace pycodesign::repetition {
 
@@ -30,8 +31,15 @@ const Kernels& kernels() {
   return table[static_cast<size_t>(core::active_isa())];
 }
 
+bool generates_code() { return kernels().generates_code && core::ExecutableMemory::available(); }
+
 const char* algorithm_name(Algorithm a) {
-  return a == Algorithm::tables ? "tables" : a == Algorithm::dense ? "dense" : "packed";
+  switch (a) {
+    case Algorithm::codegen: return "codegen";
+    case Algorithm::tables: return "tables";
+    case Algorithm::dense: return "dense";
+    default: return "packed";
+  }
 }
 
 std::vector<float> distinct_levels(const Weights& w) {
@@ -101,20 +109,44 @@ TableChoice choose_table(const std::vector<float>& levels, const Geometry& g, in
   return best;
 }
 
+int32_t code_center(const Activations& a) { return a.dtype == DType::u8 ? 1 << ((a.bits ? a.bits : 8) - 1) : 0; }
+
+CodeLayer code_layer(const Weights& w, const Geometry& g, const Activations& a) {
+  const int64_t half = int64_t{1} << ((a.bits ? a.bits : 8) - 1);
+  return {&w,
+          g.groups,
+          g.channels / g.groups,
+          g.kernel[0] * g.kernel[1],
+          a.dtype,
+          std::max<int64_t>(half, std::abs(a.zero_point - code_center(a)))};
+}
+
+double dense_cycles(int64_t outputs, int64_t inputs, const Activations& a) {
+  constexpr double multiply_add = 1.25;  // of a vector: one product a lane, or four
+  return static_cast<double>(outputs * inputs) * multiply_add / (a.dtype == DType::f32 ? 1 : 4);
+}
+
 Choice choose_conv2d(const Weights& w, const Geometry& g, const Activations& a) {
-  if (a.dtype != DType::f32) return {Algorithm::dense, "8-bit dot products beat tables for 8-bit inputs"};
   const auto levels = distinct_levels(w);
   if (levels.size() > 16) return {Algorithm::dense, "more than 16 levels"};
   const int64_t group_outputs = w.outputs / g.groups;
+  const bool integers = a.dtype != DType::f32;
+  const int64_t outputs =
+      g.groups * (group_outputs < dense_outputs ? group_outputs : block_count(group_outputs) * dense_outputs);
+  const double dense = dense_cycles(outputs, w.inputs, a);
+  const auto predicted = [&](double cycles) {
+    return "predicted " + std::to_string(cycles / dense).substr(0, 4) + " of the time of dense sums";
+  };
+  if (generates_code()) {
+    const double code = code_cost(code_layer(w, g, a), kernels().lanes == 16) / (integers ? 2 : 1);
+    if (code < dense) return {Algorithm::codegen, predicted(code)};
+    return {Algorithm::dense, "too few outputs share a pattern for machine code to pay"};
+  }
+  if (integers) return {Algorithm::dense, "8-bit dot products beat tables for 8-bit inputs"};
   const TableChoice tables = choose_table(levels, g, group_outputs);
-  constexpr double dense_cost = 1.25;  // cycles per multiply-add of a vector
-  const double blocks = std::ceil(static_cast<double>(group_outputs) / dense_outputs) * dense_outputs;
-  const double dense = static_cast<double>(w.inputs) *
-                       (group_outputs < dense_outputs ? static_cast<double>(group_outputs) : blocks) * dense_cost;
-  if (tables.size == 0 || tables.cost >= dense)
+  if (tables.size == 0 || tables.cost * static_cast<double>(g.groups) >= dense)
     return {Algorithm::dense, "too few outputs per table entry for tables to pay"};
-  return {Algorithm::tables,
-          "predicted " + std::to_string(tables.cost / dense).substr(0, 4) + " of the time of dense sums"};
+  return {Algorithm::tables, predicted(tables.cost * static_cast<double>(g.groups))};
 }
 
 Choice choose_linear(const Weights& w, const Activations&) {
@@ -129,11 +161,13 @@ struct Axis {
   std::map<int64_t, PhaseAxis> phases;  // by residue of the stride, those that taps read
 };
 
-// Padding behind one line serves as padding before the next where both are wide enough.
-Axis plan_axis(const Geometry& g, int axis, int64_t size) {
-  const int64_t stride = g.stride[axis], pad = g.padding[axis], dilation = g.dilation[axis];
+// Outputs [first, first + count) of one axis. Padding behind one line serves as padding before the next where both are
+// wide enough.
+Axis plan_axis(const Geometry& g, int axis, int64_t size, int64_t first_out, int64_t count) {
+  const int64_t stride = g.stride[axis], dilation = g.dilation[axis];
+  const int64_t pad = g.padding[axis] - first_out * stride;  // before the first output; negative: input skipped
   Axis a;
-  a.out = g.output_size(axis, size);
+  a.out = count;
   a.reach = (g.kernel[axis] - 1) * dilation / stride;
   const int64_t span = a.out + a.reach;
   int64_t shared = span;
@@ -151,28 +185,29 @@ Axis plan_axis(const Geometry& g, int axis, int64_t size) {
 
 }  // namespace
 
-LiftPlan::LiftPlan(const Geometry& g, int64_t images, int64_t height, int64_t width, int lanes) : images(images) {
-  const Axis rows = plan_axis(g, 0, height), columns = plan_axis(g, 1, width);
-  out_rows = rows.out;
-  out_columns = columns.out;
-  row_pitch = columns.pitch;
-  image_pitch = rows.pitch * row_pitch;
-  const int64_t used = (images - 1) * image_pitch + (out_rows - 1) * row_pitch + out_columns;
+LiftPlan::LiftPlan(const Geometry& g, int64_t height, int64_t width, const Band& band, int word_lanes, int halves)
+    : band(band), columns(g.output_size(1, width)) {
+  const Axis y = plan_axis(g, 0, height, band.row, band.rows), x = plan_axis(g, 1, width, 0, columns);
+  row_pitch = x.pitch;
+  image_pitch = y.pitch * row_pitch;
+  const int64_t lanes = word_lanes * halves;
+  const int64_t used = (band.images - 1) * image_pitch + (band.rows - 1) * row_pitch + columns;
   segment = (used + lanes - 1) / lanes;
-  positions = lanes * (segment + 1) + rows.reach * row_pitch + columns.reach;
+  half = halves > 1 ? word_lanes * segment : 0;
+  positions = word_lanes * (segment + 1) + y.reach * row_pitch + x.reach;
 
   std::map<std::pair<int64_t, int64_t>, int> index;
   for (int64_t r = 0; r < g.kernel[0]; ++r) {
     for (int64_t s = 0; s < g.kernel[1]; ++s) {
-      const int64_t y = r * g.dilation[0], x = s * g.dilation[1];
-      const std::pair key{y % g.stride[0], x % g.stride[1]};
+      const int64_t at_y = r * g.dilation[0], at_x = s * g.dilation[1];
+      const std::pair key{at_y % g.stride[0], at_x % g.stride[1]};
       const auto [at, is_new] = index.emplace(key, static_cast<int>(phases.size()));
-      if (is_new) phases.push_back({rows.phases.at(key.first), columns.phases.at(key.second), {}});
-      taps.push_back({at->second, y / g.stride[0] * row_pitch + x / g.stride[1]});
+      if (is_new) phases.push_back({y.phases.at(key.first), x.phases.at(key.second), {}});
+      taps.push_back({at->second, at_y / g.stride[0] * row_pitch + at_x / g.stride[1]});
     }
   }
   // A tap reads the vectors [offset, offset + segment): they either extend the last span or begin one.
-  plane_vectors = 0;
+  int64_t plane_vectors = 0;
   for (const int t : ascending_taps()) {
     Tap& tap = taps[static_cast<size_t>(t)];
     std::vector<Span>& spans = phases[static_cast<size_t>(tap.phase)].spans;
@@ -183,8 +218,59 @@ LiftPlan::LiftPlan(const Geometry& g, int64_t images, int64_t height, int64_t wi
     tap.offset += spans.back().at - spans.back().first;
     plane_vectors = std::max(plane_vectors, spans.back().at + spans.back().count);
   }
-  plane_vectors =
-      (plane_vectors + lanes) | 1;  // room for a block that runs over; odd: planes start in different cache sets
+  // Neighboring planes begin in cache sets far apart.
+  constexpr int64_t line = 64, sets = 64;
+  int64_t lines = (plane_vectors * word_lanes * 4 + line - 1) / line | 1;
+  if (lines % sets == 1 || lines % sets == sets - 1) lines += 4;
+  plane_bytes = lines * line;
+  for (const Tap& tap : taps) tap_source.push_back(tap.phase * plane_bytes + tap.offset * word_lanes * 4);
+}
+
+ConvPlan::ConvPlan(const Geometry& g, int64_t images, int64_t height, int64_t width, int word_lanes, int halves,
+                   const Load& load, int threads) {
+  constexpr double stage = 10, finish = 16;      // cycles per vector
+  constexpr double item = 2000, meeting = 8000;  // cycles to begin a piece of work, and for threads to wait for all
+  constexpr double weight_bytes_per_cycle = 4;   // from memory
+  constexpr double second_level = 640 << 10, spilled = 1.1;  // staged bytes, and what exceeding them costs
+  const int64_t rows = g.output_size(0, height), columns = g.output_size(1, width), lanes = word_lanes * halves;
+  const Axis x = plan_axis(g, 1, width, 0, columns);
+  const auto phases = static_cast<double>(std::min(g.kernel[0], g.stride[0]) * std::min(g.kernel[1], g.stride[1]));
+
+  double best = std::numeric_limits<double>::max();
+  std::pair<int64_t, int64_t> cut{1, 1};  // bands of images, or of the rows of each image
+  const auto consider = [&](int64_t image_bands, int64_t row_bands) {
+    const int64_t images_here = (images + image_bands - 1) / image_bands,
+                  rows_here = (rows + row_bands - 1) / row_bands;
+    const Axis y = plan_axis(g, 0, height, 0, rows_here);
+    const int64_t used = (images_here - 1) * y.pitch * x.pitch + (rows_here - 1) * x.pitch + columns;
+    const int64_t segment = (used + lanes - 1) / lanes;
+    const int64_t span = std::min(segment + y.reach * x.pitch + x.reach, g.kernel[0] * (segment + x.reach));
+    const auto vectors = static_cast<double>(segment), outputs = static_cast<double>(load.outputs);
+    const double staged = static_cast<double>(load.planes * span) * phases,
+                 bands = static_cast<double>(image_bands * row_bands);
+    const double sums = std::max(vectors * load.cycles, load.weight_bytes / weight_bytes_per_cycle) *
+                            (staged * word_lanes * 4 > second_level ? spilled : 1) +
+                        outputs * halves * vectors * finish;
+    for (int64_t s = 1; s <= load.blocks && s <= (threads == 1 ? 1 : 4 * threads); ++s) {
+      const double rounds = std::ceil(bands * static_cast<double>(s) / threads);
+      const double pieces =
+          std::ceil(static_cast<double>(load.blocks) / static_cast<double>(s)) / static_cast<double>(load.blocks);
+      const double cost = s == 1 ? rounds * (staged * stage + sums + item)
+                                 : staged * stage * bands / threads + meeting + rounds * (sums * pieces + item);
+      if (cost < best) best = cost, cut = {image_bands, row_bands}, splits = s;
+    }
+  };
+  for (int64_t b = 1; b <= images && b <= 64; ++b) consider(b, 1);
+  for (int64_t r = 2; r <= rows && r <= 256; ++r) consider(images, r);
+
+  const auto [image_bands, row_bands] = cut;
+  for (int64_t i = 0; i < image_bands; ++i)
+    for (int64_t r = 0; r < row_bands; ++r) {
+      const int64_t image = images * i / image_bands, row = rows * r / row_bands;
+      bands.emplace_back(g, height, width,
+                         Band{image, images * (i + 1) / image_bands - image, row, rows * (r + 1) / row_bands - row},
+                         word_lanes, halves);
+    }
 }
 
 std::vector<int> LiftPlan::ascending_taps() const {
@@ -210,40 +296,34 @@ std::vector<TapSegment> LiftPlan::tap_segments(int vectors_per_tile) const {
   return segments;
 }
 
-TablePlan::TablePlan(const LiftPlan& lift, const Layer& layer, const Kernels& k, int threads) {
-  const int64_t vector_bytes = k.lanes * 4, plane = lift.plane_vectors * vector_bytes;
+TablePlan::TablePlan(const LiftPlan& lift, int entries, int block, int64_t outputs, const Kernels& k) {
+  const int64_t vector_bytes = k.lanes * 4;
   const auto taps = static_cast<int64_t>(lift.taps.size());
   const auto width_of = [&](int vectors_) {
     int64_t sum = 0;
     for (const TapSegment& s : lift.tap_segments(vectors_)) sum += vectors_ + s.taps.back().shift;
     return sum;
   };
-  // Tiles of nearly equal width, as wide as the caches like; outputs split where that makes threads finish together.
+  // Tiles of nearly equal width, as wide as the caches like.
   double best = std::numeric_limits<double>::max();
   for (int v = 1; v <= k.max_table_vectors; ++v) {
-    const auto wide = static_cast<double>(width_of(v));
-    const int64_t least = (lift.segment + v - 1) / v;
-    for (int64_t count = least; count < least + threads && count <= lift.segment; ++count)
-      for (int64_t split = 1; split <= 2 * threads && split <= layer.group_outputs; ++split) {
-        const int64_t rounds = (count * split * layer.groups + threads - 1) / threads;
-        const double cost =
-            static_cast<double>(rounds) *
-            tile_cost(static_cast<double>(lift.segment) / static_cast<double>(count), wide, layer.entries, layer.block,
-                      static_cast<double>(layer.group_outputs) / static_cast<double>(split),
-                      static_cast<double>(layer.block * taps), static_cast<double>(vector_bytes));
-        if (cost < best) best = cost, vectors = v, tiles = count, splits = split;
-      }
+    const int64_t count = (lift.segment + v - 1) / v;
+    const double cost = static_cast<double>(count) *
+                        tile_cost(static_cast<double>(lift.segment) / static_cast<double>(count),
+                                  static_cast<double>(width_of(v)), entries, block, static_cast<double>(outputs),
+                                  static_cast<double>(block * taps), static_cast<double>(vector_bytes));
+    if (cost < best) best = cost, vectors = v, tiles = count;
   }
-  slot_offset.resize(static_cast<size_t>(layer.block * taps));
+  slot_offset.resize(static_cast<size_t>(block * taps));
   for (const TapSegment& s : lift.tap_segments(vectors)) {
-    segment_source.push_back(s.phase * plane + s.offset * vector_bytes);
+    segment_source.push_back(s.phase * lift.plane_bytes + s.offset * vector_bytes);
     segment_at.push_back(width * vector_bytes);
     segment_shift.push_back(static_cast<int>(s.taps.back().shift));
     for (const auto& [tap, shift] : s.taps) slot_offset[static_cast<size_t>(tap)] = (width + shift) * vector_bytes;
     width += vectors + s.taps.back().shift;
   }
-  const int64_t unit_bytes = width * vector_bytes * layer.entries;
-  for (int64_t slot = taps; slot < layer.block * taps; ++slot)
+  const int64_t unit_bytes = width * vector_bytes * entries;
+  for (int64_t slot = taps; slot < block * taps; ++slot)
     slot_offset[static_cast<size_t>(slot)] = slot_offset[static_cast<size_t>(slot % taps)] + slot / taps * unit_bytes;
 }
 

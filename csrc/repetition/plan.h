@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "repetition/codegen_x86.h"
 #include "repetition/repetition.h"
 
 namespace pycodesign::repetition {
@@ -36,19 +37,20 @@ struct TapSegment {
   int64_t last() const { return offset + taps.back().shift; }
 };
 
+// Machine code sums x - center, at most `range` in magnitude, padding included.
+int32_t code_center(const Activations&);
+CodeLayer code_layer(const Weights&, const Geometry&, const Activations&);
+double dense_cycles(int64_t outputs, int64_t inputs, const Activations&);  // per vector of pixels
+
 struct LiftPlan;
 
-// How a layer's tables are cut into chunks of work, and where their vectors lie.
+// How the tables of a layer are laid out over the tiles of one band.
 struct TablePlan {
-  struct Layer {
-    int entries, block;
-    int64_t groups, group_outputs;
-  };
   TablePlan() = default;
-  TablePlan(const LiftPlan&, const Layer&, const Kernels&, int threads);
+  TablePlan(const LiftPlan&, int entries, int block, int64_t outputs, const Kernels&);
 
   int vectors = 0;                      // of the widest tile
-  int64_t tiles = 0, splits = 0;        // of the segment, of the outputs of a group
+  int64_t tiles = 0;                    // of the segment
   int64_t width = 0;                    // vectors of an entry: all segments side by side
   std::vector<int64_t> segment_source;  // bytes, as in TableBuild
   std::vector<int64_t> segment_at;
@@ -56,11 +58,19 @@ struct TablePlan {
   std::vector<int64_t> slot_offset;  // bytes, as in TableSum
 };
 
-// The dimension-lifted layout of one input size: the padded image, flattened, cut into `lanes` segments; vector j holds
-// the positions j + l * segment. A tap is then a whole number of vectors. Planes keep only the spans of vectors that
-// taps read.
+// Output pixels that are staged, summed and finished together: whole images, or some rows of one.
+struct Band {
+  int64_t image, images, row, rows;
+};
+
+// The dimension-lifted layout of one band: its padded input, flattened, cut into segments, one for each lane; vector j
+// holds the positions j + l * segment. A tap is then a whole number of vectors. Planes keep only the spans of vectors
+// that taps read. Words of 16-bit pairs hold two lanes: l in their low halves, l + word lanes in their high halves.
 struct LiftPlan {
-  LiftPlan(const Geometry&, int64_t images, int64_t height, int64_t width, int lanes);
+  LiftPlan(const Geometry&, int64_t height, int64_t width, const Band&, int word_lanes, int halves);
+  size_t flat_bytes() const {
+    return static_cast<size_t>((positions + half) * 6);
+  }                                         // scratch to stage or unlift a plane
   std::vector<int> ascending_taps() const;  // by phase, then offset
   std::vector<TapSegment> tap_segments(int vectors_per_tile) const;
 
@@ -72,14 +82,34 @@ struct LiftPlan {
     int phase;
     int64_t offset;
   };  // offset in vectors of the plane
-  int64_t images, out_rows, out_columns;
+  Band band;
+  int64_t columns;                 // of outputs
   int64_t row_pitch, image_pitch;  // positions
   int64_t segment;                 // vectors of outputs
-  int64_t positions;               // of the flattened image, with what tiles read behind it
-  int64_t plane_vectors;           // of the longest phase
+  int64_t half;                    // positions from the low halves to the high halves; 0: words are not halved
+  int64_t positions;               // words of the flattened band, with what tiles read behind it
+  int64_t plane_bytes;             // of the longest phase
   std::vector<Phase> phases;
   std::vector<Tap> taps;
+  std::vector<int64_t> tap_source;  // bytes from the unit's first plane
   TablePlan tables;
+};
+
+// What a layer costs, for cutting it into work.
+struct Load {
+  double cycles;            // sums of one vector, all outputs
+  double weight_bytes;      // read for each band
+  int64_t planes;           // staged
+  int64_t outputs, blocks;  // blocks of outputs: what threads can share
+};
+
+// One input size on so many threads. Bands fit the second-level cache and are staged by whoever sums them; where there
+// are too few of them for the threads, these stage together and then share the outputs of each band.
+struct ConvPlan {
+  ConvPlan(const Geometry&, int64_t images, int64_t height, int64_t width, int word_lanes, int halves, const Load&,
+           int threads);
+  std::vector<LiftPlan> bands;
+  int64_t splits = 1;  // of each band's outputs
 };
 
 }  // namespace pycodesign::repetition

@@ -15,7 +15,7 @@
 
 namespace pycodesign::repetition {
 
-enum class Algorithm : uint8_t { tables, dense, packed };
+enum class Algorithm : uint8_t { codegen, tables, dense, packed };
 const char* algorithm_name(Algorithm);
 
 // Borrowed while packing.
@@ -58,7 +58,7 @@ struct Tensor {
 
 // Counted per output pixel, as executed.
 struct Counts {
-  int64_t adds = 0, multiplies = 0, bytes = 0;
+  int64_t adds = 0, multiplies = 0, bytes = 0, code_bytes = 0;  // weights as data, and as machine code
 };
 
 // What every packed layer holds whatever its algorithm: enough to finish sums and to give the weights back.
@@ -77,6 +77,9 @@ class PackedLayer {
   virtual std::vector<uint8_t> codes() const = 0;  // as packed, (outputs, inputs)
 
  protected:
+  struct Copy {};
+  PackedLayer(Copy, const PackedLayer&, Algorithm);     // the same weights in another form
+  void set_correction(const Weights&, int32_t offset);  // for sums of level * (x + offset - zero point)
   int64_t level_bytes() const {
     return static_cast<int64_t>((levels_.size() + multiplier_.size() + bias_.size() + correction_.size()) * 4);
   }
@@ -92,7 +95,9 @@ class PackedLayer {
   std::vector<int32_t> correction_;  // (scale_groups, outputs): added to integer sums
 };
 
+struct ConvPlan;
 struct LiftPlan;
+class LayerCode;
 
 class PackedConv2d final : public PackedLayer {
  public:
@@ -105,35 +110,58 @@ class PackedConv2d final : public PackedLayer {
   const Geometry& geometry() const { return geometry_; }
   int group_size() const { return group_size_; }  // channels that share a table
   int max_entries() const { return max_entries_; }
+  // codegen: for vectors of 64 bytes (AVX-512) or 32, whether or not this processor has them; made when first asked for
+  const LayerCode& machine_code(bool avx512) const;
   Counts counts() const override;
   std::vector<uint8_t> codes() const override;
 
  private:
+  PackedConv2d(const PackedConv2d&, const Weights&, Algorithm);
+  void pack(const Weights&);
   void pack_tables(const Weights&);
   void pack_dense(const Weights&);
+  void pack_codes(const Weights&);
   int64_t stream_at(int64_t output, int64_t unit) const;
-  std::shared_ptr<const LiftPlan> plan(int64_t images, int64_t height, int64_t width, const Kernels&) const;
+  Weights weights_of(const std::vector<uint8_t>& codes) const;  // as packed, for another form
+  const LayerCode* code(const Kernels&) const;                  // null where none can be made
+  const PackedConv2d& without_code() const;
+  std::shared_ptr<const ConvPlan> plan(int64_t images, int64_t height, int64_t width, const Kernels&,
+                                       const LayerCode*) const;
+  int halves() const { return staging_ == Staging::halves_i16 ? 2 : 1; }
+
   struct Call;
-  void stage_plane(const Call&, int64_t index) const;
-  void sum_tables(const Call&) const;
-  bool sum_dense_and_finish(const Call&) const;
-  void finish_outputs(const Call&, int64_t first, int64_t last) const;
+  struct Sums;
+  void stage_plane(const Call&, const LiftPlan&, int64_t index, char* staged) const;
+  void sum(const Call&, const LiftPlan&, const char* staged, int64_t first, int64_t last) const;
+  void sum_code(const Call&, const LiftPlan&, const char* staged, int64_t first, int64_t last) const;
+  void sum_tables(const Call&, const LiftPlan&, const char* x, int64_t group, int64_t first, int64_t last) const;
+  void sum_dense(const Call&, const LiftPlan&, const char* x, int64_t group, int64_t first, int64_t last) const;
+  void finish_outputs(const Call&, const LiftPlan&, const Sums&) const;
 
   Geometry geometry_;
   int64_t taps_, group_channels_, group_outputs_;
   int64_t unit_channels_;              // channels per staged plane: 1, or 4 as bytes
   int64_t units_;                      // staged planes per group of the convolution
   core::AlignedBuffer<char> weights_;  // dense: [group][block of outputs][unit][tap][dense_outputs] words; tables:
-                                       // [group][block][output][slot] bytes
+                                       // [group][block][output][slot] bytes; codegen: codes of code_bits_
   size_t weights_size_ = 0;
+  int64_t blocks_ = 0;  // of dense_outputs outputs, that threads can share
+  double cycles_ = 0;   // predicted, for one vector of sums
+  Staging staging_ = Staging::f32;
+  int32_t center_ = 0;  // what staging subtracts from integers
 
   // tables: channels in groups of group_size_, `block_units_` tables alive at a time
   int group_size_ = 0, max_entries_ = 0, block_units_ = 0;
   int64_t table_units_ = 0;
   std::vector<TableStep> steps_;  // one list for every table of the layer
 
+  // codegen: machine code for each kind of vectors, made when first needed, and tables for where there is none
+  int code_bits_ = 0;
+  mutable std::unique_ptr<const LayerCode> code_[2];
+  mutable std::unique_ptr<const PackedConv2d> without_code_;
+
   mutable std::mutex mutex_;
-  mutable std::map<std::array<int64_t, 5>, std::shared_ptr<const LiftPlan>> plans_;
+  mutable std::map<std::array<int64_t, 5>, std::shared_ptr<const ConvPlan>> plans_;
 };
 
 class PackedLinear final : public PackedLayer {
@@ -160,6 +188,8 @@ class PackedLinear final : public PackedLayer {
   core::AlignedBuffer<uint32_t> weights_;  // [panel][scale group][word][panel_outputs]
   size_t weights_size_ = 0;
 };
+
+bool generates_code();  // whether this machine runs `codegen` itself
 
 struct Choice {
   Algorithm algorithm;

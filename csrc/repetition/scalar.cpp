@@ -5,6 +5,7 @@ namespace pycodesign::repetition {
 namespace {
 
 constexpr int lanes = 4;
+constexpr bool generates_code = false;
 constexpr int max_table_vectors = 8, max_dense_vectors = 3, dense_block = 4;
 constexpr int linear_rows = 2, linear_vectors = 4, packed_rows = 2;
 
@@ -49,12 +50,13 @@ inline i32v levels_of(Levels levels, i32v codes) {
   return out;
 }
 
-// 4 x 4 words; strides in bytes. The first `rows` rows are read, for the others any. Stored in order: unlift lets
-// rows overlap.
-inline void transpose(const char* from, int64_t from_stride, int64_t rows, char* to, int64_t to_stride) {
+// 4 x 4 words; strides in bytes. The first `rows` rows are read, for the others any; the first `to_rows` are
+// stored, in order: unlift lets rows overlap.
+inline void transpose(const char* from, int64_t from_stride, int64_t rows, char* to, int64_t to_stride,
+                      int64_t to_rows) {
   uint32_t w[lanes][lanes];
   for (int i = 0; i < lanes; ++i) __builtin_memcpy(w[i], from + (i < rows ? i : 0) * from_stride, sizeof w[i]);
-  for (int i = 0; i < lanes; ++i)
+  for (int i = 0; i < lanes && i < to_rows; ++i)
     for (int k = 0; k < lanes; ++k) __builtin_memcpy(to + i * to_stride + k * 4, &w[k][i], 4);
 }
 

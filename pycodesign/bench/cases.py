@@ -12,13 +12,15 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-ACTIVATION_SCALE = 4 / 255  # of every uint8 tensor; the zero point is 0, so that saturation is the ReLU
+LARGEST = {"uint8": 255, "uint4": 15}  # uint4: uint8 values below 16, of which kernels are told
+# Of every integer tensor of a chain; the zero point is 0, so that saturation is the ReLU.
+ACTIVATION_SCALES = {dtype: np.float32(4 / largest) for dtype, largest in LARGEST.items()}
 CHAIN_MACS = 800e6  # long enough for the ends of a graph not to count
 CHAIN_BYTES = 3 << 28  # of float32 weights, and of each engine's copy
 CHAIN_LENGTHS = (4, 32)
@@ -104,10 +106,10 @@ class Case:
     weights : sequence of pycodesign.QuantizedTensor
         One for each layer of the chain; integer levels that fit int8, one scale per output.
     biases : sequence of (O,) float32
-        Each value a multiple of the layer's `ACTIVATION_SCALE` times its weight scale, as engines that keep the bias
-        in int32 need it.
+        Each value a multiple of uint8's `ACTIVATION_SCALES` times the layer's weight scale, as engines that keep the
+        bias in int32 need it.
     x : (N, C, H, W) or (N, C) float32
-        Real input of float32 chains: a ReLU's output, and exact in uint8.
+        Real input: a ReLU's output, and exact in uint8.
     """
 
     layer: Layer
@@ -124,7 +126,7 @@ class Case:
         layer : Layer
         weights : str
             A function of `pycodesign.quantize`, with its bits where it takes some: ``"binary"``, ``"ternary"``,
-            ``"uniform4"``, ``"power_of_two4"``.
+            ``"uniform2"`` (4 levels), ``"power_of_two4"``.
         length : int, optional
             Layers in the chain, `Layer.chain_length` by default.
         seed : int
@@ -132,17 +134,18 @@ class Case:
         quantize = _quantizer(weights)
         tensor = importlib.import_module("pycodesign.quantize").QuantizedTensor
         rng = np.random.default_rng(seed)
+        unit = ACTIVATION_SCALES["uint8"]
         quantized, biases = [], []
         for _ in range(layer.chain_length if length is None else length):
             q = quantize(rng.standard_normal(layer.weight_shape, np.float32))
             power = float(np.mean(np.square(q.dequantize(), dtype=np.float64))) * layer.terms
             q = tensor(q.codes, q.levels, (q.scale * np.float32(math.sqrt(2 / power))).astype(np.float32))
-            step = np.float32(ACTIVATION_SCALE) * q.scale
+            step = unit * q.scale
             bias = np.rint(0.1 * rng.standard_normal(layer.outputs) / step).astype(np.float32) * step
             quantized.append(q)
             biases.append(bias)
-        codes = np.clip(np.rint(rng.standard_normal(layer.input_shape, np.float32) / ACTIVATION_SCALE), 0, 255)
-        return cls(layer, quantized, biases, codes.astype(np.float32) * np.float32(ACTIVATION_SCALE))
+        codes = np.clip(np.rint(rng.standard_normal(layer.input_shape, np.float32) / unit), 0, LARGEST["uint8"])
+        return cls(layer, quantized, biases, codes * unit)
 
     @property
     def length(self) -> int:
@@ -170,33 +173,30 @@ class Case:
         weights: NDArray[np.float32] = self.weights[index].dequantize()
         return weights
 
-    @property
-    def x_uint8(self) -> NDArray[np.uint8]:
-        """`x` as integer values of scale `ACTIVATION_SCALE`."""
-        codes: NDArray[np.uint8] = np.rint(self.x / np.float32(ACTIVATION_SCALE)).astype(np.uint8)
-        return codes
+    def input(self, dtype: str) -> Array:
+        """`x` as float32, or as uint8 values of the scale in `ACTIVATION_SCALES`."""
+        return self.x if dtype == "float32" else np.rint(self.x / ACTIVATION_SCALES[dtype]).astype(np.uint8)
 
     def expected(self, dtype: str) -> list[Array]:
         """Results of the last layer (sequential) or of every layer, by a plain float64 computation.
 
         Parameters
         ----------
-        dtype : {"float32", "uint8"}
+        dtype : {"float32", "uint8", "uint4"}
 
         Returns
         -------
         list of arrays
             float64, or uint8 in exactly the order of operations that `pycodesign.ops` promises.
         """
-        return self._expected_float32 if dtype == "float32" else self._expected_uint8
+        if dtype not in self._expected:
+            compute = self._layer_float32 if dtype == "float32" else partial(self._layer_integer, dtype)
+            self._expected[dtype] = self._chain(self.input(dtype), compute)
+        return self._expected[dtype]
 
     @cached_property
-    def _expected_float32(self) -> list[Array]:
-        return self._chain(self.x, self._layer_float32)
-
-    @cached_property
-    def _expected_uint8(self) -> list[Array]:
-        return self._chain(self.x_uint8, self._layer_uint8)
+    def _expected(self) -> dict[str, list[Array]]:
+        return {}
 
     def _chain(self, y: Array, compute: Callable[[Array, int], Array]) -> list[Array]:
         if self.sequential:
@@ -211,12 +211,13 @@ class Case:
         y: Array = np.maximum(sums + _along_channels(self.biases[index].astype(np.float64), sums), 0)
         return y
 
-    def _layer_uint8(self, x: Array, index: int) -> Array:
+    def _layer_integer(self, dtype: str, x: Array, index: int) -> Array:
+        unit = ACTIVATION_SCALES[dtype]
         sums = _sums(self.layer, x.astype(np.float64), self.int8_weights(index).astype(np.float64))
-        scale = (np.float64(np.float32(ACTIVATION_SCALE)) * self.weights[index].scale).astype(np.float32)
+        scale = (np.float64(unit) * self.weights[index].scale).astype(np.float32)
         y = sums.astype(np.float32) * _along_channels(scale, sums)
         y = y + _along_channels(self.biases[index], sums)
-        codes: Array = np.rint(np.clip(y / np.float32(ACTIVATION_SCALE), 0, 255)).astype(np.uint8)
+        codes: Array = np.rint(np.clip(y / unit, 0, LARGEST[dtype])).astype(np.uint8)
         return codes
 
     @cached_property

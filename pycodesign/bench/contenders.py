@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import sys
 import time
 import warnings
 from collections import Counter
@@ -18,21 +20,23 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pycodesign.bench.cases import ACTIVATION_SCALE, Array, Case, first_pixel
+from pycodesign.bench.cases import ACTIVATION_SCALES, LARGEST, Array, Case, first_pixel
 from pycodesign.bench.harness import CheckError
 
+PRECISIONS = {"float32": "float32", "uint8": "int8", "uint4": "uint4"}  # as contenders' names give them
+RIVAL_DTYPES = {"float32": "float32", "uint8": "uint8", "uint4": "uint8"}  # what the other engines run beside ours
 Step = tuple[Callable[..., Any], tuple[Any, ...]]  # a function and what follows its input
 
 
-@dataclass
+@dataclass(eq=False)
 class Chain:
     """A contender: the layers of a case in one engine.
 
     Parameters
     ----------
     case : Case
-    dtype : {"float32", "uint8"}
-        Of the input and of the output of every layer.
+    dtype : {"float32", "uint8", "uint4"}
+        Of the input and of the output of every layer; ``"uint4"`` is ours alone.
     threads : int
     """
 
@@ -40,6 +44,7 @@ class Chain:
     dtype: str
     threads: int
     engine: ClassVar[str]
+    limits: ClassVar[dict[str, dict[str, str]]] = {}  # by instruction set: the environment that holds the engine to it
     details: dict[str, Any] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -48,17 +53,12 @@ class Chain:
     @property
     def name(self) -> str:
         """Engine and precision, as in ``"torch int8"``."""
-        return f"{self.engine} {'float32' if self.dtype == 'float32' else 'int8'}"
+        return f"{self.engine} {PRECISIONS[self.dtype]}"
 
     @property
     def algorithm(self) -> str | None:
         """Which of an engine's ways was asked for; None if it has one."""
         return None
-
-    @property
-    def input(self) -> Array:
-        """What the first layer reads."""
-        return self.case.x if self.dtype == "float32" else self.case.x_uint8
 
     def prepare(self) -> None:
         """Pack the weights."""
@@ -107,6 +107,10 @@ class TorchChain(Chain):
     """torch in float32 (the best of contiguous, channels-last and packed weights) or int8 (engine x86)."""
 
     engine = "torch"
+    limits: ClassVar = {  # oneDNN's, that of torch's own kernels, MKL's
+        isa: {"ONEDNN_MAX_CPU_ISA": isa.upper(), "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+        for isa in ("avx2", "avx2_vnni")
+    }
 
     def prepare(self) -> None:
         self.torch = importlib.import_module("torch")
@@ -162,8 +166,10 @@ class TorchChain(Chain):
 
     def _quantized(self, x: Any) -> tuple[Any, list[Step]]:
         torch, layer = self.torch, self.case.layer
+        if not layer.is_conv and "ONEDNN_MAX_CPU_ISA" in os.environ:
+            raise NotImplementedError("fbgemm, which runs int8 linear layers, cannot be held to an instruction set")
         torch.backends.quantized.engine = "x86"
-        quantized, scale = torch.ops.quantized, float(np.float32(ACTIVATION_SCALE))
+        quantized, scale = torch.ops.quantized, float(ACTIVATION_SCALES["uint8"])
         steps: list[Step] = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch announces the end of its quantized tensors
@@ -217,7 +223,7 @@ class OnnxruntimeChain(Chain):
         options.add_session_config_entry("session.force_spinning_stop", "1")
         model = build_onnx(self.case, self.dtype)
         self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-        self.feed = {"x": self.input}
+        self.feed = {"x": self.case.input(self.dtype)}
 
     def run(self) -> object:
         return self.session.run(None, self.feed)
@@ -243,7 +249,7 @@ class OpenvinoChain(Chain):
         model = core.compile_model(core.read_model(model=build_onnx(self.case, self.dtype)), "CPU", settings)
         self._verify(model)
         self.request = model.create_infer_request()
-        self.request.set_tensor("x", openvino.Tensor(np.ascontiguousarray(self.input)))
+        self.request.set_tensor("x", openvino.Tensor(np.ascontiguousarray(self.case.input(self.dtype))))
 
     def _verify(self, model: Any) -> None:
         """Record how the layers run; raise `CheckError` unless each does, in the precision that the name says."""
@@ -267,7 +273,7 @@ class OpenvinoChain(Chain):
         return [self.request.get_output_tensor(i).data.copy() for i in range(count)]
 
 
-@dataclass
+@dataclass(eq=False)
 class PycodesignChain(Chain):
     """This package: one call of `pycodesign.ops` for each layer, everything in it counted."""
 
@@ -287,11 +293,16 @@ class PycodesignChain(Chain):
     def prepare(self) -> None:
         ops, layer = importlib.import_module("pycodesign.ops"), self.case.layer
         importlib.import_module("pycodesign").set_num_threads(self.threads)
-        packing: dict[str, Any] = {"input_dtype": self.dtype, "algorithm": self.way}
+        storage = "float32" if self.dtype == "float32" else "uint8"
+        packing: dict[str, Any] = {"input_dtype": storage, "algorithm": self.way}
         self.epilogue: dict[str, Any] = {"clamp": (0, None)}
-        if self.dtype == "uint8":
-            packing["input_scale"] = float(np.float32(ACTIVATION_SCALE))
-            self.epilogue |= {"out_dtype": "uint8", "out_scale": float(np.float32(ACTIVATION_SCALE))}
+        if self.dtype != "float32":
+            scale = float(ACTIVATION_SCALES[self.dtype])
+            packing["input_scale"] = scale
+            self.epilogue |= {"out_dtype": "uint8", "out_scale": scale}
+        if self.dtype == "uint4":
+            packing["input_bits"] = 4
+            self.epilogue["clamp"] = (0, LARGEST["uint4"] * scale)
         prepack = ops.prepack_conv2d if layer.is_conv else ops.prepack_linear
         if layer.is_conv:
             packing |= {"stride": layer.stride, "padding": layer.padding}
@@ -302,12 +313,12 @@ class PycodesignChain(Chain):
         for packed in self.packed:
             packed.warmup(layer.input_shape)
         self.details.update(
-            algorithm=self.packed[0].algorithm,
+            algorithm=" ".join(dict.fromkeys(packed.algorithm for packed in self.packed)),
             bytes=int(self.packed[0].explain()["bytes"]),
             pack_seconds=round(seconds / self.case.length, 6),
         )
-        self.x = self.input
-        self.buffers = [np.empty(layer.output_shape, self.dtype) for _ in range(2)]
+        self.x = self.case.input(self.dtype)
+        self.buffers = [np.empty(layer.output_shape, storage) for _ in range(2)]
 
     def for_case(self, case: Case) -> Chain:
         return type(self)(case, self.dtype, self.threads, self.way)
@@ -329,6 +340,7 @@ class PycodesignChain(Chain):
         super()._compare(actual, expected, bound, 0.0)  # integers: equal, not nearly equal
 
 
+OURS = PycodesignChain.engine
 ENGINES: dict[str, tuple[type[Chain], tuple[str, ...]]] = {
     "torch": (TorchChain, ("torch",)),
     "onnxruntime": (OnnxruntimeChain, ("onnxruntime", "onnx")),
@@ -339,6 +351,17 @@ ENGINES: dict[str, tuple[type[Chain], tuple[str, ...]]] = {
 def missing_package(engine: str) -> str | None:
     """Name the first package that an engine of `ENGINES` needs and that is not installed; None if all are."""
     return next((name for name in ENGINES[engine][1] if importlib.util.find_spec(name) is None), None)
+
+
+def hold_engine(engine: str, isa: str) -> str | None:
+    """Hold an engine of `ENGINES` to an instruction set, for the rest of this process; say why if that cannot be."""
+    limit = ENGINES[engine][0].limits.get(isa)
+    if limit is None:
+        return f"is not held to {isa}"
+    if engine in sys.modules and limit.items() - os.environ.items():
+        return f"was imported before it could be held to {isa}"
+    os.environ.update(limit)
+    return None
 
 
 def build_onnx(case: Case, dtype: str) -> bytes:
@@ -353,7 +376,7 @@ def build_onnx(case: Case, dtype: str) -> bytes:
     float_type, uint8_type = (getattr(importlib.import_module("onnx").TensorProto, t) for t in ("FLOAT", "UINT8"))
     layer, quantized = case.layer, dtype == "uint8"
     kind = uint8_type if quantized else float_type
-    scale, zero = np.float32(ACTIVATION_SCALE), np.uint8(0)
+    scale, zero = ACTIVATION_SCALES["uint8"], np.uint8(0)
     nodes, constants, outputs = [], [], []
 
     def constant(name: str, value: Any) -> str:

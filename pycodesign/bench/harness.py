@@ -30,7 +30,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -47,15 +47,11 @@ PACKAGES = ("numpy", "torch", "onnx", "onnxruntime", "openvino")
 class Contender(Protocol):
     """What `measure` times."""
 
-    @property
-    def name(self) -> str:
-        """The key of the timings."""
-
-    def check(self) -> None:
-        """Raise `CheckError` unless the result is right; called once, before the first timing."""
-
     def run(self) -> object:
         """Do the work that is timed."""
+
+
+AnyContender = TypeVar("AnyContender", bound=Contender)
 
 
 class CheckError(AssertionError):
@@ -131,15 +127,15 @@ class Evictor:
 
 
 def measure(
-    contenders: Sequence[Contender],
+    contenders: Sequence[AnyContender],
     *,
     rounds: int = 15,
     pause: float = PAUSE_SECONDS,
     evict: Callable[[], object] | None = None,
     clock: Callable[[], float] = time.perf_counter,
     attempts: int = ATTEMPTS,
-    progress: Callable[[], None] = lambda: None,
-) -> dict[str, Timing]:
+    progress: Callable[[], object] = lambda: None,
+) -> dict[AnyContender, Timing]:
     """Time contenders in turns.
 
     Parameters
@@ -161,19 +157,16 @@ def measure(
 
     Returns
     -------
-    dict of str to Timing
-        By the contender's name, in the order given.
+    dict of Contender to Timing
+        In the order given.
 
     Raises
     ------
     ValueError
-        If `rounds` is not positive or two contenders share a name.
+        If `rounds` is not positive.
     """
     if rounds < 1:
         raise ValueError(f"rounds: expected at least 1, got {rounds}")
-    names = [contender.name for contender in contenders]
-    if len(set(names)) < len(names):
-        raise ValueError(f"contenders: expected distinct names, got {names}")
     owned = None if evict else Evictor()
     evict = evict or owned
     assert evict is not None
@@ -190,15 +183,15 @@ def measure(
                 break
         return seconds, disturbed
 
-    hot: dict[str, list[tuple[float, bool]]] = {name: [] for name in names}
-    cold: dict[str, list[tuple[float, bool]]] = {name: [] for name in names}
+    hot: dict[AnyContender, list[tuple[float, bool]]] = {contender: [] for contender in contenders}
+    cold: dict[AnyContender, list[tuple[float, bool]]] = {contender: [] for contender in contenders}
     try:
         for turn in range(rounds):
             first = turn % max(len(contenders), 1)
             for contender in [*contenders[first:], *contenders[:first]]:
                 time.sleep(pause)
-                hot[contender.name].append(time_run(contender, contender.run))
-                cold[contender.name].append(time_run(contender, evict))
+                hot[contender].append(time_run(contender, contender.run))
+                cold[contender].append(time_run(contender, evict))
                 progress()
     finally:
         if owned:
@@ -207,7 +200,7 @@ def measure(
     def summarize(timings: list[tuple[float, bool]]) -> Spread:
         return Spread.of([seconds for seconds, _ in timings], sum(disturbed for _, disturbed in timings))
 
-    return {name: Timing(summarize(hot[name]), summarize(cold[name])) for name in names}
+    return {contender: Timing(summarize(hot[contender]), summarize(cold[contender])) for contender in contenders}
 
 
 def gather_facts() -> dict[str, Any]:
@@ -252,8 +245,17 @@ def write_result(result: dict[str, Any], directory: Path | str) -> Path:
     stamp = re.sub(r"[^0-9T]", "", facts["date"][:19])
     path = Path(directory) / f"{result['suite']}_{cpu}_{stamp}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    path.write_text(format_result(result))
     return path
+
+
+def format_result(result: dict[str, Any]) -> str:
+    """Write a result as JSON, one line for each row of its lists."""
+    entries = []
+    for key, value in result.items():
+        rows = ",\n".join(map(json.dumps, value)) if isinstance(value, list) else ""
+        entries.append(f"{json.dumps(key)}: " + (f"[\n{rows}\n]" if rows else json.dumps(value, indent=1)))
+    return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
 def read_result(path: Path | str) -> dict[str, Any]:

@@ -272,8 +272,8 @@ template <class Body> [[maybe_unused]] int run_in_child(Body body) {
 }
 
 void test_fork() {
-#if defined(THREAD_SANITIZER)
-  std::puts("fork not tested: ThreadSanitizer does not let a forked child start threads");
+#if defined(THREAD_SANITIZER) || defined(EMULATED)
+  std::puts("fork not tested: neither ThreadSanitizer nor QEMU lets a forked child start threads");
 #else
   core::set_num_threads(3);
   cover(50, 3);

@@ -256,7 +256,7 @@ void test_every_algorithm() {
                  std::to_string(static_cast<int>(input)) + " to " + std::to_string(static_cast<int>(output)) + ", " + c;
         };
         for (const Case& c : cases)
-          for (const Algorithm a : {Algorithm::tables, Algorithm::dense}) {
+          for (const Algorithm a : {Algorithm::codegen, Algorithm::tables, Algorithm::dense}) {
             on_fresh_thread([&] { test_conv2d(c, a, input, output, name(a, c.name)); });
             ++count;
           }

@@ -1,0 +1,74 @@
+// Straight-line machine code for the sums of one convolution layer, for AVX-512 or AVX2: weights are the instructions.
+//
+// The accumulators of up to 30 outputs stay in registers. Patterns of a few neighboring channels' levels, a + b or a -
+// b, are summed once, in registers too, and added to every output that has them.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "core/executable_memory.h"
+#include "repetition/repetition.h"
+
+namespace pycodesign::repetition {
+
+struct CodeLayer {
+  const Weights* weights;          // borrowed while generating; input i of a group is channel i / taps, tap i % taps
+  int64_t groups, channels, taps;  // channels: of one group
+  DType dtype;                     // f32: lanes are floats; u8, i8: int16
+  int64_t range;                   // integers: largest |x| in a staged plane
+};
+
+// One function. Vectors are 64 bytes (AVX-512) or 32 (AVX2); of integers, 32 bits hold two pixels.
+//   x: staged plane of channel `channel`, at one vector; channel c and tap t of the group are read at
+//      x + (c - channel) * channel_stride + tap_source[t]
+//   acc: f32: a vector for each output of the chunk; integers: two vectors of int32, the low halves of the words and
+//      the high ones. The first segment of a chunk overwrites them, the others add.
+//   prefetch: touches the lines prefetch + 64 k, k < prefetch_lines: about half the bytes of the segment itself
+using SegmentFunction = void (*)(const char* x, char* acc, const int64_t* tap_source, int64_t channel_stride,
+                                 const char* prefetch);
+
+struct CodeSegment {
+  int64_t begin, end;  // bytes of the code
+  int64_t channel;     // within its group
+  int64_t prefetch_lines;
+};
+
+// Outputs whose accumulators share the registers; its segments run one after another.
+struct CodeChunk {
+  int64_t group, first_output, outputs;  // first_output: of the layer
+  std::vector<CodeSegment> segments;
+};
+
+class LayerCode {
+ public:
+  // Throws std::invalid_argument if int16 cannot hold a product, std::runtime_error if memory cannot be made
+  // executable.
+  LayerCode(const CodeLayer&, bool avx512);
+
+  const std::vector<CodeChunk>& chunks() const { return chunks_; }
+  SegmentFunction function(const CodeSegment& s) const { return std::bit_cast<SegmentFunction>(address(s)); }
+  const char* address(const CodeSegment& s) const { return memory_.data() + s.begin; }
+  int64_t prefetch_lines(const CodeSegment& s) const { return s.prefetch_lines; }
+
+  std::span<const char> code() const { return {memory_.data(), memory_.size()}; }  // with its constants
+  int64_t bytes() const { return static_cast<int64_t>(memory_.size()); }
+  int64_t group_size() const { return group_size_; }  // channels of a pattern
+  int64_t adds() const { return adds_; }              // vector instructions per vector of pixels
+  int64_t multiplies() const { return multiplies_; }
+
+ private:
+  LayerCode(struct Generator&&);
+
+  std::vector<CodeChunk> chunks_;
+  int64_t group_size_, adds_, multiplies_;
+  core::ExecutableMemory memory_;
+};
+
+// Predicted cycles for 64 bytes of every plane (16 floats or 32 integers), from a sample of the weights; infinite if
+// LayerCode would throw std::invalid_argument.
+double code_cost(const CodeLayer&, bool avx512);
+
+}  // namespace pycodesign::repetition

@@ -31,6 +31,12 @@ struct Lookup {
 inline Lookup load_lookup(const float* table) { return {_mm512_loadu_ps(table), _mm512_loadu_ps(table + 16)}; }
 inline f32v look_up(const Lookup& t, i32v index) { return _mm512_permutex2var_ps(t.low, (__m512i)index, t.high); }
 
+// By multiplications: Zen 4 shifts in the pipes that add, and lookups take half of those of both.
+inline u32v high_half(u32v v) { return (u32v)_mm512_madd_epi16((__m512i)v, _mm512_set1_epi32(1 << 16)); }
+inline u32v shift_half(u32v v, int bits) {
+  return (u32v)_mm512_mulhi_epu16((__m512i)v, _mm512_set1_epi16(static_cast<short>(1 << (16 - bits))));
+}
+
 using Levels = __m512i;
 inline Levels load_levels(const int8_t* p) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -107,17 +107,17 @@ struct DenseTile {
 // Linear layers: lanes are outputs, a panel is 64 of them.
 inline constexpr int panel_outputs = 64;
 struct LinearTile {
-  const char* x;                  // rows of words
-  int64_t x_stride;               // bytes between rows
-  int rows;                       // any
-  const char* weights;            // dense: [words of K][64] words; packed: [words of codes][64]
-  int64_t words;                  // of weights per output
-  const float* table;             // packed float32: [rows][words * codes_per_word][32] sums
-  int64_t table_stride;           // floats between rows
-  int code_bits, codes_per_word;  // packed: bits of one code
-  const int8_t* level_bytes;      // packed integers: levels by code, 16 of them
-  char* acc;                      // [rows][64]
-  int64_t acc_stride;             // bytes
+  const char* x;              // rows of words
+  int64_t x_stride;           // bytes between rows
+  int rows;                   // any
+  const char* weights;        // dense: [words of K][64] words; packed: [words of codes][64]
+  int64_t words;              // of weights per output
+  const float* table;         // packed float32: [rows][codes of all words][32] sums
+  int64_t table_stride;       // floats between rows
+  int code_bits;              // packed: bits of one code; in float32 none crosses the halves of a word
+  const int8_t* level_bytes;  // packed integers: [codes in four bits][16] levels by those bits
+  char* acc;                  // [rows][64]
+  int64_t acc_stride;         // bytes
 };
 
 // Build the 32-entry tables of the packed float kernel: table[code position][e] = sum_i x[position * inputs + i] *

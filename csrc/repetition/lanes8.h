@@ -56,6 +56,9 @@ inline f32v look_up(const Lookup& t, i32v index) {
   return _mm256_blendv_ps(low, high, bit4);
 }
 
+inline u32v high_half(u32v v) { return v >> 16; }
+inline u32v shift_half(u32v v, int bits) { return v >> bits; }
+
 using Levels = __m256i;
 inline Levels load_levels(const int8_t* p) {
   return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -11,6 +11,11 @@ namespace pycodesign::repetition {
 namespace {
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+// Where a code of packed float32 begins in its word: three of 5 bits or four of 4 bits in each half.
+int64_t code_shift(int64_t code, int bits) {
+  const int64_t half_codes = 16 / bits;
+  return code / half_codes * 16 + code % half_codes * bits;
+}
 int64_t panel_count(int64_t outputs) { return (outputs + panel_outputs - 1) / panel_outputs; }
 
 char* scratch(int which, size_t bytes) {
@@ -50,7 +55,10 @@ PackedLinear::PackedLinear(const Weights& w, const Activations& a, Algorithm alg
     } else {
       code_bits_ = count <= 2 ? 1 : 2;
       word_inputs_ = 32 / code_bits_;
-      for (size_t i = 0; i < 16; ++i) level_bytes_[i] = i < count ? static_cast<int8_t>(values_[i]) : int8_t{0};
+      for (size_t i = 0; i < 64; ++i) {
+        const size_t code = i % 16 >> i / 16 * code_bits_ & ((1u << code_bits_) - 1);
+        level_bytes_[i] = code < count ? static_cast<int8_t>(values_[code]) : int8_t{0};
+      }
     }
   } else {
     word_inputs_ = is_float ? 1 : 4;
@@ -72,7 +80,7 @@ PackedLinear::PackedLinear(const Weights& w, const Activations& a, Algorithm alg
       if (packed && is_float) {
         uint32_t place = 1;
         for (int64_t d = 0; d < field % code_inputs_; ++d) place *= base;
-        word += code * place << (field / code_inputs_ * code_bits_);
+        word += code * place << code_shift(field / code_inputs_, code_bits_);
       } else if (packed) {
         word |= code << (8 * (field % 4) + field / 4 * code_bits_);
       } else if (is_float) {
@@ -95,7 +103,7 @@ std::vector<uint8_t> PackedLinear::codes() const {
           o % panel_outputs)];
       float level;
       if (algorithm_ == Algorithm::packed && is_float) {
-        uint32_t code = word >> (field / code_inputs_ * code_bits_) & ((1u << code_bits_) - 1);
+        uint32_t code = word >> code_shift(field / code_inputs_, code_bits_) & ((1u << code_bits_) - 1);
         for (int64_t d = 0; d < field % code_inputs_; ++d) code /= base;
         level = values_[code % base];
       } else if (algorithm_ == Algorithm::packed) {
@@ -186,7 +194,6 @@ void PackedLinear::run(const Tensor& x, const Tensor& out, const Tensor* residua
         t.table = tables + g * group_words_ * codes_per_word_ * 32;
         t.table_stride = positions * 32;
         t.code_bits = code_bits_;
-        t.codes_per_word = codes_per_word_;
         t.level_bytes = level_bytes_.data();
         t.acc = sums;
         t.acc_stride = panel_outputs * 4;

@@ -3,6 +3,7 @@
 //   f32v, i32v, u32v                            vectors of `lanes` words
 //   fma(a, b, c), dot4(acc, x_u8x4, w_i8x4)     a * b + c; sums of four products, modulo 2^32
 //   Lookup, load_lookup(p), look_up(t, index)   32 floats by the low five bits
+//   high_half(v), shift_half(v, bits)           each word's upper 16 bits; its lower 16 >> bits, above them any
 //   Levels, load_levels(p), levels_of(l, codes) 16 bytes by code, for each byte
 //   widen_bytes(p), widen_halves(p)             to words
 //   transpose(from, stride, rows, to, stride, rows)   lanes x lanes words, or only their first rows
@@ -440,27 +441,32 @@ template <class Math, int R, int P> void linear_of(const LinearTile& t) {
     for (int p = 0; p < P; ++p) Math::store(t.acc + r * t.acc_stride + p * vector_bytes, acc[r][p]);
 }
 
-// Two bits (or one) a weight; each byte of a word holds the codes of one of four neighbouring inputs.
+// Two bits (or one) a weight; each byte of a word holds the codes of one of four neighbouring inputs. Four bits at a
+// time name the level of each code in them, so that codes need no shifts of their own. Loops stay rolled: unrolled,
+// they spill registers.
 template <int R, int P> void linear_packed_i8_of(const LinearTile& t) {
-  const int fields = 8 / t.code_bits;
-  const i32v mask = Int::splat(t.code_bits == 1 ? 0x01010101 : 0x03030303);
-  const Levels levels = load_levels(t.level_bytes);
+  const int fields = 4 / t.code_bits;
+  const i32v mask = Int::splat(0x0f0f0f0f);
   i32v acc[R][P] = {};
+  const char* x = t.x;
   for (int64_t k = 0; k < t.words; ++k) {
     const char* w = t.weights + k * panel_outputs * 4;
     if constexpr (R == 1) prefetch<P * vector_bytes>(w);
     i32v codes[P];
     for (int p = 0; p < P; ++p) codes[p] = Int::load(w + p * vector_bytes);
-    for (int f = 0; f < fields; ++f) {
-      i32v weight[P];
-      for (int p = 0; p < P; ++p) {
-        weight[p] = levels_of(levels, codes[p] & mask);
-        codes[p] = reinterpret_cast<i32v>(reinterpret_cast<u32v>(codes[p]) >> t.code_bits);
+#pragma GCC unroll 1
+    for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 1
+      for (int f = 0; f < fields; ++f, x += 4) {
+        const Levels levels = load_levels(t.level_bytes + f * 16);
+        i32v weight[P];
+        for (int p = 0; p < P; ++p) weight[p] = levels_of(levels, codes[p] & mask);
+        for (int r = 0; r < R; ++r) {
+          const i32v row = Byte::broadcast(x + r * t.x_stride);
+          for (int p = 0; p < P; ++p) acc[r][p] = dot4(acc[r][p], row, weight[p]);
+        }
       }
-      for (int r = 0; r < R; ++r) {
-        const i32v x = Byte::broadcast(t.x + r * t.x_stride + (k * fields + f) * 4);
-        for (int p = 0; p < P; ++p) acc[r][p] = dot4(acc[r][p], x, weight[p]);
-      }
+      for (int p = 0; p < P; ++p) codes[p] = codes[p] >> 4;
     }
   }
   for (int r = 0; r < R; ++r)
@@ -469,18 +475,27 @@ template <int R, int P> void linear_packed_i8_of(const LinearTile& t) {
 
 // One code looks up the sum of several inputs times their levels.
 template <int R, int P> void linear_packed_f32_of(const LinearTile& t) {
+  const int half_codes = 16 / t.code_bits;
   f32v acc[R][P] = {};
+  const float* at = t.table;
   for (int64_t k = 0; k < t.words; ++k) {
     const char* w = t.weights + k * panel_outputs * 4;
     if constexpr (R == 1) prefetch<P * vector_bytes>(w);
-    u32v codes[P];
-    for (int p = 0; p < P; ++p) codes[p] = *reinterpret_cast<const u32v*>(w + p * vector_bytes);
-    for (int c = 0; c < t.codes_per_word; ++c) {
-      for (int r = 0; r < R; ++r) {
-        const Lookup table = load_lookup(t.table + r * t.table_stride + (k * t.codes_per_word + c) * 32);
-        for (int p = 0; p < P; ++p) acc[r][p] = acc[r][p] + look_up(table, reinterpret_cast<i32v>(codes[p]));
+#pragma GCC unroll 1
+    for (int half = 0; half < 2; ++half) {
+      u32v codes[P];
+      for (int p = 0; p < P; ++p) {
+        const u32v word = *reinterpret_cast<const u32v*>(w + p * vector_bytes);
+        codes[p] = half ? high_half(word) : word;
       }
-      for (int p = 0; p < P; ++p) codes[p] = codes[p] >> t.code_bits;
+      for (int c = 0; c < half_codes; ++c, at += 32) {
+        if (c)
+          for (int p = 0; p < P; ++p) codes[p] = shift_half(codes[p], t.code_bits);
+        for (int r = 0; r < R; ++r) {
+          const Lookup table = load_lookup(at + r * t.table_stride);
+          for (int p = 0; p < P; ++p) acc[r][p] = acc[r][p] + look_up(table, reinterpret_cast<i32v>(codes[p]));
+        }
+      }
     }
   }
   for (int r = 0; r < R; ++r)
@@ -514,15 +529,21 @@ void linear_packed_f32(const LinearTile& t) {
                                                  linear_packed_f32_of<1, linear_vectors>);
 }
 
-void build_lookup(const LookupBuild& b) {
+template <int inputs> void build_lookup_of(const LookupBuild& b) {
+  constexpr int vectors = 32 / lanes;
+  f32v digit[inputs][vectors];
+  std::memcpy(digit, b.digit, sizeof digit);
   for (int64_t position = 0; position < b.positions; ++position) {
-    const float* x = b.x + position * b.inputs;
-    for (int e = 0; e < 32; e += lanes) {
+    const float* x = b.x + position * inputs;
+    for (int v = 0; v < vectors; ++v) {
       f32v sum{};
-      for (int i = 0; i < b.inputs; ++i) sum = fma(Float::splat(x[i]), Float::load(b.digit + i * 32 + e), sum);
-      Float::store(b.table + position * 32 + e, sum);
+      for (int i = 0; i < inputs; ++i) sum = fma(Float::splat(x[i]), digit[i][v], sum);
+      Float::store(b.table + position * 32 + v * lanes, sum);
     }
   }
+}
+void build_lookup(const LookupBuild& b) {
+  b.inputs == 2 ? build_lookup_of<2>(b) : b.inputs == 3 ? build_lookup_of<3>(b) : build_lookup_of<5>(b);
 }
 
 void fill(Kernels& k) {

@@ -183,7 +183,7 @@ class PackedLinear final : public PackedLayer {
   int64_t group_words_;
   int code_bits_ = 0, code_inputs_ = 0, codes_per_word_ = 0;
   std::vector<float> values_;  // packed: the levels by code, padded
-  std::array<int8_t, 16> level_bytes_{};
+  std::array<int8_t, 64> level_bytes_{};
   core::AlignedBuffer<float> digits_;      // packed float: [code_inputs][32]
   core::AlignedBuffer<uint32_t> weights_;  // [panel][scale group][word][panel_outputs]
   size_t weights_size_ = 0;

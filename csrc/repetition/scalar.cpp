@@ -37,6 +37,9 @@ inline f32v look_up(const Lookup& t, i32v i) {
   return f32v{t.table[i[0] & 31], t.table[i[1] & 31], t.table[i[2] & 31], t.table[i[3] & 31]};
 }
 
+inline u32v high_half(u32v v) { return v >> 16; }
+inline u32v shift_half(u32v v, int bits) { return v >> bits; }
+
 using Levels = const int8_t*;
 inline Levels load_levels(const int8_t* p) { return p; }
 inline i32v levels_of(Levels levels, i32v codes) {

@@ -18,6 +18,10 @@ typedef uint32_t u32v __attribute__((vector_size(64), may_alias));
 inline f32v fma(f32v a, f32v b, f32v c) { return _mm512_fmadd_ps(a, b, c); }
 inline i32v dot4(i32v acc, i32v x, i32v w) { return (i32v)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)x, (__m512i)w); }
 
+inline bool any_beyond(f32v v, float limit) {
+  return _mm512_cmp_ps_mask(_mm512_abs_ps(v), _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
+}
+
 inline u32v widen_bytes(const uint8_t* p) {
   return (u32v)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }

@@ -17,6 +17,8 @@ char* scratch(int which, size_t bytes) {
   return buffers[which].reserve(bytes);
 }
 
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Touches share i of n of the code that runs first.
 void prefetch(const LayerCode& code, int64_t i, int64_t n) {
   const CodeSegment& first = code.chunks()[0].segments[0];
@@ -77,8 +79,12 @@ std::shared_ptr<const ConvPlan> PackedConv2d::plan(int64_t images, int64_t heigh
   const std::lock_guard lock(mutex_);
   if (const auto found = plans_.find(key); found != plans_.end()) return found->second;
   if (plans_.size() >= 32) plans_.clear();  // a caller that never repeats a size
-  const Load load{cycles_, code ? static_cast<double>(code->bytes()) : static_cast<double>(weights_size_),
-                  geometry_.groups * units_, outputs_, code ? static_cast<int64_t>(code->chunks().size()) : blocks_};
+  const Load load{cycles_,
+                  code ? static_cast<double>(code->bytes()) : static_cast<double>(weights_size_),
+                  geometry_.groups * units_,
+                  outputs_,
+                  code ? static_cast<int64_t>(code->chunks().size()) : blocks_,
+                  code != nullptr};
   auto made = std::make_shared<ConvPlan>(geometry_, images, height, width, k.lanes, halves(), load, threads);
   if (algorithm_ == Algorithm::tables)
     for (LiftPlan& lift : made->bands)
@@ -103,15 +109,16 @@ void PackedConv2d::run(const Tensor& x, const Tensor& out, const Tensor* residua
   const LiftPlan& largest = *std::max_element(plan->bands.begin(), plan->bands.end(), [](const auto& a, const auto& b) {
     return a.plane_bytes < b.plane_bytes;
   });
-  const auto phases = static_cast<int64_t>(largest.phases.size()), planes = geometry_.groups * units_ * phases;
+  const auto phases = static_cast<int64_t>(largest.phases.size()), planes = geometry_.groups * units_ * phases,
+             stages = geometry_.groups * ceil_div(group_channels_, stage_channels_) * phases;
   const int64_t band_bytes = (planes + group_size_ * phases + 1) * largest.plane_bytes;
   if (splits == 1) {
     core::parallel_for(bands, [&](int64_t b, int) {
       const LiftPlan& lift = plan->bands[static_cast<size_t>(b)];
       char* staged = scratch(0, static_cast<size_t>(band_bytes));
-      for (int64_t i = 0; i < planes; ++i) {
-        if (code) prefetch(*code, i, planes);
-        stage_plane(call, lift, i, staged);
+      for (int64_t i = 0; i < stages; ++i) {
+        if (code) prefetch(*code, i, stages);
+        stage_channels(call, lift, i, staged);
       }
       sum(call, lift, staged, 0, blocks);
     });
@@ -120,12 +127,12 @@ void PackedConv2d::run(const Tensor& x, const Tensor& out, const Tensor* residua
   char* const staged = scratch(0, static_cast<size_t>(bands * band_bytes));
   // Ranges of planes: large enough to be worth a hand-over, and as many as threads can share.
   constexpr int64_t words_per_chunk = 8192;
-  const int64_t threads = core::num_threads(), wanted = planes * largest.positions / words_per_chunk + 1;
-  const int64_t chunks = std::min((wanted + threads - 1) / threads * threads, planes);
+  const int64_t threads = core::num_threads(), wanted = stages * largest.positions / words_per_chunk + 1;
+  const int64_t chunks = std::min(ceil_div(wanted, threads) * threads, stages);
   core::parallel_for(bands * chunks, [&](int64_t item, int) {
     const int64_t b = item / chunks, c = item % chunks;
-    for (int64_t i = planes * c / chunks; i < planes * (c + 1) / chunks; ++i)
-      stage_plane(call, plan->bands[static_cast<size_t>(b)], i, staged + b * band_bytes);
+    for (int64_t i = stages * c / chunks; i < stages * (c + 1) / chunks; ++i)
+      stage_channels(call, plan->bands[static_cast<size_t>(b)], i, staged + b * band_bytes);
   });
   core::parallel_for(bands * splits, [&](int64_t item, int) {
     const int64_t b = item / splits, s = item % splits;
@@ -134,15 +141,16 @@ void PackedConv2d::run(const Tensor& x, const Tensor& out, const Tensor* residua
   });
 }
 
-void PackedConv2d::stage_plane(const Call& call, const LiftPlan& lift, int64_t index, char* staged) const {
+void PackedConv2d::stage_channels(const Call& call, const LiftPlan& lift, int64_t index, char* staged) const {
   const Tensor& x = call.x;
   const auto phases = static_cast<int64_t>(lift.phases.size());
-  const int64_t unit = index / phases % units_, group = index / phases / units_;
+  const int64_t per_group = ceil_div(group_channels_, stage_channels_);
+  const int64_t first = index / phases % per_group * stage_channels_, group = index / phases / per_group;
   const LiftPlan::Phase& phase = lift.phases[static_cast<size_t>(index % phases)];
-  const int64_t channel = group * group_channels_ + unit * unit_channels_;
+  const int64_t channel = group * group_channels_ + first;
   const bool empty = phase.rows.data == 0 || phase.columns.data == 0;
   Stage s{};
-  s.channels = static_cast<int>(std::min(unit_channels_, group_channels_ - unit * unit_channels_));
+  s.channels = static_cast<int>(std::min(stage_channels_, group_channels_ - first));
   for (int c = 0; c < s.channels; ++c)
     s.source[c] = x.data + lift.band.image * x.stride[0] + (channel + c) * x.stride[1] +
                   (empty ? 0 : phase.rows.first * x.stride[2] + phase.columns.first * x.stride[3]);
@@ -164,7 +172,8 @@ void PackedConv2d::stage_plane(const Call& call, const LiftPlan& lift, int64_t i
   s.positions = lift.positions;
   s.half = lift.half;
   s.flat = scratch(1, lift.flat_bytes());
-  s.lifted = staged + index * lift.plane_bytes;
+  s.channel_stride = phases * lift.plane_bytes;
+  s.lifted = staged + ((group * units_ + first / unit_channels_) * phases + index % phases) * lift.plane_bytes;
   call.k.stage(s);
 }
 
@@ -190,7 +199,7 @@ void PackedConv2d::finish_outputs(const Call& call, const LiftPlan& lift, const 
   const int64_t columns = lift.columns, pixels = band.rows * columns;
   const bool whole = (band.rows == 1 || out.stride[2] == columns * out.stride[3]) &&
                      (!residual || band.rows == 1 || residual->stride[2] == columns * residual->stride[3]);
-  char* flat = scratch(1, lift.flat_bytes() + static_cast<size_t>(band.images * pixels * 4));
+  char* flat = scratch(1, lift.flat_bytes() + static_cast<size_t>(band.images * pixels * 4 + call.vector_bytes()));
   char* rows = flat + lift.flat_bytes();
   for (int64_t i = 0; i < sums.outputs; ++i) {
     const int64_t o = sums.first_output + i;

@@ -15,8 +15,9 @@ enum class DType : uint8_t { f32, u8, i8, i32 };
 enum class Staging : uint8_t {
   f32,           // float -> float
   centered_i32,  // 8-bit -> int32, minus the center
-  halves_i16,    // 8-bit -> int16, minus the center; position p in the low half of word p, p + half in the high half
-  bytes4,        // four 8-bit channels -> one word of four uint8 (int8 inputs gain 128)
+  halves_i16,  // four 8-bit channels -> a plane each of int16, minus the center: position p in the low half of word p,
+               // p + half in the high half
+  bytes4,      // four 8-bit channels -> one word of four uint8 (int8 inputs gain 128)
 };
 
 // One axis of one phase (padded input modulo stride): `data` input elements from `first` on, behind `lead` elements of
@@ -30,7 +31,7 @@ struct Span {
   int64_t first, count, at;
 };
 
-// Stage one unit (1 channel, or 4 as bytes) of one phase: images to the spans of a lifted plane, vector j holding the
+// Stage one phase of 1 channel, or of 4 8-bit ones: images to the spans of a lifted plane, vector j holding the
 // flat positions j + l * segment of its lanes l.
 struct Stage {
   const char* source[4];  // channels of the unit, at the phase's first element
@@ -44,9 +45,10 @@ struct Stage {
   int64_t segment;
   const Span* spans;  // ascending
   int span_count;
-  int64_t positions, half;  // words of flat; halves_i16: the distance of the high halves
-  char* flat;               // scratch: positions words, then as many and `half` more 16-bit numbers
+  int64_t positions, half;  // words of flat, and of the high halves behind them
+  char* flat;               // scratch
   char* lifted;
+  int64_t channel_stride;  // halves_i16: bytes between the planes
 };
 
 // One step of building a table: entry[plus] = entry[parent] + coefficient * row[channel], entry[minus] = entry[parent]

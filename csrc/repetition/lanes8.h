@@ -32,6 +32,11 @@ inline i32v dot4(i32v acc, i32v x, i32v w) {
 #endif
 }
 
+inline bool any_beyond(f32v v, float limit) {
+  const __m256 magnitude = _mm256_andnot_ps(_mm256_set1_ps(-0.0f), v);
+  return _mm256_movemask_ps(_mm256_cmp_ps(magnitude, _mm256_set1_ps(limit), _CMP_GT_OQ)) != 0;
+}
+
 inline u32v widen_bytes(const uint8_t* p) {
   return (u32v)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }

@@ -6,6 +6,7 @@
 //   high_half(v), shift_half(v, bits)           each word's upper 16 bits; its lower 16 >> bits, above them any
 //   Levels, load_levels(p), levels_of(l, codes) 16 bytes by code, for each byte
 //   widen_bytes(p), widen_halves(p)             to words
+//   any_beyond(v, limit)                        whether the magnitude of a lane is larger
 //   transpose(from, stride, rows, to, stride, rows)   lanes x lanes words, or only their first rows
 // and how many vectors its registers hold: max_table_vectors, max_dense_vectors, dense_block, linear_rows,
 // linear_vectors, packed_rows; whether generates_code; then includes this file. Everything here has internal linkage:
@@ -54,6 +55,8 @@ struct Byte : Int {
 };
 
 constexpr int64_t vector_bytes = lanes * 4;
+typedef uint16_t u16v __attribute__((vector_size(lanes * 4), may_alias));
+typedef uint8_t bytesv __attribute__((vector_size(lanes), may_alias));
 
 // Into the second-level cache, two pages ahead: hardware prefetchers stop at pages, and misses of the first level are
 // too few at a time to cover memory's latency.
@@ -103,72 +106,62 @@ void interleave_row(const uint8_t* const* p, int64_t stride, int64_t count, uint
   }
 }
 
-// 8-bit elements minus the center: pieces of `width` elements, the last of which may overlap the one before.
-template <int width, class X, class T> void center_pieces(const X* x, int64_t count, int32_t center, T* row) {
-  if constexpr (width > 1)
-    if (count < width) return center_pieces<width / 2>(x, count, center, row);
-  for (int64_t i = 0; i < count; i += width) {
-    const int64_t at = i < count - width ? i : count - width;
-    for (int k = 0; k < width; ++k) row[at + k] = static_cast<T>(x[at + k] - center);
-  }
-}
-template <class X, class T> void center_row_of(const Stage& s, const char* source, int64_t count, T* row) {
-  if (s.stride_w == 1) return center_pieces<32>(reinterpret_cast<const X*>(source), count, s.center, row);
-  for_elements<X>(source, s.stride_w, count,
-                  [row, center = s.center](int64_t i, int32_t x) { row[i] = static_cast<T>(x - center); });
-}
-template <class T> void center_row(const Stage& s, const char* source, int64_t count, T* row) {
-  if (s.dtype == DType::u8) center_row_of<uint8_t>(s, source, count, row);
-  else center_row_of<int8_t>(s, source, count, row);
-}
-
-// A row of the image to its place in the flattened band: words, or 16-bit numbers.
-void stage_row(const Stage& s, const char* const* source, uint32_t flip, int64_t at) {
+void stage_row(const Stage& s, const char* const* source, uint32_t flip, uint32_t* row) {
   const int64_t stride = s.stride_w, count = s.columns.data;
   const auto* bytes = reinterpret_cast<const uint8_t* const*>(source);
-  uint32_t* row = reinterpret_cast<uint32_t*>(s.flat) + at;
+  const auto center = [=](int64_t i, int32_t x) { row[i] = static_cast<uint32_t>(x - s.center); };
   switch (s.staging) {
     case Staging::f32:
       if (stride == 4) return static_cast<void>(std::memcpy(row, source[0], static_cast<size_t>(count) * 4));
       return for_elements<uint32_t>(source[0], stride, count, [=](int64_t i, uint32_t x) { row[i] = x; });
-    case Staging::centered_i32: return center_row(s, source[0], count, row);
-    case Staging::halves_i16:
-      return center_row(s, source[0], count, reinterpret_cast<uint16_t*>(s.flat + s.positions * 4) + at);
+    case Staging::centered_i32:
+      if (s.dtype == DType::u8) return for_elements<uint8_t>(source[0], stride, count, center);
+      return for_elements<int8_t>(source[0], stride, count, center);
     case Staging::bytes4:
+    case Staging::halves_i16:
       if (stride == 1) return interleave_row<1>(bytes, stride, count, flip, row);
       if (stride == 2) return interleave_row<2>(bytes, stride, count, flip, row);
       return interleave_row<0>(bytes, stride, count, flip, row);
   }
 }
 
-template <class T> void fill_words(T* to, int64_t count, uint32_t value) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(value);
+// Blocks of words of four bytes, at some position and `half` behind it, to a plane of 16-bit pairs for each channel.
+void split_halves(const Stage& s, int64_t position, int64_t at, int64_t count) {
+  u32v low[lanes], high[lanes];
+  const char* from = s.flat + position * 4;
+  transpose(from, s.segment * 4, lanes, reinterpret_cast<char*>(low), vector_bytes, count);
+  transpose(from + s.half * 4, s.segment * 4, lanes, reinterpret_cast<char*>(high), vector_bytes, count);
+  const u16v center = static_cast<uint16_t>(s.center + (s.dtype == DType::i8 ? 128 : 0)) - u16v{};
+  for (int64_t i = 0; i < count && i < lanes; ++i)
+    for (int c = 0; c < s.channels; ++c) {
+      const u32v pairs = (low[i] >> 8 * c & 0xff) | (high[i] >> 8 * c & 0xff) << 16;
+      u16v* to = reinterpret_cast<u16v*>(s.lifted + c * s.channel_stride + (at + i) * vector_bytes);
+      *to = reinterpret_cast<u16v>(pairs) - center;
+    }
 }
 
 void stage(const Stage& s) {
+  const bool halves = s.staging == Staging::halves_i16, bytes = halves || s.staging == Staging::bytes4;
   const uint32_t flip = s.dtype == DType::i8 ? 0x80808080u : 0u;
-  uint32_t* const flat = reinterpret_cast<uint32_t*>(s.flat);
-  const uint16_t* const narrow = reinterpret_cast<const uint16_t*>(flat + s.positions);
-  if (s.staging == Staging::halves_i16)
-    fill_words(const_cast<uint16_t*>(narrow), s.positions + s.half, static_cast<uint32_t>(s.zero_point - s.center));
-  else if (s.staging == Staging::bytes4)
-    fill_words(flat, s.positions, (static_cast<uint32_t>(s.zero_point) & 0xff) * 0x01010101u ^ flip);
-  else fill_words(flat, s.positions, 0);
+  const uint32_t padding = bytes ? (static_cast<uint32_t>(s.zero_point) & 0xff) * 0x01010101u ^ flip : 0;
+  uint32_t* flat = reinterpret_cast<uint32_t*>(s.flat);
+  for (int64_t i = 0; i < s.positions + s.half; ++i) flat[i] = padding;
 
   for (int64_t n = 0; n < s.images; ++n)
     for (int64_t r = 0; r < s.rows.data; ++r) {
+      uint32_t* row = flat + n * s.image_pitch + (s.rows.lead + r) * s.row_pitch + s.columns.lead;
       const char* p[4];
       for (int c = 0; c < 4; ++c) p[c] = s.source[c < s.channels ? c : 0] + n * s.stride_n + r * s.stride_h;
-      stage_row(s, p, flip, n * s.image_pitch + (s.rows.lead + r) * s.row_pitch + s.columns.lead);
+      stage_row(s, p, flip, row);
     }
-  if (s.staging == Staging::halves_i16)
-    for (int64_t i = 0; i < s.positions; ++i) flat[i] = narrow[i] | static_cast<uint32_t>(narrow[i + s.half]) << 16;
 
   for (int i = 0; i < s.span_count; ++i) {  // vectors side by side
     const Span& span = s.spans[i];
     for (int64_t j = 0; j < span.count; j += lanes)
-      transpose(s.flat + (span.first + j) * 4, s.segment * 4, lanes, s.lifted + (span.at + j) * vector_bytes,
-                vector_bytes, span.count - j);
+      if (halves) split_halves(s, span.first + j, span.at + j, span.count - j);
+      else
+        transpose(s.flat + (span.first + j) * 4, s.segment * 4, lanes, s.lifted + (span.at + j) * vector_bytes,
+                  vector_bytes, span.count - j);
   }
 }
 
@@ -200,42 +193,39 @@ void add_residual(float* y, const char* p, int64_t stride, int64_t count, float 
   }
 }
 
-// rint(saturate(v)) + zero_point; within the saturated range adding 1.5 * 2^23 rounds to even on every machine.
-struct Rounding {
-  float lowest, highest;
-  int32_t zero_point;
+// saturate(rint(y / scale) + zero_point); NaN gives the lowest. Adding 1.5 * 2^23 rounds to even on every machine. A
+// product with the reciprocal is within 1e-4 of the quotient, so both round alike unless it is that close to a half:
+// then the vector is divided after all.
+struct Quantization {
+  f32v scale, reciprocal, lowest, highest;
+  i32v zero_point;
+  bool divides;
 
-  float saturate(float v) const {
-    v = v > lowest ? v : lowest;  // NaN too
+  Quantization(DType dtype, float scale_, int32_t zero_point_)
+      : scale(Float::splat(scale_)),
+        reciprocal(Float::splat(1.0f / scale_)),
+        lowest(Float::splat(static_cast<float>((dtype == DType::i8 ? -128 : 0) - zero_point_))),
+        highest(lowest + 255.0f),
+        zero_point(Int::splat(zero_point_)),
+        divides(!(scale_ > 1e-30f && scale_ < 1e30f)) {}  // a reciprocal would not be normal
+
+  static f32v round(f32v v) { return (v + 12582912.0f) - 12582912.0f; }
+  f32v saturate(f32v v) const {
+    v = v > lowest ? v : lowest;
     return v < highest ? v : highest;
   }
-  static float round(float v) { return (v + 12582912.0f) - 12582912.0f; }
+  bytesv operator()(f32v y) const {
+    const f32v v = saturate(y * reciprocal);
+    f32v r = round(v);
+    if (divides || any_beyond(v - r, 0.4998f)) r = round(saturate(y / scale));
+    return __builtin_convertvector(__builtin_convertvector(r, i32v) + zero_point, bytesv);
+  }
 };
 
-// saturate(rint(y / scale) + zero_point). A product with the reciprocal is within 1e-4 of the quotient, so both round
-// alike unless it is that close to a half: then the piece is divided after all.
-template <class T>
-void quantize(const float* y, char* out, int64_t stride, int64_t count, float scale, int32_t zero_point) {
-  const float lowest = static_cast<float>(std::numeric_limits<T>::min() - zero_point);
-  const Rounding rounding{lowest, lowest + 255.0f, zero_point};
-  const bool divides = !(scale > 1e-30f && scale < 1e30f);  // a reciprocal would not be normal
-  const float reciprocal = 1.0f / scale;
-  int32_t q[64];
-  for (int64_t first = 0; first < count; first += 64, y += 64, out += 64 * stride) {
-    const int64_t n = count - first < 64 ? count - first : 64;
-    int32_t close = divides;
-    for (int64_t i = 0; i < n; ++i) {
-      const float v = rounding.saturate(y[i] * reciprocal), r = Rounding::round(v), off = v > r ? v - r : r - v;
-      q[i] = static_cast<int32_t>(r) + zero_point;
-      close |= off > 0.4998f;
-    }
-    if (close)
-      for (int64_t i = 0; i < n; ++i)
-        q[i] = static_cast<int32_t>(Rounding::round(rounding.saturate(y[i] / scale))) + zero_point;
-    if (stride == 1)
-      for (int64_t i = 0; i < n; ++i) out[i] = static_cast<char>(q[i]);
-    else
-      for (int64_t i = 0; i < n; ++i) out[i * stride] = static_cast<char>(q[i]);
+void quantize(const float* y, char* out, int64_t stride, int64_t count, const Quantization& q) {
+  for (int64_t i = 0; i < count; i += lanes) {  // y is a buffer of whole vectors
+    const bytesv bytes = q(Float::load(y + i));
+    for (int64_t k = 0; k < lanes && i + k < count; ++k) out[(i + k) * stride] = static_cast<char>(bytes[k]);
   }
 }
 
@@ -263,6 +253,7 @@ template <bool per_element> void finish_as(const Finish& f) {
   alignas(64) float buffer[piece];
   constexpr float infinity = std::numeric_limits<float>::infinity();
   const float lo = e.has_lo ? e.lo : -infinity, hi = e.has_hi ? e.hi : infinity;
+  const Quantization quantization(e.out_dtype, e.out_scale, e.out_zero_point);
   const bool in_place = e.out_dtype == DType::f32 && f.out_stride == 4;
   for (int64_t first = 0; first < f.count; first += piece) {
     const int64_t count = f.count - first < piece ? f.count - first : piece;
@@ -291,14 +282,48 @@ template <bool per_element> void finish_as(const Finish& f) {
       else add_residual<int8_t>(y, r, f.residual_stride, count, e.residual_zero_point, e.residual_scale);
       for (int64_t i = 0; i < count; ++i) y[i] = clamp(y[i], lo, hi);
     }
-    if (e.out_dtype == DType::u8) quantize<uint8_t>(y, out, f.out_stride, count, e.out_scale, e.out_zero_point);
-    else if (e.out_dtype == DType::i8) quantize<int8_t>(y, out, f.out_stride, count, e.out_scale, e.out_zero_point);
+    if (e.out_dtype != DType::f32) quantize(y, out, f.out_stride, count, quantization);
     else if (!in_place)
       for (int64_t i = 0; i < count; ++i) std::memcpy(out + i * f.out_stride, y + i, 4);
   }
 }
 
-void finish(const Finish& f) { f.per_element ? finish_as<true>(f) : finish_as<false>(f); }
+// The same where one multiplier serves all, outputs lie side by side and nothing is added: in whole vectors, which may
+// read a vector past the last sum.
+template <class Acc> void finish_plain(const Finish& f) {
+  const Epilogue& e = *f.epilogue;
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  const f32v multiplier = Float::splat(*f.multiplier), bias = Float::splat(f.bias ? *f.bias : 0),
+             lo = Float::splat(e.has_lo ? e.lo : -infinity), hi = Float::splat(e.has_hi ? e.hi : infinity);
+  const u32v correction = splat_bits(f.correction ? static_cast<uint32_t>(*f.correction) : 0);
+  const Quantization q(e.out_dtype, e.out_scale, e.out_zero_point);
+  for (int64_t i = 0; i < f.count; i += lanes) {
+    u32v acc;
+    std::memcpy(&acc, f.acc + i * 4, sizeof acc);
+    f32v y;
+    if constexpr (std::is_integral_v<Acc>) y = __builtin_convertvector(reinterpret_cast<i32v>(acc + correction), f32v);
+    else y = reinterpret_cast<f32v>(acc);
+    y = y * multiplier;
+    if (f.bias) y = y + bias;
+    y = y < lo ? lo : y;  // keeps NaN
+    y = y > hi ? hi : y;
+    const auto store = [&](const auto& values, int64_t bytes) {
+      const int64_t n = f.count - i;
+      if (n >= lanes) std::memcpy(f.out + i * bytes, &values, static_cast<size_t>(lanes * bytes));
+      else std::memcpy(f.out + i * bytes, &values, static_cast<size_t>(n * bytes));
+    };
+    if (e.out_dtype == DType::f32) store(y, 4);
+    else store(q(y), 1);
+  }
+}
+
+void finish(const Finish& f) {
+  const Epilogue& e = *f.epilogue;
+  if (!f.per_element && !e.has_residual && e.out_dtype != DType::i32 &&
+      f.out_stride == (e.out_dtype == DType::f32 ? 4 : 1))
+    return e.acc_dtype == DType::i32 ? finish_plain<uint32_t>(f) : finish_plain<float>(f);
+  f.per_element ? finish_as<true>(f) : finish_as<false>(f);
+}
 
 template <class Math> void build_tables(const TableBuild& b) {
   const int64_t entry_bytes = b.entry_bytes;

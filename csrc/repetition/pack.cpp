@@ -106,6 +106,7 @@ void PackedConv2d::pack(const Weights& w) {
   const bool integers = activations_.dtype != DType::f32;
   unit_channels_ = algorithm_ == Algorithm::dense && integers ? 4 : 1;
   units_ = (group_channels_ + unit_channels_ - 1) / unit_channels_;
+  stage_channels_ = algorithm_ != Algorithm::tables && integers ? 4 : 1;
   blocks_ = geometry_.groups * block_count(group_outputs_);
   switch (algorithm_) {
     case Algorithm::codegen: return pack_codes(w);

@@ -228,9 +228,10 @@ LiftPlan::LiftPlan(const Geometry& g, int64_t height, int64_t width, const Band&
 
 ConvPlan::ConvPlan(const Geometry& g, int64_t images, int64_t height, int64_t width, int word_lanes, int halves,
                    const Load& load, int threads) {
-  constexpr double stage = 10, finish = 16;      // cycles per vector
-  constexpr double item = 2000, meeting = 8000;  // cycles to begin a piece of work, and for threads to wait for all
-  constexpr double weight_bytes_per_cycle = 4;   // from memory
+  constexpr double stage = 10, finish = 16;       // cycles per vector
+  constexpr double item = 2000, meeting = 8000;   // cycles to begin a piece of work, and for threads to wait for all
+  constexpr double weight_bytes_per_cycle = 4;    // from memory
+  constexpr double crossing = 2, crossed = 1.12;  // writing planes that other threads read, and reading theirs
   constexpr double second_level = 640 << 10, spilled = 1.1;  // staged bytes, and what exceeding them costs
   const int64_t rows = g.output_size(0, height), columns = g.output_size(1, width), lanes = word_lanes * halves;
   const Axis x = plan_axis(g, 1, width, 0, columns);
@@ -249,14 +250,15 @@ ConvPlan::ConvPlan(const Geometry& g, int64_t images, int64_t height, int64_t wi
     const double staged = static_cast<double>(load.planes * span) * phases,
                  bands = static_cast<double>(image_bands * row_bands);
     const double sums = std::max(vectors * load.cycles, load.weight_bytes / weight_bytes_per_cycle) *
-                            (staged * word_lanes * 4 > second_level ? spilled : 1) +
+                            (!load.streams && staged * word_lanes * 4 > second_level ? spilled : 1) +
                         outputs * halves * vectors * finish;
     for (int64_t s = 1; s <= load.blocks && s <= (threads == 1 ? 1 : 4 * threads); ++s) {
       const double rounds = std::ceil(bands * static_cast<double>(s) / threads);
       const double pieces =
           std::ceil(static_cast<double>(load.blocks) / static_cast<double>(s)) / static_cast<double>(load.blocks);
-      const double cost = s == 1 ? rounds * (staged * stage + sums + item)
-                                 : staged * stage * bands / threads + meeting + rounds * (sums * pieces + item);
+      const double cost =
+          s == 1 ? rounds * (staged * stage + sums + item)
+                 : staged * stage * bands * crossing / threads + meeting + rounds * (sums * pieces * crossed + item);
       if (cost < best) best = cost, cut = {image_bands, row_bands}, splits = s;
     }
   };

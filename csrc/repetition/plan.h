@@ -68,10 +68,8 @@ struct Band {
 // that taps read. Words of 16-bit pairs hold two lanes: l in their low halves, l + word lanes in their high halves.
 struct LiftPlan {
   LiftPlan(const Geometry&, int64_t height, int64_t width, const Band&, int word_lanes, int halves);
-  size_t flat_bytes() const {
-    return static_cast<size_t>((positions + half) * 6);
-  }                                         // scratch to stage or unlift a plane
-  std::vector<int> ascending_taps() const;  // by phase, then offset
+  size_t flat_bytes() const { return static_cast<size_t>((positions + half) * 4); }  // to stage or unlift a plane
+  std::vector<int> ascending_taps() const;                                           // by phase, then offset
   std::vector<TapSegment> tap_segments(int vectors_per_tile) const;
 
   struct Phase {  // the padded input modulo the stride
@@ -101,6 +99,7 @@ struct Load {
   double weight_bytes;      // read for each band
   int64_t planes;           // staged
   int64_t outputs, blocks;  // blocks of outputs: what threads can share
+  bool streams;             // staged planes are read once, not by every block
 };
 
 // One input size on so many threads. Bands fit the second-level cache and are staged by whoever sums them; where there

@@ -131,7 +131,7 @@ class PackedConv2d final : public PackedLayer {
 
   struct Call;
   struct Sums;
-  void stage_plane(const Call&, const LiftPlan&, int64_t index, char* staged) const;
+  void stage_channels(const Call&, const LiftPlan&, int64_t index, char* staged) const;
   void sum(const Call&, const LiftPlan&, const char* staged, int64_t first, int64_t last) const;
   void sum_code(const Call&, const LiftPlan&, const char* staged, int64_t first, int64_t last) const;
   void sum_tables(const Call&, const LiftPlan&, const char* x, int64_t group, int64_t first, int64_t last) const;
@@ -142,6 +142,7 @@ class PackedConv2d final : public PackedLayer {
   int64_t taps_, group_channels_, group_outputs_;
   int64_t unit_channels_;              // channels per staged plane: 1, or 4 as bytes
   int64_t units_;                      // staged planes per group of the convolution
+  int64_t stage_channels_;             // channels staged at a time
   core::AlignedBuffer<char> weights_;  // dense: [group][block of outputs][unit][tap][dense_outputs] words; tables:
                                        // [group][block][output][slot] bytes; codegen: codes of code_bits_
   size_t weights_size_ = 0;

@@ -22,6 +22,11 @@ inline i32v dot4(i32v acc, i32v x, i32v w) {
   return (i32v)sum;
 }
 
+inline bool any_beyond(f32v v, float limit) {
+  const i32v beyond = (v > limit) | (-v > limit);
+  return (beyond[0] | beyond[1] | beyond[2] | beyond[3]) != 0;
+}
+
 inline u32v widen_bytes(const uint8_t* p) { return u32v{p[0], p[1], p[2], p[3]}; }
 inline u32v widen_halves(const uint8_t* p) {
   uint16_t h[lanes];

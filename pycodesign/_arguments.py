@@ -56,6 +56,8 @@ def to_integer(name: str, value: Any, lowest: int = -LARGEST_INTEGER) -> int:
 
 
 def to_number(name: str, value: Any) -> float:
+    if type(value) is float:
+        return value
     if not isinstance(value, numbers.Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     try:
@@ -118,7 +120,7 @@ def check_bias(bias: Array | None, q: QuantizedTensor) -> NDArray[np.float32] | 
 
 
 def check_array(name: str, array: NDArray[Any], dtypes: tuple[str, ...], shape: str, fits: bool) -> None:
-    right_dtype = array.dtype.name in dtypes
+    right_dtype = array.dtype in map(np.dtype, dtypes)
     if right_dtype and fits:
         return  # the text costs microseconds
     text = f"{name}: expected {join_names(dtypes)} {shape}, got {array.dtype} {array.shape}"

@@ -38,12 +38,14 @@ inline std::string describe(const py::array& a) {
 // -1 stands for any size, spelled by `shape`.
 inline void check_array(const py::array& a, const char* name, const char* dtype, bool dtype_fits,
                         const std::vector<int64_t>& sizes, const std::string& shape) {
-  const std::string text = std::string(name) + ": expected " + dtype + " " + shape + ", got " + describe(a);
-  if (!dtype_fits) throw py::type_error(text);
   bool fits = static_cast<size_t>(a.ndim()) == sizes.size();
   for (size_t i = 0; fits && i < sizes.size(); ++i)
     fits = sizes[i] < 0 || sizes[i] == a.shape(static_cast<py::ssize_t>(i));
-  if (!fits) throw py::value_error(text);
+  if (!dtype_fits || !fits) {  // the text costs microseconds
+    const std::string text = std::string(name) + ": expected " + dtype + " " + shape + ", got " + describe(a);
+    if (!dtype_fits) throw py::type_error(text);
+    throw py::value_error(text);
+  }
   if (!(a.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_))
     throw py::value_error(std::string(name) + ": expected elements aligned in memory, got an unaligned view");
 }

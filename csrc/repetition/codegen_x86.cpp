@@ -16,7 +16,9 @@ namespace pycodesign::repetition {
 
 namespace {
 
-constexpr int64_t segment_rows = 288;   // that a segment reads: three vectors of each fit the first-level cache
+// Rows of x that a segment reads: three vectors of each, for the taps of a filter row, fit the first-level cache. int16
+// sums cost more to keep.
+int64_t segment_rows(DType dtype) { return dtype == DType::f32 ? 288 : 576; }
 constexpr int64_t prefetch_bytes = 96;  // of code for each line that it prefetches
 constexpr int64_t max_group = 4;
 constexpr int64_t max_word = 32767;
@@ -61,7 +63,7 @@ struct Shape {
     const int64_t outputs = l.weights->outputs / l.groups;
     const int64_t accumulators = (avx512 ? 32 : 16) - group_size - (l.dtype == DType::f32);
     chunks = (outputs + accumulators - 1) / accumulators;
-    if (chunks > 1 && chunks * l.groups % 2) ++chunks;  // for two threads
+    if (chunks > 8 && chunks * l.groups % 2) ++chunks;  // two threads that share them finish together
   }
 };
 
@@ -188,7 +190,7 @@ double sample_cycles(const CodeLayer& l, const Shape& shape, bool avx512) {
 
   const double share = static_cast<double>(l.channels) / static_cast<double>(channels);
   const double outputs = static_cast<double>(chunk.outputs);
-  double segments = static_cast<double>(l.channels * l.taps) / static_cast<double>(segment_rows);
+  double segments = static_cast<double>(l.channels * l.taps) / static_cast<double>(segment_rows(l.dtype));
   if (l.dtype != DType::f32)
     segments = std::max(segments, magnitude / outputs * share * static_cast<double>(l.range) / max_word);
   const double slow = avx512 ? 1.15 : 1.6;
@@ -317,9 +319,11 @@ std::vector<size_t> Generator::cut() const {
     ends.push_back(units_.size());
     return ends;
   };
-  const auto segments = static_cast<int64_t>(cut_every(segment_rows).size());
+  const auto segments = static_cast<int64_t>(cut_every(segment_rows(layer_.dtype)).size());
   for (int64_t most = layer_.channels * layer_.taps / segments;; most += most / 32 + 1)
-    if (auto ends = cut_every(most); static_cast<int64_t>(ends.size()) == segments || most >= segment_rows) return ends;
+    if (auto ends = cut_every(most);
+        static_cast<int64_t>(ends.size()) == segments || most >= segment_rows(layer_.dtype))
+      return ends;
 }
 
 CodeSegment Generator::generate(const CodeChunk& chunk, size_t first, size_t last) {

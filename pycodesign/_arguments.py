@@ -32,7 +32,10 @@ def to_numpy(name: str, array: Array) -> tuple[NDArray[Any], str]:
         if array.device.type != "cpu":
             wanted = "an array in host memory (this build runs on the CPU)"
             raise TypeError(f"{name}: expected {wanted}, got a tensor on {array.device}")
-        return array.detach().numpy(), "torch"
+        try:
+            return array.detach().numpy(), "torch"
+        except TypeError:
+            raise TypeError(f"{name}: expected a dtype that NumPy has, got {array.dtype}") from None
     raise TypeError(f"{name}: expected a NumPy array or a torch tensor, got {type(array).__name__}")
 
 

@@ -170,7 +170,8 @@ class Packed:
         ----------
         path : path
         """
-        data = _packed_file.encode(self.weights(), self._bias, self._options | {"algorithm": self.algorithm})
+        chosen = {"algorithm": self.algorithm, "why": self._why}
+        data = _packed_file.encode(self.weights(), self._bias, self._options | chosen)
         target = Path(path)
         temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
         try:
@@ -499,8 +500,11 @@ def load_packed(path: str | os.PathLike[str]) -> Packed:
     data = Path(path).read_bytes()
     try:
         q, bias, options = _packed_file.decode(data)
+        why = str(options.pop("why"))
         prepack = prepack_conv2d if len(q.shape) == 4 else prepack_linear
-        return prepack(q, bias, **options)
+        packed = prepack(q, bias, **options)
+        packed._why = why
+        return packed
     except (SafetensorError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:
         wanted = "a packed layer of pycodesign"
         raise ValueError(f"{os.fspath(path)}: expected {wanted}, got a damaged or foreign file: {e}") from e

@@ -615,6 +615,8 @@ def test_torch_tensor_that_is_not_in_host_memory() -> None:
         ops.conv2d(x, FLOAT)
     with pytest.raises(TypeError, match=exactly("x: expected float32 (N, 3, H, W), got float64 (1, 3, 5, 5)")):
         ops.conv2d(torch.zeros(1, 3, 5, 5, dtype=torch.float64), FLOAT)
+    with pytest.raises(TypeError, match=r"^x: expected a dtype that NumPy has, got torch.bfloat16$"):
+        ops.conv2d(torch.zeros(1, 3, 5, 5, dtype=torch.bfloat16), FLOAT)
 
 
 def test_an_error_in_the_first_call_does_not_end_tuning(monkeypatch: pytest.MonkeyPatch) -> None:

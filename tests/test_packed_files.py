@@ -106,6 +106,7 @@ def test_round_trip(name: str, path: Path) -> None:
     packed.save(path)
     loaded = ops.load_packed(path)
     assert (loaded.kind, loaded.algorithm) == (packed.kind, packed.algorithm)
+    assert loaded.explain()["why"] == packed.explain()["why"]
     before, after = packed.weights(), loaded.weights()
     for attribute in ("codes", "levels", "scale"):
         expected, got = getattr(before, attribute), getattr(after, attribute)

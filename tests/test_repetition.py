@@ -186,6 +186,12 @@ CONVOLUTIONS = {
     "3x3 many vectors": Case((1, 16, 29, 37), (40, 16, 3, 3), {"padding": 1}),
     "3x3 on one pixel": Case((1, 5, 1, 1), (6, 5, 3, 3), {"padding": 1}),
     "3x3 on padding": Case((1, 2, 1, 2), (3, 2, 3, 3), {"padding": (3, 4)}),
+    # cut into bands of rows, of images; outputs shared by threads
+    "bands of rows": Case((1, 10, 83, 47), (30, 10, 3, 3), {"padding": 1}),
+    "bands of rows, stride 2": Case((1, 9, 75, 61), (20, 9, 3, 3), {"stride": 2, "padding": 1}, BINARY),
+    "bands of rows, two images": Case((2, 8, 41, 33), (12, 8, 5, 3), {"padding": (2, 0)}),
+    "bands of images": Case((9, 14, 12, 13), (24, 14, 3, 3), {"padding": 1}),
+    "shared outputs": Case((1, 50, 5, 5), (150, 50, 3, 3), {"padding": 1}),
     # strides, paddings, dilations
     "stride beyond kernel": Case((2, 3, 11, 13), (5, 3, 2, 1), {"stride": (4, 3)}),
     "stride 2, 1x1": Case((1, 6, 8, 9), (10, 6, 1, 1), {"stride": 2}),
@@ -669,6 +675,14 @@ def test_packed_layers_own_their_weights() -> None:
     packed = ops.prepack_linear(q)
     scale[:] = 0
     assert packed.weights().dequantize().max() == ops.linear(np.ones(4, np.float32), packed).max() / 4 == 1
+
+
+@each_conv2d
+@pytest.mark.parametrize("dtype", INPUT_DTYPES)
+def test_bands_that_fit_the_cache(dtype: str, algorithm: str, record: Record) -> None:
+    """More staged bytes than the second-level cache, on one thread too."""
+    case = Case((1, 64, 112, 120), (9, 64, 3, 3), {"padding": 1})
+    check(case, make_input(case.x, dtype), pack(case, dtype, algorithm), record, ISAS[-1])
 
 
 def test_widely_dilated_wide_filters() -> None:

@@ -122,7 +122,7 @@ CodeLayer code_layer(const Weights& w, const Geometry& g, const Activations& a) 
 }
 
 double dense_cycles(int64_t outputs, int64_t inputs, const Activations& a) {
-  constexpr double multiply_add = 1.25;  // of a vector: one product a lane, or four
+  constexpr double multiply_add = 1.1;  // of a vector: one product a lane, or four
   return static_cast<double>(outputs * inputs) * multiply_add / (a.dtype == DType::f32 ? 1 : 4);
 }
 
@@ -139,7 +139,8 @@ Choice choose_conv2d(const Weights& w, const Geometry& g, const Activations& a) 
   };
   if (generates_code()) {
     const double code = code_cost(code_layer(w, g, a), kernels().lanes == 16) / (integers ? 2 : 1);
-    if (code < dense) return {Algorithm::codegen, predicted(code)};
+    const double margin = integers ? 0.8 : 1;  // what staging and widening add to int16 sums
+    if (code < margin * dense) return {Algorithm::codegen, predicted(code)};
     return {Algorithm::dense, "too few outputs share a pattern for machine code to pay"};
   }
   if (integers) return {Algorithm::dense, "8-bit dot products beat tables for 8-bit inputs"};
@@ -228,10 +229,11 @@ LiftPlan::LiftPlan(const Geometry& g, int64_t height, int64_t width, const Band&
 
 ConvPlan::ConvPlan(const Geometry& g, int64_t images, int64_t height, int64_t width, int word_lanes, int halves,
                    const Load& load, int threads) {
-  constexpr double stage = 10, finish = 16;       // cycles per vector
-  constexpr double item = 2000, meeting = 8000;   // cycles to begin a piece of work, and for threads to wait for all
-  constexpr double weight_bytes_per_cycle = 4;    // from memory
-  constexpr double crossing = 2, crossed = 1.12;  // writing planes that other threads read, and reading theirs
+  constexpr double stage = 10, finish = 16;      // cycles per vector
+  constexpr double item = 2000, meeting = 8000;  // cycles to begin a piece of work, and for threads to wait for all
+  constexpr double weight_bytes_per_cycle = 4;   // from memory, behind the sums of the vectors before
+  constexpr double first_weight_bytes_per_cycle = 24;  // what the first vector waits for
+  constexpr double crossing = 2, crossed = 1.12;       // writing planes that other threads read, and reading theirs
   constexpr double second_level = 640 << 10, spilled = 1.1;  // staged bytes, and what exceeding them costs
   const int64_t rows = g.output_size(0, height), columns = g.output_size(1, width), lanes = word_lanes * halves;
   const Axis x = plan_axis(g, 1, width, 0, columns);
@@ -249,7 +251,8 @@ ConvPlan::ConvPlan(const Geometry& g, int64_t images, int64_t height, int64_t wi
     const auto vectors = static_cast<double>(segment), outputs = static_cast<double>(load.outputs);
     const double staged = static_cast<double>(load.planes * span) * phases,
                  bands = static_cast<double>(image_bands * row_bands);
-    const double sums = std::max(vectors * load.cycles, load.weight_bytes / weight_bytes_per_cycle) *
+    const double sums = (std::max(vectors * load.cycles, load.weight_bytes / weight_bytes_per_cycle) +
+                         load.weight_bytes / first_weight_bytes_per_cycle) *
                             (!load.streams && staged * word_lanes * 4 > second_level ? spilled : 1) +
                         outputs * halves * vectors * finish;
     for (int64_t s = 1; s <= load.blocks && s <= (threads == 1 ? 1 : 4 * threads); ++s) {

@@ -84,7 +84,7 @@ std::shared_ptr<const ConvPlan> PackedConv2d::plan(int64_t images, int64_t heigh
                   geometry_.groups * units_,
                   outputs_,
                   code ? static_cast<int64_t>(code->chunks().size()) : blocks_,
-                  code != nullptr};
+                  algorithm_ != Algorithm::dense};
   auto made = std::make_shared<ConvPlan>(geometry_, images, height, width, k.lanes, halves(), load, threads);
   if (algorithm_ == Algorithm::tables)
     for (LiftPlan& lift : made->bands)
@@ -104,14 +104,13 @@ void PackedConv2d::run(const Tensor& x, const Tensor& out, const Tensor* residua
   const Call call{k, code, x, out, residual, epilogue};
   const auto bands = static_cast<int64_t>(plan->bands.size()), splits = plan->splits;
   const int64_t blocks = code ? static_cast<int64_t>(code->chunks().size()) : blocks_;
-  // A plane for every unit and phase; entries of channels that do not exist are built (from what lies behind) but
+  // Planes for every unit; entries of channels that do not exist are built (from what lies behind) but
   // never read.
-  const LiftPlan& largest = *std::max_element(plan->bands.begin(), plan->bands.end(), [](const auto& a, const auto& b) {
-    return a.plane_bytes < b.plane_bytes;
-  });
-  const auto phases = static_cast<int64_t>(largest.phases.size()), planes = geometry_.groups * units_ * phases,
-             stages = geometry_.groups * ceil_div(group_channels_, stage_channels_) * phases;
-  const int64_t band_bytes = (planes + group_size_ * phases + 1) * largest.plane_bytes;
+  const LiftPlan& largest = *std::max_element(plan->bands.begin(), plan->bands.end(),
+                                              [](const auto& a, const auto& b) { return a.unit_bytes < b.unit_bytes; });
+  const int64_t stages =
+      geometry_.groups * ceil_div(group_channels_, stage_channels_) * static_cast<int64_t>(largest.phases.size());
+  const int64_t band_bytes = (geometry_.groups * units_ + group_size_ + 1) * largest.unit_bytes;
   if (splits == 1) {
     core::parallel_for(bands, [&](int64_t b, int) {
       const LiftPlan& lift = plan->bands[static_cast<size_t>(b)];
@@ -172,8 +171,8 @@ void PackedConv2d::stage_channels(const Call& call, const LiftPlan& lift, int64_
   s.positions = lift.positions;
   s.half = lift.half;
   s.flat = scratch(1, lift.flat_bytes());
-  s.channel_stride = phases * lift.plane_bytes;
-  s.lifted = staged + ((group * units_ + first / unit_channels_) * phases + index % phases) * lift.plane_bytes;
+  s.channel_stride = lift.unit_bytes;
+  s.lifted = staged + (group * units_ + first / unit_channels_) * lift.unit_bytes + index % phases * lift.plane_bytes;
   call.k.stage(s);
 }
 
@@ -185,7 +184,7 @@ void PackedConv2d::sum(const Call& call, const LiftPlan& lift, const char* stage
     const int64_t group = block / per_group, end = std::min(last, (group + 1) * per_group);
     const int64_t from = block % per_group * dense_outputs,
                   to = std::min((end - group * per_group) * dense_outputs, group_outputs_);
-    const char* x = staged + group * units_ * static_cast<int64_t>(lift.phases.size()) * lift.plane_bytes;
+    const char* x = staged + group * units_ * lift.unit_bytes;
     if (algorithm_ == Algorithm::dense) sum_dense(call, lift, x, group, from, to);
     else sum_tables(call, lift, x, group, from, to);
     block = end;
@@ -231,7 +230,7 @@ void PackedConv2d::sum_code(const Call& call, const LiftPlan& lift, const char* 
                             int64_t last) const {
   const LayerCode& code = *call.code;
   const int64_t vector_bytes = call.vector_bytes(), output_bytes = halves() * vector_bytes,
-                channel_bytes = static_cast<int64_t>(lift.phases.size()) * lift.plane_bytes;
+                channel_bytes = lift.unit_bytes;
   const auto chunk = [&](int64_t i) -> const CodeChunk& { return code.chunks()[static_cast<size_t>(i)]; };
   const auto sums_at = [&](int64_t i) {
     return (chunk(i).first_output - chunk(first).first_output) * lift.segment * output_bytes;
@@ -263,8 +262,7 @@ void PackedConv2d::sum_code(const Call& call, const LiftPlan& lift, const char* 
 void PackedConv2d::sum_tables(const Call& call, const LiftPlan& lift, const char* x, int64_t group, int64_t first,
                               int64_t last) const {
   const Kernels& k = call.k;
-  const int64_t vector_bytes = call.vector_bytes(), count = last - first,
-                channel_bytes = static_cast<int64_t>(lift.phases.size()) * lift.plane_bytes;
+  const int64_t vector_bytes = call.vector_bytes(), count = last - first, channel_bytes = lift.unit_bytes;
   const bool is_float = activations_.dtype == DType::f32;
   const TablePlan& t = lift.tables;
   const int64_t entry_bytes = t.width * vector_bytes, unit_bytes = entry_bytes * max_entries_;
@@ -323,7 +321,7 @@ void PackedConv2d::sum_dense(const Call& call, const LiftPlan& lift, const char*
   char* const sums = scratch(2, static_cast<size_t>(dense_outputs * plane));
   for (int64_t o = first; o < last; o += dense_outputs) {
     DenseTile d{};
-    d.unit_stride = static_cast<int64_t>(lift.phases.size()) * lift.plane_bytes;
+    d.unit_stride = lift.unit_bytes;
     d.tap_source = lift.tap_source.data();
     d.units = units_;
     d.taps = static_cast<int>(taps_);

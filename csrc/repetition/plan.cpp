@@ -219,11 +219,13 @@ LiftPlan::LiftPlan(const Geometry& g, int64_t height, int64_t width, const Band&
     tap.offset += spans.back().at - spans.back().first;
     plane_vectors = std::max(plane_vectors, spans.back().at + spans.back().count);
   }
-  // Neighboring planes begin in cache sets far apart.
+  // Neighboring units begin in cache sets far apart.
   constexpr int64_t line = 64, sets = 64;
-  int64_t lines = (plane_vectors * word_lanes * 4 + line - 1) / line | 1;
-  if (lines % sets == 1 || lines % sets == sets - 1) lines += 4;
-  plane_bytes = lines * line;
+  const int64_t plane_lines = (plane_vectors * word_lanes * 4 + line - 1) / line;
+  int64_t unit_lines = plane_lines * static_cast<int64_t>(phases.size()) | 1;
+  if (unit_lines % sets == 1 || unit_lines % sets == sets - 1) unit_lines += 4;
+  plane_bytes = plane_lines * line;
+  unit_bytes = unit_lines * line;
   for (const Tap& tap : taps) tap_source.push_back(tap.phase * plane_bytes + tap.offset * word_lanes * 4);
 }
 

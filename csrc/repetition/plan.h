@@ -87,6 +87,7 @@ struct LiftPlan {
   int64_t half;                    // positions from the low halves to the high halves; 0: words are not halved
   int64_t positions;               // words of the flattened band, with what tiles read behind it
   int64_t plane_bytes;             // of the longest phase
+  int64_t unit_bytes;              // from the planes of one unit to those of the next
   std::vector<Phase> phases;
   std::vector<Tap> taps;
   std::vector<int64_t> tap_source;  // bytes from the unit's first plane

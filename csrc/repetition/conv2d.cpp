@@ -48,7 +48,7 @@ struct PackedConv2d::Sums {
 
 // Machine code for this kind of vectors; null where none can be made.
 const LayerCode* PackedConv2d::code(const Kernels& k) const {
-  return generates_code() ? &machine_code(k.lanes == 16) : nullptr;
+  return k.generates_code && core::ExecutableMemory::available() ? &machine_code(k.lanes == 16) : nullptr;
 }
 
 const LayerCode& PackedConv2d::machine_code(bool avx512) const {
@@ -104,8 +104,7 @@ void PackedConv2d::run(const Tensor& x, const Tensor& out, const Tensor* residua
   const Call call{k, code, x, out, residual, epilogue};
   const auto bands = static_cast<int64_t>(plan->bands.size()), splits = plan->splits;
   const int64_t blocks = code ? static_cast<int64_t>(code->chunks().size()) : blocks_;
-  // Planes for every unit; entries of channels that do not exist are built (from what lies behind) but
-  // never read.
+  // Planes for every unit; entries of channels that do not exist are built (from what lies behind) but never read.
   const LiftPlan& largest = *std::max_element(plan->bands.begin(), plan->bands.end(),
                                               [](const auto& a, const auto& b) { return a.unit_bytes < b.unit_bytes; });
   const int64_t stages =

@@ -64,8 +64,22 @@ def choose_linear(
 class _Type(type):
     """Metaclass of classes that pybind11 binds."""
 
+class PackedLayer(metaclass=_Type):
+    """Packed weights of a layer, whatever its kind."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    @property
+    def algorithm(self) -> str:
+        """Name of the algorithm that runs."""
+
+    def codes(self) -> NDArray[np.uint8]:
+        """Return the codes, decoded from the packed form."""
+
+    def counts(self) -> dict[str, int]:
+        """Return ``adds`` and ``multiplies`` per output pixel or row, and ``bytes`` of the packed weights."""
+
 @final
-class PackedConv2d(metaclass=_Type):
+class PackedConv2d(PackedLayer):
     """Packed weights of a convolution: codes (O, C / groups * kH * kW), levels (1 or O, Q), scale (O, 1)."""
 
     def __init__(
@@ -87,10 +101,6 @@ class PackedConv2d(metaclass=_Type):
         algorithm: str,
     ) -> None: ...
     @property
-    def algorithm(self) -> str:
-        """Name of the algorithm that runs."""
-
-    @property
     def group_size(self) -> int:
         """Channels that share a table; 0 without tables."""
 
@@ -105,12 +115,6 @@ class PackedConv2d(metaclass=_Type):
 
         A segment: first and one-past-last byte, channel, lines that it prefetches. None where no code is made.
         """
-
-    def codes(self) -> NDArray[np.uint8]:
-        """Return the codes, decoded from the packed form."""
-
-    def counts(self) -> dict[str, int]:
-        """Return ``adds`` and ``multiplies`` per output pixel, and ``bytes`` of the packed weights."""
 
     def run(
         self,
@@ -143,7 +147,7 @@ class PackedConv2d(metaclass=_Type):
         """Multiply rows x (T, I) into (T, O): a linear layer as the pixels of a 1x1 convolution."""
 
 @final
-class PackedLinear(metaclass=_Type):
+class PackedLinear(PackedLayer):
     """Packed weights of a linear layer: codes (O, I), levels (1 or O, Q), scale (O, G)."""
 
     def __init__(
@@ -158,16 +162,6 @@ class PackedLinear(metaclass=_Type):
         input_bits: int,
         algorithm: str,
     ) -> None: ...
-    @property
-    def algorithm(self) -> str:
-        """Name of the algorithm that runs."""
-
-    def codes(self) -> NDArray[np.uint8]:
-        """Return the codes, decoded from the packed form."""
-
-    def counts(self) -> dict[str, int]:
-        """Return ``adds`` and ``multiplies`` per row, and ``bytes`` of the packed weights."""
-
     def run_rows(
         self,
         x: NDArray[Any],
@@ -182,3 +176,76 @@ class PackedLinear(metaclass=_Type):
         out: NDArray[Any] | None,
     ) -> NDArray[Any]:
         """Multiply rows x (T, I) into (T, O)."""
+
+@final
+class Chain(metaclass=_Type):
+    """Layers, adds and pooling in one call. Values are named by the indices that the methods return; -1: none."""
+
+    def __init__(self) -> None: ...
+    def add_input(self, dtype: str) -> int:
+        """Add an input: (N, C, H, W), or rows (N, I)."""
+
+    def add_layer(
+        self,
+        layer: PackedLayer,
+        rows: bool,
+        x: int,
+        residual: int,
+        residual_scale: float,
+        residual_zero_point: float,
+        lo: float | None,
+        hi: float | None,
+        out_dtype: str,
+        out_scale: float | None,
+        out_zero_point: int,
+    ) -> int:
+        """Add a convolution, or a linear layer of the flattened value: `rows`."""
+
+    def add_max_pool2d(
+        self, x: int, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+    ) -> int:
+        """Add a max-pooling."""
+
+    def add_avg_pool2d(
+        self,
+        x: int,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        counts_padding: bool,
+        scale: float,
+        zero_point: int,
+        lo: float | None,
+        hi: float | None,
+        out_dtype: str,
+        out_scale: float | None,
+        out_zero_point: int,
+    ) -> int:
+        """Add an average-pooling; kernel (0, 0): the mean of each image."""
+
+    def add_add(
+        self,
+        a: int,
+        b: int,
+        scale: float,
+        zero_point: int,
+        residual_scale: float,
+        residual_zero_point: float,
+        lo: float | None,
+        hi: float | None,
+        out_dtype: str,
+        out_scale: float | None,
+        out_zero_point: int,
+    ) -> int:
+        """Add two values, or convert one."""
+
+    def set_outputs(self, values: Sequence[int]) -> None:
+        """Name the values that `run` returns."""
+
+    def run(
+        self, inputs: Sequence[NDArray[Any]], out: Sequence[NDArray[Any]] | None, rows: Sequence[bool]
+    ) -> list[NDArray[Any]]:
+        """Run every step; `rows`: whether an output is (N, O)."""
+
+    def plan(self, inputs: Sequence[Sequence[int]], values: int) -> list[tuple[list[int], bool]]:
+        """Return the shape of each value, and whether it is lifted."""

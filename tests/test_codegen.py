@@ -53,7 +53,8 @@ class Case:
     taps: int
     levels: tuple[float, ...]
     groups: int = 1
-    zeros: float = 0  # of the weights, at least
+    zeros: float = 0  # of the weights, at least; without a zero the first level
+    own_levels: bool = False  # levels for each output, though the same
 
 
 CASES = {
@@ -69,8 +70,10 @@ CASES = {
     "stem": Case(16, 3, 49, TERNARY),
     "segments": Case(12, 48, 9, SIXTEEN),
     "as long sums as 16 bits hold": Case(8, 64, 8, BINARY),  # 512 weights: one too many for two segments
+    "as long sums of all rows": Case(8, 64, 8, BINARY, zeros=0.9),
     "fractions": Case(31, 6, 4, FRACTIONS),
     "fractions, shared patterns": Case(13, 6, 4, (-1.5, 0, 1.5)),
+    "own levels": Case(12, 7, 8, BINARY, own_levels=True),
     "zeros only": Case(5, 3, 1, (0,)),
 }
 INPUTS = {"float32": ("float32", None), "uint8": ("uint8", None), "4 bits": ("uint8", 4), "int8": ("int8", None)}
@@ -87,8 +90,9 @@ def make_weights(case: Case) -> QuantizedTensor:
     rng = np.random.default_rng(case.outputs)
     codes = rng.integers(0, len(case.levels), (case.outputs, case.channels, case.taps, 1), dtype=np.uint8)
     if case.zeros:
-        codes[rng.random(codes.shape) < case.zeros] = case.levels.index(0)
-    return QuantizedTensor(codes, np.array(case.levels, F32), np.ones(case.outputs, F32))
+        codes[rng.random(codes.shape) < case.zeros] = case.levels.index(0) if 0 in case.levels else 0
+    levels = np.array([case.levels] * case.outputs if case.own_levels else case.levels, F32)
+    return QuantizedTensor(codes, levels, np.ones(case.outputs, F32))
 
 
 def options(case: Case, inputs: str) -> dict[str, Any]:
@@ -186,6 +190,7 @@ VECTOR_OPERATIONS: dict[str, tuple[type[Any], Operation]] = {
     "vpsubw": (np.int16, lambda to, a, b: a - b),
     "vpmullw": (np.int16, lambda to, a, b: a * b),
     "vpaddd": (np.int32, lambda to, a, b: a + b),
+    "vpsubd": (np.int32, lambda to, a, b: a - b),
     "vpxor": (np.int32, lambda to, a, b: a ^ b),
     "vpxord": (np.int32, lambda to, a, b: a ^ b),
     "vpslld": (np.int32, lambda to, a, b: a << b),
@@ -268,7 +273,7 @@ def interpret(name: str, inputs: str, avx512: bool) -> tuple[frozenset[str], lis
     width = 64 if avx512 else 32
     lanes, outputs = width // np.dtype(dtype).itemsize, case.outputs // case.groups
     q = make_weights(case)
-    weights = q.levels[q.codes].reshape(case.groups, outputs, case.channels, case.taps).astype(float)
+    weights = q.decode().reshape(case.groups, outputs, case.channels, case.taps).astype(float)
 
     # Planes: a vector for each tap, anywhere, and one that nobody may use. In half of the lanes an output's sum is as
     # large as it can be.
@@ -277,6 +282,7 @@ def interpret(name: str, inputs: str, avx512: bool) -> tuple[frozenset[str], lis
     x = rng.integers(-limit, limit + 1, (case.groups, case.channels, case.taps, lanes))
     for lane in range(0, lanes, 2):
         x[..., lane] = np.where(weights[:, lane // 2 % outputs] < 0, -limit, limit) * (1 - lane % 4)
+    x[..., 1], x[..., 3] = limit, -limit  # and the sum of all rows
     order = rng.permutation(case.taps)
     planes = np.full((case.groups, case.channels, case.taps + 1, lanes), -3 * limit, dtype)
     planes[:, :, order] = x
@@ -344,7 +350,8 @@ FORMS = {
     *("vmulps v, v, [rip]", "vfmadd132ps v, v, [rip]", "vfnmadd132ps v, v, [rip]"),
     *("vfmadd231ps v, v, v", "vfnmadd231ps v, v, v"),
     *("vpaddw v, v, v", "vpaddw v, v, [r+1*r]", "vpsubw v, v, v", "vpsubw v, v, [r+1*r]", "vpmullw v, v, [rip]"),
-    *("vpslld v, v, imm", "vpsrad v, v, imm", "vpaddd v, v, [r]", "vpaddd v, v, [r+d8]"),
+    *("vpslld v, v, imm", "vpsrad v, v, imm", "vpaddd v, v, v", "vpsubd v, v, v"),
+    *("vpaddd v, v, [r]", "vpaddd v, v, [r+d8]"),
     *("lea r, [r+1*r]", "lea r, [r+2*r]", "lea r, [r+4*r]", "mov r, [r]", "mov r, [r+d8]", "mov r, [r+d32]"),
     *("prefetcht1 [r]", "prefetcht1 [r+d8]", "prefetcht1 [r+d32]", "vzeroupper", "ret"),
 }

@@ -2,10 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <limits>
 #include <optional>
 
 #include "bindings/arrays.h"
+#include "bindings/epilogue.h"
 #include "core/executable_memory.h"
 #include "repetition/codegen_x86.h"
 #include "repetition/repetition.h"
@@ -14,7 +14,9 @@ namespace pycodesign::bindings {
 
 namespace {
 
-using repetition::DType, repetition::Tensor;
+using repetition::DType, repetition::PackedLayer, repetition::Tensor;
+
+template <class Layer> using Class = py::class_<Layer, PackedLayer, std::shared_ptr<Layer>>;
 
 // Weights as NumPy holds them, checked; `weights` borrows from the arrays.
 struct WeightArrays {
@@ -86,34 +88,9 @@ struct Finishing {
             float residual_zero_point, std::optional<float> lo, std::optional<float> hi, const std::string& out_dtype,
             std::optional<float> out_scale, int out_zero_point, const std::vector<int64_t>& shape)
       : residual(residual_) {
-    const bool integers = layer.activations().dtype != DType::f32;
-    epilogue.acc_dtype = integers ? DType::i32 : DType::f32;
-    epilogue.out_dtype = parse_dtype(out_dtype, "out_dtype", true);
-    if (epilogue.out_dtype == DType::i32) {
-      if (!integers)
-        throw py::value_error("out_dtype: expected 'float32', 'uint8' or 'int8' for float32 inputs, got 'int32'");
-      if (residual || lo || hi)
-        throw py::value_error("out_dtype: 'int32' gives the exact sums; expected no residual and no clamp with it");
-    }
-    const bool quantized = epilogue.out_dtype == DType::u8 || epilogue.out_dtype == DType::i8;
-    if (quantized != out_scale.has_value())
-      throw py::value_error(quantized
-                                ? "out_scale: expected a positive number for out_dtype '" + out_dtype + "', got None"
-                                : "out_scale: expected None for out_dtype '" + out_dtype + "', got a number");
-    if (quantized && !(*out_scale > 0 && *out_scale < std::numeric_limits<float>::infinity()))
-      throw py::value_error("out_scale: expected a positive finite number, got " + std::to_string(*out_scale));
-    const int lowest = epilogue.out_dtype == DType::i8 ? -128 : 0;
-    if (quantized ? out_zero_point < lowest || out_zero_point > lowest + 255 : out_zero_point != 0)
-      throw py::value_error("out_zero_point: expected a value of " + out_dtype + (quantized ? "" : ": 0") + ", got " +
-                            std::to_string(out_zero_point));
-    epilogue.out_scale = out_scale.value_or(1.0f);
-    epilogue.out_zero_point = out_zero_point;
-    epilogue.has_lo = lo.has_value();
-    epilogue.has_hi = hi.has_value();
-    epilogue.lo = lo.value_or(0.0f);
-    epilogue.hi = hi.value_or(0.0f);
+    epilogue =
+        parse_epilogue(layer.activations().dtype, residual.has_value(), lo, hi, out_dtype, out_scale, out_zero_point);
     if (!residual) return;
-    epilogue.has_residual = true;
     epilogue.residual_scale = residual_scale;
     epilogue.residual_zero_point = residual_zero_point;
     epilogue.residual_dtype = holds<float>(*residual) ? DType::f32 : holds<uint8_t>(*residual) ? DType::u8 : DType::i8;
@@ -160,7 +137,7 @@ Tensor rows(const py::array& a) {
 // Defines `name(x, ...)`: validate, view, allocate, release the GIL, one call, return. `shape_of` checks x and gives
 // the output's shape.
 template <class Layer, class ShapeOf>
-void bind_run(py::class_<Layer>& c, const char* name, Tensor (*view)(const py::array&), ShapeOf shape_of) {
+void bind_run(Class<Layer>& c, const char* name, Tensor (*view)(const py::array&), ShapeOf shape_of) {
   c.def(
       name,
       [view, shape_of](const Layer& layer, const py::array& x, const std::optional<py::array>& residual,
@@ -187,10 +164,10 @@ void check_x(const repetition::PackedLayer& layer, const py::array& x, const std
   check_array(x, "x", dtype_name(dtype), holds(x, dtype), sizes, shape);
 }
 
-template <class Layer> void bind_layer(py::class_<Layer>& c) {
+void bind_layer(py::class_<PackedLayer, std::shared_ptr<PackedLayer>>& c) {
   c.def_property_readonly("algorithm",
-                          [](const Layer& l) { return std::string(repetition::algorithm_name(l.algorithm())); });
-  c.def("counts", [](const Layer& l) {
+                          [](const PackedLayer& l) { return std::string(repetition::algorithm_name(l.algorithm())); });
+  c.def("counts", [](const PackedLayer& l) {
     const repetition::Counts n = l.counts();
     py::dict d;
     d["adds"] = n.adds;
@@ -199,7 +176,7 @@ template <class Layer> void bind_layer(py::class_<Layer>& c) {
     d["code_bytes"] = n.code_bytes;
     return d;
   });
-  c.def("codes", [](const Layer& l) {
+  c.def("codes", [](const PackedLayer& l) {
     const std::vector<uint8_t> codes = l.codes();
     py::array_t<uint8_t> a({l.outputs(), static_cast<int64_t>(codes.size()) / l.outputs()});
     std::copy(codes.begin(), codes.end(), a.mutable_data());
@@ -212,7 +189,10 @@ template <class Layer> void bind_layer(py::class_<Layer>& c) {
 void bind_repetition(py::module_& m) {
   using repetition::PackedConv2d, repetition::PackedLinear;
 
-  py::class_<PackedConv2d> conv(m, "PackedConv2d");
+  // A chain holds on to its layers.
+  py::class_<PackedLayer, std::shared_ptr<PackedLayer>> layer(m, "PackedLayer");
+  bind_layer(layer);
+  Class<PackedConv2d> conv(m, "PackedConv2d");
   conv.def(py::init([](py::array codes, py::array levels, py::array scale, std::optional<py::array> bias,
                        int64_t channels, int64_t groups, std::array<int64_t, 2> kernel, std::array<int64_t, 2> stride,
                        std::array<int64_t, 2> padding, std::array<int64_t, 2> dilation, const std::string& input_dtype,
@@ -224,15 +204,14 @@ void bind_repetition(py::module_& m) {
                throw py::value_error("codes: expected (O, C / groups * kH * kW), got " + describe(a.codes));
              const auto in = activations(input_dtype, input_scale, input_zero_point, input_bits);
              const auto chosen = parse_algorithm(algorithm);
-             std::unique_ptr<PackedConv2d> layer;
-             without_gil([&] { layer = std::make_unique<PackedConv2d>(a.weights, g, in, chosen); });
+             std::shared_ptr<PackedConv2d> layer;
+             without_gil([&] { layer = std::make_shared<PackedConv2d>(a.weights, g, in, chosen); });
              return layer;
            }),
            py::arg("codes"), py::arg("levels"), py::arg("scale"), py::arg("bias"), py::arg("channels"),
            py::arg("groups"), py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
            py::arg("input_dtype"), py::arg("input_scale"), py::arg("input_zero_point"), py::arg("input_bits"),
            py::arg("algorithm"));
-  bind_layer(conv);
   conv.def_property_readonly("group_size", &PackedConv2d::group_size);
   conv.def_property_readonly("max_entries", &PackedConv2d::max_entries);
   conv.def(
@@ -263,20 +242,19 @@ void bind_repetition(py::module_& m) {
     return std::vector<int64_t>{x.shape(0), layer.outputs()};
   });
 
-  py::class_<PackedLinear> linear(m, "PackedLinear");
+  Class<PackedLinear> linear(m, "PackedLinear");
   linear.def(py::init([](py::array codes, py::array levels, py::array scale, std::optional<py::array> bias,
                          const std::string& input_dtype, double input_scale, int input_zero_point, int input_bits,
                          const std::string& algorithm) {
                const WeightArrays a(std::move(codes), std::move(levels), std::move(scale), std::move(bias));
                const auto in = activations(input_dtype, input_scale, input_zero_point, input_bits);
                const auto chosen = parse_algorithm(algorithm);
-               std::unique_ptr<PackedLinear> layer;
-               without_gil([&] { layer = std::make_unique<PackedLinear>(a.weights, in, chosen); });
+               std::shared_ptr<PackedLinear> layer;
+               without_gil([&] { layer = std::make_shared<PackedLinear>(a.weights, in, chosen); });
                return layer;
              }),
              py::arg("codes"), py::arg("levels"), py::arg("scale"), py::arg("bias"), py::arg("input_dtype"),
              py::arg("input_scale"), py::arg("input_zero_point"), py::arg("input_bits"), py::arg("algorithm"));
-  bind_layer(linear);
   bind_run(linear, "run_rows", rows, [](const PackedLinear& layer, const py::array& x) {
     check_x(layer, x, {-1, layer.inputs()}, "(..., " + std::to_string(layer.inputs()) + ")");
     return std::vector<int64_t>{x.shape(0), layer.outputs()};

@@ -37,7 +37,7 @@ class Assembler {
   };
   static constexpr Opcode vaddps{1, 0, 0x58}, vsubps{1, 0, 0x5c}, vmulps{1, 0, 0x59}, vfmadd231ps{2, 1, 0xb8},
       vfnmadd231ps{2, 1, 0xbc}, vfmadd132ps{2, 1, 0x98}, vfnmadd132ps{2, 1, 0x9c}, vpaddw{1, 1, 0xfd},
-      vpsubw{1, 1, 0xf9}, vpmullw{1, 1, 0xd5}, vpaddd{1, 1, 0xfe}, vpxord{1, 1, 0xef};
+      vpsubw{1, 1, 0xf9}, vpmullw{1, 1, 0xd5}, vpaddd{1, 1, 0xfe}, vpsubd{1, 1, 0xfa}, vpxord{1, 1, 0xef};
 
   explicit Assembler(bool avx512) : avx512_(avx512) {}
 

@@ -22,6 +22,8 @@ inline bool any_beyond(f32v v, float limit) {
   return _mm512_cmp_ps_mask(_mm512_abs_ps(v), _mm512_set1_ps(limit), _CMP_GT_OQ) != 0;
 }
 
+inline i32v round_words(f32v v) { return (i32v)_mm512_cvtps_epi32(v); }
+
 inline u32v widen_bytes(const uint8_t* p) {
   return (u32v)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }

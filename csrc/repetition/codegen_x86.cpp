@@ -24,6 +24,23 @@ constexpr int64_t max_group = 4;
 constexpr int64_t max_word = 32767;
 constexpr int64_t sample_channels = 64;
 
+// The complement trick, for integers with levels -1 and 1: twice the sum over the rows of level 1, less the sum over
+// all rows, which a chunk needs once. There are fewer patterns, single rows need no addition to be one, and half the
+// terms are left. Two registers share the sum over all rows, by turns of units, so that int16 holds them as long.
+constexpr int64_t totals = 2;
+
+bool is_complement(const CodeLayer& l) {
+  const Weights& w = *l.weights;
+  return l.dtype != DType::f32 && l.channels > 1 && w.level_rows == 1 && w.level_count == 2 && w.levels[0] == -1 &&
+         w.levels[1] == 1;
+}
+
+// What patterns and sums are made of.
+float level_of(const CodeLayer& l, bool complement, int64_t output, int64_t input) {
+  const float level = l.weights->level(output, input);
+  return complement ? std::max(level, 0.0f) : level;
+}
+
 // One step of a unit: a tap of a group of neighboring channels. Registers `to` and `from` hold sums of rows, row r
 // being channel r of the group at that tap.
 struct Step {
@@ -52,16 +69,18 @@ struct Pattern {
 };
 
 struct Unit {
-  int64_t channel, width, tap;
+  int64_t channel, width, tap, index;
 };
 
 // How a layer is cut, which follows from the group size.
 struct Shape {
   int64_t group_size, chunks;  // chunks: per group of the convolution
+  bool complement;
 
-  Shape(const CodeLayer& l, int64_t group_size_, bool avx512) : group_size(group_size_) {
+  Shape(const CodeLayer& l, int64_t group_size_, bool avx512)
+      : group_size(group_size_), complement(group_size_ > 1 && is_complement(l)) {
     const int64_t outputs = l.weights->outputs / l.groups;
-    const int64_t accumulators = (avx512 ? 32 : 16) - group_size - (l.dtype == DType::f32);
+    const int64_t accumulators = (avx512 ? 32 : 16) - group_size - (l.dtype == DType::f32) - (complement ? totals : 0);
     chunks = (outputs + accumulators - 1) / accumulators;
     if (chunks > 8 && chunks * l.groups % 2) ++chunks;  // two threads that share them finish together
   }
@@ -77,7 +96,8 @@ CodeChunk chunk_of(const CodeLayer& l, const Shape& shape, int64_t index) {
 std::vector<Unit> units_of(const CodeLayer& l, const Shape& shape, int64_t channels) {
   std::vector<Unit> units;
   for (int64_t c = 0; c < channels; c += shape.group_size)
-    for (int64_t t = 0; t < l.taps; ++t) units.push_back({c, std::min(shape.group_size, channels - c), t});
+    for (int64_t t = 0; t < l.taps; ++t)
+      units.push_back({c, std::min(shape.group_size, channels - c), t, static_cast<int64_t>(units.size())});
   return units;
 }
 
@@ -114,18 +134,23 @@ void build(const CodeLayer& l, int8_t to, int8_t row, float level, float sibling
 
 // The patterns of a unit in lexicographic order walk their trie depth first: register d holds the sum of the first d +
 // 1 levels that are not zero, and what a pattern shares with the one before is there already.
-void append_steps(const CodeLayer& l, const CodeChunk& chunk, const Unit& unit, std::vector<Step>& steps) {
+void append_steps(const CodeLayer& l, bool complement, const CodeChunk& chunk, const Unit& unit,
+                  std::vector<Step>& steps) {
   std::array<Pattern, 32> patterns;
   size_t count = 0;
   for (int64_t o = 0; o < chunk.outputs; ++o) {
     Pattern p{{}, static_cast<int16_t>(o), false};
     bool empty = true;
     for (int64_t c = 0; c < unit.width; ++c) {
-      const float level = l.weights->level(chunk.first_output + o, (unit.channel + c) * l.taps + unit.tap);
+      const float level = level_of(l, complement, chunk.first_output + o, (unit.channel + c) * l.taps + unit.tap);
       if (empty && level != 0) empty = false, p.minus = level < 0;
       p.levels[static_cast<size_t>(c)] = level == 0 ? 0 : p.minus ? -level : level;
     }
     if (!empty) patterns[count++] = p;
+  }
+  if (complement) {
+    Pattern& all = patterns[count++] = {{}, static_cast<int16_t>(chunk.outputs + unit.index % totals), false};
+    std::fill_n(all.levels.begin(), unit.width, 1.0f);
   }
   std::sort(patterns.begin(), patterns.begin() + static_cast<int64_t>(count));
 
@@ -178,7 +203,7 @@ double sample_cycles(const CodeLayer& l, const Shape& shape, bool avx512) {
   const CodeChunk chunk = chunk_of(l, shape, 0);
   const int64_t channels = std::min(l.channels, sample_channels / shape.group_size * shape.group_size);
   std::vector<Step> steps;
-  for (const Unit& unit : units_of(l, shape, channels)) append_steps(l, chunk, unit, steps);
+  for (const Unit& unit : units_of(l, shape, channels)) append_steps(l, shape.complement, chunk, unit, steps);
   double operations = 0, loads = 0, magnitude = 0;
   for (const Step& s : steps) {
     operations += s.kind == Step::load ? 0 : s.kind == Step::add_scaled && l.dtype != DType::f32 ? 2 : 1;
@@ -186,7 +211,7 @@ double sample_cycles(const CodeLayer& l, const Shape& shape, bool avx512) {
   }
   for (int64_t o = 0; o < chunk.outputs; ++o)
     for (int64_t i = 0; i < channels * l.taps; ++i)
-      magnitude += std::abs(static_cast<double>(l.weights->level(chunk.first_output + o, i)));
+      magnitude += std::abs(static_cast<double>(level_of(l, shape.complement, chunk.first_output + o, i)));
 
   const double share = static_cast<double>(l.channels) / static_cast<double>(channels);
   const double outputs = static_cast<double>(chunk.outputs);
@@ -195,7 +220,7 @@ double sample_cycles(const CodeLayer& l, const Shape& shape, bool avx512) {
     segments = std::max(segments, magnitude / outputs * share * static_cast<double>(l.range) / max_word);
   const double slow = avx512 ? 1.15 : 1.6;
   const double sums = slow * std::max(operations / 2, loads) * share;
-  const double stores = outputs * (l.dtype == DType::f32 ? 2.5 : 5) + (avx512 ? 20 : 40);
+  const double stores = outputs * (l.dtype == DType::f32 ? 2.5 : shape.complement ? 6.5 : 5) + (avx512 ? 20 : 40);
   return (sums + std::max(1.0, std::ceil(segments)) * stores) * static_cast<double>(shape.chunks * l.groups);
 }
 
@@ -241,11 +266,14 @@ struct Generator {
   void start_rows(int64_t width);
   void emit(const Step&);
   void finish(int64_t output, bool is_first);
+  void widen_totals(int64_t first);
+  void finish_complement(int64_t total, int64_t output, bool is_first);
+  void store(int64_t vector, Vector from, bool is_first);
   void prefetch(CodeSegment&);
   Constant constant(float);
 
   const CodeLayer& layer_;
-  const bool is_float_;
+  const bool is_float_, complement_;
   Assembler assembler_;
   std::map<float, int64_t> constants_;
   std::vector<Unit> units_;
@@ -259,6 +287,7 @@ Generator::Generator(const CodeLayer& layer, bool avx512)
     : group_size(choose_group(layer, avx512).group_size),
       layer_(layer),
       is_float_(layer.dtype == DType::f32),
+      complement_(Shape(layer, group_size, avx512).complement),
       assembler_(avx512) {
   const Shape shape(layer, group_size, avx512);
   units_ = units_of(layer, shape, layer.channels);
@@ -278,7 +307,7 @@ void Generator::generate(CodeChunk& chunk) {
   steps_.clear();
   step_at_ = {0};
   for (const Unit& unit : units_) {
-    append_steps(layer_, chunk, unit, steps_);
+    append_steps(layer_, complement_, chunk, unit, steps_);
     step_at_.push_back(steps_.size());
   }
   for (const Step& s : steps_) adds += adds_of(s), multiplies += multiplies_of(s);
@@ -291,11 +320,13 @@ void Generator::generate(CodeChunk& chunk) {
 std::vector<size_t> Generator::cut() const {
   const Weights& w = *layer_.weights;
   std::vector<double> sums(static_cast<size_t>(w.outputs));
+  std::array<int64_t, totals> total_rows;
   const auto cut_every = [&](int64_t most) {
     std::vector<size_t> ends;
     int64_t rows = 0;
     const auto start = [&] {
       rows = 0;
+      total_rows.fill(0);
       std::fill(sums.begin(), sums.end(), 0);
     };
     const auto add = [&](const Unit& unit) {  // whether it fits
@@ -304,9 +335,12 @@ std::vector<size_t> Generator::cut() const {
       for (int64_t o = 0; o < w.outputs && !is_float_; ++o) {
         double& total = sums[static_cast<size_t>(o)];
         for (int64_t c = unit.channel; c < unit.channel + unit.width; ++c)
-          total += std::abs(static_cast<double>(w.level(o, c * layer_.taps + unit.tap)));
+          total += std::abs(static_cast<double>(level_of(layer_, complement_, o, c * layer_.taps + unit.tap)));
         fits &= total * static_cast<double>(layer_.range) <= max_word;
       }
+      int64_t& all = total_rows[static_cast<size_t>(unit.index % totals)];
+      all += unit.width;
+      fits &= !complement_ || all * layer_.range <= max_word;
       return fits;
     };
     start();
@@ -332,7 +366,7 @@ CodeSegment Generator::generate(const CodeChunk& chunk, size_t first, size_t las
   CodeSegment segment{a.size(), 0, units_[first].channel, 0};
   const bool is_first = first == 0;
   if (is_float_) a.vmovups(ones(), constant(1));
-  for (int64_t o = 0; o < chunk.outputs; ++o) {
+  for (int64_t o = 0; o < chunk.outputs + (complement_ ? totals : 0); ++o) {
     if (is_first || !is_float_) a.operate(Assembler::vpxord, sum(o), sum(o), sum(o));
     else a.vmovups(sum(o), accumulator(o));
   }
@@ -350,8 +384,9 @@ CodeSegment Generator::generate(const CodeChunk& chunk, size_t first, size_t las
       prefetch(segment);
     }
   }
+  if (complement_) widen_totals(chunk.outputs);
   for (int64_t o = 0; o < chunk.outputs; ++o) {
-    finish(o, is_first);
+    complement_ ? finish_complement(chunk.outputs, o, is_first) : finish(o, is_first);
     prefetch(segment);
   }
   a.vzeroupper();
@@ -404,15 +439,40 @@ void Generator::emit(const Step& s) {
 void Generator::finish(int64_t output, bool is_first) {
   Assembler& a = assembler_;
   if (is_float_) return a.vmovups(accumulator(output), sum(output));
-  const auto store = [&](int64_t vector, Vector from) {
-    if (!is_first) a.operate(Assembler::vpaddd, from, from, accumulator(vector));
-    a.vmovups(accumulator(vector), from);
-  };
   a.vpslld(entry(0), sum(output), 16);
   a.vpsrad(entry(0), entry(0), 16);
-  store(2 * output, entry(0));
+  store(2 * output, entry(0), is_first);
   a.vpsrad(sum(output), sum(output), 16);
-  store(2 * output + 1, sum(output));
+  store(2 * output + 1, sum(output), is_first);
+}
+
+// Registers `first` and the next: the totals' low halves added, and the high ones.
+void Generator::widen_totals(int64_t first) {
+  Assembler& a = assembler_;
+  for (int i = 0; i < totals; ++i) {
+    a.vpslld(entry(i), sum(first + i), 16);
+    a.vpsrad(entry(i), entry(i), 16);
+    a.vpsrad(sum(first + i), sum(first + i), 16);
+  }
+  a.operate(Assembler::vpaddd, sum(first + 1), sum(first), sum(first + 1));
+  a.operate(Assembler::vpaddd, sum(first), entry(0), entry(1));
+}
+
+void Generator::finish_complement(int64_t total, int64_t output, bool is_first) {
+  Assembler& a = assembler_;
+  a.vpslld(entry(0), sum(output), 16);
+  a.vpsrad(entry(0), entry(0), 15);  // doubled
+  a.operate(Assembler::vpsubd, entry(0), entry(0), sum(total));
+  store(2 * output, entry(0), is_first);
+  a.vpsrad(sum(output), sum(output), 16);
+  a.operate(Assembler::vpaddd, sum(output), sum(output), sum(output));
+  a.operate(Assembler::vpsubd, sum(output), sum(output), sum(total + 1));
+  store(2 * output + 1, sum(output), is_first);
+}
+
+void Generator::store(int64_t vector, Vector from, bool is_first) {
+  if (!is_first) assembler_.operate(Assembler::vpaddd, from, from, accumulator(vector));
+  assembler_.vmovups(accumulator(vector), from);
 }
 
 // A line for each prefetch_bytes of the segment so far.

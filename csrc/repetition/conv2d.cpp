@@ -17,6 +17,11 @@ char* scratch(int which, size_t bytes) {
   return buffers[which].reserve(bytes);
 }
 
+// Where channel c of this band begins in lifted activations.
+char* lifted_channel(const Tensor& t, const LiftPlan& lift, int64_t c, DType dtype) {
+  return t.data + (t.size[1] * lift.vectors_before + c * lift.segment) * lift.lanes * element_bytes(dtype);
+}
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Touches share i of n of the code that runs first.
@@ -72,47 +77,71 @@ const PackedConv2d& PackedConv2d::without_code() const {
   return *without_code_;
 }
 
-std::shared_ptr<const ConvPlan> PackedConv2d::plan(int64_t images, int64_t height, int64_t width, const Kernels& k,
-                                                   const LayerCode* code) const {
+const PackedConv2d& PackedConv2d::prepared() const {
+  return algorithm_ == Algorithm::codegen && !code(kernels()) ? without_code() : *this;
+}
+
+ConvCase PackedConv2d::conv_case(int64_t images, int64_t height, int64_t width) const {
+  const Kernels& k = kernels();
+  const LayerCode* code = algorithm_ == Algorithm::codegen ? this->code(k) : nullptr;
+  return {geometry_,
+          images,
+          height,
+          width,
+          k.lanes,
+          halves(),
+          cycles_,
+          code ? static_cast<double>(code->bytes()) : static_cast<double>(weights_size_),
+          geometry_.groups * units_,
+          outputs_,
+          code ? static_cast<int64_t>(code->chunks().size()) : blocks_,
+          algorithm_ != Algorithm::dense};
+}
+
+std::shared_ptr<ConvPlan> PackedConv2d::make_plan(const ConvCase& c, const Pitch& pitch, const Cut& cut,
+                                                  int64_t splits) const {
+  auto made = std::make_shared<ConvPlan>(c, pitch, cut, splits);
+  if (algorithm_ == Algorithm::tables)
+    for (LiftPlan& lift : made->bands)
+      lift.tables = TablePlan(lift, max_entries_, block_units_, std::max<int64_t>(outputs_ / splits, 1), kernels());
+  return made;
+}
+
+std::shared_ptr<const ConvPlan> PackedConv2d::plan(int64_t images, int64_t height, int64_t width) const {
+  const ConvCase c = conv_case(images, height, width);
   const int threads = core::num_threads();
-  const std::array<int64_t, 5> key{images, height, width, k.lanes, threads};
+  const std::array<int64_t, 5> key{images, height, width, c.word_lanes, threads};
   const std::lock_guard lock(mutex_);
   if (const auto found = plans_.find(key); found != plans_.end()) return found->second;
   if (plans_.size() >= 32) plans_.clear();  // a caller that never repeats a size
-  const Load load{cycles_,
-                  code ? static_cast<double>(code->bytes()) : static_cast<double>(weights_size_),
-                  geometry_.groups * units_,
-                  outputs_,
-                  code ? static_cast<int64_t>(code->chunks().size()) : blocks_,
-                  algorithm_ != Algorithm::dense};
-  auto made = std::make_shared<ConvPlan>(geometry_, images, height, width, k.lanes, halves(), load, threads);
-  if (algorithm_ == Algorithm::tables)
-    for (LiftPlan& lift : made->bands)
-      lift.tables = TablePlan(lift, max_entries_, block_units_, std::max<int64_t>(outputs_ / made->splits, 1), k);
-  return plans_[key] = std::move(made);
+  const Pitch pitch = c.least_pitch();
+  std::vector<int64_t> splits;
+  const Cut cut = choose_cut({c}, pitch, threads, splits);
+  return plans_[key] = make_plan(c, pitch, cut, splits[0]);
 }
 
 void PackedConv2d::run(const Tensor& x, const Tensor& out, const Tensor* residual, const Epilogue& epilogue) const {
   if (out.size[0] * out.size[1] * out.size[2] * out.size[3] == 0) return;
+  const PackedConv2d& layer = prepared();
+  layer.run(*layer.plan(x.size[0], x.size[2], x.size[3]), x, out, residual, epilogue);
+}
+
+void PackedConv2d::run(const ConvPlan& plan, const Tensor& x, const Tensor& out, const Tensor* residual,
+                       const Epilogue& epilogue) const {
   const Kernels& k = kernels();
-  const LayerCode* code = nullptr;
-  if (algorithm_ == Algorithm::codegen) {
-    code = this->code(k);
-    if (!code) return without_code().run(x, out, residual, epilogue);
-  }
-  const auto plan = this->plan(x.size[0], x.size[2], x.size[3], k, code);
+  const LayerCode* code = algorithm_ == Algorithm::codegen ? this->code(k) : nullptr;
   const Call call{k, code, x, out, residual, epilogue};
-  const auto bands = static_cast<int64_t>(plan->bands.size()), splits = plan->splits;
+  const auto bands = static_cast<int64_t>(plan.bands.size()), splits = plan.splits;
   const int64_t blocks = code ? static_cast<int64_t>(code->chunks().size()) : blocks_;
   // Planes for every unit; entries of channels that do not exist are built (from what lies behind) but never read.
-  const LiftPlan& largest = *std::max_element(plan->bands.begin(), plan->bands.end(),
+  const LiftPlan& largest = *std::max_element(plan.bands.begin(), plan.bands.end(),
                                               [](const auto& a, const auto& b) { return a.unit_bytes < b.unit_bytes; });
   const int64_t stages =
       geometry_.groups * ceil_div(group_channels_, stage_channels_) * static_cast<int64_t>(largest.phases.size());
   const int64_t band_bytes = (geometry_.groups * units_ + group_size_ + 1) * largest.unit_bytes;
   if (splits == 1) {
     core::parallel_for(bands, [&](int64_t b, int) {
-      const LiftPlan& lift = plan->bands[static_cast<size_t>(b)];
+      const LiftPlan& lift = plan.bands[static_cast<size_t>(b)];
       char* staged = scratch(0, static_cast<size_t>(band_bytes));
       for (int64_t i = 0; i < stages; ++i) {
         if (code) prefetch(*code, i, stages);
@@ -130,11 +159,11 @@ void PackedConv2d::run(const Tensor& x, const Tensor& out, const Tensor* residua
   core::parallel_for(bands * chunks, [&](int64_t item, int) {
     const int64_t b = item / chunks, c = item % chunks;
     for (int64_t i = stages * c / chunks; i < stages * (c + 1) / chunks; ++i)
-      stage_channels(call, plan->bands[static_cast<size_t>(b)], i, staged + b * band_bytes);
+      stage_channels(call, plan.bands[static_cast<size_t>(b)], i, staged + b * band_bytes);
   });
   core::parallel_for(bands * splits, [&](int64_t item, int) {
     const int64_t b = item / splits, s = item % splits;
-    sum(call, plan->bands[static_cast<size_t>(b)], staged + b * band_bytes, blocks * s / splits,
+    sum(call, plan.bands[static_cast<size_t>(b)], staged + b * band_bytes, blocks * s / splits,
         blocks * (s + 1) / splits);
   });
 }
@@ -146,6 +175,8 @@ void PackedConv2d::stage_channels(const Call& call, const LiftPlan& lift, int64_
   const int64_t first = index / phases % per_group * stage_channels_, group = index / phases / per_group;
   const LiftPlan::Phase& phase = lift.phases[static_cast<size_t>(index % phases)];
   const int64_t channel = group * group_channels_ + first;
+  char* const to = staged + (group * units_ + first / unit_channels_) * lift.unit_bytes;
+  if (x.lifted) return restage_channels(call, lift, channel, std::min(stage_channels_, group_channels_ - first), to);
   const bool empty = phase.rows.data == 0 || phase.columns.data == 0;
   Stage s{};
   s.channels = static_cast<int>(std::min(stage_channels_, group_channels_ - first));
@@ -171,8 +202,30 @@ void PackedConv2d::stage_channels(const Call& call, const LiftPlan& lift, int64_
   s.half = lift.half;
   s.flat = scratch(1, lift.flat_bytes());
   s.channel_stride = lift.unit_bytes;
-  s.lifted = staged + (group * units_ + first / unit_channels_) * lift.unit_bytes + index % phases * lift.plane_bytes;
+  s.lifted = to + index % phases * lift.plane_bytes;
   call.k.stage(s);
+}
+
+void PackedConv2d::restage_channels(const Call& call, const LiftPlan& lift, int64_t first, int64_t count,
+                                    char* staged) const {
+  Restage s{};
+  s.channels = static_cast<int>(count);
+  for (int64_t c = 0; c < count; ++c) s.source[c] = lifted_channel(call.x, lift, first + c, activations_.dtype);
+  s.data = call.x.data;
+  s.data_channels = call.x.size[1];
+  s.first_channel = first;
+  s.staging = staging_;
+  s.dtype = activations_.dtype;
+  s.zero_point = activations_.zero_point;
+  s.center = center_;
+  s.vectors = static_cast<int64_t>(lift.restage_first.size());
+  s.first = lift.restage_first.data();
+  s.mask = reinterpret_cast<const char*>(lift.restage_mask.data());
+  s.halos = lift.halos.data();
+  s.halo_count = static_cast<int64_t>(lift.halos.size());
+  s.lifted = staged;
+  s.channel_stride = lift.unit_bytes;
+  call.k.restage(s);
 }
 
 // Blocks [first, last) of outputs over one staged band: sums and the epilogue.
@@ -195,6 +248,32 @@ void PackedConv2d::finish_outputs(const Call& call, const LiftPlan& lift, const 
   const Tensor &out = call.out, *residual = call.residual;
   const Band& band = lift.band;
   const int64_t columns = lift.columns, pixels = band.rows * columns;
+  const auto finish_of = [&](int64_t o) {
+    Finish f{};
+    f.epilogue = &call.epilogue;
+    f.multiplier = &multiplier_[static_cast<size_t>(o)];
+    f.bias = bias_.empty() ? nullptr : &bias_[static_cast<size_t>(o)];
+    f.correction = correction_.empty() ? nullptr : &correction_[static_cast<size_t>(o)];
+    return f;
+  };
+  if (out.lifted) {
+    for (int64_t i = 0; i < sums.outputs; ++i) {
+      const int64_t o = sums.first_output + i;
+      Finish f = finish_of(o);
+      f.acc = sums.data + i * sums.output_stride;
+      f.run = lift.lanes;
+      f.run_stride = sums.vector_stride;
+      f.count = lift.segment * lift.lanes;
+      f.out = lifted_channel(out, lift, o, call.epilogue.out_dtype);
+      f.out_stride = element_bytes(call.epilogue.out_dtype);
+      if (residual) {
+        f.residual = lifted_channel(*residual, lift, o, call.epilogue.residual_dtype);
+        f.residual_stride = element_bytes(call.epilogue.residual_dtype);
+      }
+      call.k.finish(f);
+    }
+    return;
+  }
   const bool whole = (band.rows == 1 || out.stride[2] == columns * out.stride[3]) &&
                      (!residual || band.rows == 1 || residual->stride[2] == columns * residual->stride[3]);
   char* flat = scratch(1, lift.flat_bytes() + static_cast<size_t>(band.images * pixels * 4 + call.vector_bytes()));
@@ -203,11 +282,7 @@ void PackedConv2d::finish_outputs(const Call& call, const LiftPlan& lift, const 
     const int64_t o = sums.first_output + i;
     call.k.unlift({sums.data + i * sums.output_stride, sums.vector_stride, lift.segment, halves(), flat, band.images,
                    band.rows, columns, lift.image_pitch, lift.row_pitch, rows});
-    Finish f{};
-    f.epilogue = &call.epilogue;
-    f.multiplier = &multiplier_[static_cast<size_t>(o)];
-    f.bias = bias_.empty() ? nullptr : &bias_[static_cast<size_t>(o)];
-    f.correction = correction_.empty() ? nullptr : &correction_[static_cast<size_t>(o)];
+    Finish f = finish_of(o);
     f.out_stride = out.stride[3];
     f.residual_stride = residual ? residual->stride[3] : 0;
     f.count = whole ? pixels : columns;
@@ -251,11 +326,11 @@ void PackedConv2d::sum_code(const Call& call, const LiftPlan& lift, const char* 
         run(x, acc, lift.tap_source.data(), channel_bytes, ahead);
         if (ahead < end) ahead += code.prefetch_lines(segment) * 64;
       }
+      if (s + 1 == segments)
+        finish_outputs(call, lift,
+                       {sums + sums_at(i), output_bytes, chunk(i).outputs * output_bytes, chunk(i).first_output,
+                        chunk(i).outputs});
     }
-  for (int64_t i = first; i < last; ++i)
-    finish_outputs(
-        call, lift,
-        {sums + sums_at(i), output_bytes, chunk(i).outputs * output_bytes, chunk(i).first_output, chunk(i).outputs});
 }
 
 void PackedConv2d::sum_tables(const Call& call, const LiftPlan& lift, const char* x, int64_t group, int64_t first,

@@ -51,6 +51,33 @@ struct Stage {
   int64_t channel_stride;  // halves_i16: bytes between the planes
 };
 
+// Some elements of a row that another band holds: they lie one vector apart in both.
+struct Halo {
+  int64_t before, step;  // elements of one channel in the bands before that one, and in it
+  int64_t source;        // element of the channel
+  int64_t vector;        // of the staged plane
+  int lane, count;
+};
+
+// Stage channels that lie in the lanes of the same grid, [vector][lane] elements, one after another: every staged
+// vector is a run of them, with padding in the lanes that `mask` clears, and what other bands hold put in after.
+struct Restage {
+  const char* source[4];  // as in Stage: of this band
+  int channels;
+  const char* data;  // of all bands
+  int64_t data_channels, first_channel;
+  Staging staging;
+  DType dtype;
+  int32_t zero_point, center;
+  int64_t vectors;
+  const int64_t* first;  // the element for lane 0 of each vector; may lie before the channel, then masked
+  const char* mask;      // vectors of ones and zeros
+  const Halo* halos;
+  int64_t halo_count;
+  char* lifted;
+  int64_t channel_stride;
+};
+
 // One step of building a table: entry[plus] = entry[parent] + coefficient * row[channel], entry[minus] = entry[parent]
 // - the same. Index -1: no such entry; parent -1, channel -1: zeros.
 struct TableStep {
@@ -143,8 +170,8 @@ struct Epilogue {
 };
 struct Finish {
   const Epilogue* epilogue;
-  const char* acc;  // count words
-  int64_t count;
+  const char* acc;  // count words: runs of `run` of them, run_stride bytes apart; 0: one run
+  int64_t count, run, run_stride;
   bool per_element;  // multiplier, bias, correction have `count` values (else one)
   const float* multiplier;
   const float* bias;          // or null
@@ -166,13 +193,27 @@ struct Unlift {
   char* out;
 };
 
+// A row of the largest of `rows` x `columns` elements, `stride` elements apart; NaN wins.
+struct MaxPool {
+  DType dtype;
+  const char* const* source;  // the rows, `width` elements each
+  int rows;
+  int64_t width;
+  int64_t columns, stride, dilation, padding;
+  char* scratch;  // width + 2 * padding elements, and a vector
+  char* out;      // count elements
+  int64_t count;
+};
+
 struct Kernels {
   int lanes;
   bool generates_code;  // for algorithm `codegen`: 16 registers of 32 bytes, or 32 of 64
   int max_table_vectors, max_dense_vectors;
   void (*stage)(const Stage&);
+  void (*restage)(const Restage&);
   void (*unlift)(const Unlift&);
   void (*finish)(const Finish&);
+  void (*max_pool)(const MaxPool&);
   void (*build_tables_f32)(const TableBuild&);
   void (*build_tables_i32)(const TableBuild&);
   void (*sum_tables_f32)(const TableSum&);

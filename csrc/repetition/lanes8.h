@@ -37,6 +37,8 @@ inline bool any_beyond(f32v v, float limit) {
   return _mm256_movemask_ps(_mm256_cmp_ps(magnitude, _mm256_set1_ps(limit), _CMP_GT_OQ)) != 0;
 }
 
+inline i32v round_words(f32v v) { return (i32v)_mm256_cvtps_epi32(v); }
+
 inline u32v widen_bytes(const uint8_t* p) {
   return (u32v)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }

@@ -7,6 +7,7 @@
 //   Levels, load_levels(p), levels_of(l, codes) 16 bytes by code, for each byte
 //   widen_bytes(p), widen_halves(p)             to words
 //   any_beyond(v, limit)                        whether the magnitude of a lane is larger
+//   round_words(v)                              floats to the nearest word, halves to the even one
 //   transpose(from, stride, rows, to, stride, rows)   lanes x lanes words, or only their first rows
 // and how many vectors its registers hold: max_table_vectors, max_dense_vectors, dense_block, linear_rows,
 // linear_vectors, packed_rows; whether generates_code; then includes this file. Everything here has internal linkage:
@@ -165,6 +166,70 @@ void stage(const Stage& s) {
   }
 }
 
+// What `to(vector, lane, channel)` makes of the elements of other bands' rows.
+template <class T, class Put> void put_halos(const Restage& s, Put put) {
+  const int64_t step = lanes * (s.staging == Staging::halves_i16 ? 2 : 1);
+  for (int64_t i = 0; i < s.halo_count; ++i) {
+    const Halo& halo = s.halos[i];
+    for (int c = 0; c < s.channels; ++c) {
+      const T* source = reinterpret_cast<const T*>(s.data) + s.data_channels * halo.before +
+                        (s.first_channel + c) * halo.step + halo.source;
+      for (int64_t k = 0; k < halo.count; ++k) put((halo.vector + k) * vector_bytes, halo.lane, c, source[k * step]);
+    }
+  }
+}
+
+template <class Vector> void restage_vectors(const Restage& s, char* lifted, u32v padding, Vector vector) {
+  for (int64_t v = 0; v < s.vectors; ++v) {
+    const u32v mask = *reinterpret_cast<const u32v*>(s.mask + v * vector_bytes);
+    *reinterpret_cast<u32v*>(lifted + v * vector_bytes) = ((vector(s.first[v]) ^ padding) & mask) ^ padding;
+  }
+}
+
+void restage(const Restage& s) {
+  const auto word = [](const char* p) -> uint32_t& { return *reinterpret_cast<uint32_t*>(const_cast<char*>(p)); };
+  const uint32_t flip = s.dtype == DType::i8 ? 0x80 : 0;
+  const uint32_t center = static_cast<uint32_t>(s.center) + flip, zero_point = static_cast<uint32_t>(s.zero_point);
+  const auto* const* bytes = reinterpret_cast<const uint8_t* const*>(s.source);
+  switch (s.staging) {
+    case Staging::f32:
+      restage_vectors(s, s.lifted, u32v{}, [&](int64_t at) {
+        u32v x;
+        std::memcpy(&x, s.source[0] + at * 4, sizeof x);
+        return x;
+      });
+      return put_halos<uint32_t>(s, [&](int64_t at, int lane, int, uint32_t x) { word(s.lifted + at + lane * 4) = x; });
+    case Staging::centered_i32:
+      restage_vectors(s, s.lifted, splat_bits(zero_point - static_cast<uint32_t>(s.center)),
+                      [&](int64_t at) { return (widen_bytes(bytes[0] + at) ^ flip) - center; });
+      return put_halos<uint8_t>(
+          s, [&](int64_t at, int lane, int, uint32_t x) { word(s.lifted + at + lane * 4) = (x ^ flip) - center; });
+    case Staging::bytes4:
+      restage_vectors(s, s.lifted, splat_bits(((zero_point & 0xff) ^ flip) * 0x01010101u), [&](int64_t at) {
+        u32v words = widen_bytes(bytes[0] + at);
+        for (int c = 1; c < s.channels; ++c) words |= widen_bytes(bytes[c] + at) << (8 * c);
+        return words ^ flip * 0x01010101u;
+      });
+      return put_halos<uint8_t>(s, [&](int64_t at, int lane, int c, uint32_t x) {
+        s.lifted[at + lane * 4 + c] = static_cast<char>(x ^ flip);
+      });
+    case Staging::halves_i16: {
+      const u16v minus = static_cast<uint16_t>(center) - u16v{};
+      const auto padding = static_cast<uint16_t>(zero_point - static_cast<uint32_t>(s.center));
+      for (int c = 0; c < s.channels; ++c)
+        restage_vectors(s, s.lifted + c * s.channel_stride, splat_bits(padding * 0x00010001u), [&](int64_t at) {
+          const u32v pairs = widen_bytes(bytes[c] + at) | widen_bytes(bytes[c] + at + lanes) << 16;
+          return reinterpret_cast<u32v>(reinterpret_cast<u16v>(pairs ^ flip * 0x00010001u) - minus);
+        });
+      return put_halos<uint8_t>(s, [&](int64_t at, int lane, int c, uint32_t x) {
+        const int64_t half = lane % lanes * 2 + lane / lanes;
+        reinterpret_cast<uint16_t*>(s.lifted + c * s.channel_stride + at)[half] =
+            static_cast<uint16_t>((x ^ flip) - center);
+      });
+    }
+  }
+}
+
 void unlift(const Unlift& u) {
   // Last block first: what a block writes past its segment is then overwritten by its owner.
   for (int64_t j = (u.segment - 1) / lanes * lanes; j >= 0; j -= lanes)
@@ -193,9 +258,8 @@ void add_residual(float* y, const char* p, int64_t stride, int64_t count, float 
   }
 }
 
-// saturate(rint(y / scale) + zero_point); NaN gives the lowest. Adding 1.5 * 2^23 rounds to even on every machine. A
-// product with the reciprocal is within 1e-4 of the quotient, so both round alike unless it is that close to a half:
-// then the vector is divided after all.
+// saturate(rint(y / scale) + zero_point); NaN gives the lowest. A product with the reciprocal is within 1e-4 of the
+// quotient, so both round alike unless it is that close to a half: then the vector is divided after all.
 struct Quantization {
   f32v scale, reciprocal, lowest, highest;
   i32v zero_point;
@@ -209,16 +273,16 @@ struct Quantization {
         zero_point(Int::splat(zero_point_)),
         divides(!(scale_ > 1e-30f && scale_ < 1e30f)) {}  // a reciprocal would not be normal
 
-  static f32v round(f32v v) { return (v + 12582912.0f) - 12582912.0f; }
   f32v saturate(f32v v) const {
     v = v > lowest ? v : lowest;
     return v < highest ? v : highest;
   }
   bytesv operator()(f32v y) const {
     const f32v v = saturate(y * reciprocal);
-    f32v r = round(v);
-    if (divides || any_beyond(v - r, 0.4998f)) r = round(saturate(y / scale));
-    return __builtin_convertvector(__builtin_convertvector(r, i32v) + zero_point, bytesv);
+    i32v q = round_words(v);
+    if (__builtin_expect(divides || any_beyond(v - __builtin_convertvector(q, f32v), 0.4998f), 0))
+      q = round_words(saturate(y / scale));
+    return __builtin_convertvector(q + zero_point, bytesv);
   }
 };
 
@@ -288,41 +352,105 @@ template <bool per_element> void finish_as(const Finish& f) {
   }
 }
 
-// The same where one multiplier serves all, outputs lie side by side and nothing is added: in whole vectors, which may
-// read a vector past the last sum.
-template <class Acc> void finish_plain(const Finish& f) {
+template <class T> f32v load_residual(const char* p) {
+  f32v v;
+  if constexpr (std::is_same_v<T, float>) std::memcpy(&v, p, sizeof v);
+  else {
+    const u32v bytes = widen_bytes(reinterpret_cast<const uint8_t*>(p));
+    v = __builtin_convertvector(
+        std::is_signed_v<T> ? reinterpret_cast<i32v>(bytes ^ 0x80) - 128 : reinterpret_cast<i32v>(bytes), f32v);
+  }
+  return v;
+}
+
+// The same where one multiplier serves all and elements lie side by side: in whole vectors, which may read a vector
+// past the last sum.
+template <class Acc, class Residual, class Out> void finish_plain(const Finish& f) {
   const Epilogue& e = *f.epilogue;
   constexpr float infinity = std::numeric_limits<float>::infinity();
   const f32v multiplier = Float::splat(*f.multiplier), bias = Float::splat(f.bias ? *f.bias : 0),
              lo = Float::splat(e.has_lo ? e.lo : -infinity), hi = Float::splat(e.has_hi ? e.hi : infinity);
+  const f32v residual_scale = Float::splat(e.residual_scale), residual_zero = Float::splat(e.residual_zero_point);
   const u32v correction = splat_bits(f.correction ? static_cast<uint32_t>(*f.correction) : 0);
-  const Quantization q(e.out_dtype, e.out_scale, e.out_zero_point);
-  for (int64_t i = 0; i < f.count; i += lanes) {
-    u32v acc;
-    std::memcpy(&acc, f.acc + i * 4, sizeof acc);
+  const Quantization quantization(e.out_dtype, e.out_scale, e.out_zero_point);
+  const bool has_bias = f.bias;
+  const int64_t count = f.count, run = f.run ? f.run : count + lanes, skip = f.run_stride - run * 4;
+  const char *acc = f.acc, *residual = f.residual;
+  char* out = f.out;
+  for (int64_t i = 0, left = run; i < count; i += lanes, acc += vector_bytes) {
+    u32v sum;
+    std::memcpy(&sum, acc, sizeof sum);
     f32v y;
-    if constexpr (std::is_integral_v<Acc>) y = __builtin_convertvector(reinterpret_cast<i32v>(acc + correction), f32v);
-    else y = reinterpret_cast<f32v>(acc);
+    if constexpr (std::is_integral_v<Acc>) y = __builtin_convertvector(reinterpret_cast<i32v>(sum + correction), f32v);
+    else y = reinterpret_cast<f32v>(sum);
     y = y * multiplier;
-    if (f.bias) y = y + bias;
+    if (has_bias) y = y + bias;
+    const int64_t here = count - i < lanes ? count - i : lanes;
+    if constexpr (!std::is_void_v<Residual>) {
+      char tail[lanes * sizeof(Residual)];
+      const char* r = residual + i * int64_t{sizeof(Residual)};
+      if (here < lanes) r = static_cast<char*>(std::memcpy(tail, r, static_cast<size_t>(here) * sizeof(Residual)));
+      y = y + residual_scale * (load_residual<Residual>(r) - residual_zero);
+    }
     y = y < lo ? lo : y;  // keeps NaN
     y = y > hi ? hi : y;
-    const auto store = [&](const auto& values, int64_t bytes) {
-      const int64_t n = f.count - i;
-      if (n >= lanes) std::memcpy(f.out + i * bytes, &values, static_cast<size_t>(lanes * bytes));
-      else std::memcpy(f.out + i * bytes, &values, static_cast<size_t>(n * bytes));
+    const auto store = [&](const auto& values) {
+      char* to = out + i * int64_t{sizeof(Out)};
+      if (here == lanes) std::memcpy(to, &values, sizeof values);
+      else std::memcpy(to, &values, static_cast<size_t>(here) * sizeof(Out));
     };
-    if (e.out_dtype == DType::f32) store(y, 4);
-    else store(q(y), 1);
+    if constexpr (std::is_same_v<Out, float>) store(y);
+    else store(quantization(y));
+    left -= lanes;
+    if (left == 0) left = run, acc += skip;
+  }
+}
+
+template <class Acc, class Residual> void finish_to(const Finish& f) {
+  f.epilogue->out_dtype == DType::f32 ? finish_plain<Acc, Residual, float>(f) : finish_plain<Acc, Residual, char>(f);
+}
+template <class Acc> void finish_side_by_side(const Finish& f) {
+  if (!f.epilogue->has_residual) return finish_to<Acc, void>(f);
+  switch (f.epilogue->residual_dtype) {
+    case DType::u8: return finish_to<Acc, uint8_t>(f);
+    case DType::i8: return finish_to<Acc, int8_t>(f);
+    default: return finish_to<Acc, float>(f);
   }
 }
 
 void finish(const Finish& f) {
   const Epilogue& e = *f.epilogue;
-  if (!f.per_element && !e.has_residual && e.out_dtype != DType::i32 &&
-      f.out_stride == (e.out_dtype == DType::f32 ? 4 : 1))
-    return e.acc_dtype == DType::i32 ? finish_plain<uint32_t>(f) : finish_plain<float>(f);
+  const auto bytes = [](DType d) { return d == DType::f32 ? 4 : 1; };
+  if (!f.per_element && e.out_dtype != DType::i32 && f.out_stride == bytes(e.out_dtype) &&
+      (!e.has_residual || f.residual_stride == bytes(e.residual_dtype)))
+    return e.acc_dtype == DType::i32 ? finish_side_by_side<uint32_t>(f) : finish_side_by_side<float>(f);
   f.per_element ? finish_as<true>(f) : finish_as<false>(f);
+}
+
+template <class T> T larger(T a, T b) { return a > b || a != a ? a : b; }
+
+// The largest of each column first, then of neighbouring columns.
+template <class T> void max_pool_of(const MaxPool& p) {
+  constexpr T lowest = std::is_integral_v<T> ? std::numeric_limits<T>::min() : -std::numeric_limits<T>::infinity();
+  T* const row = reinterpret_cast<T*>(p.scratch);
+  for (int64_t i = 0; i < p.width + 2 * p.padding; ++i) row[i] = lowest;
+  T* const data = row + p.padding;
+  for (int r = 0; r < p.rows; ++r) {
+    const T* source = reinterpret_cast<const T*>(p.source[r]);
+    for (int64_t i = 0; i < p.width; ++i) data[i] = larger(source[i], data[i]);
+  }
+  T* const out = reinterpret_cast<T*>(p.out);
+  for (int64_t s = 0; s < p.columns; ++s)
+    for_elements<T>(reinterpret_cast<const char*>(row + s * p.dilation), p.stride * int64_t{sizeof(T)}, p.count,
+                    [=](int64_t i, T x) { out[i] = s == 0 ? x : larger(x, out[i]); });
+}
+
+void max_pool(const MaxPool& p) {
+  switch (p.dtype) {
+    case DType::u8: return max_pool_of<uint8_t>(p);
+    case DType::i8: return max_pool_of<int8_t>(p);
+    default: return max_pool_of<float>(p);
+  }
 }
 
 template <class Math> void build_tables(const TableBuild& b) {
@@ -577,8 +705,10 @@ void fill(Kernels& k) {
        max_table_vectors,
        max_dense_vectors,
        stage,
+       restage,
        unlift,
        finish,
+       max_pool,
        build_tables<Float>,
        build_tables<Int>,
        sum_tables<Float>,

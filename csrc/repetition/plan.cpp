@@ -186,12 +186,12 @@ Axis plan_axis(const Geometry& g, int axis, int64_t size, int64_t first_out, int
 
 }  // namespace
 
-LiftPlan::LiftPlan(const Geometry& g, int64_t height, int64_t width, const Band& band, int word_lanes, int halves)
-    : band(band), columns(g.output_size(1, width)) {
+LiftPlan::LiftPlan(const Geometry& g, int64_t height, int64_t width, const Band& band, const Pitch& pitch,
+                   int word_lanes, int halves)
+    : band(band), columns(g.output_size(1, width)), lanes(word_lanes * halves) {
   const Axis y = plan_axis(g, 0, height, band.row, band.rows), x = plan_axis(g, 1, width, 0, columns);
-  row_pitch = x.pitch;
-  image_pitch = y.pitch * row_pitch;
-  const int64_t lanes = word_lanes * halves;
+  row_pitch = pitch.row;
+  image_pitch = pitch.image * row_pitch;
   const int64_t used = (band.images - 1) * image_pitch + (band.rows - 1) * row_pitch + columns;
   segment = (used + lanes - 1) / lanes;
   half = halves > 1 ? word_lanes * segment : 0;
@@ -229,55 +229,139 @@ LiftPlan::LiftPlan(const Geometry& g, int64_t height, int64_t width, const Band&
   for (const Tap& tap : taps) tap_source.push_back(tap.phase * plane_bytes + tap.offset * word_lanes * 4);
 }
 
-ConvPlan::ConvPlan(const Geometry& g, int64_t images, int64_t height, int64_t width, int word_lanes, int halves,
-                   const Load& load, int threads) {
-  constexpr double stage = 10, finish = 16;      // cycles per vector
+// Where the vectors of the staged planes lie in activations of the same bands.
+void LiftPlan::plan_restaging(const std::vector<LiftPlan>& all) {
+  const Phase& phase = phases[0];
+  const auto inside = [](int64_t at, const PhaseAxis& axis) { return at >= axis.lead && at < axis.lead + axis.data; };
+  const int64_t vectors = phase.spans.back().at + phase.spans.back().count, words = lanes / (half ? 2 : 1);
+  // Position p of the padded input is position p - offset of the activations.
+  const int64_t offset = (phase.rows.lead + band.row - phase.rows.first) * row_pitch + phase.columns.lead;
+  restage_first.assign(static_cast<size_t>(vectors), 0);
+  std::vector<bool> own(static_cast<size_t>(vectors * lanes));
+  for (const Span& span : phase.spans)
+    for (int64_t j = 0; j < span.count; ++j)
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const int64_t position = span.first + j + lane * segment, column = position % row_pitch,
+                      image = band.images > 1 ? position / image_pitch : 0,
+                      row = (position - image * image_pitch) / row_pitch;
+        const int64_t input_row = phase.rows.first + row - phase.rows.lead;
+        if (image >= band.images || !inside(row, phase.rows) || !inside(column, phase.columns) ||
+            input_row < band.row || input_row >= band.row + band.rows)
+          continue;
+        const int64_t source = position - offset;  // its lane is source / segment
+        own[static_cast<size_t>((span.at + j) * lanes + lane)] = true;
+        restage_first[static_cast<size_t>(span.at + j)] = source % segment * lanes + source / segment - lane;
+      }
+  // Words of ones, or of halves: lanes l and l + words side by side.
+  uint32_t* mask = restage_mask.reserve(static_cast<size_t>(vectors * words));
+  for (int64_t v = 0; v < vectors; ++v)
+    for (int64_t w = 0; w < words; ++w) {
+      const auto is_own = [&](int64_t lane) { return own[static_cast<size_t>(v * lanes + lane)]; };
+      *mask++ = half ? (is_own(w) ? 0xffffu : 0u) | (is_own(w + words) ? 0xffff0000u : 0u) : (is_own(w) ? ~0u : 0u);
+    }
+  for (int64_t row = phase.rows.lead; row < phase.rows.lead + phase.rows.data; ++row) {
+    const int64_t input_row = phase.rows.first + row - phase.rows.lead;
+    if (input_row >= band.row && input_row < band.row + band.rows) continue;
+    const LiftPlan& other = *std::find_if(all.begin(), all.end(), [&](const LiftPlan& l) {
+      return l.band.image == band.image && input_row >= l.band.row && input_row < l.band.row + l.band.rows;
+    });
+    for (const Span& span : phase.spans)
+      for (int64_t lane = 0; lane < lanes; ++lane)
+        for (int64_t c = 0; c < phase.columns.data; ++c) {
+          const int64_t j = row * row_pitch + phase.columns.lead + c - lane * segment - span.first;
+          if (j < 0 || j >= span.count) continue;
+          const int64_t position = (input_row - other.band.row) * row_pitch + c,
+                        source = position % other.segment * lanes + position / other.segment, vector = span.at + j;
+          if (c > 0 && !halos.empty() && halos.back().vector + halos.back().count == vector &&
+              halos.back().lane == lane && position % other.segment > 0)
+            ++halos.back().count;
+          else
+            halos.push_back(
+                {other.vectors_before * lanes, other.segment * lanes, source, vector, static_cast<int>(lane), 1});
+        }
+  }
+}
+
+bool ConvCase::keeps_size() const {
+  return geometry.stride == std::array<int64_t, 2>{1, 1} && geometry.output_size(0, height) == height &&
+         geometry.output_size(1, width) == width;
+}
+
+Pitch ConvCase::least_pitch() const {
+  return {plan_axis(geometry, 1, width, 0, geometry.output_size(1, width)).pitch,
+          plan_axis(geometry, 0, height, 0, geometry.output_size(0, height)).pitch};
+}
+
+namespace {
+
+// Cycles of one layer so cut, and the best number of parts for its outputs.
+double cut_cost(const ConvCase& c, const Pitch& pitch, const Cut& cut, int threads, int64_t& splits) {
+  const double stage = c.lifted_input ? 4 : 10, finish = c.lifted_output ? 10 : 16;  // cycles per vector
   constexpr double item = 2000, meeting = 8000;  // cycles to begin a piece of work, and for threads to wait for all
   constexpr double weight_bytes_per_cycle = 4;   // from memory, behind the sums of the vectors before
   constexpr double first_weight_bytes_per_cycle = 24;  // what the first vector waits for
   constexpr double crossing = 2, crossed = 1.12;       // writing planes that other threads read, and reading theirs
   constexpr double second_level = 640 << 10, spilled = 1.1;  // staged bytes, and what exceeding them costs
-  const int64_t rows = g.output_size(0, height), columns = g.output_size(1, width), lanes = word_lanes * halves;
-  const Axis x = plan_axis(g, 1, width, 0, columns);
+  const Geometry& g = c.geometry;
+  const int64_t rows = g.output_size(0, c.height), columns = g.output_size(1, c.width), lanes = c.word_lanes * c.halves;
   const auto phases = static_cast<double>(std::min(g.kernel[0], g.stride[0]) * std::min(g.kernel[1], g.stride[1]));
-
+  const int64_t images_here = (c.images + cut.image_bands - 1) / cut.image_bands,
+                rows_here = (rows + cut.row_bands - 1) / cut.row_bands;
+  const Axis y = plan_axis(g, 0, c.height, 0, rows_here), x = plan_axis(g, 1, c.width, 0, columns);
+  const int64_t used = ((images_here - 1) * pitch.image + rows_here - 1) * pitch.row + columns;
+  const int64_t segment = (used + lanes - 1) / lanes;
+  const int64_t span = std::min(segment + y.reach * pitch.row + x.reach, g.kernel[0] * (segment + x.reach));
+  const auto vectors = static_cast<double>(segment), outputs = static_cast<double>(c.outputs);
+  const double staged = static_cast<double>(c.planes * span) * phases,
+               bands = static_cast<double>(cut.image_bands * cut.row_bands);
+  const double sums = (std::max(vectors * c.cycles, c.weight_bytes / weight_bytes_per_cycle) +
+                       c.weight_bytes / first_weight_bytes_per_cycle) *
+                          (!c.streams && staged * c.word_lanes * 4 > second_level ? spilled : 1) +
+                      outputs * c.halves * vectors * finish;
   double best = std::numeric_limits<double>::max();
-  std::pair<int64_t, int64_t> cut{1, 1};  // bands of images, or of the rows of each image
-  const auto consider = [&](int64_t image_bands, int64_t row_bands) {
-    const int64_t images_here = (images + image_bands - 1) / image_bands,
-                  rows_here = (rows + row_bands - 1) / row_bands;
-    const Axis y = plan_axis(g, 0, height, 0, rows_here);
-    const int64_t used = (images_here - 1) * y.pitch * x.pitch + (rows_here - 1) * x.pitch + columns;
-    const int64_t segment = (used + lanes - 1) / lanes;
-    const int64_t span = std::min(segment + y.reach * x.pitch + x.reach, g.kernel[0] * (segment + x.reach));
-    const auto vectors = static_cast<double>(segment), outputs = static_cast<double>(load.outputs);
-    const double staged = static_cast<double>(load.planes * span) * phases,
-                 bands = static_cast<double>(image_bands * row_bands);
-    const double sums = (std::max(vectors * load.cycles, load.weight_bytes / weight_bytes_per_cycle) +
-                         load.weight_bytes / first_weight_bytes_per_cycle) *
-                            (!load.streams && staged * word_lanes * 4 > second_level ? spilled : 1) +
-                        outputs * halves * vectors * finish;
-    for (int64_t s = 1; s <= load.blocks && s <= (threads == 1 ? 1 : 4 * threads); ++s) {
-      const double rounds = std::ceil(bands * static_cast<double>(s) / threads);
-      const double pieces =
-          std::ceil(static_cast<double>(load.blocks) / static_cast<double>(s)) / static_cast<double>(load.blocks);
-      const double cost =
-          s == 1 ? rounds * (staged * stage + sums + item)
-                 : staged * stage * bands * crossing / threads + meeting + rounds * (sums * pieces * crossed + item);
-      if (cost < best) best = cost, cut = {image_bands, row_bands}, splits = s;
-    }
-  };
-  for (int64_t b = 1; b <= images && b <= 64; ++b) consider(b, 1);
-  for (int64_t r = 2; r <= rows && r <= 256; ++r) consider(images, r);
+  for (int64_t s = 1; s <= c.blocks && s <= (threads == 1 ? 1 : 4 * threads); ++s) {
+    const double rounds = std::ceil(bands * static_cast<double>(s) / threads);
+    const double pieces =
+        std::ceil(static_cast<double>(c.blocks) / static_cast<double>(s)) / static_cast<double>(c.blocks);
+    const double cost =
+        s == 1 ? rounds * (staged * stage + sums + item)
+               : staged * stage * bands * crossing / threads + meeting + rounds * (sums * pieces * crossed + item);
+    if (cost < best) best = cost, splits = s;
+  }
+  return best;
+}
 
-  const auto [image_bands, row_bands] = cut;
-  for (int64_t i = 0; i < image_bands; ++i)
-    for (int64_t r = 0; r < row_bands; ++r) {
-      const int64_t image = images * i / image_bands, row = rows * r / row_bands;
-      bands.emplace_back(g, height, width,
-                         Band{image, images * (i + 1) / image_bands - image, row, rows * (r + 1) / row_bands - row},
-                         word_lanes, halves);
+}  // namespace
+
+Cut choose_cut(const std::vector<ConvCase>& layers, const Pitch& pitch, int threads, std::vector<int64_t>& splits) {
+  const ConvCase& any = layers[0];
+  const int64_t rows = any.geometry.output_size(0, any.height);
+  double best = std::numeric_limits<double>::max();
+  Cut chosen;
+  const auto consider = [&](const Cut& cut) {
+    std::vector<int64_t> splits_here(layers.size(), 1);
+    double cost = 0;
+    for (size_t i = 0; i < layers.size(); ++i) cost += cut_cost(layers[i], pitch, cut, threads, splits_here[i]);
+    if (cost < best) best = cost, chosen = cut, splits = std::move(splits_here);
+  };
+  for (int64_t b = 1; b <= any.images && b <= 64; ++b) consider({b, 1});
+  for (int64_t r = 2; r <= rows && r <= 256; ++r) consider({any.images, r});
+  return chosen;
+}
+
+ConvPlan::ConvPlan(const ConvCase& c, const Pitch& pitch, const Cut& cut, int64_t splits) : splits(splits) {
+  const int64_t rows = c.geometry.output_size(0, c.height);
+  int64_t vectors = 0;
+  for (int64_t i = 0; i < cut.image_bands; ++i)
+    for (int64_t r = 0; r < cut.row_bands; ++r) {
+      const int64_t image = c.images * i / cut.image_bands, row = rows * r / cut.row_bands;
+      const Band band{image, c.images * (i + 1) / cut.image_bands - image, row, rows * (r + 1) / cut.row_bands - row};
+      LiftPlan& lift = bands.emplace_back(c.geometry, c.height, c.width, band, pitch, c.word_lanes, c.halves);
+      lift.vectors_before = vectors;
+      vectors += lift.segment;
     }
+  if (c.lifted_input)
+    for (LiftPlan& lift : bands) lift.plan_restaging(bands);
 }
 
 std::vector<int> LiftPlan::ascending_taps() const {

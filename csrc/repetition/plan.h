@@ -8,6 +8,8 @@
 
 namespace pycodesign::repetition {
 
+inline int64_t element_bytes(DType d) { return d == DType::f32 || d == DType::i32 ? 4 : 1; }
+
 inline int64_t block_count(int64_t outputs) {
   return (outputs + dense_outputs - 1) / dense_outputs;
 }  // of a dense group
@@ -63,11 +65,17 @@ struct Band {
   int64_t image, images, row, rows;
 };
 
+// Positions from the outputs of one row, and of one image, to those of the next.
+struct Pitch {
+  int64_t row = 0, image = 0;
+};
+
 // The dimension-lifted layout of one band: its padded input, flattened, cut into segments, one for each lane; vector j
 // holds the positions j + l * segment. A tap is then a whole number of vectors. Planes keep only the spans of vectors
 // that taps read. Words of 16-bit pairs hold two lanes: l in their low halves, l + word lanes in their high halves.
 struct LiftPlan {
-  LiftPlan(const Geometry&, int64_t height, int64_t width, const Band&, int word_lanes, int halves);
+  LiftPlan(const Geometry&, int64_t height, int64_t width, const Band&, const Pitch&, int word_lanes, int halves);
+  void plan_restaging(const std::vector<LiftPlan>& bands);  // of inputs in the lanes of the same bands
   size_t flat_bytes() const { return static_cast<size_t>((positions + half) * 4); }  // to stage or unlift a plane
   std::vector<int> ascending_taps() const;                                           // by phase, then offset
   std::vector<TapSegment> tap_segments(int vectors_per_tile) const;
@@ -92,24 +100,44 @@ struct LiftPlan {
   std::vector<Tap> taps;
   std::vector<int64_t> tap_source;  // bytes from the unit's first plane
   TablePlan tables;
+
+  // Lifted activations: [band][channel][vector][lane], so many vectors of one channel lie in the bands before.
+  int64_t lanes;
+  int64_t vectors_before = 0;
+  std::vector<int64_t> restage_first;  // as in Restage
+  core::AlignedBuffer<uint32_t> restage_mask;
+  std::vector<Halo> halos;
 };
 
-// What a layer costs, for cutting it into work.
-struct Load {
+// A layer at one input size, and what it costs.
+struct ConvCase {
+  const Geometry& geometry;
+  int64_t images, height, width;
+  int word_lanes, halves;
   double cycles;            // sums of one vector, all outputs
   double weight_bytes;      // read for each band
   int64_t planes;           // staged
   int64_t outputs, blocks;  // blocks of outputs: what threads can share
   bool streams;             // staged planes are read once, not by every block
+  bool lifted_input = false, lifted_output = false;
+
+  bool keeps_size() const;    // so that input and output can share bands
+  Pitch least_pitch() const;  // of its bands
 };
+
+// Bands of images, or of the rows of each image.
+struct Cut {
+  int64_t image_bands = 1, row_bands = 1;
+};
+// The cheapest for layers of one output size, and for each into how many parts its outputs are split.
+Cut choose_cut(const std::vector<ConvCase>&, const Pitch&, int threads, std::vector<int64_t>& splits);
 
 // One input size on so many threads. Bands fit the second-level cache and are staged by whoever sums them; where there
 // are too few of them for the threads, these stage together and then share the outputs of each band.
 struct ConvPlan {
-  ConvPlan(const Geometry&, int64_t images, int64_t height, int64_t width, int word_lanes, int halves, const Load&,
-           int threads);
+  ConvPlan(const ConvCase&, const Pitch&, const Cut&, int64_t splits);
   std::vector<LiftPlan> bands;
-  int64_t splits = 1;  // of each band's outputs
+  int64_t splits;  // of each band's outputs
 };
 
 }  // namespace pycodesign::repetition

@@ -50,10 +50,11 @@ struct Geometry {
   }
 };
 
-// (N, C, H, W), strides in bytes, any strides.
+// (N, C, H, W), strides in bytes, any strides; or the activations between two layers, in the lanes of their bands.
 struct Tensor {
   char* data;
   std::array<int64_t, 4> size, stride;
+  bool lifted = false;
 };
 
 // Counted per output pixel, as executed.
@@ -75,6 +76,7 @@ class PackedLayer {
   int64_t inputs() const { return inputs_; }
   virtual Counts counts() const = 0;
   virtual std::vector<uint8_t> codes() const = 0;  // as packed, (outputs, inputs)
+  virtual void run(const Tensor& x, const Tensor& out, const Tensor* residual, const Epilogue&) const = 0;
 
  protected:
   struct Copy {};
@@ -95,7 +97,10 @@ class PackedLayer {
   std::vector<int32_t> correction_;  // (scale_groups, outputs): added to integer sums
 };
 
+struct ConvCase;
 struct ConvPlan;
+struct Cut;
+struct Pitch;
 struct LiftPlan;
 class LayerCode;
 
@@ -105,7 +110,14 @@ class PackedConv2d final : public PackedLayer {
   ~PackedConv2d() override;
 
   // x (N, C, H, W), out and residual (N, O, OH, OW) with sizes checked by the caller; out overlaps neither.
-  void run(const Tensor& x, const Tensor& out, const Tensor* residual, const Epilogue&) const;
+  void run(const Tensor& x, const Tensor& out, const Tensor* residual, const Epilogue&) const override;
+
+  // The same in parts, for a chain of layers. `prepared` is what runs here: this layer, or its tables where no machine
+  // code can be made. Of it come the case, and the run of a plan for it; lifted tensors are of the plan's bands.
+  const PackedConv2d& prepared() const;
+  ConvCase conv_case(int64_t images, int64_t height, int64_t width) const;
+  std::shared_ptr<ConvPlan> make_plan(const ConvCase&, const Pitch&, const Cut&, int64_t splits) const;
+  void run(const ConvPlan&, const Tensor& x, const Tensor& out, const Tensor* residual, const Epilogue&) const;
 
   const Geometry& geometry() const { return geometry_; }
   int group_size() const { return group_size_; }  // channels that share a table
@@ -125,13 +137,13 @@ class PackedConv2d final : public PackedLayer {
   Weights weights_of(const std::vector<uint8_t>& codes) const;  // as packed, for another form
   const LayerCode* code(const Kernels&) const;                  // null where none can be made
   const PackedConv2d& without_code() const;
-  std::shared_ptr<const ConvPlan> plan(int64_t images, int64_t height, int64_t width, const Kernels&,
-                                       const LayerCode*) const;
+  std::shared_ptr<const ConvPlan> plan(int64_t images, int64_t height, int64_t width) const;
   int halves() const { return staging_ == Staging::halves_i16 ? 2 : 1; }
 
   struct Call;
   struct Sums;
   void stage_channels(const Call&, const LiftPlan&, int64_t index, char* staged) const;
+  void restage_channels(const Call&, const LiftPlan&, int64_t first, int64_t count, char* staged) const;
   void sum(const Call&, const LiftPlan&, const char* staged, int64_t first, int64_t last) const;
   void sum_code(const Call&, const LiftPlan&, const char* staged, int64_t first, int64_t last) const;
   void sum_tables(const Call&, const LiftPlan&, const char* x, int64_t group, int64_t first, int64_t last) const;
@@ -169,7 +181,7 @@ class PackedLinear final : public PackedLayer {
  public:
   PackedLinear(const Weights&, const Activations&, Algorithm);
   // x (1, I, 1, T), out and residual (1, O, 1, T): a convolution's view of rows
-  void run(const Tensor& x, const Tensor& out, const Tensor* residual, const Epilogue&) const;
+  void run(const Tensor& x, const Tensor& out, const Tensor* residual, const Epilogue&) const override;
 
   Counts counts() const override;
   std::vector<uint8_t> codes() const override;

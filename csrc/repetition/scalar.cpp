@@ -27,6 +27,9 @@ inline bool any_beyond(f32v v, float limit) {
   return (beyond[0] | beyond[1] | beyond[2] | beyond[3]) != 0;
 }
 
+// Adding 1.5 * 2^23 rounds to even on every machine.
+inline i32v round_words(f32v v) { return __builtin_convertvector((v + 12582912.0f) - 12582912.0f, i32v); }
+
 inline u32v widen_bytes(const uint8_t* p) { return u32v{p[0], p[1], p[2], p[3]}; }
 inline u32v widen_halves(const uint8_t* p) {
   uint16_t h[lanes];

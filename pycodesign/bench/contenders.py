@@ -275,7 +275,11 @@ class OpenvinoChain(Chain):
 
 @dataclass(eq=False)
 class PycodesignChain(Chain):
-    """This package: one call of `pycodesign.ops` for each layer, everything in it counted."""
+    """This package: all layers in one `pycodesign.repetition.chain.Chain`.
+
+    Layers that do not follow one another leave their results in the layout that a next layer would read; for the check
+    the same layers write them out.
+    """
 
     way: str = "auto"
     engine: ClassVar[str] = "pycodesign"
@@ -306,35 +310,38 @@ class PycodesignChain(Chain):
         prepack = ops.prepack_conv2d if layer.is_conv else ops.prepack_linear
         if layer.is_conv:
             packing |= {"stride": layer.stride, "padding": layer.padding}
-        self.call = ops.conv2d if layer.is_conv else ops.linear
         start = time.perf_counter()
         self.packed = [prepack(q, b, **packing) for q, b in zip(self.case.weights, self.case.biases, strict=True)]
         seconds = time.perf_counter() - start
-        for packed in self.packed:
-            packed.warmup(layer.input_shape)
         self.details.update(
             algorithm=" ".join(dict.fromkeys(packed.algorithm for packed in self.packed)),
             bytes=int(self.packed[0].explain()["bytes"]),
             pack_seconds=round(seconds / self.case.length, 6),
         )
         self.x = self.case.input(self.dtype)
-        self.buffers = [np.empty(layer.output_shape, storage) for _ in range(2)]
+        self.chain = self._chain(all_outputs=False)
+        self.results = self.chain(self.x)
+
+    def _chain(self, *, all_outputs: bool) -> Any:
+        chain = importlib.import_module("pycodesign.repetition.chain").Chain()
+        scaling = () if self.dtype == "float32" else (float(ACTIVATION_SCALES[self.dtype]), 0)
+        x = chain.input("float32" if self.dtype == "float32" else "uint8", *scaling)
+        add, values = chain.conv2d if self.case.layer.is_conv else chain.linear, [x]
+        for packed in self.packed:
+            values.append(add(values[-1] if self.case.sequential else x, packed, **self.epilogue))
+        chain.output(*values[1:] if all_outputs else values[-1:])
+        return chain
 
     def for_case(self, case: Case) -> Chain:
         return type(self)(case, self.dtype, self.threads, self.way)
 
     def run(self) -> object:
-        y = self.x
-        for index, packed in enumerate(self.packed):
-            source = y if self.case.sequential else self.x
-            y = self.call(source, packed, out=self.buffers[index % 2], **self.epilogue)
-        return y
+        return self.chain(self.x, out=self.results)
 
     def outputs(self) -> list[Array]:
         if self.case.sequential:
-            y: Array = np.array(self.run())
-            return [y]
-        return [first_pixel(np.asarray(self.call(self.x, packed, **self.epilogue))) for packed in self.packed]
+            return [np.array(y) for y in self.chain(self.x)]
+        return [first_pixel(y) for y in self._chain(all_outputs=True)(self.x)]
 
     def _compare(self, actual: list[Array], expected: list[Array], bound: Array | np.float64, quanta: float) -> None:
         super()._compare(actual, expected, bound, 0.0)  # integers: equal, not nearly equal

@@ -1,4 +1,4 @@
-"""What `pycodesign.ops.conv2d` and `linear` compute.
+"""What `pycodesign.ops.conv2d` and `linear` compute, and the steps of a chain beside them.
 
 A weight takes one of Q values, so a dot product is a sum over levels of sums of inputs (UCNN, Hegde et al., ISCA 2018,
 section III, the factorized dot product; Q-gym, Fu et al., PACT 2022, starts from the same form):
@@ -76,6 +76,46 @@ def linear(
     return _finish(x.dtype, acc, scale, bias, input_scale, **epilogue)
 
 
+def max_pool2d(x: Array, kernel_size: Pair, stride: Pair | None = None, padding: Pair = 0, dilation: Pair = 1) -> Array:
+    """Take the largest value of each window of x (N, C, H, W); NaN wins, padding never does."""
+    lowest = -np.inf if x.dtype.kind == "f" else np.iinfo(x.dtype).min
+    return np.asarray(_windows(x, lowest, kernel_size, stride, padding, dilation).max(axis=(-2, -1)))
+
+
+@np.errstate(all="ignore")  # NaN, Inf and overflow follow IEEE 754
+def avg_pool2d(
+    x: Array,
+    kernel_size: Pair | None = None,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    *,
+    count_include_pad: bool = True,
+    input_scale: float = 1.0,
+    input_zero_point: int = 0,
+    **epilogue: Any,
+) -> Array:
+    """Average each window of x (N, C, H, W), or each image: its sum times float32(input_scale / pixels).
+
+    Padding is a real zero, and one of the pixels if `count_include_pad`. The epilogue is that of `conv2d`, which has no
+    bias and no residual here.
+    """
+    windows = (x.shape[2], x.shape[3]) if kernel_size is None else kernel_size, stride, padding
+    acc = _windows(x.astype(np.float64) - input_zero_point, 0, *windows).sum(axis=(-2, -1))
+    data = _windows(np.ones(x.shape[2:]), float(count_include_pad), *windows).sum(axis=(-2, -1))
+    scale = (input_scale / data).reshape(-1, 1)
+    y = _finish(x.dtype, acc.reshape(*acc.shape[:2], -1, 1), scale, None, 1.0, **epilogue)
+    return np.asarray(y.reshape(acc.shape))
+
+
+@np.errstate(all="ignore")  # NaN, Inf and overflow follow IEEE 754
+def add(
+    a: Array, b: Array | None = None, *, input_scale: float = 1.0, input_zero_point: int = 0, **epilogue: Any
+) -> Array:
+    """Convert a, of the given scale and zero point, by the epilogue of `conv2d`, whose residual is b."""
+    acc = (a.astype(np.float64) - input_zero_point)[..., None]
+    return _finish(a.dtype, acc, np.ones((1, 1)), None, input_scale, residual=b, **epilogue)
+
+
 def abs_bound(
     x: Array, q: QuantizedTensor, *, stride: Pair = 1, padding: Pair = 0, dilation: Pair = 1, groups: int = 1
 ) -> Array:
@@ -101,6 +141,18 @@ def _sum_conv2d(x: Array, w: Array, stride: Pair, padding: Pair, dilation: Pair,
             tap = w[:, :, i, j].reshape(groups, o // groups, c // groups).astype(np.float64)
             acc += tap @ seen.reshape(n, groups, c // groups, oh * ow)
     return acc.reshape(n, o, oh, ow)
+
+
+def _windows(
+    x: Array, padding_value: float, size: Pair, stride: Pair | None, padding: Pair, dilation: Pair = 1
+) -> Array:
+    """View x (..., H, W) as windows (..., OH, OW, R, S)."""
+    (r, s), (ph, pw), (dh, dw) = _pair(size), _pair(padding), _pair(dilation)
+    sh, sw = (r, s) if stride is None else _pair(stride)
+    x = np.pad(x, ((0, 0),) * (x.ndim - 2) + ((ph, ph), (pw, pw)), constant_values=padding_value)
+    spans = dh * (r - 1) + 1, dw * (s - 1) + 1
+    windows = np.lib.stride_tricks.sliding_window_view(x, spans, axis=(-2, -1))
+    return windows[..., ::sh, ::sw, ::dh, ::dw]
 
 
 def _finish(

@@ -1,0 +1,408 @@
+#include "repetition/chain.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "core/cpu.h"
+#include "core/thread_pool.h"
+#include "repetition/plan.h"
+
+namespace pycodesign::repetition {
+
+// For one set of input sizes. A value is lifted where every step that touches it works in the same bands and lanes.
+struct ChainPlan {
+  std::vector<Chain::Shape> shape;
+  std::vector<bool> lifted;
+  std::vector<int64_t> elements;  // as stored: lanes that hold no pixel too
+  std::vector<size_t> at;         // bytes within the arena
+  size_t bytes = 0;
+  std::vector<std::shared_ptr<const ConvPlan>> conv;  // of each step; null: nothing to compute
+};
+
+namespace {
+
+constexpr size_t guard = 128;  // bytes before and after lifted activations, which restaging reads and masks
+
+int64_t count(const Chain::Shape& s) { return s[0] * s[1] * s[2] * s[3]; }
+
+Tensor contiguous(char* data, const Chain::Shape& s, DType dtype) {
+  const int64_t e = element_bytes(dtype);
+  return {data, s, {s[1] * s[2] * s[3] * e, s[2] * s[3] * e, s[3] * e, e}};
+}
+
+bool is_contiguous(const Tensor& t, DType dtype) {
+  const Tensor plain = contiguous(t.data, t.size, dtype);
+  for (size_t i = 0; i < 4; ++i)
+    if (t.size[i] > 1 && t.stride[i] != plain.stride[i]) return false;
+  return true;
+}
+
+// Itself, or a copy in `buffer`.
+Tensor make_contiguous(const Tensor& t, DType dtype, core::AlignedBuffer<char>& buffer) {
+  if (is_contiguous(t, dtype)) return contiguous(t.data, t.size, dtype);
+  const auto e = static_cast<size_t>(element_bytes(dtype));
+  char* to = buffer.reserve(static_cast<size_t>(count(t.size)) * e);
+  const Tensor copy = contiguous(to, t.size, dtype);
+  for (int64_t n = 0; n < t.size[0]; ++n)
+    for (int64_t c = 0; c < t.size[1]; ++c)
+      for (int64_t h = 0; h < t.size[2]; ++h)
+        for (int64_t w = 0; w < t.size[3]; ++w, to += e)
+          std::memcpy(to, t.data + n * t.stride[0] + c * t.stride[1] + h * t.stride[2] + w * t.stride[3], e);
+  return copy;
+}
+
+std::string text(const Chain::Shape& s) {
+  return "(" + std::to_string(s[0]) + ", " + std::to_string(s[1]) + ", " + std::to_string(s[2]) + ", " +
+         std::to_string(s[3]) + ")";
+}
+
+int64_t pooled_size(const Pool& p, size_t axis, int64_t size) {
+  if (p.kernel[axis] == 0) return 1;
+  const int64_t span = size + 2 * p.padding[axis] - p.dilation[axis] * (p.kernel[axis] - 1) - 1;
+  return span < 0 ? 0 : span / p.stride[axis] + 1;
+}
+
+}  // namespace
+
+Chain::Chain() = default;
+Chain::~Chain() = default;
+
+const Chain::Shape& Chain::shape(const ChainPlan& plan, int value) { return plan.shape[static_cast<size_t>(value)]; }
+bool Chain::is_lifted(const ChainPlan& plan, int value) { return plan.lifted[static_cast<size_t>(value)]; }
+
+int Chain::add_input(DType dtype) {
+  values_.push_back(dtype);
+  inputs_.push_back(static_cast<int>(values_.size()) - 1);
+  return inputs_.back();
+}
+
+int Chain::add_step(Step step, DType out) {
+  values_.push_back(out);
+  step.out = static_cast<int>(values_.size()) - 1;
+  if (step.residual >= 0) {
+    step.epilogue.has_residual = true;
+    step.epilogue.residual_dtype = dtype(step.residual);
+  }
+  steps_.push_back(std::move(step));
+  return steps_.back().out;
+}
+
+int Chain::add_conv2d(std::shared_ptr<const PackedConv2d> layer, int x, int residual, const Epilogue& e) {
+  return add_step({Kind::conv2d, x, residual, 0, e, std::move(layer), nullptr, {}, 1, 0}, e.out_dtype);
+}
+int Chain::add_linear(std::shared_ptr<const PackedLayer> layer, int x, int residual, const Epilogue& e) {
+  return add_step({Kind::linear, x, residual, 0, e, nullptr, std::move(layer), {}, 1, 0}, e.out_dtype);
+}
+int Chain::add_max_pool2d(int x, const Pool& pool) {
+  return add_step({Kind::max_pool2d, x, -1, 0, {}, nullptr, nullptr, pool, 1, 0}, dtype(x));
+}
+int Chain::add_avg_pool2d(int x, const Pool& pool, double scale, int32_t zero_point, const Epilogue& e) {
+  return add_step({Kind::avg_pool2d, x, -1, 0, e, nullptr, nullptr, pool, scale, zero_point}, e.out_dtype);
+}
+int Chain::add_add(int a, int b, float scale, int32_t zero_point, const Epilogue& e) {
+  return add_step({Kind::add, a, b, 0, e, nullptr, nullptr, {}, scale, zero_point}, e.out_dtype);
+}
+void Chain::set_outputs(std::vector<int> values) {
+  for (const int v : values) static_cast<void>(dtype(v));  // throws where there is none
+  outputs_ = std::move(values);
+}
+
+Chain::Shape Chain::output_shape(const Step& step, const Shape& x) const {
+  switch (step.kind) {
+    case Kind::conv2d: {
+      const Geometry& g = step.conv->geometry();
+      if (x[1] != g.channels)
+        throw std::invalid_argument("x: expected (N, " + std::to_string(g.channels) +
+                                    ", H, W) for a convolution, got " + text(x));
+      return {x[0], step.conv->outputs(), g.output_size(0, x[2]), g.output_size(1, x[3])};
+    }
+    case Kind::linear:
+      if (x[1] * x[2] * x[3] != step.linear->inputs())
+        throw std::invalid_argument("x: expected " + std::to_string(step.linear->inputs()) +
+                                    " values a row for a linear layer, got " + text(x));
+      return {x[0], step.linear->outputs(), 1, 1};
+    case Kind::add: return x;
+    case Kind::avg_pool2d: {
+      const auto pixels = [&](size_t axis) {
+        return step.pool.kernel[axis] ? std::min(step.pool.kernel[axis], x[axis + 2]) : x[axis + 2];
+      };
+      if (dtype(step.x) != DType::f32 && pixels(0) * pixels(1) > std::numeric_limits<int32_t>::max() / 255)
+        throw std::invalid_argument("x: expected windows of 8-bit values whose sums fit 32 bits, got " + text(x));
+      [[fallthrough]];
+    }
+    default: return {x[0], x[1], pooled_size(step.pool, 0, x[2]), pooled_size(step.pool, 1, x[3])};
+  }
+}
+
+std::vector<Chain::Shape> Chain::shapes(const std::vector<Shape>& inputs) const {
+  std::vector<Shape> shape(values_.size());
+  for (size_t i = 0; i < inputs.size(); ++i) shape[static_cast<size_t>(inputs_[i])] = inputs[i];
+  for (const Step& s : steps_) {
+    Shape& out = shape[static_cast<size_t>(s.out)];
+    out = output_shape(s, shape[static_cast<size_t>(s.x)]);
+    double elements = 1;
+    for (const int64_t size : out) elements *= static_cast<double>(size);
+    if (elements > 1e15) throw std::bad_alloc();  // before a product of sizes overflows
+    if (s.residual >= 0 && shape[static_cast<size_t>(s.residual)] != out)
+      throw std::invalid_argument(std::string(s.kind == Kind::add ? "b" : "residual") + ": expected the shape " +
+                                  text(out) + ", got " + text(shape[static_cast<size_t>(s.residual)]));
+  }
+  return shape;
+}
+
+std::shared_ptr<const ChainPlan> Chain::plan(const std::vector<Shape>& inputs) const {
+  std::vector<int64_t> key{core::num_threads(), static_cast<int64_t>(core::active_isa())};
+  for (const Shape& s : inputs) key.insert(key.end(), s.begin(), s.end());
+  const std::lock_guard lock(mutex_);
+  if (const auto found = plans_.find(key); found != plans_.end()) return found->second;
+  auto made = make_plan(inputs);
+  if (plans_.size() >= 32) plans_.clear();  // a caller that never repeats a size
+  return plans_[key] = std::move(made);
+}
+
+std::shared_ptr<const ChainPlan> Chain::make_plan(const std::vector<Shape>& inputs) const {
+  auto plan = std::make_shared<ChainPlan>();
+  plan->shape = shapes(inputs);
+  plan->conv.resize(steps_.size());
+  plan->lifted = std::vector<bool>(values_.size());
+  for (const Shape& s : plan->shape) plan->elements.push_back(count(s));
+
+  // Convolutions of one output size and as many lanes share their bands.
+  std::map<std::array<int64_t, 4>, std::vector<size_t>> grids;
+  std::vector<std::array<int64_t, 4>> grid(values_.size());  // of each value; zeros: none
+  std::vector<ConvCase> cases;
+  std::vector<size_t> case_of(steps_.size());
+  for (size_t i = 0; i < steps_.size(); ++i) {
+    const Step& s = steps_[i];
+    const Shape &x = plan->shape[static_cast<size_t>(s.x)], &out = plan->shape[static_cast<size_t>(s.out)];
+    if (s.kind == Kind::add) grid[static_cast<size_t>(s.out)] = grid[static_cast<size_t>(s.x)];
+    if (s.kind != Kind::conv2d || count(out) == 0) continue;
+    case_of[i] = cases.size();
+    cases.push_back(s.conv->prepared().conv_case(x[0], x[2], x[3]));
+    const std::array<int64_t, 4> key{out[0], out[2], out[3], cases.back().word_lanes * cases.back().halves};
+    grids[key].push_back(i);
+    grid[static_cast<size_t>(s.out)] = key;
+  }
+
+  // Lifted until a step cannot have it so.
+  for (const Step& s : steps_) {
+    const auto out = static_cast<size_t>(s.out);
+    plan->lifted[out] = (s.kind == Kind::conv2d || s.kind == Kind::add) && grid[out][0] > 0 &&
+                        s.epilogue.out_dtype != DType::i32 &&
+                        std::find(outputs_.begin(), outputs_.end(), s.out) == outputs_.end();
+  }
+  for (bool changed = true; changed;) {
+    changed = false;
+    const auto lower = [&](int value) {
+      const auto v = static_cast<size_t>(value);
+      changed |= plan->lifted[v];
+      plan->lifted[v] = false;
+    };
+    const auto agree = [&](int a, int b) {  // both or neither
+      const auto i = static_cast<size_t>(a), j = static_cast<size_t>(b);
+      if (plan->lifted[i] && plan->lifted[j] && grid[i] == grid[j]) return;
+      lower(a);
+      lower(b);
+    };
+    for (size_t i = 0; i < steps_.size(); ++i) {
+      const Step& s = steps_[i];
+      if (s.kind == Kind::add) agree(s.x, s.out);
+      else if (s.kind != Kind::conv2d || count(plan->shape[static_cast<size_t>(s.out)]) == 0 ||
+               !cases[case_of[i]].keeps_size() || grid[static_cast<size_t>(s.x)] != grid[static_cast<size_t>(s.out)])
+        lower(s.x);
+      if (s.residual >= 0) agree(s.residual, s.out);
+    }
+  }
+
+  for (const auto& [key, steps] : grids) {
+    std::vector<ConvCase> together;
+    Pitch pitch;
+    for (const size_t i : steps) {
+      ConvCase& c = cases[case_of[i]];
+      c.lifted_input = plan->lifted[static_cast<size_t>(steps_[i].x)];
+      c.lifted_output = plan->lifted[static_cast<size_t>(steps_[i].out)];
+      const Pitch least = c.least_pitch();
+      pitch = {std::max(pitch.row, least.row), std::max(pitch.image, least.image)};
+      together.push_back(c);
+    }
+    std::vector<int64_t> splits;
+    const Cut cut = choose_cut(together, pitch, core::num_threads(), splits);
+    for (size_t k = 0; k < steps.size(); ++k)
+      plan->conv[steps[k]] = steps_[steps[k]].conv->prepared().make_plan(together[k], pitch, cut, splits[k]);
+    int64_t vectors = 0;
+    for (const LiftPlan& band : plan->conv[steps[0]]->bands) vectors += band.segment;
+    for (size_t v = 0; v < values_.size(); ++v)
+      if (plan->lifted[v] && grid[v] == key) plan->elements[v] = plan->shape[v][1] * vectors * key[3];
+  }
+  plan_memory(*plan);
+  return plan;
+}
+
+// Values that are alive at the same time lie apart, each as low as it fits.
+void Chain::plan_memory(ChainPlan& plan) const {
+  struct Place {
+    size_t begin, end, last_step;
+  };
+  std::vector<size_t> last_use(values_.size());
+  for (size_t i = 0; i < steps_.size(); ++i)
+    for (const int v : {steps_[i].x, steps_[i].residual, steps_[i].out})
+      if (v >= 0) last_use[static_cast<size_t>(v)] = i;
+  plan.at.resize(values_.size());
+  std::vector<Place> places;
+  for (size_t i = 0; i < steps_.size(); ++i) {
+    const auto v = static_cast<size_t>(steps_[i].out);
+    if (std::find(outputs_.begin(), outputs_.end(), steps_[i].out) != outputs_.end()) continue;
+    const size_t bytes = (static_cast<size_t>(plan.elements[v] * element_bytes(values_[v])) + 2 * guard + 63) / 64 * 64;
+    std::erase_if(places, [&](const Place& p) { return p.last_step < i; });
+    std::sort(places.begin(), places.end(), [](const Place& a, const Place& b) { return a.begin < b.begin; });
+    size_t begin = 0;
+    for (const Place& p : places)
+      if (begin + bytes <= p.begin) break;
+      else begin = std::max(begin, p.end);
+    places.push_back({begin, begin + bytes, last_use[v]});
+    plan.at[v] = begin + guard;
+    plan.bytes = std::max(plan.bytes, begin + bytes);
+  }
+}
+
+void Chain::run(const ChainPlan& plan, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) const {
+  thread_local core::AlignedBuffer<char> buffer, copies[2];
+  char* const arena = buffer.reserve(plan.bytes);
+  std::vector<Tensor> tensors(values_.size());
+  for (size_t v = 0; v < tensors.size(); ++v) {
+    tensors[v] = contiguous(arena + plan.at[v], plan.shape[v], values_[v]);
+    tensors[v].lifted = plan.lifted[v];
+  }
+  for (size_t i = 0; i < inputs.size(); ++i) tensors[static_cast<size_t>(inputs_[i])] = inputs[i];
+  for (size_t i = 0; i < outputs.size(); ++i) tensors[static_cast<size_t>(outputs_[i])] = outputs[i];
+  for (size_t i = 0; i < steps_.size(); ++i) {
+    const Step& s = steps_[i];
+    const Tensor &x = tensors[static_cast<size_t>(s.x)], &out = tensors[static_cast<size_t>(s.out)];
+    const Tensor* residual = s.residual < 0 ? nullptr : &tensors[static_cast<size_t>(s.residual)];
+    if (count(out.size) == 0) continue;
+    if (s.kind == Kind::conv2d) {
+      s.conv->prepared().run(*plan.conv[i], x, out, residual, s.epilogue);
+      continue;
+    }
+    const Tensor from = x.lifted ? x : make_contiguous(x, dtype(s.x), copies[0]);
+    if (s.kind == Kind::add) {
+      std::optional<Tensor> b;
+      if (residual) b = residual->lifted ? *residual : make_contiguous(*residual, dtype(s.residual), copies[1]);
+      run_add(s, from, b ? &*b : nullptr, out, plan.elements[static_cast<size_t>(s.out)]);
+    } else if (s.kind == Kind::linear) {
+      const auto rows = [](const Tensor& t) {  // as the pixels of one image
+        return Tensor{t.data, {1, t.size[1] * t.size[2] * t.size[3], 1, t.size[0]}, {0, t.stride[3], 0, t.stride[0]}};
+      };
+      std::optional<Tensor> added;
+      if (residual) added = rows(make_contiguous(*residual, dtype(s.residual), copies[1]));
+      s.linear->run(rows(from), rows(out), added ? &*added : nullptr, s.epilogue);
+    } else {
+      run_pool(s, from, out);
+    }
+  }
+}
+
+// The epilogue over elements as they lie, a few at a time as 32-bit words.
+void Chain::run_add(const Step& s, const Tensor& a, const Tensor* b, const Tensor& out, int64_t elements) const {
+  constexpr int64_t piece = 1024, chunk = 16 * piece;
+  const Kernels& k = kernels();
+  const DType from = dtype(s.x);
+  const float multiplier = s.scale;
+  const int32_t correction = -s.zero_point;
+  const int64_t b_bytes = b ? element_bytes(s.epilogue.residual_dtype) : 0,
+                out_bytes = element_bytes(s.epilogue.out_dtype);
+  core::parallel_for((elements + chunk - 1) / chunk, [&](int64_t index, int) {
+    alignas(64) int32_t words[piece + 16] = {};
+    for (int64_t at = index * chunk; at < std::min(elements, (index + 1) * chunk); at += piece) {
+      Finish f{};
+      f.epilogue = &s.epilogue;
+      f.count = std::min(piece, elements - at);
+      if (from == DType::f32) std::memcpy(words, a.data + at * 4, static_cast<size_t>(f.count) * 4);
+      else if (from == DType::u8) std::copy_n(reinterpret_cast<const uint8_t*>(a.data) + at, f.count, words);
+      else std::copy_n(reinterpret_cast<const int8_t*>(a.data) + at, f.count, words);
+      f.acc = reinterpret_cast<const char*>(words);
+      f.multiplier = &multiplier;
+      f.correction = &correction;
+      f.out = out.data + at * out_bytes;
+      f.out_stride = out_bytes;
+      if (b) f.residual = b->data + at * b_bytes;
+      f.residual_stride = b_bytes;
+      k.finish(f);
+    }
+  });
+}
+
+namespace {
+
+template <class T, class Sum>
+Sum sum_window(const char* plane, int64_t width, int64_t top, int64_t bottom, int64_t left, int64_t right) {
+  Sum sum = 0;
+  for (int64_t h = top; h < bottom; ++h)
+    for (int64_t w = left; w < right; ++w) sum += static_cast<Sum>(reinterpret_cast<const T*>(plane)[h * width + w]);
+  return sum;
+}
+
+}  // namespace
+
+void Chain::run_pool(const Step& s, const Tensor& x, const Tensor& out) const {
+  const Kernels& k = kernels();
+  const DType from = dtype(s.x), to = dtype(s.out);
+  const int64_t H = x.size[2], W = x.size[3], OH = out.size[2], OW = out.size[3];
+  const Pool& p = s.pool;
+  const bool whole = p.kernel[0] == 0;
+  const int64_t R = whole ? H : p.kernel[0], S = whole ? W : p.kernel[1];
+  core::parallel_for(x.size[0] * x.size[1], [&](int64_t plane, int) {
+    const char* image = x.data + plane * H * W * element_bytes(from);
+    char* to_row = out.data + plane * OH * OW * element_bytes(to);
+    thread_local core::AlignedBuffer<char> buffer;
+    if (s.kind == Kind::max_pool2d) {
+      std::vector<const char*> rows;
+      char* scratch = buffer.reserve(static_cast<size_t>((W + 2 * p.padding[1]) * 4 + 64));
+      for (int64_t oh = 0; oh < OH; ++oh, to_row += OW * element_bytes(to)) {
+        rows.clear();
+        for (int64_t r = 0; r < R; ++r)
+          if (const int64_t h = oh * p.stride[0] - p.padding[0] + r * p.dilation[0]; h >= 0 && h < H)
+            rows.push_back(image + h * W * element_bytes(from));
+        k.max_pool({from, rows.data(), static_cast<int>(rows.size()), W, S, p.stride[1], p.dilation[1], p.padding[1],
+                    scratch, to_row, OW});
+      }
+      return;
+    }
+    // Sums of a row of windows, each with its own divisor.
+    char* sums = buffer.reserve(static_cast<size_t>(OW) * 12 + 64);
+    auto* multiplier = reinterpret_cast<float*>(sums + OW * 4);
+    auto* correction = reinterpret_cast<int32_t*>(sums + OW * 8);
+    for (int64_t oh = 0; oh < OH; ++oh, to_row += OW * element_bytes(to)) {
+      const int64_t top = oh * p.stride[0] - p.padding[0], h0 = std::max<int64_t>(top, 0), h1 = std::min(top + R, H);
+      for (int64_t ow = 0; ow < OW; ++ow) {
+        const int64_t left = ow * p.stride[1] - p.padding[1], w0 = std::max<int64_t>(left, 0),
+                      w1 = std::min(left + S, W);
+        const int64_t pixels = (h1 - h0) * (w1 - w0);
+        if (from == DType::f32) reinterpret_cast<float*>(sums)[ow] = sum_window<float, float>(image, W, h0, h1, w0, w1);
+        else
+          reinterpret_cast<int32_t*>(sums)[ow] = from == DType::u8
+                                                     ? sum_window<uint8_t, int32_t>(image, W, h0, h1, w0, w1)
+                                                     : sum_window<int8_t, int32_t>(image, W, h0, h1, w0, w1);
+        multiplier[ow] = static_cast<float>(s.scale / static_cast<double>(p.counts_padding ? R * S : pixels));
+        correction[ow] = static_cast<int32_t>(-s.zero_point * pixels);
+      }
+      Finish f{};
+      f.epilogue = &s.epilogue;
+      f.acc = sums;
+      f.count = OW;
+      f.per_element = true;
+      f.multiplier = multiplier;
+      f.correction = correction;
+      f.out = to_row;
+      f.out_stride = element_bytes(to);
+      k.finish(f);
+    }
+  });
+}
+
+}  // namespace pycodesign::repetition

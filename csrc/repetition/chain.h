@@ -1,0 +1,80 @@
+// Layers, with the adds and the pooling between them, in one call. Activations between convolutions of one size stay in
+// the lanes that these compute in; nothing is converted, and memory is planned once for each input size.
+#pragma once
+
+#include <array>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "repetition/repetition.h"
+
+namespace pycodesign::repetition {
+
+struct ChainPlan;
+
+// Windows of a pooling; kernel 0: the whole image.
+struct Pool {
+  std::array<int64_t, 2> kernel{}, stride{1, 1}, padding{}, dilation{1, 1};
+  bool counts_padding = true;  // in the mean
+};
+
+class Chain {
+ public:
+  using Shape = std::array<int64_t, 4>;  // N, C, H, W
+
+  Chain();
+  ~Chain();
+
+  // Each returns the index of the value that it makes; `residual` and `b` may be -1. Callers check that dtypes agree.
+  int add_input(DType);
+  int add_conv2d(std::shared_ptr<const PackedConv2d>, int x, int residual, const Epilogue&);
+  int add_linear(std::shared_ptr<const PackedLayer>, int x, int residual, const Epilogue&);
+  int add_max_pool2d(int x, const Pool&);
+  // Integers of x mean scale * (x - zero_point). Adding takes b as a residual.
+  int add_avg_pool2d(int x, const Pool&, double scale, int32_t zero_point, const Epilogue&);
+  int add_add(int a, int b, float scale, int32_t zero_point, const Epilogue&);
+  void set_outputs(std::vector<int> values);
+
+  DType dtype(int value) const { return values_.at(static_cast<size_t>(value)); }
+  const std::vector<int>& inputs() const { return inputs_; }
+  const std::vector<int>& outputs() const { return outputs_; }
+
+  // For the inputs' sizes; throws std::invalid_argument where one does not fit. Settings in force count: make it anew
+  // for every call, it is cached.
+  std::shared_ptr<const ChainPlan> plan(const std::vector<Shape>& inputs) const;
+  static const Shape& shape(const ChainPlan&, int value);
+  static bool is_lifted(const ChainPlan&, int value);
+  // Outputs overlap neither inputs nor each other.
+  void run(const ChainPlan&, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) const;
+
+ private:
+  enum class Kind : uint8_t { conv2d, linear, max_pool2d, avg_pool2d, add };
+  struct Step {
+    Kind kind;
+    int x, residual, out;
+    Epilogue epilogue;
+    std::shared_ptr<const PackedConv2d> conv;
+    std::shared_ptr<const PackedLayer> linear;
+    Pool pool;
+    double scale;
+    int32_t zero_point;
+  };
+  int add_step(Step, DType out);
+  std::vector<Shape> shapes(const std::vector<Shape>& inputs) const;
+  Shape output_shape(const Step&, const Shape& x) const;
+  std::shared_ptr<const ChainPlan> make_plan(const std::vector<Shape>& inputs) const;
+  void plan_memory(ChainPlan&) const;
+  void run_pool(const Step&, const Tensor& x, const Tensor& out) const;
+  void run_add(const Step&, const Tensor& a, const Tensor* b, const Tensor& out, int64_t count) const;
+
+  std::vector<DType> values_;
+  std::vector<int> inputs_, outputs_;
+  std::vector<Step> steps_;
+
+  mutable std::mutex mutex_;
+  mutable std::map<std::vector<int64_t>, std::shared_ptr<const ChainPlan>> plans_;
+};
+
+}  // namespace pycodesign::repetition

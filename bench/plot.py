@@ -3,6 +3,8 @@
     python bench/plot.py bench/results/RESULT.json ratios.svg
     python bench/plot.py bench/results/RESULT.json layers.png --weights ternary
 
+Of whole networks, which `bench_models.py` times, each with each weights.
+
 Cold timings; one panel for each precision, a color for each number of threads, a line at 1. Needs matplotlib.
 """
 
@@ -33,9 +35,9 @@ def collect_ratios(result: dict[str, Any], weights: str | None, algorithm: str) 
     Parameters
     ----------
     result : dict
-        Of `pycodesign.bench.run_suite`.
+        Of `pycodesign.bench.run_suite` or `run_models`.
     weights : str, optional
-        Draw the layers with these weights; by default the weighted mean for each weights.
+        Draw the layers with these weights; by default the weighted mean for each weights, or every network.
     algorithm : str
         Of ours.
 
@@ -46,10 +48,12 @@ def collect_ratios(result: dict[str, Any], weights: str | None, algorithm: str) 
     """
     ratios: dict[str, dict[int, dict[str, Any]]] = {}
     batch = min(result["options"]["batches"])
-    for entry in result["rows"] if weights else result["summary"]:
+    networks = result["suite"] == "models"
+    for entry in result["rows"] if weights or networks else result["summary"]:
         wanted = ("cold", batch, algorithm, weights or entry["weights"])
         if tuple(entry[k] for k in ("state", "batch", "algorithm", "weights")) == wanted and entry["speedup"]:
-            label = entry["layer"] if weights else WEIGHTS.get(entry["weights"], entry["weights"])
+            kind = WEIGHTS.get(entry["weights"], entry["weights"])
+            label = entry["layer"] if weights else f"{entry['layer']}, {kind}" if networks else kind
             ratios.setdefault(entry["dtype"], {}).setdefault(entry["threads"], {})[label] = entry["speedup"]
     return ratios
 
@@ -94,7 +98,8 @@ def draw_result(result: dict[str, Any], weights: str | None, algorithm: str) -> 
         draw_bars(axes, series, labels)
         axes.set_title(DTYPES[dtype], fontsize=10)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower right", ncols=4, frameon=False)
-    what = WEIGHTS.get(weights, weights) if weights else "mean without the stem, weighted by time"
+    mean = "whole networks" if result["suite"] == "models" else "mean without the stem, weighted by time"
+    what = WEIGHTS.get(weights, weights) if weights else mean
     held = ", every engine held to it" if result["options"]["isa"] else ""
     facts = result["facts"]
     figure.suptitle(

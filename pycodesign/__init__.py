@@ -1,7 +1,7 @@
 """Kernels and tools for neural networks that are designed together with the machine they run on.
 
 Submodules load when first used: `ops` (packed layers on arrays), `quantize` (weights of few values), `repetition` (the
-compiler behind packing), `reference` (the specification in NumPy).
+compiler behind packing), `reference` (the specification in NumPy), `nn` (torch modules and conversion).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pycodesign._native import __version__, get_num_threads, set_isa, set_num_threads, show_config
 
 if TYPE_CHECKING:
+    from pycodesign import nn as nn
     from pycodesign import ops, quantize, reference, repetition
     from pycodesign.quantize import QuantizedTensor
 
@@ -28,7 +29,7 @@ __all__ = [
     "show_config",
 ]
 
-_SUBMODULES = frozenset({"ops", "quantize", "reference", "repetition"})
+_SUBMODULES = frozenset({"nn", "ops", "quantize", "reference", "repetition"})
 
 
 def __getattr__(name: str) -> Any:
@@ -40,4 +41,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted({*__all__, *_SUBMODULES})

@@ -1,4 +1,4 @@
-"""The command ``pycodesign``: thin over `pycodesign.demo` and `pycodesign.bench`."""
+"""The command ``pycodesign``: thin over `pycodesign.demo`, `pycodesign.bench` and `pycodesign.explain`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -34,6 +35,19 @@ def plain_errors() -> Iterator[None]:
         raise click.ClickException(str(error)) from error
 
 
+def parse_shape(context: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
+    """Read a shape such as ``1,3,224,224``."""
+    if text is None:
+        return None
+    try:
+        shape = [int(size) for size in text.split(",")]
+    except ValueError:
+        shape = []
+    if not shape or min(shape) < 1:
+        raise click.BadParameter(f"expected positive integers with commas between, as 1,3,224,224, got {text!r}")
+    return shape
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(pycodesign.__version__, prog_name="pycodesign")
 def main() -> None:
@@ -42,6 +56,7 @@ def main() -> None:
     \b
     pycodesign demo              run trained networks: factor, check, time
     pycodesign bench resnet18    time layers beside every installed engine
+    pycodesign explain MODEL     will a network gain? read its weights, count
     pycodesign info              what was detected, forced, built
     """
 
@@ -153,7 +168,7 @@ def counts_cells(row: Mapping[str, Any]) -> list[str]:
 
 
 @main.command()
-@click.argument("suite", type=click.Choice(["resnet18", "other", "linear"]))
+@click.argument("suite", type=click.Choice(["resnet18", "other", "linear", "models"]))
 @click.option("--weights", multiple=True, default=("ternary",), show_default=True, help="Or binary, uniform4, ...")
 @click.option(
     "--dtype",
@@ -166,7 +181,7 @@ def counts_cells(row: Mapping[str, Any]) -> list[str]:
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(min=1), help="The suite's own by default.")
 @click.option("--algorithm", "algorithms", multiple=True, help="Of ours; all by default.")
 @click.option("--contender", "contenders", multiple=True, help="torch, onnxruntime, openvino, pycodesign.")
-@click.option("--layer", "layers", multiple=True, help="Part of a layer's name.")
+@click.option("--layer", "layers", multiple=True, help="Part of a layer's name; of models, a network's name.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Turns of each contender, 15 by default.")
 @click.option("--isa", help="Hold every contender to an instruction set, as avx2; those that cannot be are left out.")
 @click.option("--quick", is_flag=True, help="Few layers and rounds, one thread.")
@@ -178,7 +193,7 @@ def counts_cells(row: Mapping[str, Any]) -> list[str]:
     help="Write the result there, with the machine's facts; - for standard output, without the tables.",
 )
 def bench(suite: str, file: Path | None, **options: Any) -> None:
-    """Time the layers of SUITE beside every engine that is installed.
+    """Time the layers of SUITE, or whole networks (models), beside every engine that is installed.
 
     Each contender is checked against a reference, then timed in turns with the others, with its weights in the caches
     (hot) and with other data there (cold); the tables show the cold timings. An option that may be given several times
@@ -191,17 +206,104 @@ def bench(suite: str, file: Path | None, **options: Any) -> None:
     pycodesign bench linear --weights binary --batch 1 --threads 1
     pycodesign bench resnet18 --layer 3x3 --json resnet18.json
     pycodesign bench other --batch 1 --weights binary --weights ternary --isa avx2
+    pycodesign bench models --quick
     """
     from pycodesign.bench import print_table, run_suite
     from pycodesign.bench.harness import format_result
+    from pycodesign.bench.models import run_models
+    from pycodesign.bench.network_report import print_models
 
+    options = {name: value for name, value in options.items() if value}
     with plain_errors():
-        result = run_suite(suite, **{name: value for name, value in options.items() if value})
+        if suite == "models":
+            for name in options.keys() & {"algorithms", "isa"}:
+                raise ValueError(f"{name}: expected none for whole networks, got {options[name]!r}")
+            options["networks"] = options.pop("layers", None)
+            result = run_models(**options)
+        else:
+            result = run_suite(suite, **options)
     if file:
         with plain_errors(), click.open_file(file, "w") as stream:
             stream.write(format_result(result))
     if file != Path("-"):
-        print_table(result, open_console())
+        (print_models if suite == "models" else print_table)(result, open_console())
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "uint8", "int8"]),
+    default="float32",
+    show_default=True,
+    help="Of the activations; integer ones suit integer levels only.",
+)
+@click.option(
+    "--shape", metavar="N,C,H,W", callback=parse_shape, help="Of the input, where an ONNX file leaves it open."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output, nothing else.")
+def explain(model: Path, dtype: str, shape: list[int] | None, as_json: bool) -> None:
+    """Say which layers of MODEL gain, which do not, and why.
+
+    MODEL is an ONNX file, or safetensors: a layer saved by Packed.save, or any state_dict. Float weights count as
+    quantized if they lie on few values, however they got there; integer weights are read with their scales. Every layer
+    is packed as algorithm="auto" does it on this processor, but nothing is run or timed.
+
+    Removed is the share of a dense layer's additions and multiplications, for each output pixel, that is gone. A packed
+    linear layer gains by its fewer bytes instead. Layers with more than 256 distinct weights in an output are not
+    quantized and stay with your framework; 3 bits and up mostly stay dense sums: as fast as elsewhere, no faster.
+
+    \b
+    *.onnx files need: pip install "pycodesign[onnx]"
+
+    \b
+    pycodesign explain model.onnx
+    pycodesign explain model.onnx --shape 1,3,224,224 --dtype uint8
+    pycodesign explain state_dict.safetensors --json > model.json
+    """
+    from pycodesign.explain import explain_model, read_model
+
+    with plain_errors():
+        layers = read_model(model, shape)
+        if not layers:
+            raise ValueError(f"{model}: expected convolutions or linear layers with constant weights, found none")
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        advance = partial(progress.advance, progress.add_task("packing", total=len(layers)))
+        result = explain_model(layers, dtype, advance)
+    if as_json:
+        click.echo(json.dumps({"model": str(model), "dtype": dtype, **result}))
+    else:
+        print_explanation(result, f"{model.name}: {dtype} activations, {result['isa']}", open_console())
+
+
+def print_explanation(result: Mapping[str, Any], title: str, console: Console) -> None:
+    """Print a result of `explain.explain_model`."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("layer", overflow="fold")
+    for heading in ("weights", "levels", "runs by", "adds", "multiplies", "dense", "removed", "kB", "float32"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("why", ratio=1)
+    for row in result["layers"]:
+        counts = (f"{row[key]:,}" if row[key] is not None else "-" for key in ("adds", "multiplies", "dense_ops"))
+        sizes = (f"{row[key] / 1000:,.1f}" if row[key] is not None else "-" for key in ("bytes", "float32_bytes"))
+        algorithm = row["algorithm"] or "-"
+        shape = "x".join(map(str, row["shape"]))
+        style = None if row["gains"] else "dim" if row["algorithm"] else "yellow"
+        removed = f"{row['removed']:.1%}"
+        cells = shape, show_levels(row["levels"]), algorithm, *counts, removed, *sizes, row["why"]
+        table.add_row(escape(row["layer"]), *cells[:-1], escape(cells[-1]), style=style)
+    console.print(table)
+    console.print(result["summary"], style="bold", highlight=False)
+    for hint in result["hints"]:
+        console.print(f"* {hint}", markup=False, highlight=False)
+
+
+def show_levels(levels: Sequence[float] | None) -> str:
+    if levels is None:
+        return "many"
+    if len(levels) <= 4:
+        return " ".join(f"{level + 0.0:.3g}" for level in levels)  # -0 reads 0
+    return f"{len(levels)}: {levels[0]:.3g} .. {levels[-1]:.3g}"
 
 
 @main.command()

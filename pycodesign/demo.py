@@ -84,11 +84,14 @@ def save_network(path: str | Path, layers: Sequence[Layer], metadata: Mapping[st
 
 def load_network(name: str) -> tuple[list[Layer], dict[str, str]]:
     """Read one of `NETWORKS`: its layers, and the metadata of its file (accuracy, command that made it, data)."""
+    with resources.as_file(resources.files("pycodesign") / "data" / f"{name}.safetensors") as path:
+        return read_network(path)
+
+
+def read_network(path: str | Path) -> tuple[list[Layer], dict[str, str]]:
+    """Read a file of `save_network`: its layers and its metadata."""
     layers = []
-    with (
-        resources.as_file(resources.files("pycodesign") / "data" / f"{name}.safetensors") as path,
-        safetensors.safe_open(path, framework="numpy") as file,
-    ):
+    with safetensors.safe_open(path, framework="numpy") as file:
         metadata: dict[str, str] = file.metadata()
         for entry in json.loads(metadata["layers"]):
             packed, levels, scale, bias = (

@@ -281,28 +281,30 @@ def power_of_two(w: Any, bits: int) -> QuantizedTensor:
     return _fit(w, levels, round_to_level)
 
 
-def from_fake_quantized(w: Any) -> QuantizedTensor:
+def from_fake_quantized(w: Any, scale: Any = None) -> QuantizedTensor:
     """Recover codes, levels and scales, exactly, from float weights that a quantizer has already rounded.
 
-    If the weights of every output are small integer multiples of some step, ``w == float32(step * integer)``, the
-    levels are those integers and the scales the largest such steps. Otherwise the levels are the distinct weights
-    themselves and the scales are 1. Scales are negative where that makes fewer levels in all. Outputs share one list of
-    levels, except where sharing would exceed 256 levels, or the 16 that repetition algorithms serve while each output
-    alone keeps to 16.
+    Where the quantizer's `scale` is given, and all weights are integer multiples of it, the levels are these integers,
+    less a common divisor of an output's. Else, if the weights of every output are small integer multiples of some step,
+    ``w == float32(step * integer)``, the levels are those integers and the scales the largest such steps, negative
+    where that makes fewer levels in all. Otherwise the levels are the distinct weights themselves and the scales are 1.
+    Outputs share one list of levels, except where sharing would exceed 256 levels, or the 16 that repetition algorithms
+    serve while each output alone keeps to 16.
 
     Parameters
     ----------
     w : float32 or float16 (O, I) or (O, I / groups, kH, kW)
+    scale : float32 (O,), or (O, G) for `w` (O, I), optional
 
     Returns
     -------
     QuantizedTensor
-        ``dequantize()`` equals `w`; the sign of zero is not kept. An output of zeros has scale 0.
+        ``dequantize()`` equals `w`; the sign of zero is not kept. An output of zeros has scale 0, or the one given.
 
     Raises
     ------
     TypeError, ValueError
-        If `w` is not float32 or float16, not of rank 2 or 4, empty, or not finite.
+        If `w` is not float32 or float16, not of rank 2 or 4, empty, or not finite; if `scale` is not as above.
     ValueError
         If an output has more than 256 distinct values; the message names the first.
 
@@ -317,6 +319,8 @@ def from_fake_quantized(w: Any) -> QuantizedTensor:
         raise TypeError("w: expected float32 or float16, which dequantize() can equal, got float64")
     w = _check_weights(w) + np.float32(0)  # -0 becomes 0
     rows = _rows(w)
+    if scale is not None and (q := _divide_by_scale(w, _to_numpy("scale", scale))):
+        return q
     distinct = _distinct_values(rows)
     live = np.asarray(distinct.any(axis=1))
     steps, multiples = _find_steps(distinct)
@@ -329,10 +333,44 @@ def from_fake_quantized(w: Any) -> QuantizedTensor:
         steps, multiples = np.where(flip, -steps, steps), flipped
 
     levels, positions = _collect_levels(multiples, live)
+    codes = _look_up(rows, distinct, positions)
+    return QuantizedTensor(codes.reshape(w.shape), levels, np.where(live, steps, np.float32(0)))
+
+
+def _divide_by_scale(w: Floats, scale: NDArray[Any]) -> QuantizedTensor | None:
+    """Take the integers ``w / scale`` as levels; None if some are no integers."""
+    _check_scale(scale, w.shape)
+    steps = scale.reshape(w.shape[0], -1, 1)
+    grouped = w.reshape(*steps.shape[:2], -1)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        integers = np.rint(np.where(steps == 0, 0, grouped / steps)) + np.float32(0)
+        if not (integers * steps == grouped).all():
+            return None
+        divisors = _common_divisors(integers)
+        exact = (integers / divisors * (steps * divisors) == grouped).all(axis=(1, 2), keepdims=True)
+    divisors = np.where(exact, divisors, np.float32(1))
+    rows = (integers / divisors).reshape(w.shape[0], -1)
+    distinct = _distinct_values(rows)
+    levels, positions = _collect_levels(distinct, rows.any(axis=1))
+    codes = _look_up(rows, distinct, positions).reshape(w.shape)
+    return QuantizedTensor(codes, levels, (steps * divisors).reshape(scale.shape))
+
+
+def _common_divisors(integers: Floats) -> Floats:
+    """Return the greatest common divisor of each row, (O, 1, 1); 1 for a row of zeros or of large integers."""
+    if np.abs(integers).max() > MAX_INTEGER_LEVEL:
+        return np.ones((len(integers), 1, 1), np.float32)
+    divisors = np.gcd.reduce(integers.astype(np.int64).reshape(len(integers), -1), axis=1)
+    positive: Floats = np.maximum(divisors, 1).astype(np.float32)
+    return positive.reshape(-1, 1, 1)
+
+
+def _look_up(rows: Floats, distinct: Floats, positions: NDArray[np.intp]) -> NDArray[np.uint8]:
+    """Return the position that belongs to each value."""
     codes = np.empty(rows.shape, np.uint8)
     for o, (values, position) in enumerate(zip(distinct, positions, strict=True)):
         codes[o] = position[np.searchsorted(values, rows[o])]
-    return QuantizedTensor(codes.reshape(w.shape), levels, np.where(live, steps, np.float32(0)))
+    return codes
 
 
 def _distinct_values(rows: Floats) -> Floats:

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from click.testing import CliRunner
 
 import pycodesign
-from pycodesign import demo
+from pycodesign import demo, quantize
 from pycodesign.cli import main
 
 Digits = tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -193,9 +194,62 @@ def test_bench_writes_json(tmp_path: Path) -> None:
     )
 
 
+NETWORK = str(Path(demo.__file__).parent / "data" / "mnist_ternary.safetensors")
+
+
+def test_explain_prints_a_table(tmp_path: Path) -> None:
+    printed = " ".join(run("explain", NETWORK).split())
+    for text in (
+        "conv5",
+        "128x128x3x3",
+        "-1 0 1",
+        "codegen",
+        "7 of 7 layers gain, with 100% of the 287 thousand weights",
+    ):
+        assert text in printed
+    w = np.random.default_rng(0).standard_normal((16, 16, 3, 3), np.float32)
+    eight, fractions = quantize.uniform(w, 8).dequantize(), np.where(w > 0, np.float32(0.25), np.float32(0.1))
+    tensors = {"[b].weight": eight, "f.weight": fractions**3, "g.weight": w**3}
+    safetensors.numpy.save_file(tensors, tmp_path / "file")
+    printed = run("explain", str(tmp_path / "file"), "--dtype", "uint8")
+    for text in ("0 of 3 layers gain", ".. 127", "many", "* [b]: 3 bits and up stay dense"):
+        assert text in printed
+    assert printed.count("[b]") == 2  # no markup
+    assert "* f: of few values, but these activations do not suit them" in printed
+    assert "1 of 3 layers gain" in run("explain", str(tmp_path / "file"))
+
+
+def test_explain_writes_json() -> None:
+    result = json.loads(run("explain", NETWORK, "--dtype", "uint8", "--json"))
+    assert (result["model"], result["dtype"]) == (NETWORK, "uint8")
+    assert result["share"] > 0.9
+    assert [row["layer"] for row in result["layers"]] == [*(f"conv{i}" for i in range(6)), "classifier"]
+
+
+def test_explain_takes_the_shape_of_the_input(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+    helper, path = onnx.helper, tmp_path / "model.onnx"
+    w = onnx.numpy_helper.from_array(np.ones((8, 3, 3, 3), np.float32), "w")
+    x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["n", 3, "h", "w"])
+    y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
+    node = helper.make_node("Conv", ["x", "w"], ["y"])
+    onnx.save(helper.make_model(helper.make_graph([node], "graph", [x], [y], [w])), path)
+    (row,) = json.loads(run("explain", str(path), "--shape", "1,3,10,12", "--json"))["layers"]
+    assert row["pixels"] == 8 * 10
+    assert "shape: expected one that fits the input" in fail("explain", str(path), "--shape", "1,1,10,12")
+    onnx.save(helper.make_model(helper.make_graph([], "graph", [x], [x])), path)
+    assert "expected convolutions or linear layers with constant weights, found none" in fail("explain", str(path))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["explain", "nothing.onnx"], "'nothing.onnx' does not exist"),
+        (["explain", __file__], "got another file"),
+        (["explain", NETWORK, "--shape", "1,x"], "expected positive integers with commas between, as 1,3,224,224"),
+        (["explain", NETWORK, "--shape", "1,-3"], "expected positive integers with commas between, as 1,3,224,224"),
+        (["explain", NETWORK, "--shape", "1,1,28,28"], "shape: expected an ONNX model with it"),
+        (["explain", NETWORK, "--dtype", "int4"], "'int4' is not one of"),
         (["demo", "--threads", "0"], "0 is not in the range"),
         (["bench", "resnet99"], "'resnet99' is not one of"),
         (["bench", "linear", "--contender", "tensorrt"], "contenders: expected some of torch"),

@@ -476,6 +476,55 @@ def test_256_values_pass_and_257_name_the_output():
     assert str(raised.value) == "w: output 5 has 300 distinct values, expected at most 256"
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("low", [-2, -128])
+def test_a_given_scale_keeps_its_integers(groups, low):
+    integers = np.random.default_rng(0).integers(low, -low, (7, 300)).astype(F32)
+    integers[0] = 2 * np.floor(integers[0] / 2)
+    integers[1] = 0
+    scale = np.linspace(0.1, 2, 7 * groups, dtype=F32).reshape(7, groups)
+    w = (integers.reshape(7, groups, -1) * scale[:, :, None]).reshape(7, 300)
+    q = quantize.from_fake_quantized(w, scale[:, 0] if groups == 1 else scale)
+    check_exact(q, w)
+    divisors = np.array([[2]] + [[1]] * 6, F32)
+    np.testing.assert_array_equal(q.scale.reshape(7, groups), scale * divisors)
+    np.testing.assert_array_equal(q.decode(), integers / divisors)
+
+
+def test_ternary_weights_in_eight_bits_are_ternary():
+    integers = np.array([[-127, 0, 127, 127], [105, -105, 0, 105]], F32)
+    scale = np.array([0.1, 0.3], F32)
+    q = quantize.from_fake_quantized(integers * scale[:, None], scale)
+    check_exact(q, integers * scale[:, None])
+    np.testing.assert_array_equal(q.levels, [-1, 0, 1])
+
+
+def test_a_common_divisor_stays_where_dividing_would_round():
+    scale = next(s for s in np.linspace(0.1, 0.2, 100, dtype=F32) if 3 * (3 * s) != 9 * s)
+    w = scale * np.array([[3, 9, 0]], F32)
+    q = quantize.from_fake_quantized(w, np.array([scale]))
+    check_exact(q, w)
+    np.testing.assert_array_equal(q.levels, [0, 3, 9])
+
+
+def test_a_given_scale_that_does_not_fit_is_not_used():
+    w = np.array([[0.5, -1.0], [1.5, 0.75]], F32)
+    for scale in (np.array([0.5, 0.5], F32), np.array([0, 0.75], F32)):
+        q = quantize.from_fake_quantized(w, scale)
+        check_exact(q, w)
+        np.testing.assert_array_equal(q.scale, quantize.from_fake_quantized(w).scale)
+
+
+def test_bad_scales_name_the_argument():
+    w = np.ones((2, 4), F32)
+    with pytest.raises(ValueError, match=r"scale: expected float32 \(2,\) or \(2, G\) with G dividing 4, got"):
+        quantize.from_fake_quantized(w, np.ones(3, F32))
+    with pytest.raises(TypeError, match=r"scale: expected a NumPy array or a torch tensor, got float"):
+        quantize.from_fake_quantized(w, 0.5)
+    with pytest.raises(ValueError, match=r"w: output 0 has 257 distinct values, expected at most 256"):
+        quantize.from_fake_quantized(np.arange(257, dtype=F32)[None], np.ones(1, F32))
+
+
 def test_torch_fake_quantization_is_recovered():
     import torch
 

@@ -362,7 +362,7 @@ void Chain::run_pool(const Step& s, const Tensor& x, const Tensor& out) const {
     thread_local core::AlignedBuffer<char> buffer;
     if (s.kind == Kind::max_pool2d) {
       std::vector<const char*> rows;
-      char* scratch = buffer.reserve(static_cast<size_t>((W + 2 * p.padding[1]) * 4 + 64));
+      char* scratch = buffer.reserve(static_cast<size_t>(2 * (W + 2 * p.padding[1]) * element_bytes(from) + 3 * 64));
       for (int64_t oh = 0; oh < OH; ++oh, to_row += OW * element_bytes(to)) {
         rows.clear();
         for (int64_t r = 0; r < R; ++r)

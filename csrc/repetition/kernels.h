@@ -200,7 +200,7 @@ struct MaxPool {
   int rows;
   int64_t width;
   int64_t columns, stride, dilation, padding;
-  char* scratch;  // width + 2 * padding elements, and a vector
+  char* scratch;  // 2 * (width + 2 * padding) elements, and three vectors
   char* out;      // count elements
   int64_t count;
 };

@@ -427,22 +427,39 @@ void finish(const Finish& f) {
   f.per_element ? finish_as<true>(f) : finish_as<false>(f);
 }
 
-template <class T> T larger(T a, T b) { return a > b || a != a ? a : b; }
-
-// The largest of each column first, then of neighbouring columns.
+// The largest of each column first, then of neighboring columns, then every stride-th. NaN is larger than any number.
 template <class T> void max_pool_of(const MaxPool& p) {
+  typedef T vec __attribute__((vector_size(vector_bytes)));
+  constexpr int64_t step = vector_bytes / int64_t{sizeof(T)};
   constexpr T lowest = std::is_integral_v<T> ? std::numeric_limits<T>::min() : -std::numeric_limits<T>::infinity();
-  T* const row = reinterpret_cast<T*>(p.scratch);
-  for (int64_t i = 0; i < p.width + 2 * p.padding; ++i) row[i] = lowest;
-  T* const data = row + p.padding;
-  for (int r = 0; r < p.rows; ++r) {
-    const T* source = reinterpret_cast<const T*>(p.source[r]);
-    for (int64_t i = 0; i < p.width; ++i) data[i] = larger(source[i], data[i]);
+  const auto load = [](const T* from, int64_t count) {
+    vec v = lowest - vec{};
+    if (count >= step) std::memcpy(&v, from, sizeof v);
+    else std::memcpy(&v, from, static_cast<size_t>(count) * sizeof(T));
+    return v;
+  };
+  const auto larger = [](vec a, vec b) {
+    const vec m = a > b ? a : b;
+    if constexpr (std::is_integral_v<T>) return m;
+    else return a != a ? a : m;
+  };
+  const int64_t padded = p.width + 2 * p.padding, last = padded - (p.columns - 1) * p.dilation;
+  T *const row = reinterpret_cast<T*>(p.scratch), *const data = row + p.padding, *const pooled = row + padded + step;
+  for (int64_t i = 0; i < p.padding; ++i) row[i] = lowest;
+  for (int64_t i = 0; i < p.width; i += step) {
+    vec v = lowest - vec{};
+    for (int r = 0; r < p.rows; ++r) v = larger(load(reinterpret_cast<const T*>(p.source[r]) + i, p.width - i), v);
+    std::memcpy(data + i, &v, sizeof v);
+  }
+  for (int64_t i = p.padding + p.width; i < padded; ++i) row[i] = lowest;
+  for (int64_t i = 0; i < last; i += step) {
+    vec v = load(row + i, step);
+    for (int64_t s = 1; s < p.columns; ++s) v = larger(load(row + i + s * p.dilation, step), v);
+    std::memcpy(pooled + i, &v, sizeof v);
   }
   T* const out = reinterpret_cast<T*>(p.out);
-  for (int64_t s = 0; s < p.columns; ++s)
-    for_elements<T>(reinterpret_cast<const char*>(row + s * p.dilation), p.stride * int64_t{sizeof(T)}, p.count,
-                    [=](int64_t i, T x) { out[i] = s == 0 ? x : larger(x, out[i]); });
+  for_elements<T>(reinterpret_cast<const char*>(pooled), p.stride * int64_t{sizeof(T)}, p.count,
+                  [=](int64_t i, T x) { out[i] = x; });
 }
 
 void max_pool(const MaxPool& p) {

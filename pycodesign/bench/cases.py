@@ -131,7 +131,7 @@ class Case:
             Layers in the chain, `Layer.chain_length` by default.
         seed : int
         """
-        quantize = _quantizer(weights)
+        quantize = find_quantizer(weights)
         tensor = importlib.import_module("pycodesign.quantize").QuantizedTensor
         rng = np.random.default_rng(seed)
         unit = ACTIVATION_SCALES["uint8"]
@@ -234,7 +234,7 @@ def first_pixel(y: Array) -> Array:
     return y[:, :, :1, :1] if y.ndim == 4 else y
 
 
-def _quantizer(weights: str) -> Callable[[Array], Any]:
+def find_quantizer(weights: str) -> Callable[[Array], Any]:
     """Find ``"uniform4"`` and its like: a function of `pycodesign.quantize` with its bits."""
     parts = re.fullmatch(r"([a-z_]+?)(\d*)", weights)
     quantize = importlib.import_module("pycodesign.quantize")

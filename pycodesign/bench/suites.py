@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -145,15 +145,15 @@ def run_suite(
     cores = len(os.sched_getaffinity(0))
     options: dict[str, Any] = {
         "weights": list(weights),
-        "dtypes": _choose("dtypes", dtypes, list(RIVAL_DTYPES)),
+        "dtypes": choose("dtypes", dtypes, list(RIVAL_DTYPES)),
         "threads": list(threads or ([1] if quick else range(1, min(cores, 2) + 1))),
         "batches": list(batches or (suite.batches[:1] if quick else suite.batches)),
-        "algorithms": _choose("algorithms", algorithms or (("auto",) if quick else None), suite.algorithms),
-        "contenders": _choose("contenders", contenders, (*ENGINES, OURS)),
+        "algorithms": choose("algorithms", algorithms or (("auto",) if quick else None), suite.algorithms),
+        "contenders": choose("contenders", contenders, (*ENGINES, OURS)),
         "layers": list(layers) if layers else None,
         "rounds": rounds or (QUICK_ROUNDS if quick else ROUNDS),
-        "clock": _choose("clock", [clock], list(CLOCKS))[0],
-        "isa": isa and _choose("isa", [isa], pycodesign.show_config()["supported_isas"])[0],
+        "clock": choose("clock", [clock], list(CLOCKS))[0],
+        "isa": isa and choose("isa", [isa], pycodesign.show_config()["supported_isas"])[0],
         "quick": quick,
     }
     if clock == "cpu" and options["threads"] != [1]:
@@ -196,13 +196,13 @@ def _time_layers(
     rows: list[dict[str, Any]] = []
     left_out: list[dict[str, Any]] = []
     steps = len(layers) * len(options["threads"])
-    with contextlib.closing(Evictor()) as evict, _progress(steps, progress) as update:
+    with contextlib.closing(Evictor()) as evict, progress_bar(steps, progress) as update:
         for layer in layers:
             cases = {kind: Case.random(layer, kind) for kind in options["weights"]}
             for count in options["threads"]:
                 where = {"layer": layer.name, "batch": layer.batch, "threads": count}
                 update(description=f"{layer.name}, batch {layer.batch}, {count} thread{'s'[: count > 1]}")
-                chains, failed = _build_checked(_plan_chains(cases, count, options, absent))
+                chains, failed = build_checked(_plan_chains(cases, count, options, absent))
                 rows += [where | row for row in _time_chains(cases, chains, options, evict, update)]
                 left_out += [where | failure for failure in failed]
                 del chains
@@ -238,22 +238,32 @@ def _plan_chains(
     return plan
 
 
-def _build_checked(
-    plan: Sequence[tuple[dict[str, str], Callable[[], Chain]]],
-) -> tuple[list[Chain], list[dict[str, str]]]:
-    """Build and check chains; what fails is told, not dropped."""
-    chains: list[Chain] = []
+class Checked(Protocol):
+    """What `build_checked` builds."""
+
+    def check(self) -> None:
+        """Raise if it computes the wrong thing."""
+
+
+AnyChecked = TypeVar("AnyChecked", bound=Checked)
+
+
+def build_checked(
+    plan: Sequence[tuple[dict[str, str], Callable[[], AnyChecked]]],
+) -> tuple[list[AnyChecked], list[dict[str, str]]]:
+    """Build and check contenders; what fails is told, not dropped."""
+    contenders: list[AnyChecked] = []
     failed = []
     for label, make in plan:
         try:
-            chain = make()
-            chain.check()
-            chains.append(chain)
+            contender = make()
+            contender.check()
+            contenders.append(contender)
         except CheckError as error:
             failed.append(label | {"reason": f"failed its check: {error}"})
         except Exception as error:  # an engine may raise anything for a layer that it does not support
             failed.append(label | {"reason": f"{type(error).__name__}: {error}"})
-    return chains, failed
+    return contenders, failed
 
 
 def _time_chains(
@@ -301,7 +311,7 @@ def _row(chain: Chain, spread: Spread) -> dict[str, Any]:
     }
 
 
-def _choose(argument: str, wanted: Sequence[str] | None, known: Sequence[str]) -> list[str]:
+def choose(argument: str, wanted: Sequence[str] | None, known: Sequence[str]) -> list[str]:
     unknown = [value for value in wanted or () if value not in known]
     if unknown:
         raise ValueError(f"{argument}: expected some of {', '.join(known)}, got {unknown[0]!r}")
@@ -321,7 +331,7 @@ def _instruction_set(isa: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _progress(total: int, shown: bool) -> Iterator[Callable[..., object]]:
+def progress_bar(total: int, shown: bool) -> Iterator[Callable[..., object]]:
     """Show a bar with the time that is left, and give the function that updates it."""
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
     console = Console(stderr=True)

@@ -1,0 +1,245 @@
+"""What torch.fx traced, reduced to the few kinds of operations that run between packed layers."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+Match: TypeAlias = "tuple[str, dict[str, Any]] | None"  # kind and arguments of a node; its first argument is `x`
+
+KEEPS = (nn.Conv2d, nn.Linear)  # also where derived classes compute more
+IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+IMAGE_MODULES = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.SiLU, nn.GELU, nn.LeakyReLU, nn.Hardswish, nn.Sigmoid)
+
+
+class Tracer(fx.Tracer):
+    """Keeps layers whole, also those of derived classes and of Brevitas."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        whole = isinstance(m, KEEPS) or type(m).__module__.startswith(("brevitas.", "pycodesign.nn."))
+        return whole or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(model: nn.Module) -> fx.GraphModule:
+    """Return the graph of a model in evaluation mode, where nothing is written in place and nothing does nothing.
+
+    Raises
+    ------
+    Exception
+        Of many kinds, where the model's code cannot be traced.
+    """
+    tracer = Tracer()
+    traced = fx.GraphModule(model, tracer.trace(model), type(model).__name__)
+    graph = traced.graph
+    for node in list(graph.nodes):
+        if drop_in_place(traced, node):
+            later = set(_nodes_after(node))
+            for user in list(node.args[0].users):
+                if user in later:
+                    user.replace_input_with(node.args[0], node)
+    for node in list(graph.nodes):
+        if node.op == "call_module" and not node.args and node.kwargs.keys() == {"input"}:
+            node.args, node.kwargs = (node.kwargs["input"],), {}
+        if is_identity(traced, node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+    graph.eliminate_dead_code()
+    return traced
+
+
+def _nodes_after(node: fx.Node) -> list[fx.Node]:
+    nodes = list(node.graph.nodes)
+    return nodes[nodes.index(node) + 1 :]
+
+
+def drop_in_place(traced: fx.GraphModule, node: fx.Node) -> bool:
+    """Let a node that overwrites its input make a new value instead; say whether it did."""
+    if node.op == "call_module":
+        module = traced.get_submodule(str(node.target))
+        found = bool(getattr(module, "inplace", False))
+        if found:
+            module.inplace = False  # type: ignore[assignment]
+        return found
+    if node.kwargs.get("inplace"):
+        node.kwargs = {**node.kwargs, "inplace": False}
+        return True
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    if node.op not in ("call_function", "call_method") or not isinstance(name, str):
+        return False
+    if node.target is operator.setitem or (name.endswith("_") and not name.endswith("__")):
+        pure = getattr(torch, name.removesuffix("_"), None)
+        if node.target is operator.setitem or pure is None:
+            raise ValueError(f"{name} writes into a tensor in place")
+        node.op, node.target = "call_function", pure
+        return True
+    return False
+
+
+def is_identity(traced: fx.GraphModule, node: fx.Node) -> bool:
+    if node.op == "call_module":
+        return type(traced.get_submodule(str(node.target))) in IDENTITIES
+    if node.op == "call_function" and getattr(node.target, "__name__", "").endswith("dropout"):
+        return not bind(node, "input", "p", "training", training=True)["training"]
+    return False
+
+
+def bind(node: fx.Node, *names: str, **defaults: Any) -> dict[str, Any]:
+    """Return a call's arguments by name."""
+    return {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def match(traced: fx.GraphModule, node: fx.Node) -> Match:
+    """Say which of these kinds a node is: conv2d, linear, norm, clamp, max_pool2d, avg_pool2d, flatten, add."""
+    if not node.args or not isinstance(node.args[0], fx.Node):
+        return None
+    if node.op == "call_module":
+        if len(node.args) > 1 or node.kwargs:
+            return None
+        return match_module(traced.get_submodule(str(node.target)))
+    if node.op in ("call_function", "call_method"):
+        return match_call(node)
+    return None
+
+
+def match_module(module: nn.Module) -> Match:
+    if has_hooks(module):
+        return None
+    if isinstance(module, KEEPS):
+        return "conv2d" if isinstance(module, nn.Conv2d) else "linear", {}
+    m: Any = module
+    kind = type(m)  # derived classes may do anything
+    if kind in (nn.BatchNorm1d, nn.BatchNorm2d) and m.running_mean is not None:
+        return "norm", {"image": kind is nn.BatchNorm2d}
+    if kind is nn.ReLU:
+        return "clamp", {"clamp": (0.0, None)}
+    if kind in (nn.ReLU6, nn.Hardtanh):
+        return "clamp", {"clamp": (float(m.min_val), float(m.max_val))}
+    if kind is nn.MaxPool2d:
+        return _max_pool(m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices)
+    if kind is nn.AvgPool2d:
+        return _avg_pool(m.kernel_size, m.stride, m.padding, m.ceil_mode, m.count_include_pad, m.divisor_override)
+    if kind is nn.AdaptiveAvgPool2d:
+        return _adaptive_pool(m.output_size)
+    if kind is nn.Flatten:
+        return _flatten(m.start_dim, m.end_dim)
+    return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def match_call(node: fx.Node) -> Match:
+    target: Any = node.target
+    names: tuple[str, ...]
+    if target in (F.relu, torch.relu, "relu"):
+        return "clamp", {"clamp": (0.0, None)}
+    if target is F.relu6:
+        return "clamp", {"clamp": (0.0, 6.0)}
+    if target is F.hardtanh:
+        a = bind(node, "x", "min_val", "max_val", min_val=-1.0, max_val=1.0)
+        return _clamp(a["min_val"], a["max_val"])
+    if target in (torch.clamp, torch.clip, "clamp", "clip", torch.clamp_min, "clamp_min", torch.clamp_max, "clamp_max"):
+        names = ("x", "max") if str(getattr(target, "__name__", target)) == "clamp_max" else ("x", "min", "max")
+        a = bind(node, *names, min=None, max=None)
+        return _clamp(a["min"], a["max"])
+    if target in (operator.add, torch.add, "add"):
+        a = bind(node, "x", "other", alpha=1)
+        return ("add", {"other": a["other"]}) if isinstance(a["other"], fx.Node) and a["alpha"] == 1 else None
+    if target in (F.max_pool2d, torch.max_pool2d):
+        names = ("x", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+        defaults = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
+        return _max_pool(*(bind(node, *names, **defaults)[name] for name in names[1:]))
+    if target is F.avg_pool2d:
+        names = "x", "kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override"
+        defaults = {"stride": None, "padding": 0, "ceil_mode": False, "count_include_pad": True}
+        return _avg_pool(*(bind(node, *names, divisor_override=None, **defaults)[name] for name in names[1:]))
+    if target is F.adaptive_avg_pool2d:
+        return _adaptive_pool(bind(node, "x", "output_size")["output_size"])
+    if target in (torch.mean, "mean"):
+        a = bind(node, "x", "dim", "keepdim", dim=None, keepdim=False)
+        dims = a["dim"] if isinstance(a["dim"], (tuple, list)) else ()
+        images = sorted(dims) in ([2, 3], [-2, -1]) and a.keys() <= {"x", "dim", "keepdim"}
+        return ("avg_pool2d", {"flat": not a["keepdim"]}) if images else None
+    if target in (torch.flatten, "flatten"):
+        a = bind(node, "x", "start_dim", "end_dim", start_dim=0, end_dim=-1)
+        return _flatten(a["start_dim"], a["end_dim"])
+    if target in (torch.reshape, "reshape", "view"):
+        a = bind(node, "x", "shape")
+        sizes = node.args[1:] if len(node.args) > 2 else a.get("shape")
+        rows = isinstance(sizes, (tuple, list)) and len(sizes) == 2 and _is_batch_size(sizes[0], node.args[0])
+        return ("flatten", {}) if rows and sizes[1] == -1 else None  # type: ignore[index]
+    return None
+
+
+def _is_batch_size(value: Any, x: Any) -> bool:
+    """Say whether a node is ``x.size(0)``, ``x.shape[0]`` or ``x.size()[0]``."""
+    if not isinstance(value, fx.Node):
+        return False
+    if value.op == "call_method" and value.target == "size":
+        return value.args == (x, 0)
+    if value.target is operator.getitem and value.args[1] == 0 and isinstance(value.args[0], fx.Node):
+        sizes = value.args[0]
+        return (sizes.target is getattr and sizes.args == (x, "shape")) or (
+            sizes.op == "call_method" and sizes.target == "size" and sizes.args == (x,)
+        )
+    return False
+
+
+def _clamp(low: Any, high: Any) -> Match:
+    if not all(bound is None or isinstance(bound, (int, float)) for bound in (low, high)):
+        return None
+    return "clamp", {"clamp": tuple(None if bound is None else float(bound) for bound in (low, high))}
+
+
+def _max_pool(kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool, return_indices: bool) -> Match:
+    if ceil_mode or return_indices:
+        return None
+    return "max_pool2d", {"kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+
+
+def _avg_pool(kernel: Any, stride: Any, padding: Any, ceil_mode: bool, count_include_pad: bool, divisor: Any) -> Match:
+    if ceil_mode or divisor is not None:
+        return None
+    windows = {"kernel_size": kernel, "stride": stride, "padding": padding}
+    return "avg_pool2d", {**windows, "count_include_pad": count_include_pad}
+
+
+def _adaptive_pool(size: Any) -> Match:
+    return ("avg_pool2d", {}) if size in (1, (1, 1), [1, 1]) else None
+
+
+def _flatten(start: int, end: int) -> Match:
+    return ("flatten", {}) if (start, end) == (1, -1) else None
+
+
+def find_rank(traced: fx.GraphModule, node: fx.Node) -> int | None:
+    """Return the number of dimensions of a node's value, if it can be told."""
+    if "shape" in node.meta:
+        return None if node.meta["shape"] is None else len(node.meta["shape"])
+    if node.op == "call_module":
+        module = traced.get_submodule(str(node.target))
+        if isinstance(module, IMAGE_MODULES):
+            return 4
+        if not isinstance(module, ELEMENTWISE):
+            return None
+    elif (found := match(traced, node)) is None or found[0] not in ("clamp", "add"):
+        return 4 if found is not None and found[0] == "max_pool2d" else None
+    return find_rank(traced, node.args[0]) if isinstance(node.args[0], fx.Node) else None
+
+
+def read_norm(norm: Any) -> tuple[Any, Any]:
+    """Return scale and shift of each channel of a batch normalization, in float64."""
+    mean, variance = norm.running_mean.double(), norm.running_var.double()
+    scale = (variance + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -mean * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.double()
+    return scale.detach().numpy(), shift.detach().numpy()

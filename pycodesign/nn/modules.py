@@ -1,0 +1,277 @@
+"""Packed layers as torch modules."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, TypeAlias, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pycodesign import quantize
+from pycodesign._arguments import Array, join_names, to_numpy
+from pycodesign.nn import ops
+from pycodesign.nn.program import LayerWeights, Program, find_chain, join_weights, parse_program
+from pycodesign.nn.sources import find_weight
+from pycodesign.ops import Packed
+from pycodesign.quantize import QuantizedTensor
+
+__all__ = ["Conv2d", "Linear"]
+
+Quantizer: TypeAlias = str | Callable[[Any], QuantizedTensor]
+L = TypeVar("L", bound="Layer")
+
+QUANTIZERS = ("binary", "from_fake_quantized", "ternary")  # those of `quantize` that take nothing but the weights
+
+
+class Layer(nn.Module):
+    """What `Conv2d` and `Linear` share.
+
+    Parameters
+    ----------
+    codes, levels, scale, bias : Tensor
+        Become buffers; as in `QuantizedTensor`. Where one is written to, by `load_state_dict` for instance, the layer
+        is packed anew at its next call.
+    **options
+        As for `from_quantized`.
+    """
+
+    kind: ClassVar[str]
+    codes: Tensor
+    levels: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self, codes: Tensor, levels: Tensor, scale: Tensor, bias: Tensor | None = None, **options: Any
+    ) -> None:
+        super().__init__()
+        for name, tensor in {"codes": codes, "levels": levels, "scale": scale, "bias": bias}.items():
+            self.register_buffer(name, tensor)
+        defaults = ops.default_options(self.kind)
+        for name in options.keys() - defaults.keys():
+            raise TypeError(f"{name}: expected one of the options {join_names(defaults)}, got another")
+        self.options = {k: v for k, v in options.items() if v not in (defaults[k], (defaults[k], defaults[k]))}
+        self.options_json = json.dumps(self.options)
+
+    @classmethod
+    def from_quantized(
+        cls: type[L], q: QuantizedTensor, bias: Array | None = None, *, packed: Packed | None = None, **options: Any
+    ) -> L:
+        """Make a layer from quantized weights, and pack it.
+
+        Parameters
+        ----------
+        q : QuantizedTensor (O, C / groups, kH, kW), or (O, I) for a linear layer
+        bias : float32 (O,), optional
+        packed : Packed, optional
+            The same layer, where it is packed already.
+        **options
+            Those of `pycodesign.ops.prepack_conv2d` (stride, padding, dilation, groups, input_dtype, input_scale,
+            input_zero_point, input_bits, algorithm) and of `pycodesign.ops.conv2d` (clamp, out_dtype, out_scale,
+            out_zero_point, residual_scale, residual_zero_point); for a linear layer, those of its functions.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As those functions do.
+        """
+        if not isinstance(q, QuantizedTensor):
+            raise TypeError(f"q: expected QuantizedTensor, got {type(q).__name__}")
+        arrays = [q.codes.astype(np.uint8), q.levels, q.scale]
+        if bias is not None:
+            arrays.append(to_numpy("bias", bias)[0])
+        layer = cls(*(torch.from_numpy(np.array(array)) for array in arrays), **options)
+        layer.packed(packed)
+        return layer
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # named as in torch's layers
+        """Run the layer; `residual` is added before the clamp."""
+        operator = getattr(torch.ops.pycodesign, self.kind).default
+        y: Tensor = operator(input, self.codes, self.levels, self.scale, self.bias, residual, self.options_json)
+        return y
+
+    def packed(self, given: Packed | None = None) -> Packed:
+        """Return what runs, `given` if there is none yet; its `explain` says why."""
+        weights = self.codes, self.levels, self.scale, self.bias
+        return ops.find_packed(self.kind, weights, self.options_json, given)
+
+    def quantized(self) -> QuantizedTensor:
+        """Return the weights."""
+        return ops.to_quantized((self.codes, self.levels, self.scale))
+
+    def extra_repr(self) -> str:
+        outputs, inputs, *kernel = self.codes.shape
+        text = f"{inputs * self.options.get('groups', 1)}, {outputs}, "
+        text += f"kernel_size={tuple(kernel)}, " if kernel else ""
+        options = "".join(f", {name}={value!r}" for name, value in self.options.items())
+        return f"{text}levels={self.levels.shape[-1]}, bias={self.bias is not None}{options}"
+
+
+class Conv2d(Layer):
+    """Convolution with packed weights, of `from_quantized` or `from_float`.
+
+    Weights have no gradient; the gradient to a float32 input is that of the dequantized convolution. Inputs are float32
+    (also under autocast), or what `input_dtype` says; (N, C, H, W), of any strides.
+
+    Examples
+    --------
+    >>> import torch, pycodesign
+    >>> layer = pycodesign.nn.Conv2d.from_float(torch.nn.Conv2d(16, 32, 3, padding=1), "ternary")
+    >>> layer
+    Conv2d(16, 32, kernel_size=(3, 3), levels=3, bias=True, padding=(1, 1))
+    >>> layer(torch.ones(1, 16, 8, 8)).shape
+    torch.Size([1, 32, 8, 8])
+    """
+
+    kind = "conv2d"
+
+    @classmethod
+    def from_float(cls, module: nn.Conv2d, weights: Quantizer = "from_fake_quantized", **options: Any) -> Conv2d:
+        """Make a packed convolution from one of torch's, or of a class derived from it.
+
+        Parameters
+        ----------
+        module : torch.nn.Conv2d
+            Not changed.
+        weights : str or callable
+            Name of a function of `pycodesign.quantize`, or a function from weights to a `QuantizedTensor`. By default
+            the weights are those of a quantizer already, and are kept exactly.
+        **options
+            As for `from_quantized`.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For weights with too many distinct values, for a padding mode other than zeros, and as `from_quantized`.
+        """
+        if not isinstance(module, nn.Conv2d):
+            raise TypeError(f"module: expected torch.nn.Conv2d, got {type(module).__name__}")
+        return cls.from_quantized(quantize_weight(module, weights), module.bias, **read_geometry(module), **options)
+
+
+class Linear(Layer):
+    """Linear layer with packed weights, of `from_quantized` or `from_float`.
+
+    As `Conv2d`; inputs are (..., I).
+
+    Examples
+    --------
+    >>> import torch, pycodesign
+    >>> layer = pycodesign.nn.Linear.from_float(torch.nn.Linear(64, 10), "binary")
+    >>> layer
+    Linear(64, 10, levels=2, bias=True)
+    >>> layer(torch.ones(2, 5, 64)).shape
+    torch.Size([2, 5, 10])
+    """
+
+    kind = "linear"
+
+    @classmethod
+    def from_float(cls, module: nn.Linear, weights: Quantizer = "from_fake_quantized", **options: Any) -> Linear:
+        """Make a packed linear layer from one of torch's; arguments as for `Conv2d.from_float`."""
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"module: expected torch.nn.Linear, got {type(module).__name__}")
+        return cls.from_quantized(quantize_weight(module, weights), module.bias, **options)
+
+
+class Segment(nn.Module):
+    """Layers, with the pooling and the adds between them, that run in one call; made by `convert`.
+
+    Its state holds the program, too, which has the scales of activations.
+
+    Parameters
+    ----------
+    program : Program
+    weights : sequence of (QuantizedTensor, bias or None)
+        Of the program's layers, in their order.
+    rows : bool
+        Whether inputs are (..., I); else they are (N, C, H, W) or (N, I).
+    packed : sequence of Packed, optional
+        The same weights where they are packed already.
+    """
+
+    codes: Tensor
+    levels: Tensor
+    scale: Tensor
+    bias: Tensor
+
+    def __init__(
+        self,
+        program: Program,
+        weights: Sequence[LayerWeights],
+        rows: bool = False,
+        packed: Sequence[Packed] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, tensor in zip(("codes", "levels", "scale", "bias"), join_weights(weights), strict=True):
+            self.register_buffer(name, tensor)
+        self.program, self.rows = program.to_json(), rows
+        find_chain(self.weights(), self.program, packed)
+
+    def weights(self) -> tuple[Tensor, ...]:
+        return self.codes, self.levels, self.scale, self.bias
+
+    def forward(self, input: Tensor, *others: Tensor) -> Any:
+        """Run the segment; a list where it makes several values."""
+        inputs = input, *others
+        given = [x.reshape(-1, x.shape[-1]) for x in inputs] if self.rows else list(inputs)
+        values = torch.ops.pycodesign.chain.default(given, *self.weights(), self.program)
+        if self.rows:
+            values = [y.reshape(*input.shape[:-1], y.shape[-1]) for y in values]
+        return values[0] if len(values) == 1 else values
+
+    def get_extra_state(self) -> Tensor:
+        return torch.frombuffer(bytearray(self.program.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        program = state.numpy().tobytes().decode()
+        parse_program(program)
+        self.program = program
+
+    def extra_repr(self) -> str:
+        steps = parse_program(self.program).steps
+        return "\n".join(f"{step.op} {step.layer['name']}" if step.layer else step.op for step in steps)
+
+
+def quantize_weight(module: nn.Module, weights: Quantizer) -> QuantizedTensor:
+    """Quantize, or read without loss, the weights of a convolution or a linear layer."""
+    if weights == "from_fake_quantized":
+        found = find_weight(module)
+        return quantize.from_fake_quantized(module.weight) if found is None else found
+    weight = module.weight.detach()  # type: ignore[operator]
+    q = find_quantizer(weights)(weight)
+    if not isinstance(q, QuantizedTensor):
+        raise TypeError(f"weights: expected a function that returns a QuantizedTensor, got {type(q).__name__}")
+    if q.shape != tuple(weight.shape):
+        raise ValueError(f"weights: expected a QuantizedTensor {tuple(weight.shape)}, got {q.shape}")
+    return q
+
+
+def find_quantizer(weights: Quantizer) -> Callable[[Any], QuantizedTensor]:
+    if callable(weights):
+        return weights
+    if not isinstance(weights, str):
+        raise TypeError(f"weights: expected a name or a function, got {type(weights).__name__}")
+    if weights not in QUANTIZERS:
+        wanted = f"{join_names(map(repr, QUANTIZERS))}, or a function from weights to a QuantizedTensor"
+        raise ValueError(f"weights: expected {wanted}, got {weights!r}")
+    function: Callable[[Any], QuantizedTensor] = getattr(quantize, weights)
+    return function
+
+
+def read_geometry(module: nn.Conv2d) -> dict[str, Any]:
+    """Return stride, padding, dilation and groups; ValueError if the kernels know no such padding."""
+    if module.padding_mode != "zeros":
+        raise ValueError(f"padding_mode: expected 'zeros', got {module.padding_mode!r}")
+    padding = module.padding
+    if padding == "valid":
+        padding = (0, 0)
+    elif padding == "same":
+        margins = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        if any(margin % 2 for margin in margins):
+            raise ValueError(f"padding: expected as much on both sides, got 'same' with kernel {module.kernel_size}")
+        padding = (margins[0] // 2, margins[1] // 2)
+    return {"stride": module.stride, "padding": padding, "dilation": module.dilation, "groups": module.groups}

@@ -1,0 +1,330 @@
+"""``torch.ops.pycodesign.conv2d`` and ``linear``: packed layers as torch operators.
+
+The operators take weights as tensors and options as JSON, so graphs that hold them can be compiled, exported and
+saved::
+
+    conv2d(Tensor x, Tensor codes, Tensor levels, Tensor scale, Tensor? bias=None, Tensor? residual=None,
+           str options='{}') -> Tensor
+
+Options are the keyword arguments of `pycodesign.ops.prepack_conv2d` and `pycodesign.ops.conv2d`. What is packed stays
+in a cache for as long as the weights live.
+
+Every operator has a kernel for the CPU, one for fake tensors, whose sizes may be symbols, one for autograd, which knows
+the gradient to the input, and one for autocast, which keeps float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.grad
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pycodesign._arguments import (
+    INPUT_RANGES,
+    check_array,
+    check_epilogue,
+    check_promise,
+    join_names,
+    to_pair,
+)
+from pycodesign.nn.cache import TensorCache, Weights
+from pycodesign.ops import Packed, prepack_conv2d, prepack_linear
+from pycodesign.quantize import QuantizedTensor
+
+# A packed layer, its native call and the epilogue for it, and whether `input_bits` promises something.
+Prepared: TypeAlias = tuple[Packed, Callable[..., NDArray[Any]], tuple[Any, ...], bool]
+
+# The options, with their defaults: of packing, and of running.
+INPUT = {
+    "input_dtype": "float32",
+    "input_scale": 1.0,
+    "input_zero_point": 0,
+    "input_bits": None,
+    "algorithm": "auto",
+}
+GEOMETRY = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+EPILOGUE = {
+    "residual_scale": 1.0,
+    "residual_zero_point": 0,
+    "clamp": None,
+    "out_dtype": "float32",
+    "out_scale": None,
+    "out_zero_point": 0,
+}
+DTYPES = {"float32": torch.float32, "uint8": torch.uint8, "int8": torch.int8, "int32": torch.int32}
+
+library = torch.library.Library("pycodesign", "DEF")
+prepared: TensorCache[Prepared] = TensorCache()
+_cpu_is_next: dict[int, bool] = {}  # by dispatch keys: whether the CPU's kernel is what follows autograd's
+
+
+def define(
+    schema: str, cpu: Callable[..., Any], fake: Callable[..., Any], differentiable: Callable[..., Any] | None
+) -> None:
+    """Define an operator with its kernels; `differentiable(operator, *args)` calls it, and has a gradient."""
+    name = schema[: schema.index("(")]
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    operator = getattr(torch.ops.pycodesign, name).default
+    is_grad_enabled, known = torch.is_grad_enabled, _cpu_is_next
+
+    def autograd(keys: Any, *args: Any) -> Any:
+        if is_grad_enabled() and _any_requires_grad(*args) and differentiable is not None:
+            return differentiable(operator, *args)
+        direct = known.get(keys.raw_repr())
+        if direct is None:
+            below = keys & torch._C._after_autograd_keyset
+            direct = known[keys.raw_repr()] = below.highestPriorityTypeId() == torch._C.DispatchKey.CPU
+        if direct:
+            return cpu(*args)  # a microsecond less than another dispatch
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    def autocast(*args: Any) -> Any:
+        with torch.autocast("cpu", enabled=False):
+            return operator(*map(_to_float32, args))
+
+    library.impl(name, cpu, "CPU")
+    library.impl(name, autograd, "AutogradCPU", with_keyset=True)
+    library.impl(name, autocast, "AutocastCPU")
+    library.impl(name, refuse_cuda, "CUDA")
+    torch.library.register_fake(f"pycodesign::{name}", fake, lib=library)
+
+
+def _search_requires_grad(*args: Any) -> bool:
+    return any(_search_requires_grad(*a) if isinstance(a, list) else getattr(a, "requires_grad", False) for a in args)
+
+
+_any_requires_grad = getattr(torch._C, "_any_requires_grad", _search_requires_grad)  # since torch 2.5
+
+
+def _to_float32(argument: Any) -> Any:
+    if isinstance(argument, (list, tuple)):
+        return [_to_float32(tensor) for tensor in argument]
+    half = isinstance(argument, Tensor) and argument.dtype in (torch.float16, torch.bfloat16)
+    return argument.float() if half else argument
+
+
+def refuse_cuda(*_: Any) -> Any:
+    raise TypeError("x: expected tensors in host memory (this build runs on the CPU), got tensors on a CUDA device")
+
+
+def run_conv2d(
+    x: Tensor,
+    codes: Tensor,
+    levels: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    options: str = "{}",
+) -> Tensor:
+    """Kernel of ``torch.ops.pycodesign.conv2d`` for the CPU."""
+    key = id(codes), id(levels), id(scale), id(bias), options
+    packed, run, epilogue, promised = prepared.get(key, (codes, levels, scale, bias), _prepare_conv2d, options)
+    given = to_array("x", x)
+    if promised:
+        check_promise(given, packed._options)
+    added = None if residual is None else to_array("residual", residual)
+    return torch.from_numpy(run(given, added, *epilogue, None))
+
+
+def run_linear(
+    x: Tensor,
+    codes: Tensor,
+    levels: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    options: str = "{}",
+) -> Tensor:
+    """Kernel of ``torch.ops.pycodesign.linear`` for the CPU."""
+    key = id(codes), id(levels), id(scale), id(bias), options
+    packed, run, epilogue, promised = prepared.get(key, (codes, levels, scale, bias), _prepare_linear, options)
+    given = to_array("x", x)
+    if promised:
+        check_promise(given, packed._options)
+    added = None if residual is None else to_array("residual", residual)
+    if given.ndim == 2:
+        return torch.from_numpy(run(given, added, *epilogue, None))
+    outputs, inputs = packed._shape
+    check_array("x", given, (packed._options["input_dtype"],), f"(..., {inputs})", given.shape[-1:] == (inputs,))
+    shape, rows = (*given.shape[:-1], outputs), math.prod(given.shape[:-1])
+    if added is not None:
+        check_array("residual", added, tuple(INPUT_RANGES), str(shape), added.shape == shape)
+        added = added.reshape(rows, outputs)
+    return torch.from_numpy(run(given.reshape(rows, inputs), added, *epilogue, None).reshape(shape))
+
+
+def to_array(name: str, tensor: Tensor) -> NDArray[Any]:
+    """Return a view of the tensor."""
+    try:
+        array: NDArray[Any] = (tensor.detach() if tensor.requires_grad else tensor).numpy()
+    except TypeError:
+        raise TypeError(f"{name}: expected float32, uint8 or int8, got {tensor.dtype}") from None
+    return array
+
+
+def _prepare_conv2d(weights: Weights, options: str, packed: Packed | None = None) -> Prepared:
+    inputs, epilogue = parse_options(options, "conv2d")
+    if packed is None:
+        packed = prepack_conv2d(to_quantized(weights), weights[3], **inputs)
+    return packed, packed._native.run, _to_native(epilogue), inputs["input_bits"] is not None  # type: ignore[union-attr]
+
+
+def _prepare_linear(weights: Weights, options: str, packed: Packed | None = None) -> Prepared:
+    inputs, epilogue = parse_options(options, "linear")
+    if packed is None:
+        packed = prepack_linear(to_quantized(weights), weights[3], **inputs)
+    return packed, packed._native.run_rows, _to_native(epilogue), inputs["input_bits"] is not None
+
+
+def find_packed(kind: str, weights: Weights, options: str, packed: Packed | None = None) -> Packed:
+    """Return what runs for these weights and options: if there is none yet, `packed` or what is packed now."""
+    prepare = _prepare_conv2d if kind == "conv2d" else _prepare_linear
+    return prepared.get((*map(id, weights), options), weights, prepare, options, packed)[0]
+
+
+def to_quantized(weights: Weights) -> QuantizedTensor:
+    return QuantizedTensor(*weights[:3])  # type: ignore[arg-type]
+
+
+def _to_native(epilogue: dict[str, Any]) -> tuple[Any, ...]:
+    """Check what `pycodesign.ops.conv2d` takes; return the arguments of the native call that follow `residual`."""
+    arguments = check_epilogue(None, **epilogue)
+    return tuple(value for name, value in arguments.items() if name != "residual")
+
+
+@functools.cache
+def parse_options(options: str, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what packing takes and what running takes, with their defaults."""
+    defaults = default_options(kind)
+    try:
+        given = json.loads(options)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"options: expected JSON, got {options!r}: {error}") from None
+    if not isinstance(given, dict) or not given.keys() <= defaults.keys():
+        raise ValueError(f"options: expected a JSON object with {join_names(defaults)}, got {options!r}")
+    merged = defaults | given
+    epilogue = {name: merged.pop(name) for name in EPILOGUE}
+    return merged, epilogue
+
+
+def default_options(kind: str) -> dict[str, Any]:
+    return INPUT | (GEOMETRY if kind == "conv2d" else {}) | EPILOGUE
+
+
+def fake_conv2d(
+    x: Tensor,
+    codes: Tensor,
+    levels: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    options: str = "{}",
+) -> Tensor:
+    inputs, epilogue = parse_options(options, "conv2d")
+    outputs, channels, *kernel = codes.shape
+    channels *= inputs["groups"]
+    check_fake("x", x, inputs["input_dtype"], x.dim() == 4 and x.shape[1] == channels, f"(N, {channels}, H, W)")
+    windows = zip(kernel, *(to_pair(name, inputs[name], 0) for name in ("stride", "padding", "dilation")), strict=True)
+    sizes = [output_size(size, *window) for size, window in zip(x.shape[2:], windows, strict=True)]
+    return x.new_empty((x.shape[0], outputs, *sizes), dtype=DTYPES[epilogue["out_dtype"]])
+
+
+def fake_linear(
+    x: Tensor,
+    codes: Tensor,
+    levels: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    options: str = "{}",
+) -> Tensor:
+    inputs, epilogue = parse_options(options, "linear")
+    check_fake("x", x, inputs["input_dtype"], x.dim() > 0 and x.shape[-1] == codes.shape[1], f"(..., {codes.shape[1]})")
+    return x.new_empty((*x.shape[:-1], codes.shape[0]), dtype=DTYPES[epilogue["out_dtype"]])
+
+
+def output_size(size: Any, kernel: int, stride: int, padding: int, dilation: int) -> Any:
+    """Return how often a window fits; `size` may be a symbol."""
+    return torch.sym_max((size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1, 0)
+
+
+def check_fake(name: str, x: Tensor, dtype: str, fits: bool, shape: str) -> None:
+    if x.device.type == "cuda":
+        refuse_cuda()
+    if x.dtype == DTYPES[dtype] and fits:
+        return
+    text = f"{name}: expected {dtype} {shape}, got {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+    raise ValueError(text) if x.dtype == DTYPES[dtype] else TypeError(text)
+
+
+class LayerGradient(torch.autograd.Function):
+    """A packed layer, with the gradient to its input and its residual."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: Any, *args: Any) -> Tensor:
+        defaults: tuple[Any, ...] = None, None, "{}"
+        x, codes, levels, scale, bias, _, options = *args, *defaults[len(args) - 4 :]
+        refuse_weight_gradients({"levels": levels, "scale": scale, "bias": bias})
+        ctx.inputs, ctx.epilogue = parse_options(options, "conv2d" if codes.dim() == 4 else "linear")
+        dtype = ctx.epilogue["out_dtype"]
+        if dtype != "float32":
+            raise ValueError(f"out_dtype: expected 'float32' where a gradient is asked for, got {dtype!r}")
+        with torch._C._AutoDispatchBelowAutograd():
+            y: Tensor = operator(*args)
+        ctx.x_shape, ctx.count = x.shape, len(args)
+        ctx.save_for_backward(codes, levels, scale, None if ctx.epilogue["clamp"] is None else y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        codes, levels, scale, y = ctx.saved_tensors
+        if y is not None:
+            grad = mask_clamped(grad, y, ctx.epilogue["clamp"])
+        grad_x = grad_residual = None
+        if ctx.needs_input_grad[1]:
+            weight = dequantize(codes, levels, scale)
+            if codes.dim() == 2:
+                grad_x = grad @ weight
+            else:
+                geometry = (ctx.inputs[name] for name in GEOMETRY)
+                grad_x = torch.nn.grad.conv2d_input(ctx.x_shape, weight, grad, *geometry)
+        if ctx.count > 5 and ctx.needs_input_grad[6]:
+            grad_residual = grad * ctx.epilogue["residual_scale"]
+        return (None, grad_x, None, None, None, None, grad_residual, None)[: 1 + ctx.count]
+
+
+def refuse_weight_gradients(weights: dict[str, Tensor | None]) -> None:
+    for name, tensor in weights.items():
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name}: expected requires_grad=False: only the input of a packed layer has a gradient")
+
+
+def mask_clamped(grad: Tensor, y: Tensor, clamp: tuple[float | None, float | None]) -> Tensor:
+    """Return the gradient to what was clamped to y: none at the limits, as for torch's ReLU and ReLU6."""
+    low, high = clamp
+    inside = (y > (-math.inf if low is None else low)) & (y < (math.inf if high is None else high))
+    return torch.where(inside, grad, 0)
+
+
+def dequantize(codes: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
+    """Return the weights, as `QuantizedTensor.dequantize` does."""
+    rows = codes.flatten(1).long()
+    values = levels[rows] if levels.dim() == 1 else levels.gather(1, rows)
+    scale = scale.reshape(codes.shape[0], -1, 1)  # (O, G, 1)
+    return (values.view(codes.shape[0], scale.shape[1], -1) * scale).view(codes.shape)
+
+
+ARGUMENTS = (
+    "(Tensor x, Tensor codes, Tensor levels, Tensor scale, Tensor? bias=None, Tensor? residual=None, "
+    "str options='{}') -> Tensor"
+)
+define(f"conv2d{ARGUMENTS}", run_conv2d, fake_conv2d, LayerGradient.apply)
+define(f"linear{ARGUMENTS}", run_linear, fake_linear, LayerGradient.apply)

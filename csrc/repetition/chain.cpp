@@ -16,12 +16,14 @@ namespace pycodesign::repetition {
 
 // For one set of input sizes. A value is lifted where every step that touches it works in the same bands and lanes.
 struct ChainPlan {
+  const Kernels& kernels;  // those in force when the call began
   std::vector<Chain::Shape> shape;
   std::vector<bool> lifted;
   std::vector<int64_t> elements;  // as stored: lanes that hold no pixel too
   std::vector<size_t> at;         // bytes within the arena
   size_t bytes = 0;
-  std::vector<std::shared_ptr<const ConvPlan>> conv;  // of each step; null: nothing to compute
+  std::vector<const PackedConv2d*> layer;             // of each step: what runs
+  std::vector<std::shared_ptr<const ConvPlan>> conv;  // null: nothing to compute
 };
 
 namespace {
@@ -156,18 +158,20 @@ std::vector<Chain::Shape> Chain::shapes(const std::vector<Shape>& inputs) const 
 }
 
 std::shared_ptr<const ChainPlan> Chain::plan(const std::vector<Shape>& inputs) const {
-  std::vector<int64_t> key{core::num_threads(), static_cast<int64_t>(core::active_isa())};
+  const Kernels& k = kernels();
+  std::vector<int64_t> key{core::num_threads(), reinterpret_cast<int64_t>(&k)};
   for (const Shape& s : inputs) key.insert(key.end(), s.begin(), s.end());
   const std::lock_guard lock(mutex_);
   if (const auto found = plans_.find(key); found != plans_.end()) return found->second;
-  auto made = make_plan(inputs);
+  auto made = make_plan(k, inputs);
   if (plans_.size() >= 32) plans_.clear();  // a caller that never repeats a size
   return plans_[key] = std::move(made);
 }
 
-std::shared_ptr<const ChainPlan> Chain::make_plan(const std::vector<Shape>& inputs) const {
-  auto plan = std::make_shared<ChainPlan>();
+std::shared_ptr<const ChainPlan> Chain::make_plan(const Kernels& kernels, const std::vector<Shape>& inputs) const {
+  auto plan = std::make_shared<ChainPlan>(kernels);
   plan->shape = shapes(inputs);
+  plan->layer.resize(steps_.size());
   plan->conv.resize(steps_.size());
   plan->lifted = std::vector<bool>(values_.size());
   for (const Shape& s : plan->shape) plan->elements.push_back(count(s));
@@ -183,7 +187,8 @@ std::shared_ptr<const ChainPlan> Chain::make_plan(const std::vector<Shape>& inpu
     if (s.kind == Kind::add) grid[static_cast<size_t>(s.out)] = grid[static_cast<size_t>(s.x)];
     if (s.kind != Kind::conv2d || count(out) == 0) continue;
     case_of[i] = cases.size();
-    cases.push_back(s.conv->prepared().conv_case(x[0], x[2], x[3]));
+    plan->layer[i] = &s.conv->prepared(kernels);
+    cases.push_back(plan->layer[i]->conv_case(kernels, x[0], x[2], x[3]));
     const std::array<int64_t, 4> key{out[0], out[2], out[3], cases.back().word_lanes * cases.back().halves};
     grids[key].push_back(i);
     grid[static_cast<size_t>(s.out)] = key;
@@ -233,7 +238,7 @@ std::shared_ptr<const ChainPlan> Chain::make_plan(const std::vector<Shape>& inpu
     std::vector<int64_t> splits;
     const Cut cut = choose_cut(together, pitch, core::num_threads(), splits);
     for (size_t k = 0; k < steps.size(); ++k)
-      plan->conv[steps[k]] = steps_[steps[k]].conv->prepared().make_plan(together[k], pitch, cut, splits[k]);
+      plan->conv[steps[k]] = plan->layer[steps[k]]->make_plan(together[k], pitch, cut, splits[k]);
     int64_t vectors = 0;
     for (const LiftPlan& band : plan->conv[steps[0]]->bands) vectors += band.segment;
     for (size_t v = 0; v < values_.size(); ++v)
@@ -286,14 +291,14 @@ void Chain::run(const ChainPlan& plan, const std::vector<Tensor>& inputs, const 
     const Tensor* residual = s.residual < 0 ? nullptr : &tensors[static_cast<size_t>(s.residual)];
     if (count(out.size) == 0) continue;
     if (s.kind == Kind::conv2d) {
-      s.conv->prepared().run(*plan.conv[i], x, out, residual, s.epilogue);
+      plan.layer[i]->run(*plan.conv[i], x, out, residual, s.epilogue);
       continue;
     }
     const Tensor from = x.lifted ? x : make_contiguous(x, dtype(s.x), copies[0]);
     if (s.kind == Kind::add) {
       std::optional<Tensor> b;
       if (residual) b = residual->lifted ? *residual : make_contiguous(*residual, dtype(s.residual), copies[1]);
-      run_add(s, from, b ? &*b : nullptr, out, plan.elements[static_cast<size_t>(s.out)]);
+      run_add(plan.kernels, s, from, b ? &*b : nullptr, out, plan.elements[static_cast<size_t>(s.out)]);
     } else if (s.kind == Kind::linear) {
       const auto rows = [](const Tensor& t) {  // as the pixels of one image
         return Tensor{t.data, {1, t.size[1] * t.size[2] * t.size[3], 1, t.size[0]}, {0, t.stride[3], 0, t.stride[0]}};
@@ -302,15 +307,15 @@ void Chain::run(const ChainPlan& plan, const std::vector<Tensor>& inputs, const 
       if (residual) added = rows(make_contiguous(*residual, dtype(s.residual), copies[1]));
       s.linear->run(rows(from), rows(out), added ? &*added : nullptr, s.epilogue);
     } else {
-      run_pool(s, from, out);
+      run_pool(plan.kernels, s, from, out);
     }
   }
 }
 
 // The epilogue over elements as they lie, a few at a time as 32-bit words.
-void Chain::run_add(const Step& s, const Tensor& a, const Tensor* b, const Tensor& out, int64_t elements) const {
+void Chain::run_add(const Kernels& k, const Step& s, const Tensor& a, const Tensor* b, const Tensor& out,
+                    int64_t elements) const {
   constexpr int64_t piece = 1024, chunk = 16 * piece;
-  const Kernels& k = kernels();
   const DType from = dtype(s.x);
   const float multiplier = s.scale;
   const int32_t correction = -s.zero_point;
@@ -349,8 +354,7 @@ Sum sum_window(const char* plane, int64_t width, int64_t top, int64_t bottom, in
 
 }  // namespace
 
-void Chain::run_pool(const Step& s, const Tensor& x, const Tensor& out) const {
-  const Kernels& k = kernels();
+void Chain::run_pool(const Kernels& k, const Step& s, const Tensor& x, const Tensor& out) const {
   const DType from = dtype(s.x), to = dtype(s.out);
   const int64_t H = x.size[2], W = x.size[3], OH = out.size[2], OW = out.size[3];
   const Pool& p = s.pool;

@@ -64,10 +64,10 @@ class Chain {
   int add_step(Step, DType out);
   std::vector<Shape> shapes(const std::vector<Shape>& inputs) const;
   Shape output_shape(const Step&, const Shape& x) const;
-  std::shared_ptr<const ChainPlan> make_plan(const std::vector<Shape>& inputs) const;
+  std::shared_ptr<const ChainPlan> make_plan(const Kernels&, const std::vector<Shape>& inputs) const;
   void plan_memory(ChainPlan&) const;
-  void run_pool(const Step&, const Tensor& x, const Tensor& out) const;
-  void run_add(const Step&, const Tensor& a, const Tensor* b, const Tensor& out, int64_t count) const;
+  void run_pool(const Kernels&, const Step&, const Tensor& x, const Tensor& out) const;
+  void run_add(const Kernels&, const Step&, const Tensor& a, const Tensor* b, const Tensor& out, int64_t count) const;
 
   std::vector<DType> values_;
   std::vector<int> inputs_, outputs_;

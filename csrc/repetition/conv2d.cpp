@@ -77,14 +77,14 @@ const PackedConv2d& PackedConv2d::without_code() const {
   return *without_code_;
 }
 
-const PackedConv2d& PackedConv2d::prepared() const {
-  return algorithm_ == Algorithm::codegen && !code(kernels()) ? without_code() : *this;
+const PackedConv2d& PackedConv2d::prepared(const Kernels& k) const {
+  return algorithm_ == Algorithm::codegen && !code(k) ? without_code() : *this;
 }
 
-ConvCase PackedConv2d::conv_case(int64_t images, int64_t height, int64_t width) const {
-  const Kernels& k = kernels();
+ConvCase PackedConv2d::conv_case(const Kernels& k, int64_t images, int64_t height, int64_t width) const {
   const LayerCode* code = algorithm_ == Algorithm::codegen ? this->code(k) : nullptr;
-  return {geometry_,
+  return {k,
+          geometry_,
           images,
           height,
           width,
@@ -103,14 +103,15 @@ std::shared_ptr<ConvPlan> PackedConv2d::make_plan(const ConvCase& c, const Pitch
   auto made = std::make_shared<ConvPlan>(c, pitch, cut, splits);
   if (algorithm_ == Algorithm::tables)
     for (LiftPlan& lift : made->bands)
-      lift.tables = TablePlan(lift, max_entries_, block_units_, std::max<int64_t>(outputs_ / splits, 1), kernels());
+      lift.tables = TablePlan(lift, max_entries_, block_units_, std::max<int64_t>(outputs_ / splits, 1), c.kernels);
   return made;
 }
 
-std::shared_ptr<const ConvPlan> PackedConv2d::plan(int64_t images, int64_t height, int64_t width) const {
-  const ConvCase c = conv_case(images, height, width);
+std::shared_ptr<const ConvPlan> PackedConv2d::plan(const Kernels& k, int64_t images, int64_t height,
+                                                   int64_t width) const {
+  const ConvCase c = conv_case(k, images, height, width);
   const int threads = core::num_threads();
-  const std::array<int64_t, 5> key{images, height, width, c.word_lanes, threads};
+  const std::array<int64_t, 5> key{images, height, width, reinterpret_cast<int64_t>(&k), threads};
   const std::lock_guard lock(mutex_);
   if (const auto found = plans_.find(key); found != plans_.end()) return found->second;
   if (plans_.size() >= 32) plans_.clear();  // a caller that never repeats a size
@@ -122,13 +123,14 @@ std::shared_ptr<const ConvPlan> PackedConv2d::plan(int64_t images, int64_t heigh
 
 void PackedConv2d::run(const Tensor& x, const Tensor& out, const Tensor* residual, const Epilogue& epilogue) const {
   if (out.size[0] * out.size[1] * out.size[2] * out.size[3] == 0) return;
-  const PackedConv2d& layer = prepared();
-  layer.run(*layer.plan(x.size[0], x.size[2], x.size[3]), x, out, residual, epilogue);
+  const Kernels& k = kernels();
+  const PackedConv2d& layer = prepared(k);
+  layer.run(*layer.plan(k, x.size[0], x.size[2], x.size[3]), x, out, residual, epilogue);
 }
 
 void PackedConv2d::run(const ConvPlan& plan, const Tensor& x, const Tensor& out, const Tensor* residual,
                        const Epilogue& epilogue) const {
-  const Kernels& k = kernels();
+  const Kernels& k = plan.kernels;
   const LayerCode* code = algorithm_ == Algorithm::codegen ? this->code(k) : nullptr;
   const Call call{k, code, x, out, residual, epilogue};
   const auto bands = static_cast<int64_t>(plan.bands.size()), splits = plan.splits;

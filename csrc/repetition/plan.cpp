@@ -349,7 +349,8 @@ Cut choose_cut(const std::vector<ConvCase>& layers, const Pitch& pitch, int thre
   return chosen;
 }
 
-ConvPlan::ConvPlan(const ConvCase& c, const Pitch& pitch, const Cut& cut, int64_t splits) : splits(splits) {
+ConvPlan::ConvPlan(const ConvCase& c, const Pitch& pitch, const Cut& cut, int64_t splits)
+    : kernels(c.kernels), splits(splits) {
   const int64_t rows = c.geometry.output_size(0, c.height);
   int64_t vectors = 0;
   for (int64_t i = 0; i < cut.image_bands; ++i)

@@ -111,6 +111,7 @@ struct LiftPlan {
 
 // A layer at one input size, and what it costs.
 struct ConvCase {
+  const Kernels& kernels;
   const Geometry& geometry;
   int64_t images, height, width;
   int word_lanes, halves;
@@ -136,6 +137,7 @@ Cut choose_cut(const std::vector<ConvCase>&, const Pitch&, int threads, std::vec
 // are too few of them for the threads, these stage together and then share the outputs of each band.
 struct ConvPlan {
   ConvPlan(const ConvCase&, const Pitch&, const Cut&, int64_t splits);
+  const Kernels& kernels;  // those in force when the call began
   std::vector<LiftPlan> bands;
   int64_t splits;  // of each band's outputs
 };

@@ -114,8 +114,8 @@ class PackedConv2d final : public PackedLayer {
 
   // The same in parts, for a chain of layers. `prepared` is what runs here: this layer, or its tables where no machine
   // code can be made. Of it come the case, and the run of a plan for it; lifted tensors are of the plan's bands.
-  const PackedConv2d& prepared() const;
-  ConvCase conv_case(int64_t images, int64_t height, int64_t width) const;
+  const PackedConv2d& prepared(const Kernels&) const;
+  ConvCase conv_case(const Kernels&, int64_t images, int64_t height, int64_t width) const;
   std::shared_ptr<ConvPlan> make_plan(const ConvCase&, const Pitch&, const Cut&, int64_t splits) const;
   void run(const ConvPlan&, const Tensor& x, const Tensor& out, const Tensor* residual, const Epilogue&) const;
 
@@ -137,7 +137,7 @@ class PackedConv2d final : public PackedLayer {
   Weights weights_of(const std::vector<uint8_t>& codes) const;  // as packed, for another form
   const LayerCode* code(const Kernels&) const;                  // null where none can be made
   const PackedConv2d& without_code() const;
-  std::shared_ptr<const ConvPlan> plan(int64_t images, int64_t height, int64_t width) const;
+  std::shared_ptr<const ConvPlan> plan(const Kernels&, int64_t images, int64_t height, int64_t width) const;
   int halves() const { return staging_ == Staging::halves_i16 ? 2 : 1; }
 
   struct Call;

@@ -340,7 +340,7 @@ void test_concurrent_calls() {
     threads.emplace_back([&, t] {
       for (int64_t i = 1; i < 20; ++i) {
         n.run("call " + std::to_string(i) + " of thread " + std::to_string(t));
-        n.chain.plan({{1, 3, i % 5, 9}});
+        n.chain.plan({{i % 5, 3, 9, 8}});
       }
     });
   for (std::thread& thread : threads) thread.join();

@@ -24,9 +24,9 @@ char* lifted_channel(const Tensor& t, const LiftPlan& lift, int64_t c, DType dty
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Touches share i of n of the code that runs first.
-void prefetch(const LayerCode& code, int64_t i, int64_t n) {
-  const CodeSegment& first = code.chunks()[0].segments[0];
+// Touches share i of n of the code that a chunk runs first.
+void prefetch(const LayerCode& code, int64_t chunk, int64_t i, int64_t n) {
+  const CodeSegment& first = code.chunks()[static_cast<size_t>(chunk)].segments[0];
   const int64_t lines = (first.end - first.begin) / 64;
   for (int64_t l = lines * i / n; l < lines * (i + 1) / n; ++l) __builtin_prefetch(code.address(first) + l * 64, 0, 2);
 }
@@ -141,15 +141,16 @@ void PackedConv2d::run(const ConvPlan& plan, const Tensor& x, const Tensor& out,
   const int64_t stages =
       geometry_.groups * ceil_div(group_channels_, stage_channels_) * static_cast<int64_t>(largest.phases.size());
   const int64_t band_bytes = (geometry_.groups * units_ + group_size_ + 1) * largest.unit_bytes;
-  if (splits == 1) {
-    core::parallel_for(bands, [&](int64_t b, int) {
-      const LiftPlan& lift = plan.bands[static_cast<size_t>(b)];
+  if (splits == 1 || x.lifted) {  // what lies in lanes is staged sooner than threads meet
+    core::parallel_for(bands * splits, [&](int64_t item, int) {
+      const LiftPlan& lift = plan.bands[static_cast<size_t>(item / splits)];
+      const int64_t s = item % splits, first = blocks * s / splits;
       char* staged = scratch(0, static_cast<size_t>(band_bytes));
       for (int64_t i = 0; i < stages; ++i) {
-        if (code) prefetch(*code, i, stages);
+        if (code) prefetch(*code, first, i, stages);
         stage_channels(call, lift, i, staged);
       }
-      sum(call, lift, staged, 0, blocks);
+      sum(call, lift, staged, first, blocks * (s + 1) / splits);
     });
     return;
   }

@@ -323,9 +323,9 @@ double cut_cost(const ConvCase& c, const Pitch& pitch, const Cut& cut, int threa
     const double rounds = std::ceil(bands * static_cast<double>(s) / threads);
     const double pieces =
         std::ceil(static_cast<double>(c.blocks) / static_cast<double>(s)) / static_cast<double>(c.blocks);
-    const double cost =
-        s == 1 ? rounds * (staged * stage + sums + item)
-               : staged * stage * bands * crossing / threads + meeting + rounds * (sums * pieces * crossed + item);
+    const double cost = s == 1 || c.lifted_input ? rounds * (staged * stage + sums * pieces + item)
+                                                 : staged * stage * bands * crossing / threads + meeting +
+                                                       rounds * (sums * pieces * crossed + item);
     if (cost < best) best = cost, splits = s;
   }
   return best;

@@ -134,7 +134,8 @@ struct Cut {
 Cut choose_cut(const std::vector<ConvCase>&, const Pitch&, int threads, std::vector<int64_t>& splits);
 
 // One input size on so many threads. Bands fit the second-level cache and are staged by whoever sums them; where there
-// are too few of them for the threads, these stage together and then share the outputs of each band.
+// are too few of them for the threads, these share the outputs of each band, and stage it together before, or, from
+// lanes, each for itself.
 struct ConvPlan {
   ConvPlan(const ConvCase&, const Pitch&, const Cut&, int64_t splits);
   const Kernels& kernels;  // those in force when the call began

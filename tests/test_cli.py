@@ -208,11 +208,11 @@ def test_explain_prints_a_table(tmp_path: Path) -> None:
     ):
         assert text in printed
     w = np.random.default_rng(0).standard_normal((16, 16, 3, 3), np.float32)
-    eight, fractions = quantize.uniform(w, 8).dequantize(), np.where(w > 0, np.float32(0.25), np.float32(0.1))
-    tensors = {"[b].weight": eight, "f.weight": fractions**3, "g.weight": w**3}
+    eight, fractions = quantize.uniform(w, 8).dequantize(), np.where(w > 0, np.float32(np.pi), np.float32(-1))
+    tensors = {"[b].weight": eight, "f.weight": fractions, "g.weight": w**3}
     safetensors.numpy.save_file(tensors, tmp_path / "file")
     printed = run("explain", str(tmp_path / "file"), "--dtype", "uint8")
-    for text in ("0 of 3 layers gain", ".. 127", "many", "* [b]: 3 bits and up stay dense"):
+    for text in ("0 of 3 layers gain", ": -127 .. 126", "many", "* [b]: 3 bits and up stay dense"):
         assert text in printed
     assert printed.count("[b]") == 2  # no markup
     assert "* f: of few values, but these activations do not suit them" in printed

@@ -438,8 +438,8 @@ def test_promised_bits_are_verified(conv, monkeypatch):
         conv2d(x, *conv, None, options)
 
 
-def test_without_torch_one_sentence_says_what_to_install():
+def test_without_torch_one_sentence_says_what_to_install(tmp_path):
     code = "import sys; sys.modules['torch'] = None; import pycodesign; pycodesign.quantize; pycodesign.nn"
-    python = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    python = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     wanted = "ImportError: pycodesign.nn needs torch: `pip install 'pycodesign[torch]'`"
     assert python.stderr.splitlines()[-1] == wanted

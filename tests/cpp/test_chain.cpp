@@ -315,7 +315,7 @@ void test_bands() {
     g.channels = 9;
     for (const Algorithm algorithm : algorithms) {
       const PackedConv2d packed(layer.weights, g, {}, algorithm);
-      ConvCase c = packed.prepared().conv_case(1, 47, 29);
+      ConvCase c = packed.prepared(kernels()).conv_case(kernels(), 1, 47, 29);
       c.lifted_input = c.lifted_output = true;
       std::vector<int64_t> splits;
       CHECK(choose_cut({c}, c.least_pitch(), 3, splits).row_bands > 1);

@@ -110,8 +110,8 @@ class PackedConv2d(PackedLayer):
 
     def machine_code(
         self, avx512: bool
-    ) -> tuple[bytes, list[tuple[int, int, int, list[tuple[int, int, int, int]]]]] | None:
-        """Return code with its constants, and chunks: group, first output, outputs and segments.
+    ) -> tuple[bytes, list[tuple[int, int, int, list[tuple[int, int, int, int]]]], list[list[int]]] | None:
+        """Return code with its constants; chunks: group, first output, outputs and segments; patterns of columns.
 
         A segment: first and one-past-last byte, channel, lines that it prefetches. None where no code is made.
         """

@@ -46,12 +46,16 @@ FRACTIONS = (-2.5, -0.75, 0, 0.25, 1, 1.5)  # sums of small integers times these
 
 @dataclass(frozen=True)
 class Case:
-    """A layer; its filter is a column, so that its taps are the rows."""
+    """A layer. The filter of most is one column, so that its taps are the rows."""
 
     outputs: int
     channels: int  # of one group
-    taps: int
+    rows: int
     levels: tuple[float, ...]
+    columns: int = 1
+    stride: int = 1
+    dilation: int = 1
+    kernels: int = 0  # distinct ones; 0: any
     groups: int = 1
     zeros: float = 0  # of the weights, at least; without a zero the first level
     own_levels: bool = False  # levels for each output, though the same
@@ -75,6 +79,16 @@ CASES = {
     "fractions, shared patterns": Case(13, 6, 4, (-1.5, 0, 1.5)),
     "own levels": Case(12, 7, 8, BINARY, own_levels=True),
     "zeros only": Case(5, 3, 1, (0,)),
+    "columns": Case(50, 9, 3, BINARY, columns=3),
+    "columns of two rows": Case(28, 5, 2, BINARY, columns=2),
+    "columns of every second pixel": Case(50, 5, 3, BINARY, columns=3, stride=2),
+    "columns of every third pixel": Case(50, 5, 3, BINARY, columns=3, stride=3),
+    "columns apart": Case(50, 5, 3, BINARY, columns=3, dilation=2),
+    "columns, segments": Case(40, 70, 3, BINARY, columns=3),
+    "columns, groups": Case(60, 4, 3, BINARY, columns=3, groups=3),
+    "few kernels": Case(50, 9, 3, BINARY, columns=3, kernels=5),
+    "few ternary kernels": Case(70, 9, 3, TERNARY, columns=3, kernels=2),
+    "filters of few weights": Case(60, 9, 3, TERNARY, columns=3, kernels=2, zeros=0.7),
 }
 INPUTS = {"float32": ("float32", None), "uint8": ("uint8", None), "4 bits": ("uint8", 4), "int8": ("int8", None)}
 
@@ -88,9 +102,14 @@ each_case = pytest.mark.parametrize(("name", "inputs"), [pair for pair in produc
 
 def make_weights(case: Case) -> QuantizedTensor:
     rng = np.random.default_rng(case.outputs)
-    codes = rng.integers(0, len(case.levels), (case.outputs, case.channels, case.taps, 1), dtype=np.uint8)
+    count, kernel = case.kernels or case.outputs * case.channels, (case.rows, case.columns)
+    codes = rng.integers(0, len(case.levels), (count, *kernel), dtype=np.uint8)
     if case.zeros:
         codes[rng.random(codes.shape) < case.zeros] = case.levels.index(0) if 0 in case.levels else 0
+    if case.kernels:  # up to sign
+        codes = np.concatenate([codes, len(case.levels) - 1 - codes])
+        codes = codes[rng.integers(0, len(codes), case.outputs * case.channels)]
+    codes = codes.reshape(case.outputs, case.channels, *kernel)
     levels = np.array([case.levels] * case.outputs if case.own_levels else case.levels, F32)
     return QuantizedTensor(codes, levels, np.ones(case.outputs, F32))
 
@@ -99,6 +118,8 @@ def options(case: Case, inputs: str) -> dict[str, Any]:
     dtype, bits = INPUTS[inputs]
     return {
         "groups": case.groups,
+        "stride": case.stride,
+        "dilation": case.dilation,
         "input_dtype": dtype,
         "input_bits": bits,
         "input_zero_point": 1 << (bits or 8) - 1 if dtype == "uint8" else 0,  # sums are of x - zero point, |...| <= it
@@ -112,12 +133,13 @@ def pack(case: Case, inputs: str, algorithm: str = "codegen") -> ops.Packed:
 def make_input(case: Case, inputs: str) -> Array:
     dtype, bits = INPUTS[inputs]
     lowest, highest = (-8, 9) if dtype == "float32" else (0, 1 << (bits or 8)) if dtype == "uint8" else (-128, 128)
-    shape = 2, case.groups * case.channels, case.taps + 2, 9
+    shape = 2, case.groups * case.channels, case.rows + 4, 9
     return np.random.default_rng(0).integers(lowest, highest, shape).astype(dtype)
 
 
 def expect(case: Case, inputs: str) -> Array:
-    settings = {key: value for key, value in options(case, inputs).items() if key in ("groups", "input_zero_point")}
+    kept = "groups", "stride", "dilation", "input_zero_point"
+    settings = {key: value for key, value in options(case, inputs).items() if key in kept}
     return reference.conv2d(make_input(case, inputs), make_weights(case), **settings)
 
 
@@ -202,7 +224,7 @@ X, ACC, TAPS, CODE, PREFETCH = (k << 40 for k in range(1, 6))
 class Machine:
     """Runs segments. Memory is what areas, arrays of bytes by address, hold; anything else fails."""
 
-    CHANGED = ("rax", "rdi", "r9", "r10", "r11")  # all the caller's to save
+    CHANGED = ("rax", "rdx", "rdi", "r9", "r10", "r11")  # all the caller's to save
 
     def __init__(self, avx512: bool, readable: dict[int, Array], writable: dict[int, Array]) -> None:
         self.width, self.vector_name = (64, "zmm") if avx512 else (32, "ymm")
@@ -262,30 +284,53 @@ def round_up(size: int) -> int:
     return (size + 63) // 64 * 64
 
 
+def place_taps(x: Array, dtype: type[Any], rng: np.random.Generator) -> tuple[Array, Array]:
+    """Planes of x (groups, channels, taps, lanes): a vector for each tap, anywhere, and one that nobody may use."""
+    *units, taps, lanes = x.shape
+    order = rng.permutation(taps)
+    planes = np.full((*units, taps + 1, lanes), -3 * x.max(), dtype)
+    planes[:, :, order] = x
+    return planes, order
+
+
+def place_columns(x: Array, dtype: type[Any], case: Case, patterns: Array) -> tuple[Array, Array]:
+    """The sums of the columns of x for each pattern, by phase of the stride; in vectors that nobody may use between."""
+    *units, _, lanes = x.shape
+    count, columns = len(patterns), [s * case.dilation for s in range(case.columns)]
+    phases = list(dict.fromkeys(s % case.stride for s in columns))
+    lengths = [max(s for s in columns if s % case.stride == p) // case.stride + 1 for p in phases]
+    first = np.cumsum([0, *lengths]) * count + np.minimum(np.arange(len(phases) + 1), 1)  # a vector behind the first
+    planes = np.full((*units, first[-1] + 1, lanes), -3 * x.max(), dtype)
+    rows = x.reshape(*units, case.rows, case.columns, lanes)
+    for s, at in enumerate(columns):
+        begin = first[phases.index(at % case.stride)] + at // case.stride * count
+        planes[:, :, begin : begin + count] = np.einsum("kr,gcrl->gckl", patterns[:, : case.rows], rows[:, :, :, s])
+    return planes, first[:-1]
+
+
 @cache
 def interpret(name: str, inputs: str, avx512: bool) -> tuple[frozenset[str], list[set[int]]]:
     """Check a layer's code, all of it; return the forms in it, and the vector registers by the place of the operand."""
     case, is_float = CASES[name], inputs == "float32"
     made = pack(case, inputs)._native.machine_code(avx512)
     assert made
-    code, chunks = made
+    code, chunks, patterns = made
     dtype, halves = (F32, 1) if is_float else (np.int16, 2)
     width = 64 if avx512 else 32
     lanes, outputs = width // np.dtype(dtype).itemsize, case.outputs // case.groups
     q = make_weights(case)
-    weights = q.decode().reshape(case.groups, outputs, case.channels, case.taps).astype(float)
+    taps = case.rows * case.columns
+    weights = q.decode().reshape(case.groups, outputs, case.channels, taps).astype(float)
 
-    # Planes: a vector for each tap, anywhere, and one that nobody may use. In half of the lanes an output's sum is as
-    # large as it can be.
+    # In half of the lanes an output's sum is as large as it can be.
     rng = np.random.default_rng(0)
     limit = 8 if is_float or INPUTS[inputs][1] == 4 else 128
-    x = rng.integers(-limit, limit + 1, (case.groups, case.channels, case.taps, lanes))
+    x = rng.integers(-limit, limit + 1, (case.groups, case.channels, taps, lanes))
     for lane in range(0, lanes, 2):
         x[..., lane] = np.where(weights[:, lane // 2 % outputs] < 0, -limit, limit) * (1 - lane % 4)
     x[..., 1], x[..., 3] = limit, -limit  # and the sum of all rows
-    order = rng.permutation(case.taps)
-    planes = np.full((case.groups, case.channels, case.taps + 1, lanes), -3 * limit, dtype)
-    planes[:, :, order] = x
+    columns = np.array(patterns).reshape(-1, 3)
+    planes, order = place_columns(x, dtype, case, columns) if patterns else place_taps(x, dtype, rng)
     tap_source = order * width
 
     forms: set[str] = set()
@@ -343,6 +388,7 @@ def test_run(name: str, inputs: str, isa: str) -> None:
 
 
 # r: a general register, v: ymm or zmm, d8 and d32: displacements. With EVEX, d8 counts vectors.
+ADDITIONS = "vaddps", "vsubps", "vpaddw", "vpsubw"
 FORMS = {
     *("vmovups v, [rip]", "vmovups v, [r+1*r]"),
     *("vmovups v, [r]", "vmovups v, [r+d8]", "vmovups [r], v", "vmovups [r+d8], v"),
@@ -353,10 +399,26 @@ FORMS = {
     *("vpslld v, v, imm", "vpsrad v, v, imm", "vpaddd v, v, v", "vpsubd v, v, v"),
     *("vpaddd v, v, [r]", "vpaddd v, v, [r+d8]"),
     *("lea r, [r+1*r]", "lea r, [r+2*r]", "lea r, [r+4*r]", "mov r, [r]", "mov r, [r+d8]", "mov r, [r+d32]"),
+    *(f"{add} v, v, {row}" for add in ADDITIONS for row in ("[r+d8]", "[r+1*r+d8]")),
     *("prefetcht1 [r]", "prefetcht1 [r+d8]", "prefetcht1 [r+d32]", "vzeroupper", "ret"),
 }
-AVX2_FORMS = {"vpxor v, v, v", "vmovups v, [r+d32]", "vmovups [r+d32], v", "vpaddd v, v, [r+d32]"}
-AVX512_FORMS = {"vpxord v, v, v"}
+AVX2_FORMS = {
+    *("vpxor v, v, v", "vmovups v, [r+d32]", "vmovups [r+d32], v", "vpaddd v, v, [r+d32]"),
+    *(f"{add} v, v, [r+d32]" for add in ADDITIONS),
+}
+AVX512_FORMS = {"vpxord v, v, v", "vmovups v, [r+1*r+d8]"}
+
+
+@pytest.mark.parametrize("avx512", [False, True], ids=["avx2", "avx512"])
+def test_columns_occur(avx512: bool) -> None:
+    with_columns = {
+        name
+        for name, inputs in product(CASES, INPUTS)
+        if fits(name, inputs) and pack(CASES[name], inputs)._native.machine_code(avx512)[2]
+    }
+    wanted = {name for name in CASES if "columns" in name} | {"few kernels", "few ternary kernels"}
+    # With 16 registers patterns of neighboring channels are the better ones unless kernels recur, or channels are few.
+    assert wanted - with_columns == (set() if avx512 else {"columns", "columns, segments", "columns, groups"})
 
 
 @pytest.mark.parametrize("avx512", [False, True], ids=["avx2", "avx512"])
@@ -410,7 +472,7 @@ def test_code_is_never_saved(tmp_path: Path) -> None:
     case = Case(64, 64, 9, TERNARY)
     packed = pack(case, "uint8")
     packed.save(tmp_path / "layer")
-    weights = case.outputs * case.channels * case.taps
+    weights = case.outputs * case.channels * case.rows * case.columns
     assert (tmp_path / "layer").stat().st_size < weights // 4 + 4096
     loaded = ops.load_packed(tmp_path / "layer")
     assert loaded.algorithm == "codegen"

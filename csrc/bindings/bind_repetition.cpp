@@ -227,7 +227,7 @@ void bind_repetition(py::module_& m) {
             segments.append(py::make_tuple(s.begin, s.end, s.channel, s.prefetch_lines));
           chunks.append(py::make_tuple(c.group, c.first_output, c.outputs, segments));
         }
-        return py::make_tuple(py::bytes(made.code().data(), made.code().size()), chunks);
+        return py::make_tuple(py::bytes(made.code().data(), made.code().size()), chunks, made.columns().patterns);
       },
       py::arg("avx512"));
   bind_run(conv, "run", images, [](const PackedConv2d& layer, const py::array& x) {

@@ -15,15 +15,34 @@
 namespace pycodesign::repetition {
 
 struct CodeLayer {
-  const Weights* weights;          // borrowed while generating; input i of a group is channel i / taps, tap i % taps
-  int64_t groups, channels, taps;  // channels: of one group
-  DType dtype;                     // f32: lanes are floats; u8, i8: int16
-  int64_t range;                   // integers: largest |x| in a staged plane
+  const Weights* weights;  // borrowed while generating; input i of a group is channel i / taps, tap i % taps
+  const Geometry& geometry;
+  DType dtype;    // f32: lanes are floats; u8, i8: int16
+  int64_t range;  // integers: largest |x| in a staged plane
+
+  int64_t channels() const { return geometry.channels / geometry.groups; }  // of one group
+  int64_t taps() const { return geometry.kernel[0] * geometry.kernel[1]; }
 };
+
+// Where all levels are -1, 0 or 1, code may add whole columns of filters in place of single inputs: staging makes the
+// sums of the rows of every column that occurs, up to sign, for each channel, side by side for each vector.
+inline constexpr int64_t max_column_rows = 3, max_columns = 3;
+using ColumnPattern = std::array<int8_t, max_column_rows>;  // the first level that is not zero is 1
+struct Columns {
+  std::vector<ColumnPattern> patterns;  // ascending; none: code reads the planes of the input
+};
+// The columns of a filter read sums of one phase of the stride, and there a vector some positions on.
+struct ColumnTap {
+  int phase;
+  int64_t shift;
+};
+std::vector<ColumnTap> column_taps(const Geometry&);
 
 // One function. Vectors are 64 bytes (AVX-512) or 32 (AVX2); of integers, 32 bits hold two pixels.
 //   x: staged plane of channel `channel`, at one vector; channel c and tap t of the group are read at
 //      x + (c - channel) * channel_stride + tap_source[t]
+//      With columns: pattern i of column s, the sums of whose phase begin at tap_source[phase], at
+//      x + (c - channel) * channel_stride + tap_source[phase] + (shift * patterns + i) * vector bytes
 //   acc: f32: a vector for each output of the chunk; integers: two vectors of int32, the low halves of the words and
 //      the high ones. The first segment of a chunk overwrites them, the others add.
 //   prefetch: touches the lines prefetch + 64 k, k < prefetch_lines: about half the bytes of the segment itself
@@ -31,8 +50,8 @@ using SegmentFunction = void (*)(const char* x, char* acc, const int64_t* tap_so
                                  const char* prefetch);
 
 struct CodeSegment {
-  int64_t begin, end;  // bytes of the code
-  int64_t channel;     // within its group
+  int64_t begin, end;         // bytes of the code
+  int64_t channel, channels;  // what it reads of its group
   int64_t prefetch_lines;
 };
 
@@ -55,8 +74,9 @@ class LayerCode {
 
   std::span<const char> code() const { return {memory_.data(), memory_.size()}; }  // with its constants
   int64_t bytes() const { return static_cast<int64_t>(memory_.size()); }
-  int64_t group_size() const { return group_size_; }  // channels of a pattern
-  int64_t adds() const { return adds_; }              // vector instructions per vector of pixels
+  int64_t group_size() const { return group_size_; }  // channels, or columns, of a pattern
+  const Columns& columns() const { return columns_; }
+  int64_t adds() const { return adds_; }  // vector instructions per vector of pixels
   int64_t multiplies() const { return multiplies_; }
 
  private:
@@ -64,6 +84,7 @@ class LayerCode {
 
   std::vector<CodeChunk> chunks_;
   int64_t group_size_, adds_, multiplies_;
+  Columns columns_;
   core::ExecutableMemory memory_;
 };
 

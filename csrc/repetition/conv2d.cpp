@@ -95,7 +95,10 @@ ConvCase PackedConv2d::conv_case(const Kernels& k, int64_t images, int64_t heigh
           geometry_.groups * units_,
           outputs_,
           code ? static_cast<int64_t>(code->chunks().size()) : blocks_,
-          algorithm_ != Algorithm::dense};
+          code                              ? static_cast<int64_t>(code->chunks()[0].segments.size())
+          : algorithm_ == Algorithm::tables ? units_
+                                            : 1,
+          code ? static_cast<int64_t>(code->columns().patterns.size()) : 0};
 }
 
 std::shared_ptr<ConvPlan> PackedConv2d::make_plan(const ConvCase& c, const Pitch& pitch, const Cut& cut,
@@ -136,33 +139,32 @@ void PackedConv2d::run(const ConvPlan& plan, const Tensor& x, const Tensor& out,
   const auto bands = static_cast<int64_t>(plan.bands.size()), splits = plan.splits;
   const int64_t blocks = code ? static_cast<int64_t>(code->chunks().size()) : blocks_;
   // Planes for every unit; entries of channels that do not exist are built (from what lies behind) but never read.
-  const LiftPlan& largest = *std::max_element(plan.bands.begin(), plan.bands.end(),
-                                              [](const auto& a, const auto& b) { return a.unit_bytes < b.unit_bytes; });
-  const int64_t stages =
-      geometry_.groups * ceil_div(group_channels_, stage_channels_) * static_cast<int64_t>(largest.phases.size());
-  const int64_t band_bytes = (geometry_.groups * units_ + group_size_ + 1) * largest.unit_bytes;
+  const LiftPlan& largest = *std::max_element(plan.bands.begin(), plan.bands.end(), [](const auto& a, const auto& b) {
+    return a.summed_bytes() < b.summed_bytes();
+  });
+  const int64_t stages = geometry_.groups * ceil_div(group_channels_, stage_channels_);
+  const int64_t band_bytes = (geometry_.groups * units_ + group_size_ + 1) * largest.summed_bytes();
   if (splits == 1 || x.lifted) {  // what lies in lanes is staged sooner than threads meet
     core::parallel_for(bands * splits, [&](int64_t item, int) {
       const LiftPlan& lift = plan.bands[static_cast<size_t>(item / splits)];
-      const int64_t s = item % splits, first = blocks * s / splits;
+      const int64_t s = item % splits, first = blocks * s / splits, last = blocks * (s + 1) / splits;
+      if (code) return sum_code(call, lift, nullptr, first, last);
       char* staged = scratch(0, static_cast<size_t>(band_bytes));
-      for (int64_t i = 0; i < stages; ++i) {
-        if (code) prefetch(*code, first, i, stages);
-        stage_channels(call, lift, i, staged);
-      }
-      sum(call, lift, staged, first, blocks * (s + 1) / splits);
+      for (int64_t i = 0; i < stages; ++i) stage(call, lift, i, staged);
+      sum(call, lift, staged, first, last);
     });
     return;
   }
   char* const staged = scratch(0, static_cast<size_t>(bands * band_bytes));
   // Ranges of planes: large enough to be worth a hand-over, and as many as threads can share.
   constexpr int64_t words_per_chunk = 8192;
-  const int64_t threads = core::num_threads(), wanted = stages * largest.positions / words_per_chunk + 1;
+  const auto phases = static_cast<int64_t>(largest.phases.size());
+  const int64_t threads = core::num_threads(), wanted = stages * phases * largest.positions / words_per_chunk + 1;
   const int64_t chunks = std::min(ceil_div(wanted, threads) * threads, stages);
   core::parallel_for(bands * chunks, [&](int64_t item, int) {
     const int64_t b = item / chunks, c = item % chunks;
     for (int64_t i = stages * c / chunks; i < stages * (c + 1) / chunks; ++i)
-      stage_channels(call, plan.bands[static_cast<size_t>(b)], i, staged + b * band_bytes);
+      stage(call, plan.bands[static_cast<size_t>(b)], i, staged + b * band_bytes);
   });
   core::parallel_for(bands * splits, [&](int64_t item, int) {
     const int64_t b = item / splits, s = item % splits;
@@ -171,20 +173,36 @@ void PackedConv2d::run(const ConvPlan& plan, const Tensor& x, const Tensor& out,
   });
 }
 
-void PackedConv2d::stage_channels(const Call& call, const LiftPlan& lift, int64_t index, char* staged) const {
+// Share `index` of all channels, where `sum` looks for them.
+void PackedConv2d::stage(const Call& call, const LiftPlan& lift, int64_t index, char* staged) const {
+  const int64_t per_group = ceil_div(group_channels_, stage_channels_), group = index / per_group,
+                channel = index % per_group * stage_channels_;
+  stage_channels(call, lift, group, channel,
+                 staged + (group * units_ + channel / unit_channels_) * lift.summed_bytes());
+}
+
+// Channels of a group, stage_channels_ of them from `channel` on.
+void PackedConv2d::stage_channels(const Call& call, const LiftPlan& lift, int64_t group, int64_t channel,
+                                  char* to) const {
+  const int64_t first = group * group_channels_ + channel, count = std::min(stage_channels_, group_channels_ - channel);
+  const bool has_columns = !lift.column_phases.empty();
+  char* const planes = has_columns ? scratch(3, static_cast<size_t>(count * lift.unit_bytes)) : to;
+  if (call.x.lifted) restage_channels(call, lift, first, count, planes);
+  else
+    for (size_t p = 0; p < lift.phases.size(); ++p) stage_phase(call, lift, p, first, count, planes);
+  for (int64_t c = 0; has_columns && c < count; ++c)
+    sum_columns(call, lift, planes + c * lift.unit_bytes, to + c * lift.column_bytes);
+}
+
+void PackedConv2d::stage_phase(const Call& call, const LiftPlan& lift, size_t index, int64_t first, int64_t count,
+                               char* planes) const {
   const Tensor& x = call.x;
-  const auto phases = static_cast<int64_t>(lift.phases.size());
-  const int64_t per_group = ceil_div(group_channels_, stage_channels_);
-  const int64_t first = index / phases % per_group * stage_channels_, group = index / phases / per_group;
-  const LiftPlan::Phase& phase = lift.phases[static_cast<size_t>(index % phases)];
-  const int64_t channel = group * group_channels_ + first;
-  char* const to = staged + (group * units_ + first / unit_channels_) * lift.unit_bytes;
-  if (x.lifted) return restage_channels(call, lift, channel, std::min(stage_channels_, group_channels_ - first), to);
+  const LiftPlan::Phase& phase = lift.phases[index];
   const bool empty = phase.rows.data == 0 || phase.columns.data == 0;
   Stage s{};
-  s.channels = static_cast<int>(std::min(stage_channels_, group_channels_ - first));
+  s.channels = static_cast<int>(count);
   for (int c = 0; c < s.channels; ++c)
-    s.source[c] = x.data + lift.band.image * x.stride[0] + (channel + c) * x.stride[1] +
+    s.source[c] = x.data + lift.band.image * x.stride[0] + (first + c) * x.stride[1] +
                   (empty ? 0 : phase.rows.first * x.stride[2] + phase.columns.first * x.stride[3]);
   s.staging = staging_;
   s.dtype = activations_.dtype;
@@ -205,8 +223,23 @@ void PackedConv2d::stage_channels(const Call& call, const LiftPlan& lift, int64_
   s.half = lift.half;
   s.flat = scratch(1, lift.flat_bytes());
   s.channel_stride = lift.unit_bytes;
-  s.lifted = to + index % phases * lift.plane_bytes;
+  s.lifted = planes + static_cast<int64_t>(index) * lift.plane_bytes;
   call.k.stage(s);
+}
+
+// The planes of one unit to the sums of its filters' columns.
+void PackedConv2d::sum_columns(const Call& call, const LiftPlan& lift, const char* planes, char* sums) const {
+  const std::vector<ColumnPattern>& patterns = call.code->columns().patterns;
+  for (size_t p = 0; p < lift.column_phases.size(); ++p) {
+    const LiftPlan::ColumnPhase& phase = lift.column_phases[p];
+    ColumnSums s{};
+    for (int64_t r = 0; r < geometry_.kernel[0]; ++r) s.row[r] = planes + phase.row_source[static_cast<size_t>(r)];
+    s.patterns = patterns.data()->data();
+    s.count = static_cast<int64_t>(patterns.size());
+    s.vectors = phase.vectors;
+    s.sums = sums + lift.column_source[p];
+    (staging_ == Staging::f32 ? call.k.sum_columns_f32 : call.k.sum_columns_i16)(s);
+  }
 }
 
 void PackedConv2d::restage_channels(const Call& call, const LiftPlan& lift, int64_t first, int64_t count,
@@ -302,12 +335,16 @@ void PackedConv2d::finish_outputs(const Call& call, const LiftPlan& lift, const 
   }
 }
 
-// One segment of all chunks after the other: what it reads of the band stays in the cache, the sums do too.
+// One segment of all chunks after the other: what it reads of the band stays in the cache, the sums do too. Without
+// `staged` planes each segment's are made just before.
 void PackedConv2d::sum_code(const Call& call, const LiftPlan& lift, const char* staged, int64_t first,
                             int64_t last) const {
   const LayerCode& code = *call.code;
   const int64_t vector_bytes = call.vector_bytes(), output_bytes = halves() * vector_bytes,
-                channel_bytes = lift.unit_bytes;
+                channel_bytes = lift.summed_bytes();
+  const bool has_columns = !lift.column_phases.empty();
+  const int64_t* source = (has_columns ? lift.column_source : lift.tap_source).data();
+  const int64_t step = has_columns ? static_cast<int64_t>(code.columns().patterns.size()) * vector_bytes : vector_bytes;
   const auto chunk = [&](int64_t i) -> const CodeChunk& { return code.chunks()[static_cast<size_t>(i)]; };
   const auto sums_at = [&](int64_t i) {
     return (chunk(i).first_output - chunk(first).first_output) * lift.segment * output_bytes;
@@ -316,17 +353,32 @@ void PackedConv2d::sum_code(const Call& call, const LiftPlan& lift, const char* 
   char* const sums =
       scratch(2, static_cast<size_t>(sums_at(last - 1) + final_chunk.outputs * lift.segment * output_bytes));
   const size_t segments = final_chunk.segments.size();
-  for (size_t s = 0; s < segments; ++s)
+  const int64_t first_group = chunk(first).group, groups = final_chunk.group - first_group + 1;
+  for (size_t s = 0; s < segments; ++s) {
+    const CodeSegment& shared = chunk(first).segments[s];  // all chunks read the same channels, of their group
+    const int64_t from = staged ? 0 : shared.channel / stage_channels_ * stage_channels_,
+                  planes = staged ? units_ : shared.channel + shared.channels - from;
+    const char* x = staged ? staged + first_group * units_ * channel_bytes : nullptr;
+    if (!staged) {
+      const int64_t pieces = ceil_div(planes, stage_channels_), room = planes + stage_channels_;
+      char* const to = scratch(0, static_cast<size_t>((groups * planes + room) * channel_bytes));
+      for (int64_t i = 0; i < groups * pieces; ++i) {
+        if (s == 0) prefetch(code, first, i, groups * pieces);
+        const int64_t g = i / pieces, c = i % pieces * stage_channels_;
+        stage_channels(call, lift, first_group + g, from + c, to + (g * planes + c) * channel_bytes);
+      }
+      x = to;
+    }
     for (int64_t i = first; i < last; ++i) {
       const CodeSegment& segment = chunk(i).segments[s];
       // Each run of a segment touches some lines of the next one's code.
       const CodeSegment& next = i + 1 < last ? chunk(i + 1).segments[s] : chunk(first).segments[(s + 1) % segments];
       const char *ahead = code.address(next), *end = ahead + next.end - next.begin;
-      const char* x = staged + (chunk(i).group * units_ + segment.channel) * channel_bytes;
+      const char* at = x + ((chunk(i).group - first_group) * planes + segment.channel - from) * channel_bytes;
       char* acc = sums + sums_at(i);
       const SegmentFunction run = code.function(segment);
-      for (int64_t v = 0; v < lift.segment; ++v, x += vector_bytes, acc += chunk(i).outputs * output_bytes) {
-        run(x, acc, lift.tap_source.data(), channel_bytes, ahead);
+      for (int64_t v = 0; v < lift.segment; ++v, at += step, acc += chunk(i).outputs * output_bytes) {
+        run(at, acc, source, channel_bytes, ahead);
         if (ahead < end) ahead += code.prefetch_lines(segment) * 64;
       }
       if (s + 1 == segments)
@@ -334,6 +386,7 @@ void PackedConv2d::sum_code(const Call& call, const LiftPlan& lift, const char* 
                        {sums + sums_at(i), output_bytes, chunk(i).outputs * output_bytes, chunk(i).first_output,
                         chunk(i).outputs});
     }
+  }
 }
 
 void PackedConv2d::sum_tables(const Call& call, const LiftPlan& lift, const char* x, int64_t group, int64_t first,

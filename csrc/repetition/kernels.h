@@ -78,6 +78,15 @@ struct Restage {
   int64_t channel_stride;
 };
 
+// sums[vector][pattern] = sum over three rows of level * row[vector], levels -1, 0 or 1, the first that is not zero 1.
+// Words, or pairs of int16 modulo 2^16.
+struct ColumnSums {
+  const char* row[3];      // null behind the filter's last
+  const int8_t* patterns;  // [count][3]
+  int64_t count, vectors;
+  char* sums;
+};
+
 // One step of building a table: entry[plus] = entry[parent] + coefficient * row[channel], entry[minus] = entry[parent]
 // - the same. Index -1: no such entry; parent -1, channel -1: zeros.
 struct TableStep {
@@ -214,6 +223,8 @@ struct Kernels {
   void (*unlift)(const Unlift&);
   void (*finish)(const Finish&);
   void (*max_pool)(const MaxPool&);
+  void (*sum_columns_f32)(const ColumnSums&);
+  void (*sum_columns_i16)(const ColumnSums&);
   void (*build_tables_f32)(const TableBuild&);
   void (*build_tables_i32)(const TableBuild&);
   void (*sum_tables_f32)(const TableSum&);

@@ -230,6 +230,58 @@ void restage(const Restage& s) {
   }
 }
 
+// Pairs of int16, modulo 2^16.
+struct Pairs {
+  using vec = u16v;
+  static vec load(const void* p) { return *static_cast<const vec*>(p); }
+  static void store(void* p, vec v) { *static_cast<vec*>(p) = v; }
+};
+
+// One pattern of `terms` rows for all vectors, `step` bytes apart.
+template <class Math, int terms, bool minus1, bool minus2>
+void sum_column(const char* const* row, int64_t vectors, int64_t step, char* to) {
+  for (int64_t at = 0; at < vectors * vector_bytes; at += vector_bytes, to += step) {
+    auto sum = Math::load(row[0] + at);
+    if constexpr (terms > 1) sum = minus1 ? sum - Math::load(row[1] + at) : sum + Math::load(row[1] + at);
+    if constexpr (terms > 2) sum = minus2 ? sum - Math::load(row[2] + at) : sum + Math::load(row[2] + at);
+    Math::store(to, sum);
+  }
+}
+
+template <class Math> void sum_columns(const ColumnSums& s) {
+  const int64_t step = s.count * vector_bytes;
+  int terms = 0;
+  for (int64_t i = 0; i < 3 * s.count; ++i) terms += s.patterns[i] != 0;
+  if (s.count == 4 && terms == 12) {  // all signs of three rows, in ascending order
+    char* to = s.sums;
+    for (int64_t at = 0; at < s.vectors * vector_bytes; at += vector_bytes, to += step) {
+      const auto a = Math::load(s.row[0] + at), b = Math::load(s.row[1] + at), c = Math::load(s.row[2] + at);
+      const auto minus = a - b, plus = a + b;
+      Math::store(to, minus - c);
+      Math::store(to + vector_bytes, minus + c);
+      Math::store(to + 2 * vector_bytes, plus - c);
+      Math::store(to + 3 * vector_bytes, plus + c);
+    }
+    return;
+  }
+  for (int64_t i = 0; i < s.count; ++i) {
+    const char* row[3];
+    bool minus[3] = {};
+    int n = 0;
+    for (int r = 0; r < 3; ++r)
+      if (const int level = s.patterns[3 * i + r]) row[n] = s.row[r], minus[n++] = level < 0;
+    constexpr decltype(&sum_column<Math, 1, false, false>) two[] = {sum_column<Math, 2, false, false>,
+                                                                    sum_column<Math, 2, true, false>};
+    constexpr decltype(&sum_column<Math, 1, false, false>) three[] = {
+        sum_column<Math, 3, false, false>, sum_column<Math, 3, false, true>, sum_column<Math, 3, true, false>,
+        sum_column<Math, 3, true, true>};
+    const auto sum = n == 1   ? sum_column<Math, 1, false, false>
+                     : n == 2 ? two[minus[1]]
+                              : three[2 * minus[1] + minus[2]];
+    sum(row, s.vectors, step, s.sums + i * vector_bytes);
+  }
+}
+
 void unlift(const Unlift& u) {
   // Last block first: what a block writes past its segment is then overwritten by its owner.
   for (int64_t j = (u.segment - 1) / lanes * lanes; j >= 0; j -= lanes)
@@ -726,6 +778,8 @@ void fill(Kernels& k) {
        unlift,
        finish,
        max_pool,
+       sum_columns<Float>,
+       sum_columns<Pairs>,
        build_tables<Float>,
        build_tables<Int>,
        sum_tables<Float>,

@@ -113,12 +113,7 @@ int32_t code_center(const Activations& a) { return a.dtype == DType::u8 ? 1 << (
 
 CodeLayer code_layer(const Weights& w, const Geometry& g, const Activations& a) {
   const int64_t half = int64_t{1} << ((a.bits ? a.bits : 8) - 1);
-  return {&w,
-          g.groups,
-          g.channels / g.groups,
-          g.kernel[0] * g.kernel[1],
-          a.dtype,
-          std::max<int64_t>(half, std::abs(a.zero_point - code_center(a)))};
+  return {&w, g, a.dtype, std::max<int64_t>(half, std::abs(a.zero_point - code_center(a)))};
 }
 
 double dense_cycles(int64_t outputs, int64_t inputs, const Activations& a) {
@@ -186,8 +181,28 @@ Axis plan_axis(const Geometry& g, int axis, int64_t size, int64_t first_out, int
 
 }  // namespace
 
+// Column s reads what column s - stride reads, one vector on.
+std::vector<ColumnTap> column_taps(const Geometry& g) {
+  std::vector<ColumnTap> taps;
+  std::map<int64_t, std::pair<int, int64_t>> phases;  // by residue: number, and the shift of its first column
+  for (int64_t s = 0; s < g.kernel[1]; ++s) {
+    const int64_t at = s * g.dilation[1], number = static_cast<int64_t>(phases.size());
+    const auto [phase, first] =
+        phases.try_emplace(at % g.stride[1], static_cast<int>(number), at / g.stride[1]).first->second;
+    taps.push_back({phase, at / g.stride[1] - first});
+  }
+  return taps;
+}
+
+// Bytes of a unit's vectors and planes, so that neighboring units begin in cache sets far apart.
+static int64_t spread_lines(int64_t lines) {
+  constexpr int64_t sets = 64;
+  lines |= 1;
+  return lines % sets == 1 || lines % sets == sets - 1 ? lines + 4 : lines;
+}
+
 LiftPlan::LiftPlan(const Geometry& g, int64_t height, int64_t width, const Band& band, const Pitch& pitch,
-                   int word_lanes, int halves)
+                   int word_lanes, int halves, int64_t column_planes)
     : band(band), columns(g.output_size(1, width)), lanes(word_lanes * halves) {
   const Axis y = plan_axis(g, 0, height, band.row, band.rows), x = plan_axis(g, 1, width, 0, columns);
   row_pitch = pitch.row;
@@ -207,26 +222,44 @@ LiftPlan::LiftPlan(const Geometry& g, int64_t height, int64_t width, const Band&
       taps.push_back({at->second, at_y / g.stride[0] * row_pitch + at_x / g.stride[1]});
     }
   }
-  // A tap reads the vectors [offset, offset + segment): they either extend the last span or begin one.
+  // A tap reads the vectors [offset, offset + segment): they either extend the last span or begin one. The taps of a
+  // row keep their distances where whole columns are summed.
+  const int64_t gap = column_planes ? x.reach : 0;
   int64_t plane_vectors = 0;
   for (const int t : ascending_taps()) {
     Tap& tap = taps[static_cast<size_t>(t)];
     std::vector<Span>& spans = phases[static_cast<size_t>(tap.phase)].spans;
     if (spans.empty()) spans.push_back({tap.offset, segment, 0});
-    else if (Span& last = spans.back(); tap.offset <= last.first + last.count)
+    else if (Span& last = spans.back(); tap.offset <= last.first + last.count + gap)
       last.count = tap.offset + segment - last.first;
     else spans.push_back({tap.offset, segment, last.at + last.count});
     tap.offset += spans.back().at - spans.back().first;
     plane_vectors = std::max(plane_vectors, spans.back().at + spans.back().count);
   }
-  // Neighboring units begin in cache sets far apart.
-  constexpr int64_t line = 64, sets = 64;
+  constexpr int64_t line = 64;
   const int64_t plane_lines = (plane_vectors * word_lanes * 4 + line - 1) / line;
-  int64_t unit_lines = plane_lines * static_cast<int64_t>(phases.size()) | 1;
-  if (unit_lines % sets == 1 || unit_lines % sets == sets - 1) unit_lines += 4;
   plane_bytes = plane_lines * line;
-  unit_bytes = unit_lines * line;
+  unit_bytes = spread_lines(plane_lines * static_cast<int64_t>(phases.size())) * line;
   for (const Tap& tap : taps) tap_source.push_back(tap.phase * plane_bytes + tap.offset * word_lanes * 4);
+  if (column_planes) plan_columns(g, column_planes, word_lanes * 4);
+}
+
+void LiftPlan::plan_columns(const Geometry& g, int64_t planes, int64_t vector_bytes) {
+  const std::vector<ColumnTap> columns = column_taps(g);
+  for (size_t s = 0; s < columns.size(); ++s) {
+    if (columns[s].phase == static_cast<int>(column_phases.size())) {
+      column_phases.push_back({{}, 0});
+      for (int64_t r = 0; r < g.kernel[0]; ++r)
+        column_phases.back().row_source[static_cast<size_t>(r)] = tap_source[static_cast<size_t>(r * g.kernel[1]) + s];
+    }
+    int64_t& vectors = column_phases[static_cast<size_t>(columns[s].phase)].vectors;
+    vectors = std::max(vectors, segment + columns[s].shift);
+  }
+  for (const ColumnPhase& phase : column_phases) {
+    column_source.push_back(column_bytes);
+    column_bytes += phase.vectors * planes * vector_bytes;
+  }
+  column_bytes = spread_lines((column_bytes + 63) / 64) * 64;
 }
 
 // Where the vectors of the staged planes lie in activations of the same bands.
@@ -296,12 +329,12 @@ namespace {
 
 // Cycles of one layer so cut, and the best number of parts for its outputs.
 double cut_cost(const ConvCase& c, const Pitch& pitch, const Cut& cut, int threads, int64_t& splits) {
-  const double stage = c.lifted_input ? 4 : 10, finish = c.lifted_output ? 10 : 16;  // cycles per vector
+  const double stage = c.lifted_input ? 4 : 10, column = 2, finish = c.lifted_output ? 10 : 16;  // cycles per vector
   constexpr double item = 2000, meeting = 8000;  // cycles to begin a piece of work, and for threads to wait for all
   constexpr double weight_bytes_per_cycle = 4;   // from memory, behind the sums of the vectors before
   constexpr double first_weight_bytes_per_cycle = 24;  // what the first vector waits for
   constexpr double crossing = 2, crossed = 1.12;       // writing planes that other threads read, and reading theirs
-  constexpr double second_level = 640 << 10, spilled = 1.1;  // staged bytes, and what exceeding them costs
+  constexpr double second_level = 640 << 10, spilled = 1.1;  // bytes, and what exceeding them costs
   const Geometry& g = c.geometry;
   const int64_t rows = g.output_size(0, c.height), columns = g.output_size(1, c.width), lanes = c.word_lanes * c.halves;
   const auto phases = static_cast<double>(std::min(g.kernel[0], g.stride[0]) * std::min(g.kernel[1], g.stride[1]));
@@ -313,19 +346,24 @@ double cut_cost(const ConvCase& c, const Pitch& pitch, const Cut& cut, int threa
   const int64_t span = std::min(segment + y.reach * pitch.row + x.reach, g.kernel[0] * (segment + x.reach));
   const auto vectors = static_cast<double>(segment), outputs = static_cast<double>(c.outputs);
   const double staged = static_cast<double>(c.planes * span) * phases,
+               columns_staged = static_cast<double>(c.planes * c.column_planes * (segment + x.reach)),
                bands = static_cast<double>(cut.image_bands * cut.row_bands);
+  // What sums of one segment of the weights go through again and again.
+  const double resident = (c.column_planes ? columns_staged : staged) / static_cast<double>(c.segments) +
+                          (c.segments > 1 ? outputs * c.halves * vectors : 0);
   const double sums = (std::max(vectors * c.cycles, c.weight_bytes / weight_bytes_per_cycle) +
                        c.weight_bytes / first_weight_bytes_per_cycle) *
-                          (!c.streams && staged * c.word_lanes * 4 > second_level ? spilled : 1) +
+                          (resident * c.word_lanes * 4 > second_level ? spilled : 1) +
                       outputs * c.halves * vectors * finish;
+  const double planes = staged * stage + columns_staged * column;
   double best = std::numeric_limits<double>::max();
   for (int64_t s = 1; s <= c.blocks && s <= (threads == 1 ? 1 : 4 * threads); ++s) {
     const double rounds = std::ceil(bands * static_cast<double>(s) / threads);
     const double pieces =
         std::ceil(static_cast<double>(c.blocks) / static_cast<double>(s)) / static_cast<double>(c.blocks);
-    const double cost = s == 1 || c.lifted_input ? rounds * (staged * stage + sums * pieces + item)
-                                                 : staged * stage * bands * crossing / threads + meeting +
-                                                       rounds * (sums * pieces * crossed + item);
+    const double cost = s == 1 || c.lifted_input
+                            ? rounds * (planes + sums * pieces + item)
+                            : planes * bands * crossing / threads + meeting + rounds * (sums * pieces * crossed + item);
     if (cost < best) best = cost, splits = s;
   }
   return best;
@@ -357,7 +395,8 @@ ConvPlan::ConvPlan(const ConvCase& c, const Pitch& pitch, const Cut& cut, int64_
     for (int64_t r = 0; r < cut.row_bands; ++r) {
       const int64_t image = c.images * i / cut.image_bands, row = rows * r / cut.row_bands;
       const Band band{image, c.images * (i + 1) / cut.image_bands - image, row, rows * (r + 1) / cut.row_bands - row};
-      LiftPlan& lift = bands.emplace_back(c.geometry, c.height, c.width, band, pitch, c.word_lanes, c.halves);
+      LiftPlan& lift =
+          bands.emplace_back(c.geometry, c.height, c.width, band, pitch, c.word_lanes, c.halves, c.column_planes);
       lift.vectors_before = vectors;
       vectors += lift.segment;
     }

@@ -74,10 +74,14 @@ struct Pitch {
 // holds the positions j + l * segment. A tap is then a whole number of vectors. Planes keep only the spans of vectors
 // that taps read. Words of 16-bit pairs hold two lanes: l in their low halves, l + word lanes in their high halves.
 struct LiftPlan {
-  LiftPlan(const Geometry&, int64_t height, int64_t width, const Band&, const Pitch&, int word_lanes, int halves);
+  // With `column_planes` sums of every filter column, units are staged one after another and then summed up.
+  LiftPlan(const Geometry&, int64_t height, int64_t width, const Band&, const Pitch&, int word_lanes, int halves,
+           int64_t column_planes = 0);
   void plan_restaging(const std::vector<LiftPlan>& bands);  // of inputs in the lanes of the same bands
   size_t flat_bytes() const { return static_cast<size_t>((positions + half) * 4); }  // to stage or unlift a plane
-  std::vector<int> ascending_taps() const;                                           // by phase, then offset
+  int64_t summed_bytes() const { return column_bytes ? column_bytes : unit_bytes; }  // of what is summed, of a unit
+  void plan_columns(const Geometry&, int64_t planes, int64_t vector_bytes);
+  std::vector<int> ascending_taps() const;  // by phase, then offset
   std::vector<TapSegment> tap_segments(int vectors_per_tile) const;
 
   struct Phase {  // the padded input modulo the stride
@@ -101,6 +105,14 @@ struct LiftPlan {
   std::vector<int64_t> tap_source;  // bytes from the unit's first plane
   TablePlan tables;
 
+  struct ColumnPhase {                                // sums of columns of one phase of the stride: [vector][plane]
+    std::array<int64_t, max_column_rows> row_source;  // bytes from the unit's first plane to the rows of the first
+    int64_t vectors;
+  };
+  std::vector<ColumnPhase> column_phases;
+  std::vector<int64_t> column_source;  // bytes from the unit's first sum to those of each phase
+  int64_t column_bytes = 0;            // from the sums of one unit to those of the next
+
   // Lifted activations: [band][channel][vector][lane], so many vectors of one channel lie in the bands before.
   int64_t lanes;
   int64_t vectors_before = 0;
@@ -119,7 +131,8 @@ struct ConvCase {
   double weight_bytes;      // read for each band
   int64_t planes;           // staged
   int64_t outputs, blocks;  // blocks of outputs: what threads can share
-  bool streams;             // staged planes are read once, not by every block
+  int64_t segments;         // of the weights: each sees its planes once, of all blocks
+  int64_t column_planes;    // of every unit, for `codegen` that reads sums of columns
   bool lifted_input = false, lifted_output = false;
 
   bool keeps_size() const;    // so that input and output can share bands

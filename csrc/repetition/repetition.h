@@ -142,7 +142,10 @@ class PackedConv2d final : public PackedLayer {
 
   struct Call;
   struct Sums;
-  void stage_channels(const Call&, const LiftPlan&, int64_t index, char* staged) const;
+  void stage(const Call&, const LiftPlan&, int64_t index, char* staged) const;
+  void stage_channels(const Call&, const LiftPlan&, int64_t group, int64_t channel, char* to) const;
+  void stage_phase(const Call&, const LiftPlan&, size_t index, int64_t first, int64_t count, char* planes) const;
+  void sum_columns(const Call&, const LiftPlan&, const char* planes, char* sums) const;
   void restage_channels(const Call&, const LiftPlan&, int64_t first, int64_t count, char* staged) const;
   void sum(const Call&, const LiftPlan&, const char* staged, int64_t first, int64_t last) const;
   void sum_code(const Call&, const LiftPlan&, const char* staged, int64_t first, int64_t last) const;

@@ -54,6 +54,9 @@ const Case cases[] = {
     {"segments of one tap", 64, 2, 300, 1, binary},
 };
 
+// Filters of `taps` rows; sums of columns, which whole layers need, are for test_repetition.
+Geometry one_column(const Case& c) { return {c.groups * c.channels, c.groups, {c.taps, 1}, {1, 1}, {0, 0}, {1, 1}}; }
+
 struct Layer {
   std::vector<uint8_t> codes;
   std::vector<float> levels;
@@ -117,7 +120,8 @@ void fill(Planes<T>& planes, const Case& c, const Layer& layer, int64_t range, s
 template <class T> void test_case(const Case& c, DType dtype, int64_t range, bool avx512, const std::string& what) {
   std::mt19937 random(5);
   const Layer layer(c, random);
-  const CodeLayer code_layer{&layer.weights, c.groups, c.channels, c.taps, dtype, range};
+  const Geometry geometry = one_column(c);
+  const CodeLayer code_layer{&layer.weights, geometry, dtype, range};
   const LayerCode code(code_layer, avx512);
   const int64_t vector_bytes = avx512 ? 64 : 32;
   Planes<T> planes(c, vector_bytes);
@@ -207,7 +211,7 @@ void test_chunks() {
   for (const int64_t outputs : {29, 32, 64, 100}) {
     const Case c{"", outputs, 1, 2, 1, ternary};
     const Layer layer(c, random);
-    const LayerCode code({&layer.weights, 1, 2, 1, DType::f32, 0}, true);
+    const LayerCode code({&layer.weights, one_column(c), DType::f32, 0}, true);
     int64_t least = outputs, most = 0;
     for (const CodeChunk& chunk : code.chunks())
       least = std::min(least, chunk.outputs), most = std::max(most, chunk.outputs);
@@ -218,11 +222,13 @@ void test_chunks() {
 
 void test_errors() {
   std::mt19937 random(5);
-  const Layer large({"", 3, 1, 2, 1, {-129, 129}}, random), fraction({"", 3, 1, 2, 1, {-0.5, 0.5}}, random);
-  const CodeLayer integers{&large.weights, 1, 2, 1, DType::u8, 255};
+  const Case case_large{"", 3, 1, 2, 1, {-129, 129}}, case_fraction{"", 3, 1, 2, 1, {-0.5, 0.5}};
+  const Layer large(case_large, random), fraction(case_fraction, random);
+  const Geometry geometry = one_column(case_large);
+  const CodeLayer integers{&large.weights, geometry, DType::u8, 255};
   CHECK_THROWS(LayerCode(integers, true), std::invalid_argument, "fit 16 bits");
   CHECK(std::isinf(code_cost(integers, true)));
-  CHECK_THROWS(LayerCode({&fraction.weights, 1, 2, 1, DType::i8, 128}, true), std::invalid_argument, "integers");
+  CHECK_THROWS(LayerCode({&fraction.weights, geometry, DType::i8, 128}, true), std::invalid_argument, "integers");
 }
 
 // Once it may be executed it may not be written, whether on small pages or on huge ones.

@@ -48,6 +48,11 @@ const Case cases[] = {
     {"17 of 33 columns", 1, 2, 33, 3, {4, 1, {1, 1}, {1, 2}, {0, 0}, {1, 1}}, 3},
     {"groups", 2, 7, 5, 12, {9, 3, {3, 3}, {1, 1}, {1, 1}, {1, 1}}, 3},
     {"depthwise", 1, 9, 6, 7, {7, 7, {3, 3}, {2, 1}, {1, 1}, {1, 1}}, 2},
+    {"columns", 2, 11, 13, 33, {13, 1, {3, 3}, {1, 1}, {1, 1}, {1, 1}}, 2},
+    {"columns, stride", 1, 12, 9, 40, {6, 1, {3, 3}, {2, 2}, {1, 1}, {1, 1}}, 2},
+    {"columns, stride and dilation", 1, 9, 10, 40, {5, 1, {3, 3}, {1, 3}, {2, 2}, {2, 2}}, 2},
+    {"columns on few pixels", 1, 2, 2, 40, {5, 1, {3, 2}, {1, 1}, {2, 3}, {1, 3}}, 2},
+    {"columns, groups", 1, 6, 5, 40, {10, 2, {2, 3}, {1, 1}, {0, 1}, {1, 1}}, 2},
     {"kernel as large as input", 1, 5, 6, 3, {4, 1, {5, 6}, {1, 1}, {0, 0}, {1, 1}}, 16},
     {"empty", 1, 2, 6, 3, {4, 1, {5, 6}, {1, 1}, {0, 0}, {1, 1}}, 3},
     {"no images", 0, 5, 6, 3, {4, 1, {5, 6}, {1, 1}, {0, 0}, {1, 1}}, 3},
@@ -68,7 +73,8 @@ struct Layer {
   Weights weights;
 
   Layer(int64_t outputs, int64_t inputs, int64_t level_count, int64_t scale_groups, std::mt19937& random) {
-    for (int64_t i = 0; i < level_count; ++i) levels.push_back(static_cast<float>(i - level_count / 2));
+    for (int64_t i = 0; i < level_count; ++i)
+      levels.push_back(static_cast<float>(level_count == 2 ? 2 * i - 1 : i - level_count / 2));
     for (int64_t i = 0; i < outputs * inputs; ++i)
       codes.push_back(static_cast<uint8_t>(random() % static_cast<size_t>(level_count)));
     for (int64_t i = 0; i < outputs * scale_groups; ++i)

@@ -14,9 +14,10 @@ from pycodesign._native import __version__, get_num_threads, set_isa, set_num_th
 if TYPE_CHECKING:
     from pycodesign import nn as nn
     from pycodesign import ops, quantize, reference, repetition
-    from pycodesign.quantize import QuantizedTensor
+    from pycodesign.quantize import KernelCodebook, QuantizedTensor
 
 __all__ = [
+    "KernelCodebook",
     "QuantizedTensor",
     "__version__",
     "get_num_threads",
@@ -35,8 +36,8 @@ _SUBMODULES = frozenset({"nn", "ops", "quantize", "reference", "repetition"})
 def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         return importlib.import_module(f"pycodesign.{name}")
-    if name == "QuantizedTensor":
-        return importlib.import_module("pycodesign.quantize").QuantizedTensor
+    if name in ("KernelCodebook", "QuantizedTensor"):
+        return getattr(importlib.import_module("pycodesign.quantize"), name)
     raise AttributeError(f"module 'pycodesign' has no attribute {name!r}")
 
 

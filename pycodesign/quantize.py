@@ -1,121 +1,46 @@
-"""Weights with few distinct values: the type that holds them, and the published ways to get them.
+"""Weights with few distinct values, or few distinct small kernels: the published ways to get them.
 
-Every function returns a `QuantizedTensor`, which stands for ``w[o, ...] = scale[o] * levels[codes[o, ...]]``.
+Every function returns a `QuantizedTensor`, which stands for ``w[o, ...] = scale[o] * levels[codes[o, ...]]``; only
+`kernel_codebook` returns a `KernelCodebook`.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["QuantizedTensor", "binary", "from_fake_quantized", "power_of_two", "ternary", "uniform"]
+from pycodesign._codebook import kernel_codebook
+from pycodesign._quantized import (
+    MAX_LEVELS,
+    REPETITION_LEVELS,
+    Floats,
+    KernelCodebook,
+    QuantizedTensor,
+    check_scale,
+    check_weights,
+    to_numpy,
+)
 
-Floats: TypeAlias = NDArray[np.float32]
+__all__ = [
+    "REPETITION_LEVELS",
+    "KernelCodebook",
+    "QuantizedTensor",
+    "binary",
+    "from_fake_quantized",
+    "kernel_codebook",
+    "power_of_two",
+    "ternary",
+    "uniform",
+]
 
-MAX_LEVELS = 256  # a code is one byte
-REPETITION_LEVELS = 16  # above this only the dense algorithm remains
 MAX_INTEGER_LEVEL = 1 << 15  # what from_fake_quantized looks for; holds the levels of power_of_two(5)
 MAX_SMALLEST_MULTIPLE = 256  # steps in the smallest nonzero |weight|; holds 8-bit levels, odd ones too
 CLIP_FRACTIONS = np.linspace(1.0, 0.2, 17, dtype=np.float32)
 CACHED_WEIGHTS = 1 << 16  # weights per block of the scale search: the block and its temporaries stay in the L2 cache
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class QuantizedTensor:
-    """Weights of few distinct values: ``w[o, ...] = scale[o] * levels[codes[o, ...]]``.
-
-    Arrays may be NumPy arrays or torch tensors; they are kept as NumPy arrays, and not copied unless they have to be
-    (codes that are not in C order, tensors on another device).
-
-    Parameters
-    ----------
-    codes : int8 or uint8 (O, I) or (O, I, kH, kW)
-        Index into the levels, never negative: int8 codes reach only the first 128 levels.
-    levels : float32 (Q,) or (O, Q)
-        Finite and strictly ascending, 1 <= Q <= 256; two-dimensional where each output has its own.
-    scale : float32 (O,), or (O, G) for codes (O, I)
-        Finite, of any sign. In the second form each group of I / G consecutive inputs has its own.
-
-    Raises
-    ------
-    TypeError
-        If an argument is no array or has another dtype.
-    ValueError
-        If a shape or a value is not as above.
-
-    Examples
-    --------
-    >>> codes = np.array([[0, 2, 1], [2, 2, 0]], np.uint8)
-    >>> q = QuantizedTensor(codes, np.array([-1, 0, 1], np.float32), np.array([0.5, -2], np.float32))
-    >>> q
-    QuantizedTensor((2, 3), Q=3, levels: -1, 0, 1)
-    >>> q.dequantize()
-    array([[-0.5,  0.5,  0. ],
-           [-2. , -2. ,  2. ]], dtype=float32)
-    """
-
-    codes: NDArray[Any]
-    levels: Floats
-    scale: Floats
-
-    def __post_init__(self) -> None:
-        codes, levels, scale = (_to_numpy(name, getattr(self, name)) for name in ("codes", "levels", "scale"))
-        _check_codes(codes)
-        _check_levels(levels, codes.shape[0])
-        _check_scale(scale, codes.shape)
-        for code in (codes.min(), codes.max()):
-            if not 0 <= code < levels.shape[-1]:
-                raise ValueError(f"codes: expected values from 0 to {levels.shape[-1] - 1} (Q - 1), got {code}")
-        for name, array in (("codes", codes), ("levels", levels), ("scale", scale)):
-            object.__setattr__(self, name, np.ascontiguousarray(array))
-
-    @property
-    def Q(self) -> int:
-        """Number of levels (of each output)."""
-        return int(self.levels.shape[-1])
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weights."""
-        return self.codes.shape
-
-    def decode(self) -> Floats:
-        """Return ``levels[codes]``, the weights without their scale.
-
-        Returns
-        -------
-        float32, shape of codes
-        """
-        levels = np.broadcast_to(self.levels, (self.shape[0], self.Q))
-        output = np.arange(self.shape[0]).reshape(-1, *[1] * (self.codes.ndim - 1))
-        weights: Floats = levels[output, self.codes]
-        return weights
-
-    def dequantize(self) -> Floats:
-        """Return the weights, each product ``scale * level`` rounded once.
-
-        Returns
-        -------
-        float32, shape of codes
-        """
-        scale = self.scale.reshape(self.shape[0], -1)  # (O, 1) or (O, G)
-        weights = self.decode().reshape(*scale.shape, -1) * scale[:, :, None]
-        return weights.reshape(self.shape)
-
-    def __repr__(self) -> str:
-        if self.levels.ndim == 2:
-            levels = "own for each output"
-        elif self.Q <= REPETITION_LEVELS:
-            levels = ", ".join(f"{level:g}" for level in self.levels)
-        else:
-            levels = f"{self.levels[0]:g} .. {self.levels[-1]:g}"
-        groups = f", G={self.scale.shape[1]}" if self.scale.ndim == 2 else ""
-        return f"QuantizedTensor({self.shape}, Q={self.Q}{groups}, levels: {levels})"
 
 
 def binary(w: Any) -> QuantizedTensor:
@@ -146,7 +71,7 @@ def binary(w: Any) -> QuantizedTensor:
     >>> binary(np.array([[1.0, -2.0, 0.0, 3.0]])).dequantize()
     array([[ 1.5, -1.5,  1.5,  1.5]], dtype=float32)
     """
-    w = _check_weights(w)
+    w = check_weights(w)
     scale = np.abs(_rows(w)).mean(axis=1, dtype=np.float64)
     return QuantizedTensor((w >= 0).view(np.uint8), _int_levels(-1, 1), scale.astype(np.float32))
 
@@ -180,7 +105,7 @@ def ternary(w: Any) -> QuantizedTensor:
     >>> ternary(np.array([[1.0, -2.0, 0.0, 3.0]])).dequantize()
     array([[ 0. , -2.5,  0. ,  2.5]], dtype=float32)
     """
-    w = _check_weights(w)
+    w = check_weights(w)
     rows = _rows(w)
     magnitude = np.abs(rows)
     threshold = 0.7 * magnitude.mean(axis=1, keepdims=True, dtype=np.float64)
@@ -223,7 +148,7 @@ def uniform(w: Any, bits: int) -> QuantizedTensor:
     >>> uniform(np.array([[0.5, -1.0, 0.25, 1.0]]), bits=4).codes - 8.0
     array([[ 3., -7.,  2.,  7.]])
     """
-    w = _check_weights(w)
+    w = check_weights(w)
     bits = _check_bits(bits, 2, 8)
     top = (1 << (bits - 1)) - 1
 
@@ -265,7 +190,7 @@ def power_of_two(w: Any, bits: int) -> QuantizedTensor:
     >>> power_of_two(np.array([[0.5, -1.0, 0.0, 0.25]]), bits=3).dequantize()
     array([[ 0.5 , -1.  ,  0.  ,  0.25]], dtype=float32)
     """
-    w = _check_weights(w)
+    w = check_weights(w)
     bits = _check_bits(bits, 2, 5)
     exponents = (1 << (bits - 1)) - 1
     powers = 2.0 ** np.arange(exponents)
@@ -314,12 +239,12 @@ def from_fake_quantized(w: Any, scale: Any = None) -> QuantizedTensor:
     >>> q.levels, q.scale
     (array([-1.,  0.,  1.], dtype=float32), array([0.3, 1.5], dtype=float32))
     """
-    w = _to_numpy("w", w)
+    w = to_numpy("w", w)
     if w.dtype == np.float64:
         raise TypeError("w: expected float32 or float16, which dequantize() can equal, got float64")
-    w = _check_weights(w) + np.float32(0)  # -0 becomes 0
+    w = check_weights(w) + np.float32(0)  # -0 becomes 0
     rows = _rows(w)
-    if scale is not None and (q := _divide_by_scale(w, _to_numpy("scale", scale))):
+    if scale is not None and (q := _divide_by_scale(w, to_numpy("scale", scale))):
         return q
     distinct = _distinct_values(rows)
     live = np.asarray(distinct.any(axis=1))
@@ -339,7 +264,7 @@ def from_fake_quantized(w: Any, scale: Any = None) -> QuantizedTensor:
 
 def _divide_by_scale(w: Floats, scale: NDArray[Any]) -> QuantizedTensor | None:
     """Take the integers ``w / scale`` as levels; None if some are no integers."""
-    _check_scale(scale, w.shape)
+    check_scale(scale, w.shape)
     steps = scale.reshape(w.shape[0], -1, 1)
     grouped = w.reshape(*steps.shape[:2], -1)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -467,15 +392,6 @@ def _int_levels(*levels: int) -> Floats:
     return np.array(levels, np.float32)
 
 
-def _to_numpy(name: str, array: Any) -> NDArray[Any]:
-    if hasattr(array, "detach"):  # a torch tensor
-        array = array.detach().cpu()
-        array = (array.float() if str(array.dtype) == "torch.bfloat16" else array).numpy()  # NumPy lacks bfloat16
-    if not isinstance(array, np.ndarray):
-        raise TypeError(f"{name}: expected a NumPy array or a torch tensor, got {type(array).__name__}")
-    return array
-
-
 def _check_bits(bits: int, low: int, high: int) -> int:
     try:
         value = operator.index(bits)
@@ -484,60 +400,3 @@ def _check_bits(bits: int, low: int, high: int) -> int:
     if not low <= value <= high:
         raise ValueError(f"bits: expected {low} to {high}, got {value}")
     return value
-
-
-def _check_weights(w: Any) -> Floats:
-    w = _to_numpy("w", w)
-    expected = "w: expected float (O, I) or (O, I / groups, kH, kW)"
-    if w.dtype not in (np.float16, np.float32, np.float64):
-        raise TypeError(f"{expected}, got {w.dtype} {w.shape}")
-    if w.ndim not in (2, 4):
-        raise ValueError(f"{expected}, got {w.dtype} {w.shape}")
-    if w.size == 0:
-        raise ValueError(f"w: expected at least one weight, got shape {w.shape}")
-    with np.errstate(over="ignore"):
-        narrow = np.ascontiguousarray(w, np.float32)
-    finite = np.isfinite(narrow)
-    if not finite.all():
-        index = tuple(int(i) for i in np.argwhere(~finite)[0])
-        raise ValueError(f"w: expected finite float32 values, got {w[index]} at {index}")
-    return narrow
-
-
-def _check_codes(codes: NDArray[Any]) -> None:
-    expected = "codes: expected int8 or uint8 (O, I) or (O, I, kH, kW)"
-    if codes.dtype not in (np.int8, np.uint8):
-        raise TypeError(f"{expected}, got {codes.dtype} {codes.shape}")
-    if codes.ndim not in (2, 4):
-        raise ValueError(f"{expected}, got {codes.dtype} {codes.shape}")
-    if codes.size == 0:
-        raise ValueError(f"codes: expected at least one code, got shape {codes.shape}")
-
-
-def _check_levels(levels: NDArray[Any], outputs: int) -> None:
-    expected = f"levels: expected float32 (Q,) or ({outputs}, Q)"
-    if levels.dtype != np.float32:
-        raise TypeError(f"{expected}, got {levels.dtype} {levels.shape}")
-    if levels.ndim not in (1, 2) or (levels.ndim == 2 and levels.shape[0] != outputs):
-        raise ValueError(f"{expected}, got float32 {levels.shape}")
-    if not 1 <= levels.shape[-1] <= MAX_LEVELS:
-        raise ValueError(f"levels: expected 1 to {MAX_LEVELS} levels, got {levels.shape[-1]}")
-    if not np.isfinite(levels).all():
-        raise ValueError(f"levels: expected finite values, got {levels[~np.isfinite(levels)][0]}")
-    descending = levels[..., 1:] <= levels[..., :-1]
-    if descending.any():
-        before, after = levels[..., :-1][descending][0], levels[..., 1:][descending][0]
-        raise ValueError(f"levels: expected strictly ascending values, got {before} before {after}")
-
-
-def _check_scale(scale: NDArray[Any], shape: tuple[int, ...]) -> None:
-    outputs, inputs = shape[:2]
-    grouped = f" or ({outputs}, G) with G dividing {inputs}" if len(shape) == 2 else ""
-    expected = f"scale: expected float32 ({outputs},){grouped}"
-    if scale.dtype != np.float32:
-        raise TypeError(f"{expected}, got {scale.dtype} {scale.shape}")
-    per_group = len(shape) == 2 and scale.ndim == 2 and scale.shape[1] > 0 and inputs % scale.shape[1] == 0
-    if scale.shape[:1] != (outputs,) or not (scale.ndim == 1 or per_group):
-        raise ValueError(f"{expected}, got float32 {scale.shape}")
-    if not np.isfinite(scale).all():
-        raise ValueError(f"scale: expected finite values, got {scale[~np.isfinite(scale)][0]}")

@@ -229,5 +229,5 @@ def test_the_reference_imports_no_compiled_code():
         "from typing import Any, TypeAlias",
         "import numpy as np",
         "from numpy.typing import NDArray",
-        "from pycodesign.quantize import QuantizedTensor",
+        "from pycodesign.quantize import KernelCodebook, QuantizedTensor",
     }

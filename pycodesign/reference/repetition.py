@@ -7,7 +7,12 @@ section III, the factorized dot product; Q-gym, Fu et al., PACT 2022, starts fro
 
 Both forms are equal; this file computes the first in float64. Sums of integers are exact there (below 2^53), so for
 integer inputs every result is exact: the order of the float32 steps in `_finish` is part of the specification.
-For float32 inputs it is the value to come near to: within 8 eps sqrt(K) `abs_bound`, K terms a sum, eps = 2^-23.
+A codebook's sum is one of sums: each small kernel's convolution of a channel, computed once,
+
+    acc[o] = sum_j sign[o, j] * (kernels[c(j), index[o, j]] * x)[j]
+
+and equal, too. For float32 inputs it is the value to come near to: within 8 eps sqrt(K) `abs_bound`, K terms a sum,
+eps = 2^-23.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from pycodesign.quantize import QuantizedTensor
+from pycodesign.quantize import KernelCodebook, QuantizedTensor
 
 Array: TypeAlias = NDArray[Any]
 Pair: TypeAlias = int | tuple[int, int]
@@ -26,7 +31,7 @@ Pair: TypeAlias = int | tuple[int, int]
 @np.errstate(all="ignore")  # NaN, Inf and overflow follow IEEE 754
 def conv2d(
     x: Array,
-    q: QuantizedTensor,
+    q: QuantizedTensor | KernelCodebook,
     bias: Array | None = None,
     *,
     stride: Pair = 1,
@@ -43,7 +48,7 @@ def conv2d(
     Parameters
     ----------
     x : float32, float64, uint8 or int8 (N, C, H, W)
-    q : QuantizedTensor (O, C / groups, R, S)
+    q : QuantizedTensor or KernelCodebook (O, C / groups, R, S)
     bias : float32 (O,), optional
     residual : float32, uint8 or int8 (N, O, OH, OW), optional
     **epilogue
@@ -61,7 +66,7 @@ def conv2d(
 @np.errstate(all="ignore")  # NaN, Inf and overflow follow IEEE 754
 def linear(
     x: Array,
-    q: QuantizedTensor,
+    q: QuantizedTensor | KernelCodebook,
     bias: Array | None = None,
     *,
     input_scale: float = 1.0,
@@ -117,7 +122,13 @@ def add(
 
 
 def abs_bound(
-    x: Array, q: QuantizedTensor, *, stride: Pair = 1, padding: Pair = 0, dilation: Pair = 1, groups: int = 1
+    x: Array,
+    q: QuantizedTensor | KernelCodebook,
+    *,
+    stride: Pair = 1,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    groups: int = 1,
 ) -> Array:
     """Return sum |w||x| in float64, the shape of the result: the unit of the error bound of float inputs."""
     magnitude, weights = np.abs(x.astype(np.float64)), np.abs(q.dequantize().astype(np.float64))

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from pycodesign.quantize import QuantizedTensor
+from pycodesign.quantize import KernelCodebook, QuantizedTensor
 
 Array: TypeAlias = Any  # a NumPy array or a torch tensor
 Pair: TypeAlias = int | Sequence[int]
@@ -83,13 +83,15 @@ def to_pair(name: str, value: Pair, lowest: int) -> tuple[int, int]:
 
 
 def check_weights(q: Any, ndim: int, shape: str) -> None:
-    if not isinstance(q, QuantizedTensor):
-        raise TypeError(f"q: expected QuantizedTensor {shape}, got {type(q).__name__}")
-    if q.codes.ndim != ndim:
-        raise ValueError(f"q: expected QuantizedTensor {shape}, got codes of shape {q.shape}")
+    if not isinstance(q, QuantizedTensor | KernelCodebook):
+        raise TypeError(f"q: expected QuantizedTensor or KernelCodebook {shape}, got {type(q).__name__}")
+    if len(q.shape) != ndim:
+        raise ValueError(f"q: expected {type(q).__name__} {shape}, got weights of shape {q.shape}")
 
 
-def check_inputs(q: QuantizedTensor, dtype: str, scale: float, zero_point: int, bits: int | None) -> dict[str, Any]:
+def check_inputs(
+    q: QuantizedTensor | KernelCodebook, dtype: str, scale: float, zero_point: int, bits: int | None
+) -> dict[str, Any]:
     """Return the options that describe the input."""
     if not isinstance(dtype, str) or dtype not in INPUT_RANGES:
         raise ValueError(f"input_dtype: expected 'float32', 'uint8' or 'int8', got {dtype!r}")
@@ -108,13 +110,14 @@ def check_inputs(q: QuantizedTensor, dtype: str, scale: float, zero_point: int, 
             raise ValueError(f"input_zero_point: expected a value of {dtype}, got {zero_point}")
         if bits is not None and not 1 <= (bits := to_integer("input_bits", bits)) <= 8:
             raise ValueError(f"input_bits: expected 1 to 8, got {bits}")
-        fractional = q.levels[q.levels != np.rint(q.levels)]
+        what, values = ("kernels", q.kernels) if isinstance(q, KernelCodebook) else ("levels", q.levels)
+        fractional = values[values != np.rint(values)]
         if fractional.size:
-            raise ValueError(f"q: expected integer levels for {dtype} inputs, got {fractional[0]:g}")
+            raise ValueError(f"q: expected integer {what} for {dtype} inputs, got {fractional[0]:g}")
     return {"input_dtype": dtype, "input_scale": scale, "input_zero_point": zero_point, "input_bits": bits}
 
 
-def check_bias(bias: Array | None, q: QuantizedTensor) -> NDArray[np.float32] | None:
+def check_bias(bias: Array | None, q: QuantizedTensor | KernelCodebook) -> NDArray[np.float32] | None:
     if bias is None:
         return None
     array, _ = to_numpy("bias", bias)

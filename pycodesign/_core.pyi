@@ -55,6 +55,24 @@ def choose_conv2d(
 ) -> tuple[str, str]:
     """Return the algorithm that the cost model prefers, and why."""
 
+def choose_codebook(
+    index: NDArray[np.uint8],
+    sign: NDArray[np.int8],
+    kernels: NDArray[np.float32],
+    levels: NDArray[np.float32],
+    scale: NDArray[np.float32],
+    channels: int,
+    groups: int,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    input_dtype: str,
+    input_zero_point: int,
+    input_bits: int,
+) -> tuple[str, str]:
+    """Return the algorithm for a convolution by a codebook, and why."""
+
 def choose_linear(
     codes: NDArray[np.uint8], levels: NDArray[np.float32], scale: NDArray[np.float32], input_dtype: str
 ) -> tuple[str, str]:
@@ -100,6 +118,30 @@ class PackedConv2d(PackedLayer):
         input_bits: int,
         algorithm: str,
     ) -> None: ...
+    @staticmethod
+    def from_codebook(
+        index: NDArray[np.uint8],
+        sign: NDArray[np.int8],
+        kernels: NDArray[np.float32],
+        levels: NDArray[np.float32],
+        scale: NDArray[np.float32],
+        bias: NDArray[np.float32] | None,
+        channels: int,
+        groups: int,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        input_dtype: str,
+        input_scale: float,
+        input_zero_point: int,
+        input_bits: int,
+    ) -> PackedConv2d:
+        """Pack index and sign (O, J), kernels (C, U, inputs), their levels (1, Q), scale (O, 1)."""
+
+    def indices(self) -> tuple[NDArray[np.uint8], NDArray[np.int8]]:
+        """Return index and sign of a codebook, decoded from the packed form."""
+
     @property
     def group_size(self) -> int:
         """Channels that share a table; 0 without tables."""

@@ -12,25 +12,25 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from pycodesign._arguments import to_integer
-from pycodesign.quantize import QuantizedTensor
+from pycodesign.quantize import KernelCodebook, QuantizedTensor
 
 KEY = "pycodesign"  # the only one of the metadata: safetensors writes several in a random order
 FORMAT = "pycodesign packed layer 1"
 
 
-def encode(q: QuantizedTensor, bias: NDArray[np.float32] | None, options: dict[str, Any]) -> bytes:
+def encode(q: QuantizedTensor | KernelCodebook, bias: NDArray[np.float32] | None, options: dict[str, Any]) -> bytes:
     """Write a layer's weights, bias and options."""
-    tensors: dict[str, NDArray[Any]] = {
-        "codes": pack_bits(q.codes, code_bits(q.Q)),
-        "levels": q.levels,
-        "scale": q.scale,
-    }
+    tensors: dict[str, NDArray[Any]] = {"scale": q.scale}
+    if isinstance(q, KernelCodebook):
+        tensors |= {"index": q.index, "negative": pack_bits((q.sign < 0).view(np.uint8), 1), "kernels": q.kernels}
+    else:
+        tensors |= {"codes": pack_bits(q.codes, code_bits(q.Q)), "levels": q.levels}
     if bias is not None:
         tensors["bias"] = bias
-    return sign(tensors, options | {"shape": q.shape})
+    return seal(tensors, options | {"shape": q.shape})
 
 
-def decode(data: bytes) -> tuple[QuantizedTensor, NDArray[np.float32] | None, dict[str, Any]]:
+def decode(data: bytes) -> tuple[QuantizedTensor | KernelCodebook, NDArray[np.float32] | None, dict[str, Any]]:
     """Read what `encode` wrote; other data raise one of many exceptions, of safetensors, JSON or Python."""
     tensors = safetensors.numpy.load(data)
     size = int.from_bytes(data[:8], "little")
@@ -41,11 +41,15 @@ def decode(data: bytes) -> tuple[QuantizedTensor, NDArray[np.float32] | None, di
     if description["sha256"] != compute_digest(tensors, options):
         raise ValueError("its checksum does not match its contents")
     shape = tuple(to_integer("shape", n, 1) for n in options.pop("shape"))
+    if "kernels" in tensors:
+        index = tensors["index"]
+        sign = 1 - 2 * unpack_bits(tensors["negative"], 1, index.shape).astype(np.int8)
+        return KernelCodebook(index, sign, tensors["kernels"], tensors["scale"]), tensors.get("bias"), options
     codes = unpack_bits(tensors["codes"], code_bits(tensors["levels"].shape[-1]), shape)
     return QuantizedTensor(codes, tensors["levels"], tensors["scale"]), tensors.get("bias"), options
 
 
-def sign(tensors: dict[str, NDArray[Any]], options: Any) -> bytes:
+def seal(tensors: dict[str, NDArray[Any]], options: Any) -> bytes:
     """Write tensors and options with their checksum."""
     description = {"format": FORMAT, "options": options, "sha256": compute_digest(tensors, options)}
     return bytes(safetensors.numpy.save(tensors, {KEY: json.dumps(description, sort_keys=True)}))

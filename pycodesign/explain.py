@@ -14,7 +14,7 @@ import safetensors
 from numpy.typing import NDArray
 
 from pycodesign import _core, _packed_file, demo, ops
-from pycodesign.quantize import REPETITION_LEVELS, QuantizedTensor, from_fake_quantized
+from pycodesign.quantize import REPETITION_LEVELS, KernelCodebook, QuantizedTensor, from_fake_quantized
 
 KINDS = {2: "linear", 4: "conv2d"}  # by the rank of the weights
 FORMATS = "*.onnx, or safetensors: a packed layer, a network of pycodesign, or a state_dict"
@@ -87,7 +87,9 @@ def _read_packed(path: Path) -> StoredLayer:
     packed = ops.load_packed(path)
     geometry = ("stride", "padding", "dilation", "groups") if packed.kind == "conv2d" else ()
     options = {name: packed._options[name] for name in geometry}
-    return StoredLayer(path.stem, packed.kind, packed._shape, packed.weights, options)
+    q = packed.weights()
+    read = q.to_quantized if isinstance(q, KernelCodebook) else lambda: q
+    return StoredLayer(path.stem, packed.kind, packed._shape, read, options)
 
 
 def _read_tensors(path: Path, file: Any) -> Iterator[StoredLayer]:

@@ -38,15 +38,16 @@ from pycodesign._arguments import (
     to_numpy,
     to_pair,
 )
-from pycodesign.quantize import QuantizedTensor
+from pycodesign.quantize import KernelCodebook, QuantizedTensor
 
 __all__ = ["Explanation", "Packed", "conv2d", "linear", "load_packed", "prepack_conv2d", "prepack_linear"]
 
 Native: TypeAlias = _core.PackedConv2d | _core.PackedLinear
 
-CONV2D_ALGORITHMS = ("auto", "codegen", "tables", "dense")
+CONV2D_ALGORITHMS = ("auto", "codegen", "tables", "dense", "codebook")
 LINEAR_ALGORITHMS = (*CONV2D_ALGORITHMS, "packed")
 BY_PATTERNS = ("codegen", "tables")  # at most 16 distinct levels, of any size; one scale per output
+ONE_BY_ONE = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1)}
 COLD_BYTES = 96 << 20  # what tuning reads between two timings
 
 
@@ -73,35 +74,40 @@ class Packed:
     """
 
     def __init__(
-        self, q: QuantizedTensor, bias: NDArray[np.float32] | None, options: dict[str, Any], tune: bool
+        self, q: QuantizedTensor | KernelCodebook, bias: NDArray[np.float32] | None, options: dict[str, Any], tune: bool
     ) -> None:
         start = time.perf_counter()
-        self._shape = q.shape
-        self._levels, self._scale, self._bias = q.levels.copy(), q.scale.copy(), bias
+        self._shape, self._scale, self._bias = q.shape, q.scale.copy(), bias
         self._options = options
         self._tune_lock = threading.Lock() if tune else None
         algorithm, self._why = _choose(q, options)
-        self._native = self._pack(q.codes, algorithm)
+        self._kernels: Any = q.kernels.copy() if isinstance(q, KernelCodebook) else None
+        self._levels: Any = None if isinstance(q, KernelCodebook) else q.levels.copy()
+        self._source = q if tune else None
+        self._native = self._pack(q, algorithm)
         self._seconds = time.perf_counter() - start
 
-    def _pack(self, codes: NDArray[Any], algorithm: str) -> Native:
-        o, flat = self._options, codes.reshape(codes.shape[0], -1).astype(np.uint8, copy=False)
-        arrays = flat, np.atleast_2d(self._levels), self._scale.reshape(codes.shape[0], -1), self._bias
+    def _pack(self, q: QuantizedTensor | KernelCodebook, algorithm: str) -> Native:
+        if isinstance(q, KernelCodebook) and algorithm != "codebook":
+            q = _expand(q, algorithm)
+            self._levels = q.levels
+        o = self._options
         names = "input_dtype", "input_scale", "input_zero_point"
         inputs: dict[str, Any] = {name: o[name] for name in names} | {"input_bits": o["input_bits"] or 0}
-        if algorithm not in BY_PATTERNS and _exceed_int8(self._levels, o):
+        if isinstance(q, KernelCodebook):
+            return _core.PackedConv2d.from_codebook(
+                **_codebook_arrays(q), bias=self._bias, **_geometry(q.shape, o), **inputs
+            )
+        if algorithm == "codebook":
+            raise ValueError("algorithm: expected a KernelCodebook for 'codebook', got a QuantizedTensor")
+        if algorithm not in BY_PATTERNS and _exceed_int8(q.levels, o):
             raise ValueError(f"algorithm: expected 'tables' for levels beyond int8, got {algorithm!r}")
         if algorithm == "codegen" and not _core.generates_code() and _core.active_isa() == _core.supported_isas()[-1]:
             _warn_once()
-        if codes.ndim == 4:
-            channels, kernel = codes.shape[1] * o["groups"], (codes.shape[2], codes.shape[3])
-            geometry = channels, o["groups"], kernel, o["stride"], o["padding"], o["dilation"]
-            return _core.PackedConv2d(*arrays, *geometry, **inputs, algorithm=algorithm)
-        if algorithm in BY_PATTERNS:
-            return _core.PackedConv2d(
-                *arrays, codes.shape[1], 1, (1, 1), (1, 1), (0, 0), (1, 1), **inputs, algorithm=algorithm
-            )
-        return _core.PackedLinear(*arrays, **inputs, algorithm=algorithm)
+        if q.codes.ndim == 4 or algorithm in BY_PATTERNS:
+            inputs |= _geometry(q.shape, o)
+            return _core.PackedConv2d(**_arrays(q), bias=self._bias, **inputs, algorithm=algorithm)
+        return _core.PackedLinear(**_arrays(q), bias=self._bias, **inputs, algorithm=algorithm)
 
     @property
     def algorithm(self) -> str:
@@ -113,8 +119,10 @@ class Packed:
         """``"conv2d"`` or ``"linear"``."""
         return "conv2d" if len(self._shape) == 4 else "linear"
 
-    def weights(self) -> QuantizedTensor:
+    def weights(self) -> QuantizedTensor | KernelCodebook:
         """Return the quantized weights, decoded from the packed form."""
+        if self.algorithm == "codebook" and isinstance(self._native, _core.PackedConv2d):
+            return KernelCodebook(*self._native.indices(), self._kernels, self._scale)
         return QuantizedTensor(self._native.codes().reshape(self._shape), self._levels, self._scale)
 
     def explain(self) -> Explanation:
@@ -188,15 +196,16 @@ class Packed:
             with lock:
                 if self._tune_lock is not None:
                     self._tune(call)
-                    self._tune_lock = None
+                    self._tune_lock = self._source = None
         return call(self._native)
 
     def _tune(self, call: Callable[[Native], Array]) -> None:
-        codes = self._native.codes().reshape(self._shape)
+        q = self._source
+        assert q is not None
         natives: dict[str, Native] = {}
         for algorithm in (CONV2D_ALGORITHMS if self.kind == "conv2d" else LINEAR_ALGORITHMS)[1:]:
             try:
-                natives[algorithm] = self._native if algorithm == self.algorithm else self._pack(codes, algorithm)
+                natives[algorithm] = self._native if algorithm == self.algorithm else self._pack(q, algorithm)
             except ValueError:
                 continue  # cannot hold these weights
         other = np.ones(COLD_BYTES, np.uint8)
@@ -214,7 +223,7 @@ class Packed:
 
 
 def prepack_conv2d(
-    q: QuantizedTensor,
+    q: QuantizedTensor | KernelCodebook,
     bias: Array | None = None,
     *,
     stride: Pair = 1,
@@ -232,7 +241,7 @@ def prepack_conv2d(
 
     Parameters
     ----------
-    q : QuantizedTensor (O, C / groups, kH, kW)
+    q : QuantizedTensor or KernelCodebook (O, C / groups, kH, kW)
     bias : float32 (O,), optional
     stride, padding, dilation : int or pair of int
         For height and width. Padding stands for real zeros.
@@ -244,13 +253,16 @@ def prepack_conv2d(
     input_bits : int, optional
         Promise that integer inputs fit this many bits. A broken promise gives wrong sums; ``PYCODESIGN_CHECK=1``
         verifies it.
-    algorithm : {"auto", "codegen", "tables", "dense"}
+    algorithm : {"auto", "codegen", "tables", "dense", "codebook"}
         ``codegen``: machine code, made for these weights while packing, adds every partial sum of a few channels to
         all outputs that share it (at most 16 distinct levels; x86-64 with AVX2 on Linux, and not with
         ``PYCODESIGN_JIT=0``: elsewhere ``tables`` runs instead, with a warning).
         ``tables``: partial sums of small groups of channels are computed once and looked up (at most 16 distinct
         levels).
         ``dense``: every product, in 8-bit dot products or float32.
+        ``codebook``, of a `KernelCodebook`: each input channel's convolution with each kernel is computed once, and an
+        output adds one of them for each channel. A codebook of integers can be packed by the others, too: ``codegen``
+        finds the kernels that recur in any weights.
         ``auto``: what a cost model predicts to be faster; see `Packed.explain`.
     tune : bool
         Measure at the first call or `Packed.warmup`, with cold weights, instead of predicting.
@@ -295,7 +307,7 @@ def prepack_conv2d(
 
 
 def prepack_linear(
-    q: QuantizedTensor,
+    q: QuantizedTensor | KernelCodebook,
     bias: Array | None = None,
     *,
     input_dtype: str = "float32",
@@ -309,12 +321,12 @@ def prepack_linear(
 
     Parameters
     ----------
-    q : QuantizedTensor (O, I)
+    q : QuantizedTensor or KernelCodebook (O, I)
         Its scale may be (O, G): one per group of I / G inputs (not for ``codegen`` and ``tables``).
     bias : float32 (O,), optional
     input_dtype, input_scale, input_zero_point, input_bits, tune
         As for `prepack_conv2d`.
-    algorithm : {"auto", "codegen", "tables", "dense", "packed"}
+    algorithm : {"auto", "codegen", "tables", "dense", "codebook", "packed"}
         ``packed``: 1- and 2-bit codes unpacked in registers, for at most 4 distinct levels; the fewest bytes to read,
         which is what bounds small batches. The others as for `prepack_conv2d`.
 
@@ -510,11 +522,15 @@ def load_packed(path: str | os.PathLike[str]) -> Packed:
         raise ValueError(f"{os.fspath(path)}: expected {wanted}, got a damaged or foreign file: {e}") from e
 
 
-def _choose(q: QuantizedTensor, options: dict[str, Any]) -> tuple[str, str]:
+def _choose(q: QuantizedTensor | KernelCodebook, options: dict[str, Any]) -> tuple[str, str]:
     if options["algorithm"] != "auto":
         return options["algorithm"], "asked for"
-    codes = q.codes.reshape(q.shape[0], -1).astype(np.uint8, copy=False)
-    arrays = codes, np.atleast_2d(q.levels), q.scale.reshape(q.shape[0], -1)
+    zero_point, bits = options["input_zero_point"], options["input_bits"] or 0
+    inputs: dict[str, Any] = {"input_dtype": options["input_dtype"], "input_zero_point": zero_point, "input_bits": bits}
+    if isinstance(q, KernelCodebook):
+        if len(q.shape) == 2 and q.values != "real":
+            return _core.choose_linear(**_arrays(q.to_quantized()), input_dtype=options["input_dtype"])
+        return _core.choose_codebook(**_codebook_arrays(q), **_geometry(q.shape, options), **inputs)
     if _exceed_int8(q.levels, options):
         if np.unique(q.levels).size > 16 or q.scale[0].size > 1:
             raise ValueError(
@@ -523,11 +539,36 @@ def _choose(q: QuantizedTensor, options: dict[str, Any]) -> tuple[str, str]:
             )
         return "tables", "levels beyond int8"
     if q.codes.ndim == 2:
-        return _core.choose_linear(*arrays, options["input_dtype"])
-    geometry = options["stride"], options["padding"], options["dilation"]
-    channels, kernel = q.shape[1] * options["groups"], (q.shape[2], q.shape[3])
-    inputs = options["input_dtype"], options["input_zero_point"], options["input_bits"] or 0
-    return _core.choose_conv2d(*arrays, channels, options["groups"], kernel, *geometry, *inputs)
+        return _core.choose_linear(**_arrays(q), input_dtype=options["input_dtype"])
+    return _core.choose_conv2d(**_arrays(q), **_geometry(q.shape, options), **inputs)
+
+
+def _arrays(q: QuantizedTensor) -> dict[str, Any]:
+    """Codes (O, I), levels (1 or O, Q) and scale (O, G)."""
+    codes = q.codes.reshape(q.shape[0], -1).astype(np.uint8, copy=False)
+    return {"codes": codes, "levels": np.atleast_2d(q.levels), "scale": q.scale.reshape(q.shape[0], -1)}
+
+
+def _codebook_arrays(q: KernelCodebook) -> dict[str, Any]:
+    """Index, sign (O, J), kernels (C, U, inputs), their levels (1, Q), none for real ones, scale (O, 1)."""
+    levels = np.empty(0, np.float32) if q.values == "real" else q.to_quantized().levels
+    arrays = {"kernels": q.kernels.reshape(*q.kernels.shape[:2], -1), "levels": np.atleast_2d(levels)}
+    return {"index": q.index, "sign": q.sign, **arrays, "scale": q.scale.reshape(-1, 1)}
+
+
+def _geometry(shape: tuple[int, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """Channels, groups, kernel, stride, padding and dilation; a linear layer's rows are the pixels of an image."""
+    if len(shape) == 2:
+        return {"channels": shape[1], "groups": 1, "kernel": (1, 1), **ONE_BY_ONE}
+    own = {name: options[name] for name in ("groups", *ONE_BY_ONE)}
+    return {"channels": shape[1] * options["groups"], "kernel": shape[2:], **own}
+
+
+def _expand(q: KernelCodebook, algorithm: str) -> QuantizedTensor:
+    try:
+        return q.to_quantized()
+    except ValueError as error:
+        raise ValueError(f"algorithm: expected 'codebook' for these kernels, got {algorithm!r}: {error}") from None
 
 
 @functools.cache

@@ -725,7 +725,9 @@ def test_bad_modules():
         Linear.from_quantized(q, stride=2)
     with pytest.raises(ValueError, match=r"bias: expected float32 \(8,\), got float32 \(4,\)"):
         Linear.from_quantized(q, torch.ones(4))
-    with pytest.raises(ValueError, match=r"q: expected QuantizedTensor \(O, C / groups, kH, kW\), got codes of shape"):
+    with pytest.raises(
+        ValueError, match=r"q: expected QuantizedTensor \(O, C / groups, kH, kW\), got weights of shape"
+    ):
         Conv2d.from_quantized(q)
     with pytest.raises(ValueError, match="padding_mode: expected 'zeros', got 'circular'"):
         Conv2d.from_float(nn.Conv2d(4, 4, 3, padding_mode="circular"), "binary")

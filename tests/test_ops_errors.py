@@ -86,17 +86,17 @@ PACKING: dict[str, ERRORS] = {
     "float weights": (
         lambda: conv(np.zeros((4, 3, 3, 3), F32)),  # type: ignore[arg-type]
         TypeError,
-        "q: expected QuantizedTensor (O, C / groups, kH, kW), got ndarray",
+        "q: expected QuantizedTensor or KernelCodebook (O, C / groups, kH, kW), got ndarray",
     ),
     "linear weights for conv2d": (
         lambda: conv(QL),
         ValueError,
-        "q: expected QuantizedTensor (O, C / groups, kH, kW), got codes of shape (5, 6)",
+        "q: expected QuantizedTensor (O, C / groups, kH, kW), got weights of shape (5, 6)",
     ),
     "conv2d weights for linear": (
         lambda: lin(Q),
         ValueError,
-        "q: expected QuantizedTensor (O, I), got codes of shape (4, 3, 3, 3)",
+        "q: expected QuantizedTensor (O, I), got weights of shape (4, 3, 3, 3)",
     ),
     "groups that do not divide": (
         lambda: conv(Q, groups=3),
@@ -198,17 +198,17 @@ PACKING: dict[str, ERRORS] = {
     "unknown algorithm of conv2d": (
         lambda: conv(Q, algorithm="fast"),
         ValueError,
-        "algorithm: expected 'auto', 'codegen', 'tables' or 'dense', got 'fast'",
+        "algorithm: expected 'auto', 'codegen', 'tables', 'dense' or 'codebook', got 'fast'",
     ),
     "algorithm of linear for conv2d": (
         lambda: conv(Q, algorithm="packed"),
         ValueError,
-        "algorithm: expected 'auto', 'codegen', 'tables' or 'dense', got 'packed'",
+        "algorithm: expected 'auto', 'codegen', 'tables', 'dense' or 'codebook', got 'packed'",
     ),
     "unknown algorithm of linear": (
         lambda: lin(QL, algorithm="Dense"),
         ValueError,
-        "algorithm: expected 'auto', 'codegen', 'tables', 'dense' or 'packed', got 'Dense'",
+        "algorithm: expected 'auto', 'codegen', 'tables', 'dense', 'codebook' or 'packed', got 'Dense'",
     ),
     "tables at Q = 17": (
         lambda: conv(weights((4, 3, 3, 3), range(17)), algorithm="tables"),

@@ -260,7 +260,7 @@ def forge(contents: bytes, tensors: Tensors | None = None, drop: str = "", **opt
     kept = safetensors.numpy.load(contents) | (tensors or {})
     kept.pop(drop, None)
     held.pop(drop, None)
-    return _packed_file.sign(kept, held)
+    return _packed_file.seal(kept, held)
 
 
 def test_a_forged_file_can_be_valid(path: Path, contents: bytes) -> None:
@@ -308,7 +308,7 @@ def test_missing_part(option: str, path: Path, contents: bytes) -> None:
 
 @pytest.mark.parametrize("options", [5, None, [], ["shape"], "text", {}], ids=str)
 def test_hostile_options(options: Any, path: Path, contents: bytes) -> None:
-    assert_refused(path, _packed_file.sign(safetensors.numpy.load(contents), options))
+    assert_refused(path, _packed_file.seal(safetensors.numpy.load(contents), options))
 
 
 @pytest.mark.parametrize(

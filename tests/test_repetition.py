@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ALGORITHMS, INPUT_DTYPES, ISAS, THREADS
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import pycodesign
 from pycodesign import _core, ops, quantize
-from pycodesign.quantize import QuantizedTensor
+from pycodesign.quantize import KernelCodebook, QuantizedTensor
 from pycodesign.reference import repetition as reference
 
 F32 = np.float32
@@ -51,6 +51,7 @@ class Case:
     own_levels: bool = False  # per output: levels, and levels + 1
     scale_groups: int = 0
     bias: bool = True
+    kernels: int = 0  # filters are any of so many; 0: all are random
 
     @property
     def kind(self) -> str:
@@ -59,11 +60,14 @@ class Case:
     def fits(self, algorithm: str) -> bool:
         values = len(self.levels) + self.own_levels
         tables = values <= 16 and self.scale_groups < 2
+        if algorithm == "codebook":
+            return to_codebook(make_weights(self)[0]) is not None
         return {"codegen": tables, "tables": tables, "dense": True, "packed": values <= 4}[algorithm]
 
     def input_dtypes(self, algorithm: str) -> tuple[str, ...]:
         """Levels beyond int8 are for tables, or for float inputs."""
-        return INPUT_DTYPES if algorithm in ops.BY_PATTERNS or max(self.levels) < 128 else ("float32",)
+        exact = algorithm in (*ops.BY_PATTERNS, "codebook")
+        return INPUT_DTYPES if exact or max(self.levels) < 128 else ("float32",)
 
 
 def make_weights(case: Case) -> tuple[QuantizedTensor, Array | None]:
@@ -74,7 +78,30 @@ def make_weights(case: Case) -> tuple[QuantizedTensor, Array | None]:
         levels = np.stack([levels + o % 2 for o in range(outputs)])
     scale = rng.normal(0, 0.1, (outputs, case.scale_groups) if case.scale_groups else outputs).astype(F32)
     codes = rng.integers(0, len(case.levels), case.w, dtype=np.uint8)
+    if case.kernels:
+        kernels = codes.reshape(-1, math.prod(case.w[2:]))[: case.kernels]
+        codes = kernels[rng.integers(0, case.kernels, math.prod(case.w[:2]))].reshape(case.w)
     return QuantizedTensor(codes, levels, scale), rng.normal(size=outputs).astype(F32) if case.bias else None
+
+
+def to_codebook(q: QuantizedTensor) -> KernelCodebook | None:
+    """The same weights as kernels, up to sign, and indices; None where there are too many, or channels do not fit."""
+    outputs, inputs, *size = q.shape
+    channels = 1 if math.prod(size) > 1 else next((p for p in (4, 5, 6, 7, 8) if inputs % p == 0), 0)
+    if not channels or max(size, default=1) > 7 or q.scale.ndim > 1:
+        return None
+    patterns = q.decode().reshape(-1, channels * math.prod(size))
+    sign = np.sign([pattern[np.flatnonzero(pattern)[0]] if pattern.any() else 1 for pattern in patterns])
+    kernels, index = np.unique(patterns * sign[:, None], axis=0, return_inverse=True)
+    if len(kernels) > 256:
+        return None
+    shape = outputs, inputs // channels
+    return KernelCodebook(
+        index.reshape(shape).astype(np.uint8),
+        sign.reshape(shape).astype(np.int8),
+        kernels.reshape(1, -1, channels, *size).astype(F32),
+        q.scale,
+    )
 
 
 def make_input(shape: tuple[int, ...], dtype: str, seed: int = 0) -> Array:
@@ -90,7 +117,8 @@ def input_options(dtype: str) -> dict[str, Any]:
 
 
 def pack(case: Case, dtype: str, algorithm: str) -> ops.Packed:
-    q, bias = make_weights(case)
+    quantized, bias = make_weights(case)
+    q = (to_codebook(quantized) if algorithm == "codebook" else None) or quantized
     if case.kind == "linear":
         return ops.prepack_linear(q, bias, input_dtype=dtype, algorithm=algorithm, **input_options(dtype))
     return ops.prepack_conv2d(q, bias, input_dtype=dtype, algorithm=algorithm, **input_options(dtype), **case.geometry)
@@ -214,6 +242,13 @@ CONVOLUTIONS = {
     "depthwise": Case((2, 17, 9, 8), (17, 1, 3, 3), {"groups": 17, "padding": 1}),
     "depthwise stride 2": Case((1, 8, 11, 11), (8, 1, 5, 5), {"groups": 8, "padding": 2, "stride": 2}, BINARY),
     "depthwise x 3": Case((1, 4, 6, 7), (12, 1, 3, 3), {"groups": 4, "padding": 1}, QUATERNARY),
+    # few kernels
+    "32 kernels": Case((1, 40, 15, 14), (70, 40, 3, 3), {"padding": 1}, BINARY, kernels=32),
+    "32 kernels, stride 2": Case((1, 21, 15, 14), (50, 21, 3, 3), {"padding": 1, "stride": 2}, BINARY, kernels=32),
+    "9 ternary kernels": Case((2, 10, 9, 8), (50, 10, 3, 3), {"padding": (0, 2)}, kernels=9),
+    "200 kernels": Case((1, 12, 7, 9), (40, 12, 3, 3), {"padding": 1}, QUATERNARY, kernels=200),
+    "12 kernels, 7x7": Case((1, 5, 16, 15), (30, 5, 7, 7), {"padding": 3}, kernels=12),
+    "8 kernels, groups": Case((1, 12, 9, 9), (34, 6, 2, 3), {"groups": 2, "dilation": 2}, BINARY, kernels=8),
     # levels
     "per-output levels": Case((2, 6, 5, 7), (11, 6, 3, 3), {"padding": 1}, TERNARY, own_levels=True),
     "many patterns": Case((1, 6, 3, 5), (300, 6, 1, 1), levels=QUATERNARY),
@@ -230,6 +265,10 @@ def packed_conv2d(name: str, dtype: str, algorithm: str) -> ops.Packed:
 @pytest.mark.parametrize("name", CONVOLUTIONS)
 def test_conv2d(name: str, algorithm: str, isa: str, record: Record) -> None:
     case = CONVOLUTIONS[name]
+    if not case.fits(algorithm):
+        with pytest.raises(ValueError, match=r"^algorithm: expected a KernelCodebook"):
+            pack(case, "float32", algorithm)
+        return
     for dtype in INPUT_DTYPES:
         packed = packed_conv2d(name, dtype, algorithm)
         assert packed.algorithm == algorithm
@@ -319,7 +358,7 @@ def test_levels(name: str, algorithm: str, record: Record) -> None:
     # 300 x 9 patterns of 4 channels: so many outputs call for large tables, and nearly fill them
     case = Case((1, 4, 3, 5), (300, 4, 3, 3), levels=LEVELS[name])
     if not case.fits(algorithm):
-        message = rf"^algorithm: expected at most 16 distinct levels for '{algorithm}', got {len(case.levels)}$"
+        message = rf"^algorithm: expected (at most 16 distinct levels .* got {len(case.levels)}$|a KernelCodebook)"
         with pytest.raises(ValueError, match=message):
             pack(case, "float32", algorithm)
         return
@@ -350,9 +389,11 @@ def test_weights_come_back() -> None:
     for case, dtype, algorithm in all_cases():
         q, _ = make_weights(case)
         back = pack(case, dtype, algorithm).weights()
-        np.testing.assert_array_equal(back.codes, q.codes, err_msg=f"{case} {dtype} {algorithm}")
-        np.testing.assert_array_equal(back.levels, q.levels)
+        assert isinstance(back, KernelCodebook) == (algorithm == "codebook")
+        np.testing.assert_array_equal(back.decode(), q.decode(), err_msg=f"{case} {dtype} {algorithm}")
         np.testing.assert_array_equal(back.scale, q.scale)
+        if isinstance(back, QuantizedTensor):
+            np.testing.assert_array_equal(back.levels, q.levels)
 
 
 # ---- epilogue --------------------------------------------------------------------------------------------------------
@@ -503,7 +544,7 @@ def test_conv2d_layouts(layout: str, dtypes: tuple[str, str], algorithm: str) ->
 @pytest.mark.parametrize("size", [1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33])
 def test_nothing_is_written_beside_out(size: int, algorithm: str, isa: str) -> None:
     pycodesign.set_isa(isa)
-    case = Case((1, 2, 1, size), (size, 2, 1, 1))
+    case = Case((1, 4, 1, size), (size, 4, 1, 1))
     for dtype, out_dtype in (("float32", "float32"), ("uint8", "uint8"), ("int8", "int32")):
         packed = pack(case, dtype, algorithm)
         scale = {"out_scale": 0.1} if out_dtype == "uint8" else {}
@@ -526,7 +567,7 @@ LINEAR_LAYOUTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("layout", LINEAR_LAYOUTS)
 def test_linear_layouts(layout: str, algorithm: str, isa: str) -> None:
     pycodesign.set_isa(isa)
-    case = Case((5, 19), (67, 19))
+    case = Case((5, 20), (67, 20))
     for dtype, out_dtype in (("float32", "float32"), ("int8", "uint8"), ("uint8", "int32")):
         packed = pack(case, dtype, algorithm)
         epilogue: dict[str, Any] = {"out_dtype": out_dtype} | ({"out_scale": 0.1} if out_dtype == "uint8" else {})
@@ -619,7 +660,7 @@ def test_conv2d_with_one_bad_pixel(value: float, algorithm: str, isa: str) -> No
 @each_linear
 def test_linear_with_a_bad_row(algorithm: str, isa: str) -> None:
     pycodesign.set_isa(isa)
-    case = Case((7, 41), (67, 41))
+    case = Case((7, 44), (67, 44))
     packed = pack(case, "float32", algorithm)
     x = make_input(case.x, "float32")
     clean = run(x, packed)
@@ -681,7 +722,7 @@ def test_packed_layers_own_their_weights() -> None:
 @pytest.mark.parametrize("dtype", INPUT_DTYPES)
 def test_bands_that_fit_the_cache(dtype: str, algorithm: str, record: Record) -> None:
     """More staged bytes than the second-level cache, on one thread too."""
-    case = Case((1, 64, 112, 120), (9, 64, 3, 3), {"padding": 1})
+    case = Case((1, 64, 112, 120), (9, 64, 3, 3), {"padding": 1}, kernels=40)
     check(case, make_input(case.x, dtype), pack(case, dtype, algorithm), record, ISAS[-1])
 
 
@@ -721,7 +762,9 @@ def test_tune(case: Case, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     y = run(x, packed)
     why = packed.explain()["why"]
     assert why.startswith("measured cold: ")
-    assert all(f"{algorithm} " in why and " ms" in why for algorithm in ALGORITHMS[case.kind])
+    assert [part.split()[0] for part in why.removeprefix("measured cold: ").split(", ")] == sorted(
+        set(ALGORITHMS[case.kind]) - {"codebook"}
+    )
     np.testing.assert_array_equal(y, run(x, pack(case, dtype, packed.algorithm)))
     np.testing.assert_array_equal(y, run(x, packed))
     assert packed.explain()["why"] == why
@@ -736,7 +779,7 @@ def test_auto_is_deterministic_and_says_why() -> None:
 
 @pytest.mark.parametrize(("kind", "algorithm"), [(kind, a) for kind, names in ALGORITHMS.items() for a in names])
 def test_explain(kind: str, algorithm: str) -> None:
-    case = Case((1, 64, 4, 4), (128, 64, 3, 3)) if kind == "conv2d" else Case((1, 512), (256, 512))
+    case = Case((1, 64, 4, 4), (128, 64, 3, 3), kernels=64) if kind == "conv2d" else Case((1, 512), (256, 512))
     packed = pack(case, "float32", algorithm)
     told = packed.explain()
     weights = math.prod(case.w)
@@ -856,6 +899,7 @@ def test_any_linear(
 
 
 def check_any(case: Case, algorithm: str, isa: str, threads: int, dtype: str) -> None:
+    assume(case.fits(algorithm))
     pycodesign.set_isa(isa)
     pycodesign.set_num_threads(threads)
     x = make_input(case.x, dtype)

@@ -18,6 +18,11 @@ using repetition::DType, repetition::PackedLayer, repetition::Tensor;
 
 template <class Layer> using Class = py::class_<Layer, PackedLayer, std::shared_ptr<Layer>>;
 
+void check_c_order(std::initializer_list<const py::array*> arrays, const std::string& names) {
+  for (const py::array* a : arrays)
+    if (!(a->flags() & py::array::c_style)) throw py::value_error(names + ": expected C order");
+}
+
 // Weights as NumPy holds them, checked; `weights` borrows from the arrays.
 struct WeightArrays {
   py::array codes, levels, scale;
@@ -31,8 +36,7 @@ struct WeightArrays {
     check_array(levels, "levels", "float32", holds<float>(levels), {-1, -1}, "(1 or O, Q)");
     check_array(scale, "scale", "float32", holds<float>(scale), {O, -1}, "(O, G)");
     if (bias) check_array(*bias, "bias", "float32", holds<float>(*bias), {O}, "(" + std::to_string(O) + ",)");
-    for (const py::array* a : {&codes, &levels, &scale})
-      if (!(a->flags() & py::array::c_style)) throw py::value_error("codes, levels, scale: expected C order");
+    check_c_order({&codes, &levels, &scale}, "codes, levels, scale");
     const int64_t Q = levels.shape(1), G = scale.shape(1);
     if (O == 0 || codes.shape(1) == 0 || Q == 0 || Q > 256 || G == 0 || codes.shape(1) % G)
       throw py::value_error("codes: expected at least one output, input and level");
@@ -50,8 +54,60 @@ struct WeightArrays {
                Q,
                static_cast<const float*>(scale.data()),
                G,
-               bias ? static_cast<const float*>(bias->data()) : nullptr};
+               bias ? static_cast<const float*>(bias->data()) : nullptr,
+               nullptr};
   }
+};
+
+// The same as indices into a codebook.
+struct CodebookArrays {
+  py::array index, sign, kernels, levels, scale;
+  std::optional<py::array> bias;
+  repetition::Codebook codebook;
+  repetition::Weights weights;
+
+  CodebookArrays(py::array index_, py::array sign_, py::array kernels_, py::array levels_, py::array scale_,
+                 std::optional<py::array> bias_)
+      : index(std::move(index_)),
+        sign(std::move(sign_)),
+        kernels(std::move(kernels_)),
+        levels(std::move(levels_)),
+        scale(std::move(scale_)),
+        bias(std::move(bias_)) {
+    check_array(index, "index", "uint8", holds<uint8_t>(index), {-1, -1}, "(O, J)");
+    const int64_t O = index.shape(0), J = index.shape(1);
+    check_array(sign, "sign", "int8", holds<int8_t>(sign), {O, J}, "(O, J)");
+    check_array(kernels, "kernels", "float32", holds<float>(kernels), {-1, -1, -1}, "(C, U, inputs)");
+    check_array(levels, "levels", "float32", holds<float>(levels), {1, -1}, "(1, Q)");
+    check_array(scale, "scale", "float32", holds<float>(scale), {O, 1}, "(O, 1)");
+    if (bias) check_array(*bias, "bias", "float32", holds<float>(*bias), {O}, "(" + std::to_string(O) + ",)");
+    check_c_order({&index, &sign, &kernels, &levels, &scale}, "index, sign, kernels, levels, scale");
+    const int64_t C = kernels.shape(0), U = kernels.shape(1), inputs = kernels.shape(2);
+    if (O == 0 || J == 0 || C == 0 || U == 0 || U > 256 || inputs == 0 || J % C)
+      throw py::value_error("kernels: expected (C, U, inputs) with at most 256 kernels and C a divisor of the " +
+                            std::to_string(J) + " patterns, got " + describe(kernels));
+    const auto* at = static_cast<const uint8_t*>(index.data());
+    const auto* signs = static_cast<const int8_t*>(sign.data());
+    for (py::ssize_t i = 0; i < index.size(); ++i) {
+      if (at[i] >= U)
+        throw py::value_error("index: expected values below " + std::to_string(U) + ", got " + std::to_string(at[i]));
+      if (signs[i] != 1 && signs[i] != -1)
+        throw py::value_error("sign: expected -1 or 1, got " + std::to_string(signs[i]));
+    }
+    codebook = {C, U, inputs, J, at, signs, static_cast<const float*>(kernels.data())};
+    weights = {O,
+               J * inputs,
+               nullptr,
+               static_cast<const float*>(levels.data()),
+               1,
+               levels.shape(1),
+               static_cast<const float*>(scale.data()),
+               1,
+               bias ? static_cast<const float*>(bias->data()) : nullptr,
+               &codebook};
+  }
+  CodebookArrays(const CodebookArrays&) = delete;
+  CodebookArrays& operator=(const CodebookArrays&) = delete;
 };
 
 repetition::Activations activations(const std::string& dtype, double scale, int zero_point, int bits) {
@@ -60,7 +116,7 @@ repetition::Activations activations(const std::string& dtype, double scale, int 
 
 repetition::Algorithm parse_algorithm(const std::string& name) {
   using repetition::Algorithm;
-  for (const auto a : {Algorithm::codegen, Algorithm::tables, Algorithm::dense, Algorithm::packed})
+  for (const auto a : {Algorithm::codegen, Algorithm::tables, Algorithm::dense, Algorithm::packed, Algorithm::codebook})
     if (name == repetition::algorithm_name(a)) return a;
   throw py::value_error("algorithm: expected 'codegen', 'tables', 'dense' or 'packed', got '" + name + "'");
 }
@@ -77,6 +133,12 @@ repetition::Geometry geometry(int64_t channels, int64_t groups, std::array<int64
   if (std::min(padding[0], padding[1]) < 0 || std::max(padding[0], padding[1]) > (1 << 24))
     throw py::value_error("padding: expected a non-negative size");
   return {channels, groups, kernel, stride, padding, dilation};
+}
+
+bool fits(const repetition::Weights& w, const repetition::Geometry& g) {
+  return g.channels % g.groups == 0 && w.outputs % g.groups == 0 &&
+         w.inputs == g.channels / g.groups * g.kernel[0] * g.kernel[1] &&
+         (!w.codebook || w.codebook->inputs % (g.kernel[0] * g.kernel[1]) == 0);
 }
 
 // The epilogue and the array it reads, checked against the output's shape.
@@ -199,8 +261,7 @@ void bind_repetition(py::module_& m) {
                        double input_scale, int input_zero_point, int input_bits, const std::string& algorithm) {
              const WeightArrays a(std::move(codes), std::move(levels), std::move(scale), std::move(bias));
              const auto g = geometry(channels, groups, kernel, stride, padding, dilation);
-             if (channels % groups || a.weights.outputs % groups ||
-                 a.weights.inputs != channels / groups * kernel[0] * kernel[1] || a.weights.scale_groups != 1)
+             if (!fits(a.weights, g) || a.weights.scale_groups != 1)
                throw py::value_error("codes: expected (O, C / groups * kH * kW), got " + describe(a.codes));
              const auto in = activations(input_dtype, input_scale, input_zero_point, input_bits);
              const auto chosen = parse_algorithm(algorithm);
@@ -212,6 +273,39 @@ void bind_repetition(py::module_& m) {
            py::arg("groups"), py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
            py::arg("input_dtype"), py::arg("input_scale"), py::arg("input_zero_point"), py::arg("input_bits"),
            py::arg("algorithm"));
+  conv.def_static(
+      "from_codebook",
+      [](py::array index, py::array sign, py::array kernels, py::array levels, py::array scale,
+         std::optional<py::array> bias, int64_t channels, int64_t groups, std::array<int64_t, 2> kernel,
+         std::array<int64_t, 2> stride, std::array<int64_t, 2> padding, std::array<int64_t, 2> dilation,
+         const std::string& input_dtype, double input_scale, int input_zero_point, int input_bits) {
+        const CodebookArrays a(std::move(index), std::move(sign), std::move(kernels), std::move(levels),
+                               std::move(scale), std::move(bias));
+        const auto g = geometry(channels, groups, kernel, stride, padding, dilation);
+        if (!fits(a.weights, g))
+          throw py::value_error("kernels: expected (C, U, p * kH * kW) and index (O, C / groups / p), got " +
+                                describe(a.kernels) + " and " + describe(a.index));
+        const auto in = activations(input_dtype, input_scale, input_zero_point, input_bits);
+        std::shared_ptr<PackedConv2d> layer;
+        without_gil([&] { layer = std::make_shared<PackedConv2d>(a.weights, g, in, repetition::Algorithm::codebook); });
+        return layer;
+      },
+      py::arg("index"), py::arg("sign"), py::arg("kernels"), py::arg("levels"), py::arg("scale"), py::arg("bias"),
+      py::arg("channels"), py::arg("groups"), py::arg("kernel"), py::arg("stride"), py::arg("padding"),
+      py::arg("dilation"), py::arg("input_dtype"), py::arg("input_scale"), py::arg("input_zero_point"),
+      py::arg("input_bits"));
+  conv.def("indices", [](const PackedConv2d& layer) {
+    if (layer.algorithm() != repetition::Algorithm::codebook)
+      throw py::value_error("algorithm: expected 'codebook', got '" +
+                            std::string(repetition::algorithm_name(layer.algorithm())) + "'");
+    const auto [index, sign] = layer.indices();
+    const int64_t patterns = static_cast<int64_t>(index.size()) / layer.outputs();
+    py::array_t<uint8_t> indices({layer.outputs(), patterns});
+    py::array_t<int8_t> signs({layer.outputs(), patterns});
+    std::copy(index.begin(), index.end(), indices.mutable_data());
+    std::copy(sign.begin(), sign.end(), signs.mutable_data());
+    return py::make_tuple(indices, signs);
+  });
   conv.def_property_readonly("group_size", &PackedConv2d::group_size);
   conv.def_property_readonly("max_entries", &PackedConv2d::max_entries);
   conv.def(
@@ -274,6 +368,21 @@ void bind_repetition(py::module_& m) {
       py::arg("codes"), py::arg("levels"), py::arg("scale"), py::arg("channels"), py::arg("groups"), py::arg("kernel"),
       py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("input_dtype"), py::arg("input_zero_point"),
       py::arg("input_bits"));
+  m.def(
+      "choose_codebook",
+      [](py::array index, py::array sign, py::array kernels, py::array levels, py::array scale, int64_t channels,
+         int64_t groups, std::array<int64_t, 2> kernel, std::array<int64_t, 2> stride, std::array<int64_t, 2> padding,
+         std::array<int64_t, 2> dilation, const std::string& input_dtype, int input_zero_point, int input_bits) {
+        const CodebookArrays a(std::move(index), std::move(sign), std::move(kernels), std::move(levels),
+                               std::move(scale), std::nullopt);
+        const auto g = geometry(channels, groups, kernel, stride, padding, dilation);
+        if (!fits(a.weights, g)) throw py::value_error("kernels: expected (C, U, p * kH * kW)");
+        return choice(
+            repetition::choose_conv2d(a.weights, g, activations(input_dtype, 1, input_zero_point, input_bits)));
+      },
+      py::arg("index"), py::arg("sign"), py::arg("kernels"), py::arg("levels"), py::arg("scale"), py::arg("channels"),
+      py::arg("groups"), py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
+      py::arg("input_dtype"), py::arg("input_zero_point"), py::arg("input_bits"));
   m.def(
       "choose_linear",
       [](py::array codes, py::array levels, py::array scale, const std::string& input_dtype) {

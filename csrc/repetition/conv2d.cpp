@@ -104,9 +104,11 @@ ConvCase PackedConv2d::conv_case(const Kernels& k, int64_t images, int64_t heigh
 std::shared_ptr<ConvPlan> PackedConv2d::make_plan(const ConvCase& c, const Pitch& pitch, const Cut& cut,
                                                   int64_t splits) const {
   auto made = std::make_shared<ConvPlan>(c, pitch, cut, splits);
-  if (algorithm_ == Algorithm::tables)
-    for (LiftPlan& lift : made->bands)
-      lift.tables = TablePlan(lift, max_entries_, block_units_, std::max<int64_t>(outputs_ / splits, 1), c.kernels);
+  const int64_t outputs = std::max<int64_t>(outputs_ / splits, 1);
+  for (LiftPlan& lift : made->bands)
+    if (algorithm_ == Algorithm::tables) lift.tables = TablePlan(lift, max_entries_, block_units_, outputs, c.kernels);
+    else if (algorithm_ == Algorithm::codebook)
+      lift.tables = TablePlan::of_codebook(lift, max_entries_, block_units_, outputs, c.kernels);
   return made;
 }
 
@@ -414,6 +416,7 @@ void PackedConv2d::sum_tables(const Call& call, const LiftPlan& lift, const char
   sum.tables = build.tables;
   sum.slot_offset = t.slot_offset.data();
   sum.entry_bytes = entry_bytes;
+  sum.wide = entry_bytes_ == 2;
   sum.acc = build.tables + table_bytes;
   sum.acc_stride = t.vectors * vector_bytes;
   sum.outputs = count;
@@ -424,13 +427,17 @@ void PackedConv2d::sum_tables(const Call& call, const LiftPlan& lift, const char
     build.vectors = sum.vectors = static_cast<int>(lift.segment * (tile + 1) / t.tiles - j);
     for (int64_t block = 0; block * block_units_ < table_units_; ++block) {
       const int64_t units_here = std::min<int64_t>(block_units_, table_units_ - block * block_units_),
-                    slots = units_here * taps_;
-      build.x = x + block * block_units_ * group_size_ * channel_bytes + j * vector_bytes;
-      build.units = units_here;
-      (is_float ? k.build_tables_f32 : k.build_tables_i32)(build);
+                    slots = units_here * unit_slots_;
+      if (algorithm_ == Algorithm::codebook) {
+        build_kernels(k, lift, x + j * vector_bytes, block * block_units_, units_here, sum.vectors, build.tables);
+      } else {
+        build.x = x + block * block_units_ * group_size_ * channel_bytes + j * vector_bytes;
+        build.units = units_here;
+        (is_float ? k.build_tables_f32 : k.build_tables_i32)(build);
+      }
       sum.slots = static_cast<int>(slots);
-      sum.stream = reinterpret_cast<const uint8_t*>(weights_.data()) +
-                   (group * table_units_ + block * block_units_) * taps_ * group_outputs_ + first * slots;
+      const int64_t before = (group * table_units_ + block * block_units_) * unit_slots_ * group_outputs_;
+      sum.stream = weights_.data() + (before + first * slots) * entry_bytes_;
       sum.first = block == 0;
       (is_float ? k.sum_tables_f32 : k.sum_tables_i32)(sum);
     }

@@ -120,7 +120,8 @@ struct TableSum {
   const int64_t* slot_offset;  // bytes, per slot (unit of the block, tap)
   int slots;
   int64_t entry_bytes;
-  const uint8_t* stream;  // [outputs][slots] bytes: 7 bits of entry, 1 of sign
+  const char* stream;  // [outputs][slots] bytes: 7 bits of entry, 1 of sign
+  bool wide;           // or pairs of bytes: 15 bits and 1
   char* acc;
   int64_t acc_stride;  // bytes between outputs
   int64_t outputs;
@@ -231,6 +232,7 @@ struct Kernels {
   void (*sum_tables_i32)(const TableSum&);
   void (*dense_f32)(const DenseTile&);
   void (*dense_i8)(const DenseTile&);
+  void (*dense_i32)(const DenseTile&);
   void (*linear_f32)(const LinearTile&);
   void (*linear_i8)(const LinearTile&);
   void (*build_lookup)(const LookupBuild&);

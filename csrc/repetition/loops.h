@@ -33,8 +33,11 @@ struct Float {
   static vec broadcast(const char* p) { return splat(*reinterpret_cast<const float*>(p)); }
   static vec multiply_add(vec acc, vec x, vec w) { return fma(x, w, acc); }
   static float coefficient(const TableStep& step) { return step.coefficient.f; }
-  // Plus or minus an entry: the top bit of the stream's byte is the sign.
-  static vec sign(uint32_t byte) { return reinterpret_cast<vec>(splat_bits(0x3f800000u | (byte & 128u) << 24)); }
+  // Plus or minus an entry, by the top bit of its code.
+  template <class Code> static vec sign(uint32_t code) {
+    constexpr int top = 8 * sizeof(Code) - 1;
+    return reinterpret_cast<vec>(splat_bits(0x3f800000u | (code >> top) << 31));
+  }
   static vec add_entry(vec acc, vec entry, vec sign) { return fma(entry, sign, acc); }
 };
 struct Int {
@@ -46,7 +49,9 @@ struct Int {
   // Modulo 2^32: entries that nothing reads are built from whatever lies there.
   static vec multiply_add(vec acc, vec x, vec w) { return reinterpret_cast<vec>(u32v(acc) + u32v(x) * u32v(w)); }
   static int32_t coefficient(const TableStep& step) { return step.coefficient.i; }
-  static vec sign(uint32_t byte) { return splat(-static_cast<int32_t>(byte >> 7)); }
+  template <class Code> static vec sign(uint32_t code) {
+    return splat(-static_cast<int32_t>(code >> (8 * sizeof(Code) - 1)));
+  }
   static vec add_entry(vec acc, vec entry, vec sign) {
     return reinterpret_cast<vec>(u32v(acc) + u32v(entry ^ sign));
   }  // one too little when negative
@@ -559,23 +564,24 @@ template <class Math> void build_tables(const TableBuild& b) {
   }
 }
 
-template <class Math, int V> void sum_tables_of(const TableSum& s) {
+template <class Math, int V, class Entry> void sum_tables_of(const TableSum& s) {
   using vec = typename Math::vec;
+  constexpr uint32_t top = 1u << (8 * sizeof(Entry) - 1);  // the sign
   // Copies: the stores below could alias the fields.
   const char* const tables = s.tables;
   const int64_t* const slot_offset = s.slot_offset;
   const int64_t entry_bytes = s.entry_bytes, outputs = s.outputs, acc_stride = s.acc_stride;
   const int slots = s.slots;
   const bool first = s.first;
-  const uint8_t* stream = s.stream;
+  const Entry* stream = reinterpret_cast<const Entry*>(s.stream);
   char* out = s.acc;
   for (int64_t o = 0; o < outputs; ++o, out += acc_stride) {
     prefetch<64>(reinterpret_cast<const char*>(stream));
     vec acc[V];
     for (int v = 0; v < V; ++v) acc[v] = first ? vec{} : Math::load(out + v * vector_bytes);
-    const auto add = [&](int slot, uint32_t byte) __attribute__((always_inline)) {
-      const char* entry = tables + slot_offset[slot] + (byte & 127) * entry_bytes;
-      const vec sign = Math::sign(byte);
+    const auto add = [&](int slot, uint32_t code) __attribute__((always_inline)) {
+      const char* entry = tables + slot_offset[slot] + (code & (top - 1)) * entry_bytes;
+      const vec sign = Math::template sign<Entry>(code);
       for (int v = 0; v < V; ++v) acc[v] = Math::add_entry(acc[v], Math::load(entry + v * vector_bytes), sign);
     };
     int m = 0;
@@ -588,17 +594,20 @@ template <class Math, int V> void sum_tables_of(const TableSum& s) {
   }
 }
 
-template <class Math> void sum_tables(const TableSum& s) {
+template <class Math, class Entry> void sum_tables_from(const TableSum& s) {
   switch (s.vectors) {
-    case 1: return sum_tables_of<Math, 1>(s);
-    case 2: return sum_tables_of<Math, 2>(s);
-    case 3: return sum_tables_of<Math, 3>(s);
-    case 4: return sum_tables_of<Math, 4>(s);
-    case 5: return sum_tables_of<Math, 5>(s);
-    case 6: return sum_tables_of<Math, 6>(s);
-    case 7: return sum_tables_of<Math, 7>(s);
-    default: return sum_tables_of<Math, 8>(s);
+    case 1: return sum_tables_of<Math, 1, Entry>(s);
+    case 2: return sum_tables_of<Math, 2, Entry>(s);
+    case 3: return sum_tables_of<Math, 3, Entry>(s);
+    case 4: return sum_tables_of<Math, 4, Entry>(s);
+    case 5: return sum_tables_of<Math, 5, Entry>(s);
+    case 6: return sum_tables_of<Math, 6, Entry>(s);
+    case 7: return sum_tables_of<Math, 7, Entry>(s);
+    default: return sum_tables_of<Math, 8, Entry>(s);
   }
+}
+template <class Math> void sum_tables(const TableSum& s) {
+  s.wide ? sum_tables_from<Math, uint16_t>(s) : sum_tables_from<Math, uint8_t>(s);
 }
 
 template <class Math, int O, int V> void dense_of(const DenseTile& d) {
@@ -786,6 +795,7 @@ void fill(Kernels& k) {
        sum_tables<Int>,
        dense<Float>,
        dense<Byte>,
+       dense<Int>,
        linear<Float>,
        linear<Byte>,
        build_lookup,

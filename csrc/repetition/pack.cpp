@@ -106,12 +106,13 @@ void PackedConv2d::pack(const Weights& w) {
   const bool integers = activations_.dtype != DType::f32;
   unit_channels_ = algorithm_ == Algorithm::dense && integers ? 4 : 1;
   units_ = (group_channels_ + unit_channels_ - 1) / unit_channels_;
-  stage_channels_ = algorithm_ != Algorithm::tables && integers ? 4 : 1;
+  stage_channels_ = integers && (algorithm_ == Algorithm::codegen || algorithm_ == Algorithm::dense) ? 4 : 1;
   blocks_ = geometry_.groups * block_count(group_outputs_);
   switch (algorithm_) {
     case Algorithm::codegen: return pack_codes(w);
     case Algorithm::tables: return pack_tables(w);
     case Algorithm::dense: return pack_dense(w);
+    case Algorithm::codebook: return pack_codebook(w);
     case Algorithm::packed:
       throw std::invalid_argument("algorithm: expected 'codegen', 'tables' or 'dense' for a convolution, got 'packed'");
   }
@@ -260,6 +261,7 @@ void PackedConv2d::pack_tables(const Weights& w) {
   cycles_ = choice.cost * static_cast<double>(geometry_.groups);
   group_size_ = choice.size;
   block_units_ = choice.block;
+  unit_slots_ = taps_;
   table_units_ = (group_channels_ + group_size_ - 1) / group_size_;
   const Patterns patterns(values, group_size_);
   std::vector<int64_t> keys(static_cast<size_t>(w.outputs * table_units_ * taps_),
@@ -297,13 +299,13 @@ void PackedConv2d::pack_tables(const Weights& w) {
   }
 }
 
-// Where the bytes of one unit's taps begin: [group][block][output][unit of the block][tap].
+// Where the entries of one unit begin: [group][block][output][unit of the block][slot].
 int64_t PackedConv2d::stream_at(int64_t output, int64_t unit) const {
   const int64_t first = unit / block_units_ * block_units_,
                 units_here = std::min<int64_t>(block_units_, table_units_ - first);
   const int64_t group = output / group_outputs_;
   return ((group * table_units_ + first) * group_outputs_ + output % group_outputs_ * units_here + unit - first) *
-         taps_;
+         unit_slots_;
 }
 
 std::vector<uint8_t> PackedConv2d::codes() const {
@@ -315,6 +317,8 @@ std::vector<uint8_t> PackedConv2d::codes() const {
                                       ((1 << code_bits_) - 1));
     return codes;
   }
+  if (algorithm_ == Algorithm::codebook)
+    throw std::invalid_argument("codes: expected another algorithm than 'codebook', whose weights are indices");
   const int64_t blocks = block_count(group_outputs_);
   std::vector<float> entries(static_cast<size_t>(max_entries_ * group_size_));  // tables: levels of each entry
   for (const TableStep& step : steps_)
@@ -363,6 +367,13 @@ Counts PackedConv2d::counts() const {
     c.adds = made->adds();
     c.multiplies = made->multiplies();
     c.code_bytes = made->bytes();
+    return c;
+  }
+  if (algorithm_ == Algorithm::codebook) {
+    const int64_t inputs = group_size_ * taps_, products = geometry_.groups * table_units_ * max_entries_ * inputs;
+    c.bytes += static_cast<int64_t>(kernels_.size() * 4);
+    c.multiplies = products;
+    c.adds = products / inputs * (inputs - 1) + outputs_ * (table_units_ - 1);
     return c;
   }
   // A table is built once per row of the filter and column phase of the stride, and read once per tap.

@@ -38,7 +38,8 @@ const char* algorithm_name(Algorithm a) {
     case Algorithm::codegen: return "codegen";
     case Algorithm::tables: return "tables";
     case Algorithm::dense: return "dense";
-    default: return "packed";
+    case Algorithm::packed: return "packed";
+    default: return "codebook";
   }
 }
 
@@ -123,6 +124,7 @@ double dense_cycles(int64_t outputs, int64_t inputs, const Activations& a) {
 
 Choice choose_conv2d(const Weights& w, const Geometry& g, const Activations& a) {
   const auto levels = distinct_levels(w);
+  if (levels.empty()) return {Algorithm::codebook, "kernels of real values"};
   if (levels.size() > 16) return {Algorithm::dense, "more than 16 levels"};
   const int64_t group_outputs = w.outputs / g.groups;
   const bool integers = a.dtype != DType::f32;
@@ -132,12 +134,14 @@ Choice choose_conv2d(const Weights& w, const Geometry& g, const Activations& a) 
   const auto predicted = [&](double cycles) {
     return "predicted " + std::to_string(cycles / dense).substr(0, 4) + " of the time of dense sums";
   };
+  const double book = w.codebook ? choose_codebook(*w.codebook, g, w.outputs, a).cost : dense;
   if (generates_code()) {
     const double code = code_cost(code_layer(w, g, a), kernels().lanes == 16) / (integers ? 2 : 1);
     const double margin = integers ? 0.8 : 1;  // what staging and widening add to int16 sums
-    if (code < margin * dense) return {Algorithm::codegen, predicted(code)};
-    return {Algorithm::dense, "too few outputs share a pattern for machine code to pay"};
+    if (code < margin * dense && code <= book) return {Algorithm::codegen, predicted(code)};
+    if (book >= dense) return {Algorithm::dense, "too few outputs share a pattern for machine code to pay"};
   }
+  if (book < dense) return {Algorithm::codebook, predicted(book)};
   if (integers) return {Algorithm::dense, "8-bit dot products beat tables for 8-bit inputs"};
   const TableChoice tables = choose_table(levels, g, group_outputs);
   if (tables.size == 0 || tables.cost * static_cast<double>(g.groups) >= dense)
@@ -456,6 +460,23 @@ TablePlan::TablePlan(const LiftPlan& lift, int entries, int block, int64_t outpu
   const int64_t unit_bytes = width * vector_bytes * entries;
   for (int64_t slot = taps; slot < block * taps; ++slot)
     slot_offset[static_cast<size_t>(slot)] = slot_offset[static_cast<size_t>(slot % taps)] + slot / taps * unit_bytes;
+}
+
+// One run of `vectors` vectors for each entry, and one slot for each table.
+TablePlan TablePlan::of_codebook(const LiftPlan& lift, int entries, int block, int64_t outputs, const Kernels& k) {
+  TablePlan plan;
+  double best = std::numeric_limits<double>::max();
+  const int64_t vector_bytes = k.lanes * 4;
+  for (int v = 1; v <= k.max_table_vectors; ++v) {
+    const int64_t count = (lift.segment + v - 1) / v;
+    const double vectors = static_cast<double>(lift.segment) / static_cast<double>(count);
+    const double cost = static_cast<double>(count) * tile_cost(vectors, v, entries, block, static_cast<double>(outputs),
+                                                               block, static_cast<double>(vector_bytes));
+    if (cost < best) best = cost, plan.vectors = v, plan.tiles = count;
+  }
+  plan.width = plan.vectors;
+  for (int64_t unit = 0; unit < block; ++unit) plan.slot_offset.push_back(unit * entries * plan.width * vector_bytes);
+  return plan;
 }
 
 }  // namespace pycodesign::repetition

@@ -23,6 +23,12 @@ struct TableChoice {
 };
 TableChoice choose_table(const std::vector<float>& levels, const Geometry&, int64_t group_outputs);
 
+struct CodebookChoice {
+  int block;    // tables alive at a time
+  double cost;  // cycles per vector of pixels
+};
+CodebookChoice choose_codebook(const Codebook&, const Geometry&, int64_t outputs, const Activations&);
+
 // Cycles for one tile of one block: `entries` of `width` vectors built, then `slots` of them added for each output.
 double tile_cost(double vectors, double width, double entries, double block, double outputs, double slots,
                  double vector_bytes);
@@ -50,6 +56,7 @@ struct LiftPlan;
 struct TablePlan {
   TablePlan() = default;
   TablePlan(const LiftPlan&, int entries, int block, int64_t outputs, const Kernels&);
+  static TablePlan of_codebook(const LiftPlan&, int entries, int block, int64_t outputs, const Kernels&);
 
   int vectors = 0;                      // of the widest tile
   int64_t tiles = 0;                    // of the segment

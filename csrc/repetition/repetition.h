@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/aligned_buffer.h"
@@ -15,20 +16,37 @@
 
 namespace pycodesign::repetition {
 
-enum class Algorithm : uint8_t { codegen, tables, dense, packed };
+enum class Algorithm : uint8_t { codegen, tables, dense, packed, codebook };
 const char* algorithm_name(Algorithm);
+
+// Weights by the kernel, borrowed while packing: sign * values of a kernel for each pattern, which is `inputs` inputs
+// of an output one after another.
+struct Codebook {
+  int64_t books, kernels, inputs;  // each book serves patterns / books patterns
+  int64_t patterns;
+  const uint8_t* index;  // (outputs, patterns)
+  const int8_t* sign;    // -1 or 1
+  const float* values;   // (books, kernels, inputs)
+
+  float level(int64_t o, int64_t i) const {
+    const int64_t pattern = i / inputs, at = o * patterns + pattern, book = pattern / (patterns / books);
+    return static_cast<float>(sign[at]) * values[(book * kernels + index[at]) * inputs + i % inputs];
+  }
+};
 
 // Borrowed while packing.
 struct Weights {
   int64_t outputs, inputs;  // inputs of one output: C / groups * R * S
-  const uint8_t* codes;     // (outputs, inputs)
-  const float* levels;      // (1 or outputs, level_count), ascending
+  const uint8_t* codes;     // (outputs, inputs), or null with a codebook
+  const float* levels;      // (1 or outputs, level_count), ascending; a codebook of real values has none
   int64_t level_rows, level_count;
   const float* scale;  // (outputs, scale_groups)
   int64_t scale_groups;
   const float* bias;  // (outputs,) or null
+  const Codebook* codebook = nullptr;
 
   float level(int64_t o, int64_t i) const {
+    if (codebook) return codebook->level(o, i);
     return levels[(level_rows == 1 ? 0 : o) * level_count + codes[o * inputs + i]];
   }
 };
@@ -126,6 +144,7 @@ class PackedConv2d final : public PackedLayer {
   const LayerCode& machine_code(bool avx512) const;
   Counts counts() const override;
   std::vector<uint8_t> codes() const override;
+  std::pair<std::vector<uint8_t>, std::vector<int8_t>> indices() const;  // codebook: index and sign
 
  private:
   PackedConv2d(const PackedConv2d&, const Weights&, Algorithm);
@@ -133,6 +152,7 @@ class PackedConv2d final : public PackedLayer {
   void pack_tables(const Weights&);
   void pack_dense(const Weights&);
   void pack_codes(const Weights&);
+  void pack_codebook(const Weights&);
   int64_t stream_at(int64_t output, int64_t unit) const;
   Weights weights_of(const std::vector<uint8_t>& codes) const;  // as packed, for another form
   const LayerCode* code(const Kernels&) const;                  // null where none can be made
@@ -150,6 +170,8 @@ class PackedConv2d final : public PackedLayer {
   void sum(const Call&, const LiftPlan&, const char* staged, int64_t first, int64_t last) const;
   void sum_code(const Call&, const LiftPlan&, const char* staged, int64_t first, int64_t last) const;
   void sum_tables(const Call&, const LiftPlan&, const char* x, int64_t group, int64_t first, int64_t last) const;
+  void build_kernels(const Kernels&, const LiftPlan&, const char* x, int64_t first, int64_t units, int vectors,
+                     char* tables) const;
   void sum_dense(const Call&, const LiftPlan&, const char* x, int64_t group, int64_t first, int64_t last) const;
   void finish_outputs(const Call&, const LiftPlan&, const Sums&) const;
 
@@ -168,8 +190,13 @@ class PackedConv2d final : public PackedLayer {
 
   // tables: channels in groups of group_size_, `block_units_` tables alive at a time
   int group_size_ = 0, max_entries_ = 0, block_units_ = 0;
-  int64_t table_units_ = 0;
-  std::vector<TableStep> steps_;  // one list for every table of the layer
+  int64_t table_units_ = 0, unit_slots_ = 0;  // slots: entries that an output adds of a table
+  std::vector<TableStep> steps_;              // one list for every table of the layer
+
+  // codebook: its kernels are the tables' entries
+  std::vector<uint32_t> kernels_;
+  int64_t book_units_ = 0;  // that share a book
+  int entry_bytes_ = 1;     // of the stream
 
   // codegen: machine code for each kind of vectors, made when first needed, and tables for where there is none
   int code_bits_ = 0;

@@ -103,7 +103,7 @@ class Case:
     Parameters
     ----------
     layer : Layer
-    weights : sequence of pycodesign.QuantizedTensor
+    weights : sequence of pycodesign.QuantizedTensor or KernelCodebook
         One for each layer of the chain; integer levels that fit int8, one scale per output.
     biases : sequence of (O,) float32
         Each value a multiple of uint8's `ACTIVATION_SCALES` times the layer's weight scale, as engines that keep the
@@ -126,20 +126,19 @@ class Case:
         layer : Layer
         weights : str
             A function of `pycodesign.quantize`, with its bits where it takes some: ``"binary"``, ``"ternary"``,
-            ``"uniform2"`` (4 levels), ``"power_of_two4"``.
+            ``"uniform2"`` (4 levels), ``"power_of_two4"``; ``"codebook32"``: any of 32 random sign kernels.
         length : int, optional
             Layers in the chain, `Layer.chain_length` by default.
         seed : int
         """
         quantize = find_quantizer(weights)
-        tensor = importlib.import_module("pycodesign.quantize").QuantizedTensor
         rng = np.random.default_rng(seed)
         unit = ACTIVATION_SCALES["uint8"]
         quantized, biases = [], []
         for _ in range(layer.chain_length if length is None else length):
             q = quantize(rng.standard_normal(layer.weight_shape, np.float32))
             power = float(np.mean(np.square(q.dequantize(), dtype=np.float64))) * layer.terms
-            q = tensor(q.codes, q.levels, (q.scale * np.float32(math.sqrt(2 / power))).astype(np.float32))
+            q = replace(q, scale=(q.scale * np.float32(math.sqrt(2 / power))).astype(np.float32))
             step = unit * q.scale
             bias = np.rint(0.1 * rng.standard_normal(layer.outputs) / step).astype(np.float32) * step
             quantized.append(q)
@@ -164,8 +163,7 @@ class Case:
 
     def int8_weights(self, index: int) -> NDArray[np.int8]:
         """Levels of layer `index` in place of its codes, shape (O, C, kH, kW) or (O, C)."""
-        q = self.weights[index]
-        levels: NDArray[np.int8] = q.levels.astype(np.int8)[q.codes]
+        levels: NDArray[np.int8] = self.weights[index].decode().astype(np.int8)
         return levels
 
     def float_weights(self, index: int) -> NDArray[np.float32]:
@@ -235,13 +233,30 @@ def first_pixel(y: Array) -> Array:
 
 
 def find_quantizer(weights: str) -> Callable[[Array], Any]:
-    """Find ``"uniform4"`` and its like: a function of `pycodesign.quantize` with its bits."""
-    parts = re.fullmatch(r"([a-z_]+?)(\d*)", weights)
+    """Find ``"uniform4"`` and its like: a function of `pycodesign.quantize` with its bits, or a number of kernels."""
+    name, number = re.fullmatch(r"(.*?)(\d*)", weights).groups()  # type: ignore[union-attr]
     quantize = importlib.import_module("pycodesign.quantize")
-    function = getattr(quantize, parts[1], None) if parts else None
-    if parts is None or parts[1] not in ("binary", "ternary", "uniform", "power_of_two") or function is None:
-        raise ValueError(f"weights: expected binary, ternary, uniform<bits> or power_of_two<bits>, got {weights!r}")
-    return (lambda w: function(w, int(parts[2]))) if parts[2] else function
+    if name == "codebook" and number:
+        return partial(_draw_codebook, kernels=int(number))
+    if name not in ("binary", "ternary", "uniform", "power_of_two"):
+        wanted = "binary, ternary, uniform<bits>, power_of_two<bits> or codebook<kernels>"
+        raise ValueError(f"weights: expected {wanted}, got {weights!r}")
+    function: Callable[..., Any] = getattr(quantize, name)
+    return (lambda w: function(w, int(number))) if number else function
+
+
+def _draw_codebook(w: Array, kernels: int) -> Any:
+    """Any of so many sign kernels for each filter of w, or for 8 channels where these are 1x1: their speed, not w."""
+    rng = np.random.default_rng(np.abs(w.view(np.int32)).sum())
+    outputs, inputs, *size = w.shape
+    channels = 1 if math.prod(size) > 1 else math.gcd(8, inputs)
+    shape = outputs, inputs // channels
+    return importlib.import_module("pycodesign.quantize").KernelCodebook(
+        rng.integers(0, kernels, shape, np.uint8),
+        rng.choice(np.array([-1, 1], np.int8), shape),
+        rng.choice(np.array([-1, 1], np.float32), (1, kernels, channels, *size)),
+        np.ones(outputs, np.float32),
+    )
 
 
 def _sums(layer: Layer, x: Array, weights: Array) -> Array:

@@ -68,7 +68,7 @@ def describe_kind(module: Any) -> str:
 
 def describe_packed(row: Row, packed: Packed, where: str) -> Row:
     """Return the row of a layer that was converted."""
-    levels = str(packed._levels.shape[-1])
+    levels = str(packed._levels.shape[-1]) if packed.algorithm != "codebook" else f"{packed._kernels.shape[1]} kernels"
     runs = f"{packed.algorithm}, {packed._options['input_dtype']}"
     return Row(row.layer, row.kind, runs, levels, where, "; ".join(filter(None, [row.why, packed._why])), row.position)
 

@@ -1,0 +1,125 @@
+// Convolutions whose weights are indices into a codebook of small kernels: every kernel of a pattern's channels is
+// summed once, as an entry of a table; an output adds one entry for each pattern.
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+
+#include "repetition/plan.h"
+
+namespace pycodesign::repetition {
+
+namespace {
+
+constexpr double vector_bytes = 64;
+
+// Cycles per vector of pixels, with `block` tables alive at a time over tiles of `vectors`.
+double block_cost(const Codebook& book, int64_t outputs, double block, double vectors, bool is_float) {
+  const auto kernels = static_cast<double>(book.kernels), patterns = static_cast<double>(book.patterns);
+  const double product = is_float ? 1.1 : 2.2;  // 32-bit multiplications take two
+  const double sums = tile_cost(vectors, vectors, kernels, block, static_cast<double>(outputs), block, vector_bytes);
+  return patterns * (sums / (block * vectors) + kernels * static_cast<double>(book.inputs) * product);
+}
+
+}  // namespace
+
+CodebookChoice choose_codebook(const Codebook& book, const Geometry& g, int64_t outputs, const Activations& a) {
+  CodebookChoice best{1, std::numeric_limits<double>::infinity()};
+  const int64_t patterns = book.patterns / book.books;  // tables of one book at a time
+  for (int block = 1; block <= 8 && block <= patterns; ++block)
+    for (const double vectors : {4, 6, 8}) {
+      const double cost =
+          static_cast<double>(g.groups) * block_cost(book, outputs / g.groups, block, vectors, a.dtype == DType::f32);
+      if (patterns % block == 0 && cost < best.cost) best = {block, cost};
+    }
+  return best;
+}
+
+// Kernels as `dense` takes outputs: [book][block of kernels][channel][tap][dense_outputs]; the stream as that of
+// tables, with one slot for a pattern.
+void PackedConv2d::pack_codebook(const Weights& w) {
+  if (!w.codebook) throw std::invalid_argument("algorithm: expected a codebook for 'codebook', got codes");
+  const Codebook& book = *w.codebook;
+  const bool is_float = activations_.dtype == DType::f32;
+  staging_ = is_float ? Staging::f32 : Staging::centered_i32;
+  center_ = activations_.zero_point;
+  const CodebookChoice choice = choose_codebook(book, geometry_, w.outputs, activations_);
+  cycles_ = choice.cost;
+  block_units_ = choice.block;
+  group_size_ = static_cast<int>(book.inputs / taps_);
+  max_entries_ = static_cast<int>(book.kernels);
+  table_units_ = book.patterns;
+  unit_slots_ = 1;
+  entry_bytes_ = book.kernels > max_table_entries ? 2 : 1;
+  book_units_ = book.patterns / book.books;
+
+  const int64_t blocks = block_count(book.kernels);
+  kernels_.assign(static_cast<size_t>(book.books * blocks * book.inputs * dense_outputs), 0);
+  for (int64_t b = 0; b < book.books; ++b)
+    for (int64_t u = 0; u < book.kernels; ++u)
+      for (int64_t i = 0; i < book.inputs; ++i) {
+        const float value = book.values[(b * book.kernels + u) * book.inputs + i];
+        uint32_t& word = kernels_[static_cast<size_t>(
+            ((b * blocks + u / dense_outputs) * book.inputs + i) * dense_outputs + u % dense_outputs)];
+        if (is_float) std::memcpy(&word, &value, 4);
+        else word = static_cast<uint32_t>(static_cast<int32_t>(value));
+      }
+
+  weights_size_ = static_cast<size_t>(w.outputs * book.patterns * entry_bytes_);
+  char* stream = weights_.reserve(weights_size_);
+  set_correction(w, center_);
+  for (int64_t o = 0; o < w.outputs; ++o)
+    for (int64_t unit = 0; unit < table_units_; ++unit) {
+      const bool minus = book.sign[o * book.patterns + unit] < 0;
+      const int e = book.index[o * book.patterns + unit];
+      char* at = stream + stream_at(o, unit) * entry_bytes_;
+      if (entry_bytes_ == 1) *at = static_cast<char>(e | minus << 7);
+      else {
+        const auto entry = static_cast<uint16_t>(e | minus << 15);
+        std::memcpy(at, &entry, 2);
+      }
+      if (!is_float) correction_[static_cast<size_t>(o)] += minus;  // -t is ~t + 1
+    }
+}
+
+// Indices and signs (outputs, patterns), as packed.
+std::pair<std::vector<uint8_t>, std::vector<int8_t>> PackedConv2d::indices() const {
+  std::vector<uint8_t> index;
+  std::vector<int8_t> sign;
+  for (int64_t o = 0; o < outputs_; ++o)
+    for (int64_t unit = 0; unit < table_units_; ++unit) {
+      const char* at = weights_.data() + stream_at(o, unit) * entry_bytes_;
+      uint16_t entry = 0;
+      std::memcpy(&entry, at, static_cast<size_t>(entry_bytes_));
+      const int top = entry_bytes_ == 1 ? 0x80 : 0x8000;
+      index.push_back(static_cast<uint8_t>(entry & (top - 1)));
+      sign.push_back(entry & top ? -1 : 1);
+    }
+  return {std::move(index), std::move(sign)};
+}
+
+// The tables of `units` patterns from `first` on, over the vectors of one tile.
+void PackedConv2d::build_kernels(const Kernels& k, const LiftPlan& lift, const char* x, int64_t first, int64_t units,
+                                 int vectors, char* tables) const {
+  const int64_t bytes = k.lanes * 4, entry_bytes = lift.tables.width * bytes,
+                block_words = group_size_ * taps_ * dense_outputs, blocks = block_count(max_entries_);
+  DenseTile d{};
+  d.unit_stride = lift.unit_bytes;
+  d.tap_source = lift.tap_source.data();
+  d.units = group_size_;
+  d.taps = static_cast<int>(taps_);
+  d.acc_stride = entry_bytes;
+  for (int64_t u = 0; u < units; ++u)
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int v = 0; v < vectors; v += k.max_dense_vectors) {
+        d.x = x + (first + u) * group_size_ * lift.unit_bytes + v * bytes;
+        d.weights = reinterpret_cast<const char*>(
+            &kernels_[static_cast<size_t>(((first + u) / book_units_ * blocks + b) * block_words)]);
+        d.acc = tables + (u * max_entries_ + b * dense_outputs) * entry_bytes + v * bytes;
+        d.outputs = static_cast<int>(std::min<int64_t>(dense_outputs, max_entries_ - b * dense_outputs));
+        d.vectors = std::min(k.max_dense_vectors, vectors - v);
+        (staging_ == Staging::f32 ? k.dense_f32 : k.dense_i32)(d);
+      }
+}
+
+}  // namespace pycodesign::repetition

@@ -301,7 +301,7 @@ def _quantize_body(model: nn.Module, quantizer: Callable[[Any], quantize.Quantiz
     convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
     with torch.no_grad():
         for convolution in convolutions[1:]:
-            convolution.weight.copy_(torch.from_numpy(quantizer(convolution.weight).dequantize()))
+            convolution.weight.copy_(torch.from_numpy(quantizer(convolution.weight.numpy()).dequantize()))
 
 
 def _settle(model: nn.Module, images: Tensor) -> None:

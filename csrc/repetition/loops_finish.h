@@ -1,0 +1,236 @@
+// The epilogue, and pooling. A part of loops.h.
+#pragma once
+
+namespace pycodesign::repetition {
+namespace {
+
+inline float clamp(float v, float lo, float hi) {  // keeps NaN
+  v = v < lo ? lo : v;
+  return v > hi ? hi : v;
+}
+
+template <class T>
+void add_residual(float* y, const char* p, int64_t stride, int64_t count, float zero_point, float scale) {
+  if (stride == sizeof(T)) {
+    const T* r = reinterpret_cast<const T*>(p);
+    for (int64_t i = 0; i < count; ++i) y[i] = y[i] + scale * (static_cast<float>(r[i]) - zero_point);
+  } else {
+    for (int64_t i = 0; i < count; ++i)
+      y[i] = y[i] + scale * (static_cast<float>(*reinterpret_cast<const T*>(p + i * stride)) - zero_point);
+  }
+}
+
+// saturate(rint(y / scale) + zero_point); NaN gives the lowest. A product with the reciprocal is within 1e-4 of the
+// quotient, so both round alike unless it is that close to a half: then the vector is divided after all.
+struct Quantization {
+  f32v scale, reciprocal, lowest, highest;
+  i32v zero_point;
+  bool divides;
+
+  Quantization(DType dtype, float scale_, int32_t zero_point_)
+      : scale(Float::splat(scale_)),
+        reciprocal(Float::splat(1.0f / scale_)),
+        lowest(Float::splat(static_cast<float>((dtype == DType::i8 ? -128 : 0) - zero_point_))),
+        highest(lowest + 255.0f),
+        zero_point(Int::splat(zero_point_)),
+        divides(!(scale_ > 1e-30f && scale_ < 1e30f)) {}  // a reciprocal would not be normal
+
+  f32v saturate(f32v v) const {
+    v = v > lowest ? v : lowest;
+    return v < highest ? v : highest;
+  }
+  bytesv operator()(f32v y) const {
+    const f32v v = saturate(y * reciprocal);
+    i32v q = round_words(v);
+    if (__builtin_expect(divides || any_beyond(v - __builtin_convertvector(q, f32v), 0.4998f), 0))
+      q = round_words(saturate(y / scale));
+    return __builtin_convertvector(q + zero_point, bytesv);
+  }
+};
+
+void quantize(const float* y, char* out, int64_t stride, int64_t count, const Quantization& q) {
+  for (int64_t i = 0; i < count; i += lanes) {  // y is a buffer of whole vectors
+    const bytesv bytes = q(Float::load(y + i));
+    for (int64_t k = 0; k < lanes && i + k < count; ++k) out[(i + k) * stride] = static_cast<char>(bytes[k]);
+  }
+}
+
+// y = acc * multiplier + bias, clamped.
+template <bool per_element, class Acc, bool has_bias>
+void scale_acc(const Finish& f, int64_t first, int64_t count, float lo, float hi, float* y) {
+  const Acc* acc = reinterpret_cast<const Acc*>(f.acc) + first;
+  const int64_t at = per_element ? first : 0;
+  const auto pick = [](int64_t i) { return per_element ? i : 0; };
+  const float *m = f.multiplier + at, *b = has_bias ? f.bias + at : nullptr;
+  const int32_t* c = std::is_integral_v<Acc> ? f.correction + at : nullptr;
+  for (int64_t i = 0; i < count; ++i) {
+    float v;
+    if constexpr (std::is_integral_v<Acc>)
+      v = static_cast<float>(static_cast<int32_t>(acc[i] + static_cast<uint32_t>(c[pick(i)]))) * m[pick(i)];
+    else v = acc[i] * m[pick(i)];
+    if constexpr (has_bias) v = v + b[pick(i)];
+    y[i] = clamp(v, lo, hi);
+  }
+}
+
+template <bool per_element> void finish_as(const Finish& f) {
+  const Epilogue& e = *f.epilogue;
+  constexpr int64_t piece = 512;
+  alignas(64) float buffer[piece];
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  const float lo = e.has_lo ? e.lo : -infinity, hi = e.has_hi ? e.hi : infinity;
+  const Quantization quantization(e.out_dtype, e.out_scale, e.out_zero_point);
+  const bool in_place = e.out_dtype == DType::f32 && f.out_stride == 4;
+  for (int64_t first = 0; first < f.count; first += piece) {
+    const int64_t count = f.count - first < piece ? f.count - first : piece;
+    char* out = f.out + first * f.out_stride;
+    float* const y = in_place ? reinterpret_cast<float*>(out) : buffer;
+    if (e.out_dtype == DType::i32) {
+      const uint32_t* acc = reinterpret_cast<const uint32_t*>(f.acc) + first;
+      const int32_t* c = f.correction + (per_element ? first : 0);
+      for (int64_t i = 0; i < count; ++i) {
+        const uint32_t sum = acc[i] + static_cast<uint32_t>(c[per_element ? i : 0]);
+        std::memcpy(out + i * f.out_stride, &sum, 4);
+      }
+      continue;
+    }
+    const bool integers = e.acc_dtype == DType::i32;
+    const auto scale = f.bias ? integers ? scale_acc<per_element, uint32_t, true> : scale_acc<per_element, float, true>
+                       : integers ? scale_acc<per_element, uint32_t, false>
+                                  : scale_acc<per_element, float, false>;
+    scale(f, first, count, e.has_residual ? -infinity : lo, e.has_residual ? infinity : hi, y);
+    if (e.has_residual) {
+      const char* r = f.residual + first * f.residual_stride;
+      if (e.residual_dtype == DType::f32)
+        add_residual<float>(y, r, f.residual_stride, count, e.residual_zero_point, e.residual_scale);
+      else if (e.residual_dtype == DType::u8)
+        add_residual<uint8_t>(y, r, f.residual_stride, count, e.residual_zero_point, e.residual_scale);
+      else add_residual<int8_t>(y, r, f.residual_stride, count, e.residual_zero_point, e.residual_scale);
+      for (int64_t i = 0; i < count; ++i) y[i] = clamp(y[i], lo, hi);
+    }
+    if (e.out_dtype != DType::f32) quantize(y, out, f.out_stride, count, quantization);
+    else if (!in_place)
+      for (int64_t i = 0; i < count; ++i) std::memcpy(out + i * f.out_stride, y + i, 4);
+  }
+}
+
+template <class T> f32v load_residual(const char* p) {
+  f32v v;
+  if constexpr (std::is_same_v<T, float>) std::memcpy(&v, p, sizeof v);
+  else {
+    const u32v bytes = widen_bytes(reinterpret_cast<const uint8_t*>(p));
+    v = __builtin_convertvector(
+        std::is_signed_v<T> ? reinterpret_cast<i32v>(bytes ^ 0x80) - 128 : reinterpret_cast<i32v>(bytes), f32v);
+  }
+  return v;
+}
+
+// The same where one multiplier serves all and elements lie side by side: in whole vectors, which may read a vector
+// past the last sum.
+template <class Acc, class Residual, class Out> void finish_plain(const Finish& f) {
+  const Epilogue& e = *f.epilogue;
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  const f32v multiplier = Float::splat(*f.multiplier), bias = Float::splat(f.bias ? *f.bias : 0),
+             lo = Float::splat(e.has_lo ? e.lo : -infinity), hi = Float::splat(e.has_hi ? e.hi : infinity);
+  const f32v residual_scale = Float::splat(e.residual_scale), residual_zero = Float::splat(e.residual_zero_point);
+  const u32v correction = splat_bits(f.correction ? static_cast<uint32_t>(*f.correction) : 0);
+  const Quantization quantization(e.out_dtype, e.out_scale, e.out_zero_point);
+  const bool has_bias = f.bias;
+  const int64_t count = f.count, run = f.run ? f.run : count + lanes, skip = f.run_stride - run * 4;
+  const char *acc = f.acc, *residual = f.residual;
+  char* out = f.out;
+  for (int64_t i = 0, left = run; i < count; i += lanes, acc += vector_bytes) {
+    u32v sum;
+    std::memcpy(&sum, acc, sizeof sum);
+    f32v y;
+    if constexpr (std::is_integral_v<Acc>) y = __builtin_convertvector(reinterpret_cast<i32v>(sum + correction), f32v);
+    else y = reinterpret_cast<f32v>(sum);
+    y = y * multiplier;
+    if (has_bias) y = y + bias;
+    const int64_t here = count - i < lanes ? count - i : lanes;
+    if constexpr (!std::is_void_v<Residual>) {
+      char tail[lanes * sizeof(Residual)];
+      const char* r = residual + i * int64_t{sizeof(Residual)};
+      if (here < lanes) r = static_cast<char*>(std::memcpy(tail, r, static_cast<size_t>(here) * sizeof(Residual)));
+      y = y + residual_scale * (load_residual<Residual>(r) - residual_zero);
+    }
+    y = y < lo ? lo : y;  // keeps NaN
+    y = y > hi ? hi : y;
+    const auto store = [&](const auto& values) {
+      char* to = out + i * int64_t{sizeof(Out)};
+      if (here == lanes) std::memcpy(to, &values, sizeof values);
+      else std::memcpy(to, &values, static_cast<size_t>(here) * sizeof(Out));
+    };
+    if constexpr (std::is_same_v<Out, float>) store(y);
+    else store(quantization(y));
+    left -= lanes;
+    if (left == 0) left = run, acc += skip;
+  }
+}
+
+template <class Acc, class Residual> void finish_to(const Finish& f) {
+  f.epilogue->out_dtype == DType::f32 ? finish_plain<Acc, Residual, float>(f) : finish_plain<Acc, Residual, char>(f);
+}
+template <class Acc> void finish_side_by_side(const Finish& f) {
+  if (!f.epilogue->has_residual) return finish_to<Acc, void>(f);
+  switch (f.epilogue->residual_dtype) {
+    case DType::u8: return finish_to<Acc, uint8_t>(f);
+    case DType::i8: return finish_to<Acc, int8_t>(f);
+    default: return finish_to<Acc, float>(f);
+  }
+}
+
+void finish(const Finish& f) {
+  const Epilogue& e = *f.epilogue;
+  const auto bytes = [](DType d) { return d == DType::f32 ? 4 : 1; };
+  if (!f.per_element && e.out_dtype != DType::i32 && f.out_stride == bytes(e.out_dtype) &&
+      (!e.has_residual || f.residual_stride == bytes(e.residual_dtype)))
+    return e.acc_dtype == DType::i32 ? finish_side_by_side<uint32_t>(f) : finish_side_by_side<float>(f);
+  f.per_element ? finish_as<true>(f) : finish_as<false>(f);
+}
+
+// The largest of each column first, then of neighboring columns, then every stride-th. NaN is larger than any number.
+template <class T> void max_pool_of(const MaxPool& p) {
+  typedef T vec __attribute__((vector_size(vector_bytes)));
+  constexpr int64_t step = vector_bytes / int64_t{sizeof(T)};
+  constexpr T lowest = std::is_integral_v<T> ? std::numeric_limits<T>::min() : -std::numeric_limits<T>::infinity();
+  const auto load = [](const T* from, int64_t count) {
+    vec v = lowest - vec{};
+    if (count >= step) std::memcpy(&v, from, sizeof v);
+    else std::memcpy(&v, from, static_cast<size_t>(count) * sizeof(T));
+    return v;
+  };
+  const auto larger = [](vec a, vec b) {
+    const vec m = a > b ? a : b;
+    if constexpr (std::is_integral_v<T>) return m;
+    else return a != a ? a : m;
+  };
+  const int64_t padded = p.width + 2 * p.padding, last = padded - (p.columns - 1) * p.dilation;
+  T *const row = reinterpret_cast<T*>(p.scratch), *const data = row + p.padding, *const pooled = row + padded + step;
+  for (int64_t i = 0; i < p.padding; ++i) row[i] = lowest;
+  for (int64_t i = 0; i < p.width; i += step) {
+    vec v = lowest - vec{};
+    for (int r = 0; r < p.rows; ++r) v = larger(load(reinterpret_cast<const T*>(p.source[r]) + i, p.width - i), v);
+    std::memcpy(data + i, &v, sizeof v);
+  }
+  for (int64_t i = p.padding + p.width; i < padded; ++i) row[i] = lowest;
+  for (int64_t i = 0; i < last; i += step) {
+    vec v = load(row + i, step);
+    for (int64_t s = 1; s < p.columns; ++s) v = larger(load(row + i + s * p.dilation, step), v);
+    std::memcpy(pooled + i, &v, sizeof v);
+  }
+  T* const out = reinterpret_cast<T*>(p.out);
+  for_elements<T>(reinterpret_cast<const char*>(pooled), p.stride * int64_t{sizeof(T)}, p.count,
+                  [=](int64_t i, T x) { out[i] = x; });
+}
+
+void max_pool(const MaxPool& p) {
+  switch (p.dtype) {
+    case DType::u8: return max_pool_of<uint8_t>(p);
+    case DType::i8: return max_pool_of<int8_t>(p);
+    default: return max_pool_of<float>(p);
+  }
+}
+
+}  // namespace
+}  // namespace pycodesign::repetition

@@ -1,0 +1,131 @@
+// Linear layers: lanes are outputs. A part of loops.h.
+#pragma once
+
+namespace pycodesign::repetition {
+namespace {
+
+// R rows of x by P vectors of outputs.
+template <class Math, int R, int P> void linear_of(const LinearTile& t) {
+  using vec = typename Math::vec;
+  vec acc[R][P] = {};
+  for (int64_t k = 0; k < t.words; ++k) {
+    const char* w = t.weights + k * panel_outputs * 4;
+    if constexpr (R == 1) prefetch<P * vector_bytes>(w);
+    vec weight[P];
+    for (int p = 0; p < P; ++p) weight[p] = Math::load(w + p * vector_bytes);
+    for (int r = 0; r < R; ++r) {
+      const vec x = Math::broadcast(t.x + r * t.x_stride + k * 4);
+      for (int p = 0; p < P; ++p) acc[r][p] = Math::multiply_add(acc[r][p], x, weight[p]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < P; ++p) Math::store(t.acc + r * t.acc_stride + p * vector_bytes, acc[r][p]);
+}
+
+// Two bits (or one) a weight; each byte of a word holds the codes of one of four neighbouring inputs. Four bits at a
+// time name the level of each code in them, so that codes need no shifts of their own. Loops stay rolled: unrolled,
+// they spill registers.
+template <int R, int P> void linear_packed_i8_of(const LinearTile& t) {
+  const int fields = 4 / t.code_bits;
+  const i32v mask = Int::splat(0x0f0f0f0f);
+  i32v acc[R][P] = {};
+  const char* x = t.x;
+  for (int64_t k = 0; k < t.words; ++k) {
+    const char* w = t.weights + k * panel_outputs * 4;
+    if constexpr (R == 1) prefetch<P * vector_bytes>(w);
+    i32v codes[P];
+    for (int p = 0; p < P; ++p) codes[p] = Int::load(w + p * vector_bytes);
+#pragma GCC unroll 1
+    for (int half = 0; half < 2; ++half) {
+#pragma GCC unroll 1
+      for (int f = 0; f < fields; ++f, x += 4) {
+        const Levels levels = load_levels(t.level_bytes + f * 16);
+        i32v weight[P];
+        for (int p = 0; p < P; ++p) weight[p] = levels_of(levels, codes[p] & mask);
+        for (int r = 0; r < R; ++r) {
+          const i32v row = Byte::broadcast(x + r * t.x_stride);
+          for (int p = 0; p < P; ++p) acc[r][p] = dot4(acc[r][p], row, weight[p]);
+        }
+      }
+      for (int p = 0; p < P; ++p) codes[p] = codes[p] >> 4;
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < P; ++p) Int::store(t.acc + r * t.acc_stride + p * vector_bytes, acc[r][p]);
+}
+
+// One code looks up the sum of several inputs times their levels.
+template <int R, int P> void linear_packed_f32_of(const LinearTile& t) {
+  const int half_codes = 16 / t.code_bits;
+  f32v acc[R][P] = {};
+  const float* at = t.table;
+  for (int64_t k = 0; k < t.words; ++k) {
+    const char* w = t.weights + k * panel_outputs * 4;
+    if constexpr (R == 1) prefetch<P * vector_bytes>(w);
+#pragma GCC unroll 1
+    for (int half = 0; half < 2; ++half) {
+      u32v codes[P];
+      for (int p = 0; p < P; ++p) {
+        const u32v word = *reinterpret_cast<const u32v*>(w + p * vector_bytes);
+        codes[p] = half ? high_half(word) : word;
+      }
+      for (int c = 0; c < half_codes; ++c, at += 32) {
+        if (c)
+          for (int p = 0; p < P; ++p) codes[p] = shift_half(codes[p], t.code_bits);
+        for (int r = 0; r < R; ++r) {
+          const Lookup table = load_lookup(at + r * t.table_stride);
+          for (int p = 0; p < P; ++p) acc[r][p] = acc[r][p] + look_up(table, reinterpret_cast<i32v>(codes[p]));
+        }
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < P; ++p) Float::store(t.acc + r * t.acc_stride + p * vector_bytes, acc[r][p]);
+}
+
+// Cuts a panel and its rows into the blocks that the registers hold.
+template <int R, int P, class Many, class One> void for_linear_blocks(const LinearTile& t, Many many, One one) {
+  for (int p = 0; p < panel_outputs / lanes; p += P) {
+    LinearTile part = t;
+    part.weights += p * vector_bytes;
+    part.acc += p * vector_bytes;
+    int row = 0;
+    for (; row + R <= t.rows;
+         row += R, part.x += R * t.x_stride, part.table += R * t.table_stride, part.acc += R * t.acc_stride)
+      many(part);
+    for (; row < t.rows; ++row, part.x += t.x_stride, part.table += t.table_stride, part.acc += t.acc_stride) one(part);
+  }
+}
+
+template <class Math> void linear(const LinearTile& t) {
+  for_linear_blocks<linear_rows, linear_vectors>(t, linear_of<Math, linear_rows, linear_vectors>,
+                                                 linear_of<Math, 1, linear_vectors>);
+}
+void linear_packed_i8(const LinearTile& t) {
+  for_linear_blocks<packed_rows, linear_vectors>(t, linear_packed_i8_of<packed_rows, linear_vectors>,
+                                                 linear_packed_i8_of<1, linear_vectors>);
+}
+void linear_packed_f32(const LinearTile& t) {
+  for_linear_blocks<packed_rows, linear_vectors>(t, linear_packed_f32_of<packed_rows, linear_vectors>,
+                                                 linear_packed_f32_of<1, linear_vectors>);
+}
+
+template <int inputs> void build_lookup_of(const LookupBuild& b) {
+  constexpr int vectors = 32 / lanes;
+  f32v digit[inputs][vectors];
+  std::memcpy(digit, b.digit, sizeof digit);
+  for (int64_t position = 0; position < b.positions; ++position) {
+    const float* x = b.x + position * inputs;
+    for (int v = 0; v < vectors; ++v) {
+      f32v sum{};
+      for (int i = 0; i < inputs; ++i) sum = fma(Float::splat(x[i]), digit[i][v], sum);
+      Float::store(b.table + position * 32 + v * lanes, sum);
+    }
+  }
+}
+void build_lookup(const LookupBuild& b) {
+  b.inputs == 2 ? build_lookup_of<2>(b) : b.inputs == 3 ? build_lookup_of<3>(b) : build_lookup_of<5>(b);
+}
+
+}  // namespace
+}  // namespace pycodesign::repetition

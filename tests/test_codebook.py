@@ -257,6 +257,15 @@ def test_dead_outputs_and_equal_weights():
         assert not kernel_codebook(np.zeros((8, 8, 3, 3), F32), 4, values).dequantize().any()
 
 
+@pytest.mark.parametrize("values", VALUES)
+def test_a_kernel_that_none_took_begins_anew_where_it_is_needed(values):
+    patterns = np.array([[1, 1, 1], [1, 1, -1], [2, -2, 2], [-2, -2, 2]], F32)
+    index, product = np.array([0, 0, 0, 0]), np.array([3, 1, 2, -2], F32)
+    kernels = np.array([[1, 1, 1], [1, 1, 1]], F32)
+    updated = _codebook._update(patterns, np.ones(4, F32), index, product, kernels, values)
+    assert np.array_equal(updated[1], [1, -1, 1] if values != "real" else [2, -2, 2])
+
+
 def test_a_large_layer_takes_seconds():
     w = normal(512, 512, 3, 3)
     start = time.process_time()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -29,7 +29,7 @@ class Weights:
     def fold(self, scale: NDArray[np.float64], shift: NDArray[np.float64]) -> Weights:
         """Return weights of the layer followed by ``scale * y + shift``, each rounded once."""
         rows = (-1, *[1] * (self.q.scale.ndim - 1))
-        q = QuantizedTensor(self.q.codes, self.q.levels, (self.q.scale * scale.reshape(rows)).astype(np.float32))
+        q = replace(self.q, scale=(self.q.scale * scale.reshape(rows)).astype(np.float32))
         bias = shift if self.bias is None else self.bias * scale + shift
         return Weights(self.name, q, bias.astype(np.float32), self.options)
 

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from pycodesign.nn.codebooks import find_codebook
 from pycodesign.quantize import QuantizedTensor, from_fake_quantized
 
 __all__ = ["find_weight"]
@@ -25,8 +26,8 @@ def find_weight(module: nn.Module) -> QuantizedTensor | None:
     """Read the weights of a module that quantizes them by itself.
 
     Such are modules of Brevitas (``QuantConv2d``, ``QuantLinear``), modules with torchao's integer tensors or with its
-    fake quantizer (``torchao.quantization.qat``), and modules whose weight is computed by `torch.nn.utils.parametrize`.
-    The module is not changed.
+    fake quantizer (``torchao.quantization.qat``), and modules whose weight is computed by `torch.nn.utils.parametrize`,
+    a `Codebook` among them. The module is not changed.
 
     Parameters
     ----------
@@ -63,6 +64,9 @@ def find_weight(module: nn.Module) -> QuantizedTensor | None:
     >>> find_weight(layer)
     QuantizedTensor((2, 3), Q=2, levels: -1, 1)
     """
+    codebook = find_codebook(module)
+    if codebook is not None:
+        return codebook.to_quantized()
     for read in (_read_brevitas, _read_torchao_tensor, _read_torchao_fake_quantizer, _read_parametrization):
         with torch.no_grad():
             found = read(module)

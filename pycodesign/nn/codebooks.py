@@ -1,0 +1,184 @@
+"""Training of networks whose filters are few small kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from pycodesign.quantize import KernelCodebook, kernel_codebook
+
+__all__ = ["Codebook", "use_codebooks"]
+
+BEGIN = {"sign": 0.5, "ternary": 0.75, "real": 1.0}  # what a float kernel has where the rounded one has 1
+BLOCK = 1 << 22  # products of a pattern and a kernel at a time
+SMALLEST_SCALE = 1e-12  # of outputs without weights; its logarithm is finite
+
+
+class Codebook(nn.Module):
+    """Parametrization of a weight: each filter becomes one of few kernels, up to sign and the output's scale.
+
+    The forward pass assigns each filter of the float weight its nearest kernel. Gradients go straight through the
+    assignment to the float weight, and to the kernel and scale that took its place; kernels of -1, 0 and 1 are the
+    rounded values of float ones, to which the gradient goes straight, too. So a trained network is the start, and one
+    optimizer trains everything. A learning rate for `log_scale` of a tenth of the others' does well.
+
+    The attribute `share`, 1 from the start, is how much of the result the codebook makes; the float weight makes the
+    rest. To anneal, set it to 0 and raise it, step by step, to 1.
+
+    Parameters
+    ----------
+    w : Tensor (O, I) or (O, I / groups, kH, kW)
+        The weights to begin with, those of a trained network if there is one.
+    kernels, values, **options
+        As for `pycodesign.quantize.kernel_codebook`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As that function does.
+
+    References
+    ----------
+    Bengio et al., "Estimating or Propagating Gradients Through Stochastic Neurons", arXiv:1308.3432, 2013: the
+    straight-through estimator; Esser et al., "Learned Step Size Quantization", ICLR 2020: the scale's gradient.
+
+    Examples
+    --------
+    >>> import torch, pycodesign
+    >>> layer = torch.nn.Conv2d(16, 32, 3)
+    >>> codebook = pycodesign.nn.Codebook(layer.weight, kernels=8)
+    >>> layer = torch.nn.utils.parametrize.register_parametrization(layer, "weight", codebook)
+    >>> layer.weight.unique(dim=0).shape[0], len((layer.weight / codebook.scale()).unique())
+    (32, 2)
+    """
+
+    def __init__(self, w: Tensor, kernels: int = 32, values: str = "sign", **options: Any) -> None:
+        super().__init__()
+        fitted = kernel_codebook(w, kernels, values, **options)
+        self.values, self.share = values, 1.0
+        self.kernels = nn.Parameter(BEGIN[values] * torch.from_numpy(fitted.kernels).to(w.device))
+        log_scale = torch.from_numpy(fitted.scale.copy()).clamp(min=SMALLEST_SCALE).log()
+        self.log_scale = nn.Parameter(log_scale.view(-1, *[1] * (w.dim() - 1)).to(w.device))
+
+    def forward(self, w: Tensor) -> Tensor:
+        scale, kernels = self.scale(), self._rounded_kernels()
+        index, sign = self._assign(w / scale, kernels)
+        first = torch.arange(0, kernels[..., 0].numel(), kernels.shape[1], device=w.device)  # kernel of each codebook
+        chosen = F.embedding(index + first[:, None], kernels.flatten(0, 1)) * sign[..., None]  # (C, O * J / C, D)
+        chosen = chosen.unflatten(1, (len(w), -1)).transpose(0, 1).reshape(w.shape)
+        normalized = w / scale
+        # In this form the estimator adds exactly 0: the result is scale times kernel, to the last bit.
+        result: Tensor = scale * (chosen + (normalized - normalized.detach()))
+        return result if self.share == 1 else torch.lerp(w, result, self.share)
+
+    def scale(self) -> Tensor:
+        """Return the scales, (O, 1) or (O, 1, 1, 1)."""
+        return self.log_scale.exp()
+
+    @torch.no_grad()
+    def export(self, w: Tensor) -> KernelCodebook:
+        """Return what the forward pass makes of float weights `w`; ``dequantize()`` equals it."""
+        if self.share != 1:
+            raise ValueError(f"share: expected 1, the end of annealing, got {self.share}")
+        scale, kernels = self.scale(), self._rounded_kernels()
+        index, sign = (
+            part.unflatten(1, (len(w), -1)).transpose(0, 1).reshape(len(w), -1)
+            for part in self._assign(w / scale, kernels)
+        )
+        arrays: Any = index.to(torch.uint8), sign.to(torch.int8), kernels.view_as(self.kernels), scale.flatten()
+        return KernelCodebook(*arrays)
+
+    def _rounded_kernels(self) -> Tensor:
+        """Return the kernels (C, U, D) that the network computes with."""
+        kernels = self.kernels.flatten(2)
+        if self.values == "real":
+            return kernels
+        clipped = kernels.clamp(-1, 1)
+        rounded = torch.where(clipped < 0, -1.0, 1.0) if self.values == "sign" else clipped.round()
+        return rounded.detach() + (clipped - clipped.detach())
+
+    @torch.no_grad()
+    def _assign(self, normalized: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the nearest kernel of each pattern, and its sign: both (C, O * J / C)."""
+        codebooks, count, size = kernels.shape
+        patterns = normalized.reshape(len(normalized), codebooks, -1, size).transpose(0, 1).reshape(codebooks, -1, size)
+        half_norms = 0.5 * kernels.square().sum(2)[:, None]
+        index, negative = [], []
+        for block in patterns.split(max(1, BLOCK // (codebooks * count)), dim=1):
+            products = block @ kernels.mT
+            index.append((products.abs() - half_norms).argmax(2))
+            negative.append(products.gather(2, index[-1][..., None])[..., 0] < 0)
+        return torch.cat(index, 1), 1 - 2 * torch.cat(negative, 1).to(normalized.dtype)
+
+    def extra_repr(self) -> str:
+        codebooks, count, channels, *filter_size = self.kernels.shape
+        return f"kernels={count}, values={self.values!r}, codebooks={codebooks}, pattern={(channels, *filter_size)}"
+
+
+def use_codebooks(
+    model: nn.Module, kernels: int = 32, values: str = "sign", *, skip: Collection[str] = (), **options: Any
+) -> list[str]:
+    """Give the convolutions of a network a `Codebook` each, in place, to be trained further.
+
+    These are the ungrouped ones (`torch.nn.Conv2d`) with filters larger than 1x1, but for those that have a
+    parametrization already: a second call changes nothing. A first layer that reads three channels gains no time and
+    costs accuracy: name it in `skip`.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Trained, best in float: its weights are where the codebooks begin.
+    kernels, values, **options
+        As for `pycodesign.quantize.kernel_codebook`, for each layer.
+    skip : collection of str
+        Exact names of modules to leave as they are.
+
+    Returns
+    -------
+    list of str
+        Names of all layers that now have a codebook.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If a name in `skip` is no convolution's; as `kernel_codebook` does, with the layer's name. The model is then as
+        it was.
+
+    Examples
+    --------
+    >>> import torch, pycodesign
+    >>> conv = torch.nn.Conv2d
+    >>> model = torch.nn.Sequential(conv(3, 64, 3), torch.nn.ReLU(), conv(64, 64, 3), conv(64, 10, 1))
+    >>> pycodesign.nn.use_codebooks(model, kernels=16, skip=["0"])
+    ['2']
+    """
+    convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    if isinstance(skip, str):
+        raise TypeError(f"skip: expected a collection of module names, got {skip!r}")
+    for name in skip:
+        if name not in convs:
+            raise ValueError(f"skip: expected names of convolutions, got {name!r}")
+    made = {}
+    for name, conv in convs.items():
+        large = max(conv.kernel_size) > 1 and conv.groups == 1
+        if large and name not in skip and not parametrize.is_parametrized(conv, "weight"):
+            try:
+                made[name] = Codebook(conv.weight, kernels, values, **options)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+    for name, codebook in made.items():
+        parametrize.register_parametrization(convs[name], "weight", codebook)
+    return [name for name, conv in convs.items() if find_codebook(conv) is not None]
+
+
+def find_codebook(module: nn.Module) -> KernelCodebook | None:
+    """Return the weights of a module whose weight a `Codebook` makes; None for any other module."""
+    if not parametrize.is_parametrized(module, "weight"):
+        return None
+    made: Any = module.parametrizations["weight"]  # type: ignore[index]
+    return made[0].export(made.original) if len(made) == 1 and isinstance(made[0], Codebook) else None

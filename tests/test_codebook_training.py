@@ -1,0 +1,235 @@
+"""Codebooks learned by torch: the parametrization, its gradients, its conversion."""
+
+import copy
+import doctest
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+import pycodesign
+from pycodesign.nn import Codebook, codebooks, use_codebooks
+from pycodesign.nn.codebooks import find_codebook
+from pycodesign.nn.sources import find_weight
+from pycodesign.quantize import kernel_codebook
+
+VALUES = ("sign", "ternary", "real")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def parametrized(layer, **options):
+    nn.init.normal_(layer.weight)
+    return parametrize.register_parametrization(layer, "weight", Codebook(layer.weight, **options))
+
+
+def network(width=16):
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, 1, 1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, 2 * width, 3, 2, 1, bias=False),
+        nn.BatchNorm2d(2 * width),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2 * width, 4),
+    )
+
+
+def images(count):
+    """Images (N, 1, 12, 12) of noise with a bar in one of four directions, and which."""
+    bars = torch.stack([torch.eye(12), torch.eye(12).flip(1), torch.eye(12)[:1].T.expand(12, 12), torch.zeros(12, 12)])
+    bars[2], bars[3, 5:7] = 0, 1
+    bars[2, :, 5:7] = 1
+    labels = torch.arange(count) % 4
+    return 0.7 * torch.randn(count, 1, 12, 12) + bars[labels, None], labels
+
+
+def train(model, steps, rate=3e-3):
+    optimizer = torch.optim.Adam(model.parameters(), rate)
+    model.train()
+    for _ in range(steps):
+        x, labels = images(64)
+        loss = F.cross_entropy(model(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def accuracy(model):
+    x, labels = images(400)
+    with torch.no_grad():
+        return float((model(x).argmax(1) == labels).float().mean())
+
+
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize(
+    ("layer", "options"),
+    [
+        (lambda: nn.Conv2d(12, 16, 3), {}),
+        (lambda: nn.Conv2d(12, 16, (1, 5)), {"codebooks": 3}),
+        (lambda: nn.Conv2d(16, 16, 3, groups=2), {"codebooks": 2}),
+        (lambda: nn.Conv2d(16, 24, 1), {"codebooks": 2}),
+        (lambda: nn.Linear(20, 24), {"pattern_channels": 5}),
+    ],
+    ids=["3x3", "1x5", "groups", "1x1", "linear"],
+)
+def test_the_weight_begins_as_the_fit_and_is_exported_exactly(layer, options, values):
+    layer = parametrized(layer(), kernels=8, values=values, **options)
+    fitted = kernel_codebook(layer.parametrizations.weight.original, 8, values, **options)
+    weight = layer.weight.detach().numpy()
+    # the fit ends with new scales, for which another kernel may be nearer
+    assert np.isclose(weight, fitted.dequantize(), rtol=1e-5).mean() > 0.9
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    exported = find_codebook(layer)
+    assert np.array_equal(exported.dequantize(), layer.weight.detach().numpy())
+    assert exported.values == values and exported.kernels.shape == fitted.kernels.shape
+    assert not np.array_equal(exported.dequantize(), weight)
+
+
+def test_each_pattern_gets_its_nearest_kernel(monkeypatch):
+    layer = parametrized(nn.Conv2d(8, 12, 3), kernels=8, values="real", codebooks=2)
+    codebook = layer.parametrizations.weight[0]
+    v = (layer.parametrizations.weight.original / codebook.scale()).detach().reshape(12, 8, 1, 9)
+    kernels = codebook.kernels.detach().reshape(2, 8, 9).repeat_interleave(4, 0)  # (J, U, D)
+    choices = torch.cat([kernels, -kernels], 1)
+    nearest = (v - choices).square().sum(-1).min(-1).values
+    chosen = layer.weight.detach() / codebook.scale().detach()
+    torch.testing.assert_close((v[:, :, 0] - chosen.reshape(12, 8, 9)).square().sum(-1), nearest)
+    whole = layer.weight.detach()
+    monkeypatch.setattr(codebooks, "BLOCK", 50)  # three patterns at a time
+    assert torch.equal(layer.weight, whole)
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_gradients_go_straight_through(values):
+    layer = parametrized(nn.Conv2d(6, 8, 3), kernels=4, values=values)
+    codebook, given = layer.parametrizations.weight[0], torch.randn(8, 6, 3, 3)
+    (layer.weight * given).sum().backward()
+    torch.testing.assert_close(layer.parametrizations.weight.original.grad, given)
+    exported = find_codebook(layer)
+    scale, chosen = codebook.scale().detach(), torch.from_numpy(exported.decode())
+    normalized = layer.parametrizations.weight.original.detach() / scale
+    expected = (given * scale * (chosen - normalized)).sum((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(codebook.log_scale.grad, expected)
+    expected = torch.zeros_like(codebook.kernels)
+    for o, j in np.ndindex(8, 6):
+        expected[0, exported.index[o, j]] += given[o, j] * scale[o] * int(exported.sign[o, j])
+    torch.testing.assert_close(codebook.kernels.grad, expected)
+
+
+def test_annealing_blends_float_weights_and_codebook():
+    layer = parametrized(nn.Conv2d(6, 8, 3), kernels=4)
+    (codebook,) = layer.parametrizations.weight
+    whole = layer.weight.detach()
+    codebook.share = 0.25
+    torch.testing.assert_close(layer.weight, 0.25 * whole + 0.75 * layer.parametrizations.weight.original)
+    with pytest.raises(ValueError, match=r"share: expected 1, the end of annealing, got 0\.25"):
+        find_weight(layer)
+    codebook.share = 0.0
+    assert torch.equal(layer.weight, layer.parametrizations.weight.original)
+    codebook.share = 1.0
+    assert torch.equal(layer.weight, whole)
+
+
+def test_use_codebooks_takes_what_gains_and_is_idempotent():
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3),
+        nn.Conv2d(16, 16, 3),
+        nn.Sequential(nn.Conv2d(16, 16, (1, 3)), nn.Conv2d(16, 16, 1)),
+        nn.Conv2d(16, 16, 3, groups=16),
+        nn.ReLU(),
+        nn.Linear(16, 16),
+    )
+    assert use_codebooks(model, kernels=8, skip=["0"], codebooks=2, values="ternary") == ["1", "2.0"]
+    (codebook,) = model[1].parametrizations.weight
+    assert repr(codebook) == "Codebook(kernels=8, values='ternary', codebooks=2, pattern=(1, 3, 3))"
+    weights = model[1].weight
+    assert use_codebooks(model, kernels=4, skip=["0"]) == ["1", "2.0"]
+    assert list(model[1].parametrizations.weight) == [codebook] and torch.equal(model[1].weight, weights)
+
+
+def test_bad_arguments_leave_the_model_as_it_was():
+    model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 2, 3), nn.ReLU())
+    with pytest.raises(ValueError, match=r"1: kernels: expected at most 32, the patterns of a codebook, got 64"):
+        use_codebooks(model, kernels=64)
+    with pytest.raises(ValueError, match="skip: expected names of convolutions, got '2'"):
+        use_codebooks(model, skip=["2"])
+    with pytest.raises(TypeError, match="skip: expected a collection of module names, got '0'"):
+        use_codebooks(model, skip="0")
+    assert not any(parametrize.is_parametrized(module) for module in model)
+
+
+def test_state_dict_and_deepcopy():
+    model, other = network(), network()
+    for part in (model, other):
+        use_codebooks(part, kernels=8, skip=["0"])
+    assert not torch.equal(model[2].weight, other[2].weight)
+    other.load_state_dict(model.state_dict())
+    for same in (other, copy.deepcopy(model)):
+        assert torch.equal(same[2].weight, model[2].weight)
+
+
+@pytest.fixture(scope="module")
+def pretrained():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return train(network(), 60)
+
+
+@pytest.mark.parametrize("values", VALUES)
+def test_training_learns_weights_kernels_and_scales_and_converts_exactly(pretrained, values):
+    model = copy.deepcopy(pretrained)
+    names = use_codebooks(model, kernels=4, values=values, skip=["0"])
+    assert names == ["2", "5"]
+    before, begun = accuracy(model.eval()), copy.deepcopy(model.state_dict())
+    train(model, 40)
+    assert accuracy(pretrained) > 0.95 and accuracy(model) > max(before, 0.9)
+    assert all(not torch.equal(value, begun[name]) for name, value in model.state_dict().items() if "num_" not in name)
+    for name in names:
+        layer, exported = model.get_submodule(name), find_codebook(model.get_submodule(name))
+        assert np.array_equal(exported.dequantize(), layer.weight.detach().numpy())
+        assert exported.U == 4 and exported.values == values
+
+    converted = pycodesign.nn.convert(model, skip=["0", "10"])
+    rows = {row.layer: row for row in pycodesign.nn.report(converted)}
+    x, _ = images(20)
+    with torch.no_grad():
+        expected, got = model(x), converted(x)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    if values == "real":
+        assert not rows["2"].converted and "kernels: expected integers" in rows["2"].why
+    else:
+        assert rows["2"].converted and rows["5"].converted
+        q = find_weight(model[2])
+        assert np.array_equal(q.levels, [-1, 1] if values == "sign" else [-1, 0, 1])
+        assert np.array_equal(q.dequantize(), model[2].weight.detach().numpy())
+
+
+@pytest.mark.parametrize("item", [Codebook, use_codebooks])
+def test_docstring_examples(item):
+    (found,) = doctest.DocTestFinder(recurse=False).find(item, item.__name__, module=codebooks)
+    assert found.examples
+    assert doctest.DocTestRunner().run(found).failed == 0

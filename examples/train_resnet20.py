@@ -208,8 +208,19 @@ def augment(images: Tensor, flip: bool, rng: torch.Generator) -> Tensor:
 # Training
 
 
+def measure_loss(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), labels)
+
+
 def train(
-    model: nn.Module, images: Images, epochs: int, batch: int, rate: float, rng: torch.Generator, progress: Progress
+    model: nn.Module,
+    images: Images,
+    epochs: int,
+    batch: int,
+    rate: float,
+    rng: torch.Generator,
+    progress: Progress,
+    measure_loss: Callable[[nn.Module, Tensor, Tensor], Tensor] = measure_loss,
 ) -> None:
     """Adam, cosine decay; scales learn ten times slower than weights."""
     x, labels = images.train
@@ -223,7 +234,7 @@ def train(
     for _ in range(epochs):
         order = torch.randperm(len(x), generator=rng)
         for chosen in order[: len(order) // batch * batch].view(-1, batch):
-            loss = F.cross_entropy(model(augment(x[chosen], images.flip, rng)), labels[chosen])
+            loss = measure_loss(model, augment(x[chosen], images.flip, rng), labels[chosen])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -244,8 +255,10 @@ def measure_accuracy(model: nn.Module, data: tuple[Tensor, Tensor]) -> float:
 
 
 @torch.inference_mode()
-def measure_ms(calls: Sequence[Callable[[], object]], rounds: int = 100) -> list[float]:
-    """Time calls in turns; return the shortest run of each."""
+def measure_ms(
+    calls: Sequence[Callable[[], object]], rounds: int = 100, summarize: Callable[..., np.ndarray] = np.min
+) -> list[float]:
+    """Time calls in turns; return the shortest run of each, or another summary."""
     seconds = np.full((len(calls), rounds), np.inf)
     for turn in range(rounds):
         for i, call in enumerate(calls):
@@ -253,7 +266,7 @@ def measure_ms(calls: Sequence[Callable[[], object]], rounds: int = 100) -> list
             start = time.perf_counter()
             call()
             seconds[i, turn] = time.perf_counter() - start
-    return [float(ms) for ms in 1e3 * seconds.min(axis=1)]
+    return [float(ms) for ms in 1e3 * summarize(seconds, axis=1)]
 
 
 # Conversion

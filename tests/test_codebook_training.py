@@ -163,7 +163,9 @@ def test_use_codebooks_takes_what_gains_and_is_idempotent():
         nn.ReLU(),
         nn.Linear(16, 16),
     )
+    model.eval()
     assert use_codebooks(model, kernels=8, skip=["0"], codebooks=2, values="ternary") == ["1", "2.0"]
+    assert not any(module.training for module in model.modules())
     (codebook,) = model[1].parametrizations.weight
     assert repr(codebook) == "Codebook(kernels=8, values='ternary', codebooks=2, pattern=(1, 3, 3))"
     weights = model[1].weight
@@ -226,6 +228,18 @@ def test_training_learns_weights_kernels_and_scales_and_converts_exactly(pretrai
         q = find_weight(model[2])
         assert np.array_equal(q.levels, [-1, 1] if values == "sign" else [-1, 0, 1])
         assert np.array_equal(q.dequantize(), model[2].weight.detach().numpy())
+
+
+def test_convert_fits_codebooks_to_float_weights():
+    model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 12, 1)).eval()
+    x = torch.randn(2, 16, 6, 6)
+    converted = pycodesign.nn.convert(model, weights=kernel_codebook)
+    assert [row.converted for row in pycodesign.nn.report(converted)] == [True, False]
+    assert "kernels: expected at most 24" in pycodesign.nn.report(converted)[1].why
+    model[0].weight.data = torch.from_numpy(kernel_codebook(model[0].weight).dequantize())
+    torch.testing.assert_close(converted(x), model(x), rtol=1e-5, atol=1e-5)
+    real = pycodesign.nn.convert(model, weights=lambda w: kernel_codebook(w, 8, "real"))
+    assert "kernels: expected integers" in pycodesign.nn.report(real)[0].why
 
 
 @pytest.mark.parametrize("item", [Codebook, use_codebooks])

@@ -172,7 +172,7 @@ def use_codebooks(
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
     for name, codebook in made.items():
-        parametrize.register_parametrization(convs[name], "weight", codebook)
+        parametrize.register_parametrization(convs[name], "weight", codebook).train(convs[name].training)
     return [name for name, conv in convs.items() if find_codebook(conv) is not None]
 
 

@@ -16,11 +16,11 @@ from pycodesign.nn import ops
 from pycodesign.nn.program import LayerWeights, Program, find_chain, join_weights, parse_program
 from pycodesign.nn.sources import find_weight
 from pycodesign.ops import Packed
-from pycodesign.quantize import QuantizedTensor
+from pycodesign.quantize import KernelCodebook, QuantizedTensor
 
 __all__ = ["Conv2d", "Linear"]
 
-Quantizer: TypeAlias = str | Callable[[Any], QuantizedTensor]
+Quantizer: TypeAlias = str | Callable[[Any], QuantizedTensor | KernelCodebook]
 L = TypeVar("L", bound="Layer")
 
 QUANTIZERS = ("binary", "from_fake_quantized", "ternary")  # those of `quantize` that take nothing but the weights
@@ -137,8 +137,8 @@ class Conv2d(Layer):
         module : torch.nn.Conv2d
             Not changed.
         weights : str or callable
-            Name of a function of `pycodesign.quantize`, or a function from weights to a `QuantizedTensor`. By default
-            the weights are those of a quantizer already, and are kept exactly.
+            Name of a function of `pycodesign.quantize`, or a function from weights to a `QuantizedTensor` or a
+            `KernelCodebook` of integers. By default the weights are those of a quantizer already, and are kept exactly.
         **options
             As for `from_quantized`.
 
@@ -243,6 +243,8 @@ def quantize_weight(module: nn.Module, weights: Quantizer) -> QuantizedTensor:
         return quantize.from_fake_quantized(module.weight) if found is None else found
     weight = module.weight.detach()  # type: ignore[operator]
     q = find_quantizer(weights)(weight)
+    if isinstance(q, KernelCodebook):
+        q = q.to_quantized()
     if not isinstance(q, QuantizedTensor):
         raise TypeError(f"weights: expected a function that returns a QuantizedTensor, got {type(q).__name__}")
     if q.shape != tuple(weight.shape):
@@ -250,7 +252,7 @@ def quantize_weight(module: nn.Module, weights: Quantizer) -> QuantizedTensor:
     return q
 
 
-def find_quantizer(weights: Quantizer) -> Callable[[Any], QuantizedTensor]:
+def find_quantizer(weights: Quantizer) -> Callable[[Any], QuantizedTensor | KernelCodebook]:
     if callable(weights):
         return weights
     if not isinstance(weights, str):
@@ -258,7 +260,7 @@ def find_quantizer(weights: Quantizer) -> Callable[[Any], QuantizedTensor]:
     if weights not in QUANTIZERS:
         wanted = f"{join_names(map(repr, QUANTIZERS))}, or a function from weights to a QuantizedTensor"
         raise ValueError(f"weights: expected {wanted}, got {weights!r}")
-    function: Callable[[Any], QuantizedTensor] = getattr(quantize, weights)
+    function: Callable[[Any], QuantizedTensor | KernelCodebook] = getattr(quantize, weights)
     return function
 
 

@@ -95,9 +95,10 @@ def kernel_codebook(
     _check_kernel_count(kernels, values, outputs * patterns.shape[1] // codebooks, patterns.shape[2])
     rounds = _to_count("rounds", rounds)
 
-    index, sign, found, scale = _fit(patterns, kernels, values, codebooks, rounds)
+    _, exponent = np.frexp(np.abs(w).max())  # a fit near 1, where no square overflows or vanishes
+    index, sign, found, scale = _fit(np.ldexp(patterns, -exponent), kernels, values, codebooks, rounds)
     shape = (codebooks, kernels, pattern_channels, *filter_size)
-    return KernelCodebook(index.astype(np.uint8), sign, found.reshape(shape), scale)
+    return KernelCodebook(index.astype(np.uint8), sign, found.reshape(shape), np.ldexp(scale, exponent))
 
 
 def _fit(

@@ -245,6 +245,14 @@ def test_the_same_weights_give_the_same_codebook(values):
         assert np.array_equal(getattr(first, name), getattr(second, name))
 
 
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("exponent", [-110, 120])
+def test_the_size_of_weights_does_not_matter(exponent, values):
+    w = normal(16, 16, 3, 3)
+    q, other = kernel_codebook(w, 8, values), kernel_codebook(np.ldexp(w, exponent), 8, values)
+    assert np.array_equal(np.ldexp(q.dequantize(), exponent), other.dequantize())
+
+
 def test_dead_outputs_and_equal_weights():
     w = normal(8, 8, 3, 3)
     w[3] = 0

@@ -67,11 +67,11 @@ class Codebook(nn.Module):
 
     def forward(self, w: Tensor) -> Tensor:
         scale, kernels = self.scale(), self._rounded_kernels()
-        index, sign = self._assign(w / scale, kernels)
+        normalized = w / scale
+        index, sign = self._assign(normalized, kernels)
         first = torch.arange(0, kernels[..., 0].numel(), kernels.shape[1], device=w.device)  # kernel of each codebook
         chosen = F.embedding(index + first[:, None], kernels.flatten(0, 1)) * sign[..., None]  # (C, O * J / C, D)
         chosen = chosen.unflatten(1, (len(w), -1)).transpose(0, 1).reshape(w.shape)
-        normalized = w / scale
         # In this form the estimator adds exactly 0: the result is scale times kernel, to the last bit.
         result: Tensor = scale * (chosen + (normalized - normalized.detach()))
         return result if self.share == 1 else torch.lerp(w, result, self.share)

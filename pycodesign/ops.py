@@ -573,9 +573,11 @@ def expand(
            [0., 0., 0.]], dtype=float32)
     """
     given, kind, dtype = to_raw("w", w)
-    if not 1 <= given.ndim <= 4 or not given.dtype.isnative or given.itemsize not in (1, 2, 4, 8):
-        wanted = "1 to 4 dimensions and elements of 1, 2, 4 or 8 bytes in native order"
-        raise (TypeError if 1 <= given.ndim <= 4 else ValueError)(f"w: expected {wanted}, got {dtype} {given.shape}")
+    if not given.dtype.isnative or given.itemsize not in (1, 2, 4, 8) or given.dtype.kind not in "biufc":
+        wanted = "numbers of 1, 2, 4 or 8 bytes in native order"
+        raise TypeError(f"w: expected {wanted}, got {given.dtype} {given.shape}")
+    if not 1 <= given.ndim <= 4:
+        raise ValueError(f"w: expected 1 to 4 dimensions, got shape {given.shape}")
     rows = to_index("out_index", out_index, given.shape[0])
     if given.ndim == 1 and (in_index is not None or in_scale is not None):
         raise ValueError(f"in_index, in_scale: expected None for w {given.shape}, got an array")

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <optional>
 
 #include "bindings/arrays.h"
@@ -89,6 +90,8 @@ py::array expand(const py::array& w, const std::string& dtype, const py::array& 
     for (py::ssize_t d = y.ndim() - 1; d > 0; natural *= y.shape(d--))
       if (y.size() && y.shape(d) > 1 && y.strides(d) != natural)
         throw py::value_error("out: expected rows whose elements follow one another, got other strides");
+    if (y.size() && y.shape(0) > 1 && std::abs(y.strides(0)) < natural)
+      throw py::value_error("out: expected rows apart from one another, got rows that overlap");
     check_apart(y, w, "w");
     check_apart(y, out_index, "out_index");
     if (in_index) check_apart(y, *in_index, "in_index");

@@ -21,7 +21,7 @@ namespace pycodesign::growth {
 namespace {
 
 constexpr int64_t lanes = 4;          // source rows that are gathered from at once
-constexpr int64_t shortest_run = 24;  // elements on average, from which copying run by run is faster
+constexpr int64_t shortest_run = 28;  // elements on average, from which copying run by run is faster
 constexpr int64_t chunks_per_thread = 8;
 constexpr int64_t chunk_bytes = 64 << 10;  // of the result; less is not worth another thread
 
@@ -147,12 +147,37 @@ template <class V> V scaled(V value, const V* scale, int64_t i) {
   return value;
 }
 
+#if defined(__x86_64__)
+// The same as below, by transposing 4 x 4 elements in registers.
+template <class V>
+int64_t gather_transposed(const V* quads, const int32_t* sources, const V* scale, int64_t n, V* __restrict result) {
+  static_assert(sizeof(V) == 4);
+  const auto* from = reinterpret_cast<const float*>(quads);
+  auto* to = reinterpret_cast<float*>(result);
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    __m128 v[lanes];
+    for (int64_t l = 0; l < lanes; ++l) v[l] = _mm_load_ps(from + lanes * static_cast<int64_t>(sources[i + l]));
+    _MM_TRANSPOSE4_PS(v[0], v[1], v[2], v[3]);
+    for (int64_t l = 0; l < lanes; ++l) {
+      if constexpr (std::is_same_v<V, float>) v[l] = _mm_mul_ps(v[l], _mm_loadu_ps(scale + i));
+      _mm_storeu_ps(to + l * n + i, v[l]);
+    }
+  }
+  return i;
+}
+#endif
+
 // result[l * n + i] = quads[sources[i]][l] * scale[i]
 template <class V>
 void gather(const V* quads, const int32_t* sources, const V* scale, int64_t n, V* __restrict result) {
   constexpr int64_t most = 256;
   alignas(64) V block[most * lanes];
-  for (int64_t begin = 0; begin < n; begin += most) {
+  int64_t begin = 0;
+#if defined(__x86_64__)
+  if constexpr (sizeof(V) == 4) begin = gather_transposed(quads, sources, scale, n, result);
+#endif
+  for (; begin < n; begin += most) {
     const int64_t count = std::min(most, n - begin);
     for (int64_t i = 0; i < count; ++i)
       std::memcpy(block + lanes * i, quads + lanes * static_cast<int64_t>(sources[begin + i]), sizeof(V) * lanes);
@@ -224,12 +249,12 @@ template <class E> class Expander {
     const int64_t width = by_runs_ ? 1 : lanes;
     core::AlignedBuffer<Value> staged(static_cast<size_t>(width * (columns_.inputs + 1)));
     core::AlignedBuffer<Value> results(static_cast<size_t>(width * outputs_));
-    core::AlignedBuffer<Stored> line(static_cast<size_t>(outputs_));
+    core::AlignedBuffer<Stored> stored(static_cast<size_t>(width * outputs_));
     std::fill_n(staged.data() + width * columns_.inputs, width, Value(0));  // what index -1 reads
 
     int64_t r = begin;
     for (; r < end && row(r).source < 0; ++r)
-      std::memset(x_.out + row(r).output * x_.row_stride, 0, sizeof(Stored) * static_cast<size_t>(outputs_));
+      std::memset(locate(row(r).output), 0, sizeof(Stored) * static_cast<size_t>(outputs_));
     while (r < end) {
       std::array<const char*, lanes> from{};
       int64_t used = 0, last = r;
@@ -239,11 +264,20 @@ template <class E> class Expander {
         from[static_cast<size_t>(used++)] = x_.w + row(last).source * x_.stride[0];
       }
       std::fill(from.begin() + used, from.end(), from[0]);
-      const Value* result = by_runs_ ? expand_row(from[0], staged.data(), results.data())
+      const Value* values = by_runs_ ? expand_row(from[0], staged.data(), results.data())
                                      : expand_rows(from, staged.data(), results.data());
+      if constexpr (!is_same)
+        if (!x_.out_scale) store(values, used * outputs_, Value(1), stored.data());
+      int64_t begin_of_lane = 0;
       for (int64_t first = r; r < last; ++r) {
-        if (r > first && row(r).source != row(r - 1).source) result += outputs_;
-        write_row(result, row(r).output, line.data());
+        if (r > first && row(r).source != row(r - 1).source) begin_of_lane += outputs_;
+        if constexpr (std::is_floating_point_v<Value>)
+          if (x_.out_scale) {
+            write_scaled(values + begin_of_lane, row(r).output, stored.data());
+            continue;
+          }
+        const void* result = is_same ? static_cast<const void*>(values + begin_of_lane) : stored.data() + begin_of_lane;
+        write(result, row(r).output);
       }
     }
     if (streams_) finish_streams();
@@ -274,22 +308,24 @@ template <class E> class Expander {
     return results;
   }
 
-  void write_row(const Value* result, int64_t output, Stored* line) const {
-    auto* to = reinterpret_cast<Stored*>(x_.out + output * x_.row_stride);
-    const void* stored = result;
-    if constexpr (std::is_floating_point_v<Value>)
-      if (!is_same || x_.out_scale) {
-        const Value scale = x_.out_scale ? static_cast<const Value*>(x_.out_scale)[output] : Value(1);
-        Stored* target = streams_ ? line : to;
-        for (int64_t i = 0; i < outputs_; ++i) target[i] = E::store(result[i] * scale);
-        if (!streams_) return;
-        stored = line;
-      }
+  char* locate(int64_t output) const { return x_.out + output * x_.row_stride; }
+
+  static void store(const Value* values, int64_t n, Value scale, Stored* __restrict to) {
+    for (int64_t i = 0; i < n; ++i) to[i] = E::store(values[i] * scale);
+  }
+
+  void write_scaled(const Value* values, int64_t output, Stored* line) const {
+    const Value scale = static_cast<const Value*>(x_.out_scale)[output];
+    store(values, outputs_, scale, streams_ ? line : reinterpret_cast<Stored*>(locate(output)));
+    if (streams_) write(line, output);
+  }
+
+  void write(const void* stored, int64_t output) const {
     const size_t bytes = sizeof(Stored) * static_cast<size_t>(outputs_);
     if (streams_) {
-      stream(reinterpret_cast<char*>(to), static_cast<const char*>(stored), bytes);
+      stream(locate(output), static_cast<const char*>(stored), bytes);
     } else {
-      std::memcpy(to, stored, bytes);
+      std::memcpy(locate(output), stored, bytes);
     }
   }
 

@@ -220,7 +220,7 @@ def expand(
     """Stands in for `ops.expand`."""
     import torch
 
-    y = w if isinstance(w, torch.Tensor) else torch.from_numpy(w)
+    y: Any = w if isinstance(w, torch.Tensor) else torch.from_numpy(w)
     for axis, index, scale in ((0, out_index, out_scale), (1, in_index, in_scale)):
         if index is not None:
             y = y.index_select(axis, torch.from_numpy(np.maximum(index, 0)))

@@ -26,7 +26,9 @@ from pycodesign.growth.spec import (
 from pycodesign.growth.specs import BERT, GPT2, LLAMA, TIMM_RESNET, TIMM_VIT, VIT, find_spec
 
 if TYPE_CHECKING:
+    from pycodesign.growth.halving import Search, compare_proxies, search
     from pycodesign.growth.modules import Report, grow
+    from pycodesign.growth.schedule import Schedule
 
 __all__ = [
     "BERT",
@@ -40,8 +42,11 @@ __all__ = [
     "Plan",
     "Report",
     "Rule",
+    "Schedule",
+    "Search",
     "Spec",
     "batch_norm",
+    "compare_proxies",
     "convolution",
     "depthwise",
     "embedding",
@@ -54,9 +59,17 @@ __all__ = [
     "make_plan",
     "parameter",
     "rms_norm",
+    "search",
 ]
 
-_MODULES = {"Report": "modules", "grow": "modules"}  # loaded when first used: they need torch
+_MODULES = {  # loaded when first used: they need torch
+    "Report": "modules",
+    "Schedule": "schedule",
+    "Search": "halving",
+    "compare_proxies": "halving",
+    "grow": "modules",
+    "search": "halving",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -147,7 +148,7 @@ def search(
     }
     found: list[tuple[int, dict[str, float]]] = []
     done = 0
-    with Progress(transient=True) as progress:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
         for rung in range(rungs):
             last = steps * 2**rung
             scores = {}
@@ -235,7 +236,7 @@ def compare_proxies(
         return scores
 
     grown, scratch = [], []
-    with Progress(transient=True) as progress:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
         for build in progress.track(candidates.values(), description="candidates"):
             grown.append(run(_grow_candidate(source, build(), optimizer, build_optimizer, spec, seed), steps))
             model = build()

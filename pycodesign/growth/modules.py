@@ -285,19 +285,25 @@ def _check_same_shapes(name: str, model: nn.Module, average: nn.Module) -> None:
 @torch.no_grad()
 def _write(plan: Plan, source: nn.Module, target: nn.Module) -> None:
     olds, news = dict(source.state_dict(keep_vars=True)), list_tensors(target)
-    modules = dict(source.named_modules()), dict(target.named_modules())
     for rule in plan:
-        write_tensor(rule, olds, news[rule.name])
+        _write_tensor(rule, olds, news[rule.name])
+    write_eps(plan, source, target)
+
+
+def write_eps(plan: Plan, source: nn.Module, target: nn.Module) -> None:
+    """Write what no tensor holds: the eps of norms, in modules and config."""
+    olds, news = dict(source.named_modules()), dict(target.named_modules())
+    for rule in plan:
         path = rule.name.rpartition(".")[0]
-        old, new = modules[0].get(rule.source.rpartition(".")[0]), modules[1].get(path)
+        old, new = olds.get(rule.source.rpartition(".")[0]), news.get(path)
         if old is not None and new is not None:
-            _write_eps(old, new, plan.eps.get(path, 1.0), news[rule.name].dtype)
+            _scale_eps(old, new, plan.eps.get(path, 1.0))
     key = plan.spec.config.get("eps", "")
     if hasattr(source, "config") and hasattr(target, "config") and hasattr(source.config, key):
         setattr(target.config, key, getattr(source.config, key) * plan.eps_factor)
 
 
-def write_tensor(rule: Rule, olds: Mapping[str, Tensor], new: Tensor) -> None:
+def _write_tensor(rule: Rule, olds: Mapping[str, Tensor], new: Tensor) -> None:
     """Write one parameter, on whatever device it is."""
     old = olds[rule.source].detach()
     factor = olds[rule.factor].detach().cpu() if rule.factor else None
@@ -308,12 +314,12 @@ def write_tensor(rule: Rule, olds: Mapping[str, Tensor], new: Tensor) -> None:
         new.copy_(rule.apply(old.cpu(), factor))
 
 
-def _write_eps(old: nn.Module, new: nn.Module, factor: float, dtype: torch.dtype) -> None:
+def _scale_eps(old: nn.Module, new: nn.Module, factor: float) -> None:
     for name in ("eps", "variance_epsilon"):
         if hasattr(old, name) and hasattr(new, name):
             eps = getattr(old, name)
             if eps is None and factor != 1:  # the default of torch.nn.RMSNorm
-                eps = torch.finfo(dtype).eps
+                eps = torch.finfo(next(old.parameters()).dtype).eps
             setattr(new, name, eps if eps is None else eps * factor)
 
 

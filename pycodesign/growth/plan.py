@@ -123,12 +123,17 @@ def make_plan(
 
     Examples
     --------
+    >>> import numpy as np
     >>> from pycodesign.growth import Spec, linear, make_plan
     >>> spec = Spec("mlp", {"fc1": linear(None, "hidden"), "fc2": linear("hidden", None)})
     >>> source = {"fc1.weight": (4, 3), "fc1.bias": (4,), "fc2.weight": (2, 4)}
     >>> target = {"fc1.weight": (6, 3), "fc1.bias": (6,), "fc2.weight": (2, 6)}
     >>> plan = make_plan(source, target, spec)
-    >>> print(plan)
+    >>> [rule.what for rule in plan]
+    ['writes hidden', 'writes hidden', 'reads hidden, each copy its share']
+    >>> weight = plan.rules[2].apply(np.ones((2, 4)))  # the first two units have copies: two columns share a one
+    >>> bool(np.allclose(weight[:, :2] + weight[:, 4:], 1)), bool((weight[:, 2:4] == 1).all())
+    (True, True)
     """
     if mode not in MODES:
         raise ValueError(f"mode: expected {' or '.join(map(repr, MODES))}, got {mode!r}")

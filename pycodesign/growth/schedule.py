@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from torch import nn
 from torch.optim import Optimizer
 
-from pycodesign.growth.modules import Report, grow, list_tensors, plan_modules, unwrap
+from pycodesign.growth.modules import Report, grow, list_tensors, plan_modules, unwrap, write_eps
 from pycodesign.growth.spec import Spec
 
 __all__ = ["Schedule", "copy_optimizer"]
@@ -135,7 +135,12 @@ class Schedule:
 
     def _build(self, stage: int, first: Build) -> nn.Module:
         self.stage = stage
-        return self.builds[stage - 1]() if stage else first()
+        model = first()
+        for build in self.builds[:stage]:
+            larger = build()
+            write_eps(plan_modules(model, larger, spec=self._options["spec"]), model, larger)
+            model = larger
+        return model
 
     def save(self, steps: int, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         """Return a checkpoint, to be written with `torch.save`, after so many training steps."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import copy
 import io
 import json
 import time
@@ -109,6 +110,9 @@ def main(wheel: Path, times: int, text: Path | None, save: Path | None, json_pat
     config.intermediate_size *= times
     config.num_attention_heads *= times
     large = BertModel(config).eval()
+    with torch.no_grad():
+        single, double = (copy.deepcopy(small).to(d)(**inputs)[0] for d in (torch.float32, torch.float64))
+    rounding = float((single - double).abs().max() / double.abs().max())
     rows = [compare(small, large, inputs, dtype) for dtype in (torch.float64, torch.float32)]
     table = Table("precision", "outputs, relative", "embeddings", "similarities", "seconds to grow and check")
     for row in rows:
@@ -117,11 +121,16 @@ def main(wheel: Path, times: int, text: Path | None, save: Path | None, json_pat
     widths = f"{small.config.hidden_size} -> {config.hidden_size}"
     console = Console()
     console.print(f"MiniLM {widths} wide, {len(sentences)} sentences, largest differences:", table)
+    console.print(f"float32 rounds the small model's own outputs by {rounding:.1e}")
     if save:
         large.save_pretrained(save)
         tokenizer.save(str(save / "tokenizer.json"))
     if json_path:
-        options = {"widths": [small.config.hidden_size, config.hidden_size], "sentences": sentences}
+        options = {
+            "widths": [small.config.hidden_size, config.hidden_size],
+            "sentences": sentences,
+            "rounding": rounding,
+        }
         result = {"schema": SCHEMA, "suite": "grow_minilm", "facts": gather_facts(), "options": options, "rows": rows}
         json_path.write_text(format_result(result))
 

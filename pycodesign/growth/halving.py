@@ -129,7 +129,7 @@ def search(
     ...         loss(model).backward()
     ...         optimizer.step()
     >>> found = growth.search(
-    ...     build(4), {str(w): lambda w=w: build(w) for w in (5, 6, 8)}, train, lambda m: -float(loss(m)), steps=10
+    ...     build(4), {str(w): lambda w=w: build(w) for w in (5, 6, 8)}, train, lambda m: -loss(m).item(), steps=10
     ... )
     >>> [(steps, len(scores)) for steps, scores in found.rungs]
     [(10, 3), (20, 2)]

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from pycodesign import ops
 from pycodesign.growth.indices import ONE, ZERO, Axis, keep_axis
 
 Array: TypeAlias = Any  # a NumPy array or a torch tensor in host memory
@@ -201,36 +202,17 @@ class Rule:
 
 def _copy(old: Array, axes: Sequence[Axis], field: str, power: int, out: Array | None = None) -> Array:
     """Expand the first axes of an array; what is no copy becomes zero."""
-    rows = axes[0]
-    columns = axes[1] if len(axes) > 1 else None
-    scales = [getattr(axis, field) ** power for axis in axes]
-    return expand(
+    dtype = np.float64 if "float64" in str(old.dtype) else np.float32
+    scales = [(getattr(axis, field) ** power).astype(dtype) for axis in axes]
+    rows, *columns = axes
+    return ops.expand(
         old,
         np.maximum(rows.index, ZERO),
-        None if columns is None else np.maximum(columns.index, ZERO),
+        np.maximum(columns[0].index, ZERO) if columns else None,
         out_scale=None if (scales[0] == 1).all() else scales[0],
-        in_scale=None if columns is None or (scales[1] == 1).all() else scales[1],
+        in_scale=scales[1] if columns and (scales[1] != 1).any() else None,
         out=out,
     )
-
-
-def expand(
-    w: Array, out_index: Array, in_index: Any = None, *, in_scale: Any = None, out_scale: Any = None, out: Any = None
-) -> Array:
-    """Stands in for `ops.expand`."""
-    import torch
-
-    y: Any = w if isinstance(w, torch.Tensor) else torch.from_numpy(w)
-    for axis, index, scale in ((0, out_index, out_scale), (1, in_index, in_scale)):
-        if index is not None:
-            y = y.index_select(axis, torch.from_numpy(np.maximum(index, 0)))
-            factor = torch.from_numpy((index >= 0) * (1.0 if scale is None else scale)).to(y.dtype)
-            y = y * factor.reshape([-1 if a == axis else 1 for a in range(y.ndim)])
-    y = y if isinstance(w, torch.Tensor) else y.numpy()
-    if out is None:
-        return y
-    out[...] = y
-    return out
 
 
 def _compute_mean(array: Array, axis: int, weights: Array | None) -> Array:

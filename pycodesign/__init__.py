@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, Any
 from pycodesign._native import __version__, get_num_threads, set_isa, set_num_threads, show_config
 
 if TYPE_CHECKING:
+    from pycodesign import growth, ops, quantize, reference, repetition
     from pycodesign import nn as nn
-    from pycodesign import ops, quantize, reference, repetition
     from pycodesign.quantize import QuantizedTensor
 
 __all__ = [
     "QuantizedTensor",
     "__version__",
     "get_num_threads",
+    "growth",
     "ops",
     "quantize",
     "reference",
@@ -29,7 +30,7 @@ __all__ = [
     "show_config",
 ]
 
-_SUBMODULES = frozenset({"nn", "ops", "quantize", "reference", "repetition"})
+_SUBMODULES = frozenset({"growth", "nn", "ops", "quantize", "reference", "repetition"})
 
 
 def __getattr__(name: str) -> Any:

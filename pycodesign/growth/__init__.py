@@ -1,7 +1,7 @@
 """Growth: a larger model, and its optimizer, from a smaller one that is trained.
 
 `Spec` says what the axes of an architecture's parameters mean, `make_plan` derives how each larger parameter is made.
-`grow` does so for torch modules, with optimizer states.
+`grow` does so for torch modules, with optimizer states, `grow_checkpoint` for files.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pycodesign.growth.checkpoint import CheckpointReport, grow_checkpoint
 from pycodesign.growth.plan import Heads, Inexact, Plan, Rule, make_plan
 from pycodesign.growth.spec import (
     Spec,
@@ -28,6 +29,7 @@ from pycodesign.growth.specs import BERT, GPT2, LLAMA, TIMM_RESNET, TIMM_VIT, VI
 if TYPE_CHECKING:
     from pycodesign.growth.halving import Search, compare_proxies, search
     from pycodesign.growth.modules import Report, grow
+    from pycodesign.growth.optimizer_files import load_optimizer, save_optimizer
     from pycodesign.growth.schedule import Schedule
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "TIMM_RESNET",
     "TIMM_VIT",
     "VIT",
+    "CheckpointReport",
     "Heads",
     "Inexact",
     "Plan",
@@ -52,13 +55,16 @@ __all__ = [
     "embedding",
     "find_spec",
     "grow",
+    "grow_checkpoint",
     "keep",
     "layer_norm",
     "layer_scale",
     "linear",
+    "load_optimizer",
     "make_plan",
     "parameter",
     "rms_norm",
+    "save_optimizer",
     "search",
 ]
 
@@ -68,6 +74,8 @@ _MODULES = {  # loaded when first used: they need torch
     "Search": "halving",
     "compare_proxies": "halving",
     "grow": "modules",
+    "load_optimizer": "optimizer_files",
+    "save_optimizer": "optimizer_files",
     "search": "halving",
 }
 

@@ -19,14 +19,13 @@ from pycodesign.growth.optimizers import OptimizerGrowth
 from pycodesign.growth.plan import Plan, make_plan
 from pycodesign.growth.rules import Rule
 from pycodesign.growth.sequential import make_sequential_spec
-from pycodesign.growth.sizes import read_heads, read_sizes
+from pycodesign.growth.sizes import SAME, read_heads, read_sizes
 from pycodesign.growth.spec import Spec
 from pycodesign.growth.specs import TIMM_RESNET, TIMM_RESNET_BOTTLENECK, TIMM_VIT, find_spec
 
 __all__ = ["Report", "grow", "plan_modules"]
 
 WRAPPERS = ("module", "_orig_mod")  # attributes of DistributedDataParallel, AveragedModel; of torch.compile
-SAME = ("hidden_act", "activation_function", "rope_parameters", "rope_theta", "position_embedding_type")
 
 
 @dataclass(frozen=True)

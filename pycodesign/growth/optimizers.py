@@ -10,11 +10,9 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from pycodesign.growth.plan import Plan
-from pycodesign.growth.rules import Rule
+from pycodesign.growth.rules import POWERS, Rule, scale_settings
 
 __all__ = ["OptimizerGrowth"]
-
-POWERS = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "momentum_buffer": 1}  # of gradients
 
 
 class OptimizerGrowth:
@@ -88,23 +86,12 @@ class OptimizerGrowth:
             if key not in groups:
                 implementation = {k: self.new.param_groups[number].get(k) for k in ("foreach", "fused", "capturable")}
                 settings = {k: v for k, v in self.old.param_groups[old].items() if k != "params"} | implementation
-                groups[key] = {"params": [], **_scale_settings(self.new, settings, rule.scale, rule.gradient)}
+                groups[key] = {
+                    "params": [],
+                    **scale_settings(type(self.new).__name__, settings, rule.scale, rule.gradient),
+                }
             groups[key]["params"].append(self.news[name])
         self.new.param_groups[:] = groups.values()
-
-
-def _scale_settings(optimizer: Optimizer, settings: dict[str, Any], s: float, a: float) -> dict[str, Any]:
-    """Scale a group's settings for parameters s times as large with gradients a times as large."""
-    settings = dict(settings)
-    adam = isinstance(optimizer, Adam)
-    decoupled = isinstance(optimizer, AdamW) or settings.get("decoupled_weight_decay", False)
-    for key in ("lr", "initial_lr"):
-        if key in settings:
-            settings[key] = settings[key] * (s if adam else s / a)
-    if adam:
-        settings["eps"] = settings["eps"] * a
-    settings["weight_decay"] = settings["weight_decay"] * ((1 if decoupled else a) / s)
-    return settings
 
 
 def _unwrap(name: str, optimizer: Any) -> Optimizer:

@@ -18,6 +18,7 @@ from pycodesign.growth.indices import ONE, ZERO, Axis, keep_axis
 Array: TypeAlias = Any  # a NumPy array or a torch tensor in host memory
 
 NOISE_BLOCK = 1 << 20  # values drawn at once
+POWERS = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "momentum_buffer": 1}  # of gradients, in a state
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,20 @@ class Rule:
             noise = scale * random.standard_normal((len(view[part[0]]), len(members), len(range(after)[part[1]])))
             noise -= np.repeat(np.add.reduceat(noise, starts, 1) / counts[:, None], counts, 1)
             _add(view[part[0], :, part[1]], members, noise)
+
+
+def scale_settings(kind: str, settings: Mapping[str, Any], s: float, a: float) -> dict[str, Any]:
+    """Scale the settings of Adam, AdamW or SGD for parameters s times as large with gradients a times as large."""
+    scaled = dict(settings)
+    adam = kind != "SGD"
+    decoupled = kind == "AdamW" or scaled.get("decoupled_weight_decay", False)
+    for key in ("lr", "initial_lr"):
+        if key in scaled:
+            scaled[key] = scaled[key] * (s if adam else s / a)
+    if adam:
+        scaled["eps"] = scaled["eps"] * a
+    scaled["weight_decay"] = scaled["weight_decay"] * ((1 if decoupled else a) / s)
+    return scaled
 
 
 def _copy(old: Array, axes: Sequence[Axis], field: str, power: int, out: Array | None = None) -> Array:

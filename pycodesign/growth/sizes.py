@@ -8,9 +8,10 @@ from typing import Any
 from pycodesign.growth.indices import Heads
 from pycodesign.growth.spec import Spec
 
-__all__ = ["compute_shapes", "is_tied", "read_heads", "read_sizes"]
+__all__ = ["SAME", "compute_shapes", "is_tied", "read_heads", "read_sizes"]
 
 OUTPUT_HEADS = ("LMHead", "ForCausalLM", "ForMaskedLM", "ForPreTraining")  # in names of classes with an output layer
+SAME = ("hidden_act", "activation_function", "rope_parameters", "rope_theta", "position_embedding_type")
 
 
 def read_sizes(spec: Spec, config: Mapping[str, Any]) -> dict[str, int]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import json
 import os
 import shutil
-import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,6 +19,7 @@ from pycodesign.growth.shards import Array, Checkpoint, Tensor, Writer, read_che
 from pycodesign.growth.sizes import SAME, compute_shapes, is_tied, read_heads, read_sizes
 from pycodesign.growth.spec import Spec
 from pycodesign.growth.specs import find_spec
+from pycodesign.growth.staging import stage_directory
 
 __all__ = ["CheckpointReport", "grow_checkpoint"]
 
@@ -220,6 +219,8 @@ def grow_checkpoint(
     if checkpoint is None:
         wanted = f"{MODEL}.safetensors or {MODEL}.safetensors.index.json"
         raise ValueError(f"src: expected {wanted} in {source}, got neither")
+    if not checkpoint.tensors:
+        raise ValueError(f"src: expected tensors in {source}, got none")
     _check_configs(old_config, new_config, spec)
     plan = _make_plan(checkpoint, source, old_config, new_config, spec, mode, noise, seed)
     _scale_eps(old_config, new_config, plan)
@@ -231,7 +232,7 @@ def grow_checkpoint(
     if dry_run:
         bytes_written = sum(tensor.nbytes for part in parts for tensor in part.list_targets())
         return CheckpointReport(plan, new_config, [], bytes_read, bytes_written)
-    with _staged(target) as staging:
+    with stage_directory(target) as staging:
         files, bytes_written = _write_parts(staging, parts, max_shard_bytes, progress)
         (staging / CONFIG).write_text(json.dumps(new_config, indent=2, sort_keys=True) + "\n")
         _copy_others(source, staging)
@@ -348,6 +349,8 @@ def _grow_groups(optimizer: dict[str, Any], rules: Mapping[str, list[Rule]], mod
     for group in optimizer["param_groups"]:
         by_scale: dict[tuple[float, float], list[str]] = {}
         for parameter in group["params"]:
+            if parameter not in rules:
+                raise ValueError(f"optimizer: expected groups of the model's parameters, got {parameter}")
             for rule in rules[parameter]:
                 exact = mode == "exact" and rule.scale is not None and rule.gradient is not None
                 key = (rule.scale or 1.0, rule.gradient or 1.0) if exact else (1.0, 1.0)
@@ -431,41 +434,3 @@ def _verify(source: Path, old: Mapping[str, Any], staging: Path, new: Mapping[st
         text = f"outputs within {tolerance:.1g} of the largest"
         raise ValueError(f"verify: expected {text}, got a difference of {difference:.2g}")
     return difference
-
-
-@contextmanager
-def _staged(target: Path) -> Iterator[Path]:
-    """Make a directory beside `target` that becomes it if all goes well."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    staging.mkdir()
-    try:
-        yield staging
-        _sync(staging)
-        if target.exists():
-            _exchange(staging, target)
-        else:
-            staging.rename(target)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)  # what was left unfinished, or what was replaced
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _exchange(one: Path, other: Path) -> None:
-    """Swap two directories in one step; in two where the file system cannot."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    if renameat2 is not None and renameat2(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0:
-        return
-    aside = one.with_name(f"{one.name}.old")
-    other.rename(aside)
-    one.rename(other)
-    aside.rename(one)

@@ -519,7 +519,7 @@ def test_memory_holds_one_tensor_and_its_result(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_gigabytes_grow_in_little_memory(tmp_path: Path) -> None:
-    config = CONFIG | {"n_embd": 1280, "n_layer": 22, "n_head": 20, "vocab_size": 50257, "n_positions": 1024}
+    config = CONFIG | {"n_embd": 1280, "n_layer": 23, "n_head": 20, "vocab_size": 50257, "n_positions": 1024}
     total, _ = write_random(tmp_path / "small", config, 500_000_000)
     assert total > 2_000_000_000 and len(list((tmp_path / "small").glob("*.safetensors"))) > 3
     target = {"n_embd": 1600, "n_head": 25, "n_layer": 24}

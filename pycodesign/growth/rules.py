@@ -231,14 +231,21 @@ def _copy(old: Array, axes: Sequence[Axis], field: str, power: int, out: Array |
 
 
 def _compute_mean(array: Array, axis: int, weights: Array | None) -> Array:
-    """Return the mean over one axis, of length 1 there."""
-    shape = [1] * array.ndim
-    shape[axis] = -1
-    if isinstance(array, np.ndarray):
-        wide = array.astype(np.float64) if weights is None else array * weights.astype(np.float64).reshape(shape)
-        return wide.mean(axis, keepdims=True).astype(array.dtype)
-    wide = array.double() if weights is None else array * weights.double().reshape(shape)
-    return wide.mean(axis, keepdim=True).to(array.dtype)
+    """Return the mean over one of the first two axes, of length 1 there; in float64, block by block of the other."""
+    shape = [size if position != axis else 1 for position, size in enumerate(array.shape)]
+    result = np.empty(shape, array.dtype) if isinstance(array, np.ndarray) else array.new_empty(shape)
+    others = array.shape[1 - axis] if array.ndim > 1 else 1
+    step = max(1, NOISE_BLOCK * others // max(math.prod(array.shape), 1))
+    for start in range(0, others, step):
+        block = [slice(None)] * array.ndim
+        if array.ndim > 1:
+            block[1 - axis] = slice(start, start + step)
+        part = array[tuple(block)]
+        wide = part.astype(np.float64) if isinstance(part, np.ndarray) else part.double()
+        if weights is not None:
+            wide = wide * weights.reshape([-1 if position == axis else 1 for position in range(array.ndim)])
+        result[tuple(block)] = wide.mean(axis)[(slice(None),) * axis + (None,)]
+    return result
 
 
 def _compute_size(array: Array) -> float:

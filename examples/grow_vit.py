@@ -317,11 +317,11 @@ def main(
     (x, labels), (test_x, test_labels) = ([torch.from_numpy(array) for array in part] for part in load_digits())
     digits = Digits((x, labels), (test_x, test_labels))
     rows = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        for seed in progress.track(range(seeds), description="seeds"):
-            if searching:
-                rows.append(search(digits, seed, small_steps, steps // 2))
-            else:
+    if searching:
+        rows = [search(digits, seed, small_steps, steps // 2) for seed in range(seeds)]
+    else:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            for seed in progress.track(range(seeds), description="seeds"):
                 rows.append(
                     summarize(seed, compare(digits, seed, small_steps, deeper, steps), small_steps, deeper, steps)
                 )

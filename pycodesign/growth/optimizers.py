@@ -14,6 +14,7 @@ from pycodesign.growth.rules import Rule
 
 __all__ = ["OptimizerGrowth"]
 
+IMPLEMENTATION = ("foreach", "fused", "capturable")
 POWERS = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "momentum_buffer": 1}  # of gradients
 
 
@@ -86,8 +87,8 @@ class OptimizerGrowth:
             old = self.old_groups[rule.source]
             key = (old, rule.scale, rule.gradient)
             if key not in groups:
-                implementation = {k: self.new.param_groups[number].get(k) for k in ("foreach", "fused", "capturable")}
-                settings = {k: v for k, v in self.old.param_groups[old].items() if k != "params"} | implementation
+                settings = {k: v for k, v in self.old.param_groups[old].items() if k != "params"}
+                settings |= {k: v for k, v in self.new.param_groups[number].items() if k in IMPLEMENTATION}
                 groups[key] = {"params": [], **_scale_settings(self.new, settings, rule.scale, rule.gradient)}
             groups[key]["params"].append(self.news[name])
         self.new.param_groups[:] = groups.values()

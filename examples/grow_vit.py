@@ -3,6 +3,7 @@
     pip install "pycodesign[demo,torch]"
     python examples/grow_vit.py                                  # some minutes on one core
     python examples/grow_vit.py --seeds 1 --plot accuracy.svg --json accuracy.json
+    python examples/grow_vit.py --search                         # which larger shape? some minutes more
 
 The schedule is TripLe's (ICCV 2023): a small model is trained; before the large training begins it grows in width,
 some steps later in depth. New parameters copy warmed-up weights and the optimizer's states. Three trainings of each
@@ -15,6 +16,10 @@ seed take the same batches at the same learning rate:
 The table says after how many steps the grown ones are as accurate, on 1,000 images that nobody trains on, as the large
 model from scratch is at its end; as work, the small model's steps count, too, each step by its operations. It also
 gives the mean loss of all steps, which chance moves less. Evaluated are running means of the weights.
+
+`--search` asks another question: how well do a few steps foretell which of six larger shapes will be the most accurate?
+It prints Kendall's rank correlation of the loss after few steps, of candidates that are grown and of those from
+scratch, with the accuracy of training from scratch to the end; then it lets successive halving choose.
 """
 
 from __future__ import annotations
@@ -43,6 +48,8 @@ SMALL, WIDE, LARGE = (48, 2), (64, 2), (64, 4)  # features, blocks
 PATCH, HEAD = 7, 16  # pixels; features of an attention head
 BATCH, RATE, WARMUP = 64, 2e-3, 50
 EVERY, DECAY = 20, 0.98  # steps between evaluations; of the mean over steps of the weights that are evaluated
+CANDIDATES = ((48, 3), (48, 6), (64, 2), (64, 4), (80, 3), (96, 4))
+PROXY_STEPS = (20, 40, 80)
 KINDS = ("scratch", "kept", "dropped")
 COLORS = ("#4477aa", "#228833", "#ee6677")
 
@@ -217,6 +224,33 @@ def summarize(seed: int, runs: dict[str, Run], small_steps: int, deeper: int, st
     return {**row, "curves": {kind: run.accuracies for kind, run in runs.items()}}
 
 
+def search(digits: Digits, seed: int, small_steps: int, final: int) -> dict[str, Any]:
+    """Compare grown candidates with those from scratch as a proxy, then search with them."""
+    torch.manual_seed(seed)
+    small = ViT(*SMALL)
+    trained = train(small, build_optimizer(small), digits, small_steps, 1000 + seed, warmup=WARMUP)
+    candidates = {f"{w}x{d}": lambda w=w, d=d: ViT(w, d) for w, d in CANDIDATES}
+
+    def run(model: nn.Module, optimizer: Optimizer, first: int, last: int) -> None:
+        train(model, optimizer, digits, last - first, 10_000 * seed + first)
+
+    def score(model: nn.Module) -> float:
+        with torch.no_grad():
+            return -F.cross_entropy(model(digits.test[0]), digits.test[1]).item()
+
+    def measure_accuracy(model: nn.Module) -> float:
+        with torch.no_grad():
+            return float((model(digits.test[0]).argmax(1) == digits.test[1]).float().mean())
+
+    options: dict[str, Any] = {"optimizer": trained.optimizer, "spec": SPEC, "seed": seed}
+    options["build_optimizer"] = lambda parameters: AdamW(parameters, lr=RATE, weight_decay=0.05)
+    taus = growth.compare_proxies(
+        small, candidates, run, score, steps=PROXY_STEPS, final_steps=final, final_score=measure_accuracy, **options
+    )
+    found = growth.search(small, candidates, run, score, steps=PROXY_STEPS[0], **options)
+    return {"seed": seed, **taus, "best": found.best, "rungs": found.rungs}
+
+
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
@@ -246,34 +280,60 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
     Console(width=110).print(table)
 
 
+def print_search(rows: list[dict[str, Any]]) -> None:
+    table = Table(
+        "seed", *(f"{proxy}, {steps} steps" for proxy in ("grown", "scratch") for steps in PROXY_STEPS), "best"
+    )
+    for row in rows:
+        taus = (f"{row[proxy][steps]:.2f}" for proxy in ("grown", "scratch") for steps in PROXY_STEPS)
+        accurate = max(row["final"], key=row["final"].get)
+        table.add_row(str(row["seed"]), *taus, f"{row['best']}, truly {accurate}")
+    Console(width=110).print(table)
+
+
 @click.command(context_settings={"show_default": True})
 @click.option("--seeds", type=click.IntRange(min=1), default=5)
 @click.option("--steps", type=click.IntRange(min=100), default=800, help="Of the training from scratch.")
 @click.option("--small-steps", type=click.IntRange(min=1), default=600, help="Of the small model.")
 @click.option("--deeper", type=click.IntRange(min=1), default=100, help="Step at which the depth grows.")
+@click.option("--search", "searching", is_flag=True, help="Compare proxies for the search of a shape instead.")
 @click.option("--threads", type=click.IntRange(min=1), default=1)
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the accuracies.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write all figures.")
 def main(
-    seeds: int, steps: int, small_steps: int, deeper: int, threads: int, plot: Path | None, json_path: Path | None
+    seeds: int,
+    steps: int,
+    small_steps: int,
+    deeper: int,
+    searching: bool,
+    threads: int,
+    plot: Path | None,
+    json_path: Path | None,
 ) -> None:
     """Grow a ViT while it trains."""
+    if searching and plot:
+        raise click.UsageError("--plot draws trainings, not what --search finds")
     torch.set_num_threads(threads)
-    train_set, test_set = load_digits()
-    digits = Digits(*(tuple(map(torch.from_numpy, part)) for part in (train_set, test_set)))
+    (x, labels), (test_x, test_labels) = ([torch.from_numpy(array) for array in part] for part in load_digits())
+    digits = Digits((x, labels), (test_x, test_labels))
     rows = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        for seed in progress.track(range(seeds), description="seeds"):
-            runs = compare(digits, seed, small_steps, deeper, steps)
-            rows.append(summarize(seed, runs, small_steps, deeper, steps))
-    print_rows(rows)
+    if searching:
+        rows = [search(digits, seed, small_steps, steps // 2) for seed in range(seeds)]
+    else:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            for seed in progress.track(range(seeds), description="seeds"):
+                rows.append(
+                    summarize(seed, compare(digits, seed, small_steps, deeper, steps), small_steps, deeper, steps)
+                )
+    print_search(rows) if searching else print_rows(rows)
     if plot:
         draw(rows, plot)
     if json_path:
+        suite = "grow_vit_search" if searching else "grow_vit"
         shapes = {"small": SMALL, "wide": WIDE, "large": LARGE}
         options = {"steps": steps, "small_steps": small_steps, "deeper": deeper, "threads": threads, **shapes}
         options |= {"batch": BATCH, "rate": RATE, "warmup": WARMUP, "every": EVERY, "decay": DECAY}
-        result = {"schema": SCHEMA, "suite": "grow_vit", "facts": gather_facts(), "options": options, "rows": rows}
+        result = {"schema": SCHEMA, "suite": suite, "facts": gather_facts(), "options": options, "rows": rows}
         json_path.write_text(format_result(result))
 
 

@@ -1,7 +1,8 @@
 """Kernels and tools for neural networks that are designed together with the machine they run on.
 
 Submodules load when first used: `ops` (packed layers on arrays), `quantize` (weights of few values), `repetition` (the
-compiler behind packing), `reference` (the specification in NumPy), `nn` (torch modules and conversion).
+compiler behind packing), `reference` (the specification in NumPy), `nn` (torch modules and conversion), `growth`
+(larger models from trained smaller ones).
 """
 
 from __future__ import annotations

@@ -505,11 +505,20 @@ def test_specs_that_contradict_themselves():
         (lambda w: [nn.Linear(8, w), nn.ReLU(), nn.LayerNorm(w), nn.Linear(w, 4)], (12, 18), False),
         (lambda w: [nn.Linear(8, w), nn.ReLU(), nn.LayerNorm(w), nn.Linear(w, 4)], (12, 24), True),
         (lambda w: [nn.Linear(8, w), nn.LayerNorm(w), nn.Sigmoid(), nn.Linear(w, 4)], (12, 18), False),
+        (lambda w: [nn.Linear(8, w), nn.LayerNorm(w, elementwise_affine=False), nn.Linear(w, 4)], (12, 18), False),
         (lambda w: [nn.Linear(8, w), nn.LayerNorm(w), nn.Tanh(), nn.Linear(w, 4)], (12, 18), True),
         (lambda w: [nn.LayerNorm(8), nn.Linear(8, w), nn.Softplus(), nn.Linear(w, 4)], (12, 18), True),
         (lambda w: [nn.Unflatten(1, (8, 1)), nn.Linear(1, w), nn.Linear(w, 4)], (12, 18), None),
     ],
-    ids=["relu then norm", "its multiple", "norm then sigmoid", "norm then tanh", "norm of the input", "unknown"],
+    ids=[
+        "relu then norm",
+        "its multiple",
+        "norm then sigmoid",
+        "norm without gamma",
+        "norm then tanh",
+        "norm of the input",
+        "unknown",
+    ],
 )
 def test_sequentials_are_read_with_care(build_one, change, exact):
     source, target = (nn.Sequential(*build_one(width)).double() for width in change)
@@ -607,7 +616,13 @@ def test_plans_need_no_torch():
         ("gpt2", {"F": 39}, {}, ValueError, "expected at least 40 features of hidden, got 39"),
         ("bert", {"D": 36}, {}, growth.Inexact, "stream 24 -> 36; exact would be 48"),
         ("bert", {"D": 60}, {}, growth.Inexact, "stream 24 -> 60; exact would be 48 or 72"),
-        ("bert", {"L": 3}, {}, growth.Inexact, "never an identity; exact would be the source's depth"),
+        (
+            "bert",
+            {"L": 3},
+            {},
+            growth.Inexact,
+            "no block of bert can be an identity; exact would be the source's depth",
+        ),
         ("llama", {"head_dim": 8}, {}, growth.Inexact, "heads of 4 -> 8 dimensions.*exact would be 4"),
         ("llama", {"H": 8, "K": 4}, {}, growth.Inexact, "6 heads on 6 keys -> 8 on 4; exact would be a multiple of 6"),
         ("vit", {"H": 12}, {}, growth.Inexact, "heads of 4 -> 2 dimensions; exact would be 4 or more"),
@@ -852,7 +867,7 @@ def test_proxies_are_compared():
     result = growth.compare_proxies(build_small(8), candidates, train, score, steps=[2, 30], final_steps=30)
     assert result["scratch"][30] == 1
     assert all(-1 <= tau <= 1 for tau in result["grown"].values())
-    assert len(result["final"]) == 3
+    assert list(result["final"]) == ["8", "12", "16"]
 
 
 @pytest.mark.parametrize("name", ["halving", "modules", "plan", "schedule", "sizes", "spec", "specs"])

@@ -194,14 +194,15 @@ def compare_proxies(
     *,
     steps: Sequence[int],
     final_steps: int,
+    final_score: Score | None = None,
     optimizer: Optimizer | None = None,
     build_optimizer: Callable[[Any], Optimizer] = AdamW,
     spec: Spec | str = "auto",
     seed: int = 0,
-) -> dict[str, dict[int, float]]:
+) -> dict[str, dict[Any, float]]:
     """Compare how well few steps rank candidates, grown or from scratch.
 
-    The truth is the score after training from scratch to the end.
+    The truth is the final score after training from scratch to the end.
 
     Parameters
     ----------
@@ -211,12 +212,14 @@ def compare_proxies(
         Training steps after which to rank, ascending.
     final_steps : int
         Training steps of the truth.
+    final_score : callable, optional
+        Scores it; by default `score`.
 
     Returns
     -------
     dict
         ``"grown"`` and ``"scratch"``: for each number of steps Kendall's tau of the scores and the truth, from -1 to 1;
-        and ``"final"``, the truth in the order of the candidates.
+        and ``"final"``, the truth by candidate.
 
     Raises
     ------
@@ -228,22 +231,28 @@ def compare_proxies(
     except ImportError as error:
         raise ImportError("growth.compare_proxies needs scipy: `pip install scipy`") from error
 
-    def run(candidate: _Candidate, marks: Sequence[int]) -> list[float]:
+    def run(candidate: _Candidate) -> list[float]:
         scores = []
-        for first, last in zip([0, *marks], marks, strict=False):
+        for first, last in zip([0, *steps], steps, strict=False):
             train(candidate.model, candidate.optimizer, first, last)
             scores.append(score(candidate.model))
         return scores
 
-    grown, scratch = [], []
+    scores: dict[str, list[list[float]]] = {"grown": [], "scratch": []}
+    final = {}
     with Progress(console=Console(stderr=True), transient=True) as progress:
-        for build in progress.track(candidates.values(), description="candidates"):
-            grown.append(run(_grow_candidate(source, build(), optimizer, build_optimizer, spec, seed), steps))
+        for name, build in progress.track(candidates.items(), description="candidates"):
+            scores["grown"].append(run(_grow_candidate(source, build(), optimizer, build_optimizer, spec, seed)))
             model = build()
-            scratch.append(run(_Candidate(model, build_optimizer(model.parameters())), [*steps, final_steps]))
-    final = [scores[-1] for scores in scratch]
+            candidate = _Candidate(model, build_optimizer(model.parameters()))
+            scores["scratch"].append(run(candidate))
+            train(model, candidate.optimizer, steps[-1], final_steps)
+            final[name] = (final_score or score)(model)
     taus = {
-        name: {mark: float(kendalltau([scores[i] for scores in runs], final).statistic) for i, mark in enumerate(steps)}
-        for name, runs in (("grown", grown), ("scratch", scratch))
+        proxy: {
+            mark: float(kendalltau(column, list(final.values())).statistic)
+            for mark, column in zip(steps, columns, strict=True)
+        }
+        for proxy, columns in ((proxy, zip(*rows, strict=True)) for proxy, rows in scores.items())
     }
-    return {**taus, "final": dict(enumerate(final))}
+    return {**taus, "final": final}

@@ -14,6 +14,8 @@ from pycodesign.growth.rules import POWERS, Rule, scale_settings
 
 __all__ = ["OptimizerGrowth"]
 
+IMPLEMENTATION = ("foreach", "fused", "capturable")
+
 
 class OptimizerGrowth:
     """Checked when made, then written.
@@ -84,12 +86,10 @@ class OptimizerGrowth:
             old = self.old_groups[rule.source]
             key = (old, rule.scale, rule.gradient)
             if key not in groups:
-                implementation = {k: self.new.param_groups[number].get(k) for k in ("foreach", "fused", "capturable")}
-                settings = {k: v for k, v in self.old.param_groups[old].items() if k != "params"} | implementation
-                groups[key] = {
-                    "params": [],
-                    **scale_settings(type(self.new).__name__, settings, rule.scale, rule.gradient),
-                }
+                settings = {k: v for k, v in self.old.param_groups[old].items() if k != "params"}
+                settings |= {k: v for k, v in self.new.param_groups[number].items() if k in IMPLEMENTATION}
+                kind = type(self.new).__name__
+                groups[key] = {"params": [], **scale_settings(kind, settings, rule.scale, rule.gradient)}
             groups[key]["params"].append(self.news[name])
         self.new.param_groups[:] = groups.values()
 

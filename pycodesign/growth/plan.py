@@ -143,8 +143,9 @@ def make_plan(
         origin, copied = origins[name]
         pattern, roles = _find_roles(spec, name, tied)
         if origin not in source:
-            if "*" in pattern:
-                raise Inexact(f"{name}: a block of {spec.name} is never an identity; exact would be the source's depth")
+            if "*" in pattern and spec.split_block(name) is None:
+                text = f"{name}: no block of {spec.name} can be an identity"
+                raise Inexact(f"{text}; exact would be the source's depth")
             raise ValueError(f"target: expected the source's parameters, got {name} as well")
         old_shape = tuple(source[origin])
         growths = _grow_axes(name, roles, old_shape, tuple(shape), spec, heads, tied and pattern in spec.tied.values())

@@ -133,6 +133,8 @@ class Rule:
             return np.empty(self.shape, old.dtype) if isinstance(old, np.ndarray) else old.new_empty(self.shape)
         if tuple(out.shape) != self.shape:
             raise ValueError(f"out: expected shape {self.shape}, got {tuple(out.shape)}")
+        if not (out.flags.c_contiguous if isinstance(out, np.ndarray) else out.is_contiguous()):
+            raise ValueError(f"out: expected a C-contiguous array, got strides for {self.name}")
         return out
 
     def _expand(self, old: Array, factor: Array | None, field: str, power: int, out: Array | None) -> Array:
@@ -144,16 +146,20 @@ class Rule:
         old, new = self._fold(old), self._fold(out)
         _copy(old, axes, field, power, new)
         for position, axis in enumerate(axes):
-            if axis.index[-1] < ZERO:
+            if axis.index[-1] < (ZERO if field == "scale" else 0):
                 self._fill_padding(old, axes, position, factor, field, power, new)
         return out
 
     def _fill_padding(
         self, old: Array, axes: list[Axis], position: int, factor: Array | None, field: str, power: int, new: Array
     ) -> None:
-        """Write the end of one axis, where there is no copy but a mean (or a one)."""
+        """Write the end of one axis, where there are no copies but means, or ones.
+
+        States are means there, too: with no second moment, but the old step count, Adam's first steps would be too
+        large.
+        """
         axis = axes[position]
-        start = int(np.argmax(axis.index < ZERO))
+        start = int(np.argmax(axis.index < 0))
         end = new[start:] if position == 0 else new[:, start:]
         if axis.index[-1] == ONE and field == "scale":
             end[...] = 1
@@ -177,10 +183,9 @@ class Rule:
 
     def _fold(self, array: Array) -> Array:
         """View an array so that its first axes are those of `_fold_axes`."""
-        first, last = min(self.axes), max(self.axes)
-        shape = array.shape
-        before = math.prod(shape[:first])
-        return array.reshape([*([before] if before != 1 else []), *shape[first:]] if last >= first else shape)
+        first = min(self.axes)
+        before = math.prod(array.shape[:first])
+        return array.reshape([*([] if before == 1 else [before]), *array.shape[first:]])
 
     def _add_noise(self, new: Array, old: Array) -> None:
         """Add noise along one axis, of sum zero over each of its groups."""

@@ -191,7 +191,10 @@ class Schedule:
         ValueError
             In mode ``"exact"``, which makes more groups of parameters than the learning rates' schedule knows.
         """
-        from transformers import TrainerCallback
+        try:
+            from transformers import TrainerCallback
+        except ImportError as error:
+            raise ImportError("Schedule.callback needs transformers: `pip install 'pycodesign[hf]'`") from error
 
         if self._options["mode"] == "exact":
             raise ValueError("mode: expected 'break_symmetry' with a Trainer, got 'exact'")

@@ -103,6 +103,8 @@ def _find_kind(writer: nn.Module, following: list[nn.Module]) -> str:
     if not norms:
         return "cycle"
     norm = following[0]
+    if getattr(norm, "weight", None) is None:
+        return "repeat"
     last_axis = isinstance(writer, (nn.Linear, nn.Embedding)) and len(getattr(norm, "normalized_shape", ())) == 1
     if norms == [0] and last_axis and all(isinstance(module, ZERO_KEEPING) for module in following[1:until]):
         return "mean" if isinstance(norm, nn.LayerNorm) else "zero"

@@ -1,7 +1,8 @@
 """Kernels and tools for neural networks that are designed together with the machine they run on.
 
 Submodules load when first used: `ops` (packed layers on arrays), `quantize` (weights of few values), `repetition` (the
-compiler behind packing), `reference` (the specification in NumPy), `nn` (torch modules and conversion).
+compiler behind packing), `reference` (the specification in NumPy), `nn` (torch modules and conversion), `growth`
+(larger models from trained smaller ones).
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from pycodesign._native import __version__, get_num_threads, set_isa, set_num_threads, show_config
 
 if TYPE_CHECKING:
+    from pycodesign import growth, ops, quantize, reference, repetition
     from pycodesign import nn as nn
-    from pycodesign import ops, quantize, reference, repetition
     from pycodesign.quantize import KernelCodebook, QuantizedTensor
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "QuantizedTensor",
     "__version__",
     "get_num_threads",
+    "growth",
     "ops",
     "quantize",
     "reference",
@@ -30,7 +32,7 @@ __all__ = [
     "show_config",
 ]
 
-_SUBMODULES = frozenset({"nn", "ops", "quantize", "reference", "repetition"})
+_SUBMODULES = frozenset({"growth", "nn", "ops", "quantize", "reference", "repetition"})
 
 
 def __getattr__(name: str) -> Any:

@@ -44,6 +44,49 @@ def from_numpy(array: NDArray[Any], kind: str) -> Array:
     return sys.modules["torch"].from_numpy(array) if kind == "torch" else array
 
 
+def to_raw(name: str, array: Array) -> tuple[NDArray[Any], str, str]:
+    """Return the array without a copy, the name of its dtype, and its kind, for functions that only move elements.
+
+    Dtypes that NumPy does not have become integers of the same size.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        dtype = str(array.dtype).removeprefix("torch.")
+        if dtype == "bfloat16" or dtype.startswith("float8"):
+            array = array.detach().view(torch.int16 if dtype == "bfloat16" else torch.int8)
+        return *to_numpy(name, array), dtype
+    raw, kind = to_numpy(name, array)
+    foreign = raw.dtype.name == "bfloat16" or raw.dtype.name.startswith("float8")  # of ml_dtypes
+    return raw.view(f"i{raw.itemsize}") if foreign else raw, kind, raw.dtype.name
+
+
+def to_index(name: str, index: Array, size: int) -> NDArray[np.int64]:
+    """Return an array of indices from -1 to `size` - 1 as int64, one after another."""
+    array, _ = to_numpy(name, index)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"{name}: expected integers (n,), got {array.dtype} {array.shape}")
+    if array.ndim != 1:
+        raise ValueError(f"{name}: expected integers (n,), got {array.dtype} {array.shape}")
+    if array.size and not -1 <= array.min() <= array.max() < size:
+        wrong = array.min() if array.min() < -1 else array.max()
+        raise ValueError(f"{name}: expected indices from -1 to {size - 1}, got {wrong}")
+    return np.ascontiguousarray(array, np.int64)
+
+
+def to_scale(name: str, scale: Array | None, w_dtype: str, size: int) -> NDArray[Any] | None:
+    """Return a vector of factors for elements of a dtype, one after another."""
+    if scale is None:
+        return None
+    array, _ = to_numpy(name, scale)
+    wanted = {"float64": "float64", "float32": "float32", "float16": "float32", "bfloat16": "float32"}.get(w_dtype)
+    if wanted is None:
+        raise ValueError(f"{name}: expected None for w of {w_dtype}, got {array.dtype} {array.shape}")
+    check_array(name, array, (wanted,), f"({size},)", array.shape == (size,))
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: expected finite values, got {array[~np.isfinite(array)][0]}")
+    return np.ascontiguousarray(array)
+
+
 def to_integer(name: str, value: Any, lowest: int = -LARGEST_INTEGER) -> int:
     try:
         if isinstance(value, bool):

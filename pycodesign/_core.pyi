@@ -78,6 +78,17 @@ def choose_linear(
 ) -> tuple[str, str]:
     """Return the algorithm that the cost model prefers, and why."""
 
+def expand(
+    w: NDArray[Any],
+    dtype: str,
+    out_index: NDArray[np.int64],
+    in_index: NDArray[np.int64] | None,
+    in_scale: NDArray[Any] | None,
+    out_scale: NDArray[Any] | None,
+    out: NDArray[Any] | None,
+) -> NDArray[Any]:
+    """Copy rows and columns of w (2 to 4 dimensions), whose elements are what `dtype` names, with factors."""
+
 @type_check_only
 class _Type(type):
     """Metaclass of classes that pybind11 binds."""

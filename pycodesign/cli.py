@@ -16,7 +16,7 @@ import click
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 import pycodesign
@@ -57,6 +57,7 @@ def main() -> None:
     pycodesign demo              run trained networks: factor, check, time
     pycodesign bench resnet18    time layers beside every installed engine
     pycodesign explain MODEL     will a network gain? read its weights, count
+    pycodesign grow SRC DST      a larger checkpoint that computes the same
     pycodesign info              what was detected, forced, built
     """
 
@@ -304,6 +305,75 @@ def show_levels(levels: Sequence[float] | None) -> str:
     if len(levels) <= 4:
         return " ".join(f"{level + 0.0:.3g}" for level in levels)  # -0 reads 0
     return f"{len(levels)}: {levels[0]:.3g} .. {levels[-1]:.3g}"
+
+
+@main.command()
+@click.argument("src", type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.argument("dst", type=click.Path(path_type=Path))
+@click.option(
+    "--target",
+    required=True,
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="CONFIG.json",
+    help="Sizes of the larger model; what it leaves out stays as it is.",
+)
+@click.option(
+    "--spec", default="auto", show_default=True, help="gpt2, llama, vit, deit or bert; auto: by SRC's config."
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["break_symmetry", "exact"]),
+    default="break_symmetry",
+    show_default=True,
+    help="exact: copies stay equal, the optimizer's groups are scaled; integer multiples and the same depth only.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of the noise that makes copies different.")
+@click.option(
+    "--shard-size",
+    type=click.IntRange(min=1),
+    default=5000,
+    show_default=True,
+    metavar="MB",
+    help="Of one file, at most.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace DST, which may be SRC.")
+@click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
+@click.option("--verify", is_flag=True, help="Load both models and compare their outputs before DST appears.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output, nothing else.")
+def grow(src: Path, dst: Path, target: Path, as_json: bool, shard_size: int, dry_run: bool, **options: Any) -> None:
+    """Grow the checkpoint SRC into DST, a larger model that computes the same.
+
+    SRC is a directory in Hugging Face's layout, of GPT-2, Llama, ViT, DeiT or BERT: config.json and model.safetensors,
+    or shards and their index. An optimizer.safetensors beside it (growth.save_optimizer writes one) is grown, too.
+    Memory holds one tensor and what it becomes. DST is complete or not there at all, whenever the command ends.
+
+    --verify needs: pip install "pycodesign[torch,hf]"
+
+    \b
+    pycodesign grow small large --target large.json --dry-run
+    pycodesign grow small large --target large.json --verify
+    """
+    from pycodesign.growth import grow_checkpoint
+
+    columns = BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with plain_errors(), Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("growing", total=None, visible=not dry_run)
+        report = grow_checkpoint(
+            src,
+            dst,
+            target_config=target,
+            max_shard_bytes=shard_size * 1_000_000,
+            dry_run=dry_run,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+            **options,
+        )
+    if as_json:
+        click.echo(json.dumps(report.to_dict()))
+        return
+    console = open_console()
+    if dry_run:
+        console.print(report.plan.to_table())
+    console.print(report.summary, markup=False, highlight=False)
 
 
 @main.command()

@@ -6,6 +6,7 @@ machine can run, was not checked.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ Combination: TypeAlias = tuple[str, str, str, str, int]  # kind, algorithm, inpu
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+libraries: list[object] = []  # a torch.library.Library declares as long as it lives
 
 checked_key = pytest.StashKey[set[Combination]]()
 partial_key = pytest.StashKey[bool]()
@@ -62,7 +65,27 @@ def record(pytestconfig: pytest.Config) -> Callable[[ops.Packed], None]:
     return add
 
 
+def declare_torchvision_operators() -> None:
+    """Let timm and transformers import beside a CPU-only torch, too.
+
+    PyPI's torchvision, which timm needs and hardly uses, is built for CUDA. Where its operators cannot load it does not
+    import, and neither do they, unless somebody declares the two.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return
+    import torch
+
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        libraries.append(library)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    declare_torchvision_operators()
     config.stash[checked_key] = set()
     config.stash[partial_key] = any("::" in argument for argument in config.args)
 

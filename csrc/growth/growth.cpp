@@ -1,0 +1,371 @@
+#include "growth/growth.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "core/aligned_buffer.h"
+#include "core/cpu.h"
+#include "core/half.h"
+#include "core/thread_pool.h"
+
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
+namespace pycodesign::growth {
+namespace {
+
+constexpr int64_t lanes = 4;          // source rows that are gathered from at once
+constexpr int64_t shortest_run = 28;  // elements on average, from which copying run by run is faster
+constexpr int64_t chunks_per_thread = 8;
+constexpr int64_t chunk_bytes = 64 << 10;  // of the result; less is not worth another thread
+
+// How an element is stored, and as what it is multiplied.
+template <class T> struct Same {
+  using Stored = T;
+  using Value = T;
+  static T load(T stored) { return stored; }
+  static T store(T value) { return value; }
+};
+struct Float16 {
+  using Stored = uint16_t;
+  using Value = float;
+  static float load(uint16_t bits) { return core::from_float16(bits); }
+  static uint16_t store(float value) { return core::to_float16(value); }
+};
+struct BFloat16 {
+  using Stored = uint16_t;
+  using Value = float;
+  static float load(uint16_t bits) { return core::from_bfloat16(bits); }
+  static uint16_t store(float value) { return core::to_bfloat16(value); }
+};
+
+int64_t element_bytes(DType dtype) {
+  switch (dtype) {
+    case DType::bytes1: return 1;
+    case DType::bytes2:
+    case DType::f16:
+    case DType::bf16: return 2;
+    case DType::bytes4:
+    case DType::f32: return 4;
+    default: return 8;
+  }
+}
+
+struct Run {
+  int32_t from, to, length;  // elements; from -1: zeros
+};
+
+// A row of the result in elements, trailing dimensions included.
+struct Columns {
+  int64_t inputs;                // elements of a source row
+  std::vector<int32_t> sources;  // for each element of the result; `inputs`: zero
+  std::vector<Run> runs;         // the same
+};
+
+struct Row {
+  int64_t source, output;  // source -1: zeros
+};
+
+[[noreturn]] void refuse(const char* name, int64_t size, int64_t got) {
+  throw std::invalid_argument(std::string(name) + ": expected indices from -1 to " + std::to_string(size - 1) +
+                              ", got " + std::to_string(got));
+}
+
+Columns plan_columns(const Expansion& x) {
+  const int64_t inner = x.shape[2] * x.shape[3], outputs = x.columns * inner;
+  Columns columns{x.shape[1] * inner, {}, {}};
+  if (std::max(columns.inputs, outputs) >= std::numeric_limits<int32_t>::max())
+    throw std::invalid_argument("w: expected rows of fewer than 2^31 elements, got " +
+                                std::to_string(std::max(columns.inputs, outputs)));
+  columns.sources.reserve(static_cast<size_t>(outputs));
+  for (int64_t c = 0; c < x.columns; ++c) {
+    const int64_t index = x.in_index ? x.in_index[c] : c;
+    if (index < -1 || index >= x.shape[1]) refuse("in_index", x.shape[1], index);
+    for (int64_t i = 0; i < inner; ++i) {
+      const int32_t to = static_cast<int32_t>(c * inner + i);
+      const int32_t from = index < 0 ? -1 : static_cast<int32_t>(index * inner + i);
+      columns.sources.push_back(index < 0 ? static_cast<int32_t>(columns.inputs) : from);
+      Run* last = columns.runs.empty() ? nullptr : &columns.runs.back();
+      if (last && from == (last->from < 0 ? -1 : last->from + last->length)) {
+        ++last->length;
+      } else {
+        columns.runs.push_back({from, to, 1});
+      }
+    }
+  }
+  return columns;
+}
+
+// Output rows in the order of their source rows, so that each source row is gathered once. A counting sort.
+std::vector<Row> plan_rows(const Expansion& x) {
+  const std::vector<int64_t> index(x.out_index, x.out_index + x.rows);
+  std::vector<int64_t> place(static_cast<size_t>(x.shape[0]) + 2);  // source s is counted at s + 2
+  for (const int64_t source : index) {
+    if (source < -1 || source >= x.shape[0]) refuse("out_index", x.shape[0], source);
+    ++place[static_cast<size_t>(source + 2)];
+  }
+  for (size_t i = 1; i < place.size(); ++i) place[i] += place[i - 1];  // now rows of source s begin at place[s + 1]
+  std::vector<Row> rows(index.size());
+  for (size_t r = 0; r < index.size(); ++r)
+    rows[static_cast<size_t>(place[static_cast<size_t>(index[r] + 1)]++)] = {index[r], static_cast<int64_t>(r)};
+  return rows;
+}
+
+// dst[i * step] = element i of the row that begins at src.
+template <class E>
+void stage_row(const Expansion& x, const char* src, typename E::Value* __restrict dst, int64_t step) {
+  for (int64_t c = 0; c < x.shape[1]; ++c)
+    for (int64_t i = 0; i < x.shape[2]; ++i) {
+      const char* from = src + c * x.stride[1] + i * x.stride[2];
+      for (int64_t j = 0; j < x.shape[3]; ++j, dst += step, from += x.stride[3])
+        *dst = E::load(*reinterpret_cast<const typename E::Stored*>(from));
+    }
+}
+
+// quads[i][l] = element i of row l; rows whose elements follow one another.
+template <class E>
+void stage_rows(const std::array<const char*, lanes>& rows, int64_t inputs, typename E::Value* __restrict quads) {
+  using Stored = typename E::Stored;
+  const auto *a = reinterpret_cast<const Stored*>(rows[0]), *b = reinterpret_cast<const Stored*>(rows[1]),
+             *c = reinterpret_cast<const Stored*>(rows[2]), *d = reinterpret_cast<const Stored*>(rows[3]);
+  for (int64_t i = 0; i < inputs; ++i) {
+    quads[lanes * i] = E::load(a[i]);
+    quads[lanes * i + 1] = E::load(b[i]);
+    quads[lanes * i + 2] = E::load(c[i]);
+    quads[lanes * i + 3] = E::load(d[i]);
+  }
+}
+
+template <class V> V scaled(V value, const V* scale, int64_t i) {
+  if constexpr (std::is_floating_point_v<V>) return value * scale[i];
+  return value;
+}
+
+#if defined(__x86_64__)
+// The same as below, by transposing 4 x 4 elements in registers.
+template <class V>
+int64_t gather_transposed(const V* quads, const int32_t* sources, const V* scale, int64_t n, V* __restrict result) {
+  static_assert(sizeof(V) == 4);
+  const auto* from = reinterpret_cast<const float*>(quads);
+  auto* to = reinterpret_cast<float*>(result);
+  int64_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    __m128 v[lanes];
+    for (int64_t l = 0; l < lanes; ++l) v[l] = _mm_load_ps(from + lanes * static_cast<int64_t>(sources[i + l]));
+    _MM_TRANSPOSE4_PS(v[0], v[1], v[2], v[3]);
+    for (int64_t l = 0; l < lanes; ++l) {
+      if constexpr (std::is_same_v<V, float>) v[l] = _mm_mul_ps(v[l], _mm_loadu_ps(scale + i));
+      _mm_storeu_ps(to + l * n + i, v[l]);
+    }
+  }
+  return i;
+}
+#endif
+
+// result[l * n + i] = quads[sources[i]][l] * scale[i]
+template <class V>
+void gather(const V* quads, const int32_t* sources, const V* scale, int64_t n, V* __restrict result) {
+  constexpr int64_t most = 256;
+  alignas(64) V block[most * lanes];
+  int64_t begin = 0;
+#if defined(__x86_64__)
+  if constexpr (sizeof(V) == 4) begin = gather_transposed(quads, sources, scale, n, result);
+#endif
+  for (; begin < n; begin += most) {
+    const int64_t count = std::min(most, n - begin);
+    for (int64_t i = 0; i < count; ++i)
+      std::memcpy(block + lanes * i, quads + lanes * static_cast<int64_t>(sources[begin + i]), sizeof(V) * lanes);
+    V *a = result + begin, *b = a + n, *c = b + n, *d = c + n;
+    for (int64_t i = 0; i < count; ++i) {
+      a[i] = scaled(block[lanes * i], scale, begin + i);
+      b[i] = scaled(block[lanes * i + 1], scale, begin + i);
+      c[i] = scaled(block[lanes * i + 2], scale, begin + i);
+      d[i] = scaled(block[lanes * i + 3], scale, begin + i);
+    }
+  }
+}
+
+// result[i] = row[sources[i]] * scale[i], run by run
+template <class V> void copy_runs(const V* row, const std::vector<Run>& runs, const V* scale, V* __restrict result) {
+  for (const Run& run : runs) {
+    V* to = result + run.to;
+    if (run.from < 0) {
+      std::memset(to, 0, sizeof(V) * static_cast<size_t>(run.length));
+    } else {
+      for (int32_t i = 0; i < run.length; ++i) to[i] = scaled(row[run.from + i], scale, run.to + i);
+    }
+  }
+}
+
+// Whole cache lines go past the caches.
+void stream(char* to, const char* from, size_t bytes) {
+#if defined(__x86_64__)
+  const size_t head = std::min<size_t>(bytes, -reinterpret_cast<uintptr_t>(to) & 63);
+  std::memcpy(to, from, head);
+  size_t i = head;
+  for (; i + 64 <= bytes; i += 64)
+    for (size_t j = i; j < i + 64; j += 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to + j), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j)));
+  std::memcpy(to + i, from + i, bytes - i);
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+
+void finish_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// The work of one call, for one kind of elements.
+template <class E> class Expander {
+  using Stored = typename E::Stored;
+  using Value = typename E::Value;
+  static constexpr bool is_same = std::is_same_v<Stored, Value>;
+
+ public:
+  Expander(const Expansion& x, const Columns& columns, const std::vector<Row>& rows)
+      : x_(x), columns_(columns), rows_(rows), outputs_(static_cast<int64_t>(columns.sources.size())) {
+    const int64_t inner = x.shape[2] * x.shape[3], size = sizeof(Stored), bytes = outputs_ * size * x.rows;
+    const auto* in_scale = static_cast<const Value*>(x.in_scale);
+    if constexpr (std::is_floating_point_v<Value>)
+      for (int64_t i = 0; i < outputs_; ++i) scale_.push_back(in_scale ? in_scale[i / inner] : Value(1));
+    is_contiguous_ = x.stride[3] == size && x.stride[2] == size * x.shape[3] && x.stride[1] == size * inner;
+    const auto runs = static_cast<int64_t>(columns.runs.size());
+    by_runs_ = x.rows < lanes || runs * shortest_run <= outputs_;
+    is_identity_ = is_same && is_contiguous_ && !in_scale && runs == 1 && columns.runs[0].from == 0;
+    streams_ = bytes > static_cast<int64_t>(core::cache_sizes().l3 / 2);
+  }
+
+  // Computes rows [begin, end) of the plan.
+  void run(int64_t begin, int64_t end) const {
+    const int64_t width = by_runs_ ? 1 : lanes;
+    core::AlignedBuffer<Value> staged(static_cast<size_t>(width * (columns_.inputs + 1)));
+    core::AlignedBuffer<Value> results(static_cast<size_t>(width * outputs_));
+    core::AlignedBuffer<Stored> stored(static_cast<size_t>(width * outputs_));
+    std::fill_n(staged.data() + width * columns_.inputs, width, Value(0));  // what index -1 reads
+
+    int64_t r = begin;
+    for (; r < end && row(r).source < 0; ++r)
+      std::memset(locate(row(r).output), 0, sizeof(Stored) * static_cast<size_t>(outputs_));
+    while (r < end) {
+      std::array<const char*, lanes> from{};
+      int64_t used = 0, last = r;
+      for (; last < end; ++last) {
+        if (last > r && row(last).source == row(last - 1).source) continue;
+        if (used == width) break;
+        from[static_cast<size_t>(used++)] = x_.w + row(last).source * x_.stride[0];
+      }
+      std::fill(from.begin() + used, from.end(), from[0]);
+      const Value* values = by_runs_ ? expand_row(from[0], staged.data(), results.data())
+                                     : expand_rows(from, staged.data(), results.data());
+      if constexpr (!is_same)
+        if (!x_.out_scale) store(values, used * outputs_, Value(1), stored.data());
+      int64_t begin_of_lane = 0;
+      for (int64_t first = r; r < last; ++r) {
+        if (r > first && row(r).source != row(r - 1).source) begin_of_lane += outputs_;
+        if constexpr (std::is_floating_point_v<Value>)
+          if (x_.out_scale) {
+            write_scaled(values + begin_of_lane, row(r).output, stored.data());
+            continue;
+          }
+        const void* result = is_same ? static_cast<const void*>(values + begin_of_lane) : stored.data() + begin_of_lane;
+        write(result, row(r).output);
+      }
+    }
+    if (streams_) finish_streams();
+  }
+
+ private:
+  const Row& row(int64_t r) const { return rows_[static_cast<size_t>(r)]; }
+
+  const Value* expand_row(const char* from, Value* staged, Value* result) const {
+    const Value* source = staged;
+    if (is_same && is_contiguous_) {
+      source = reinterpret_cast<const Value*>(from);
+    } else {
+      stage_row<E>(x_, from, staged, 1);
+    }
+    if (is_identity_) return source;
+    copy_runs(source, columns_.runs, scale_.data(), result);
+    return result;
+  }
+
+  const Value* expand_rows(const std::array<const char*, lanes>& from, Value* staged, Value* results) const {
+    if (is_contiguous_) {
+      stage_rows<E>(from, columns_.inputs, staged);
+    } else {
+      for (int64_t l = 0; l < lanes; ++l) stage_row<E>(x_, from[static_cast<size_t>(l)], staged + l, lanes);
+    }
+    gather(staged, columns_.sources.data(), scale_.data(), outputs_, results);
+    return results;
+  }
+
+  char* locate(int64_t output) const { return x_.out + output * x_.row_stride; }
+
+  static void store(const Value* values, int64_t n, Value scale, Stored* __restrict to) {
+    for (int64_t i = 0; i < n; ++i) to[i] = E::store(values[i] * scale);
+  }
+
+  void write_scaled(const Value* values, int64_t output, Stored* line) const {
+    const Value scale = static_cast<const Value*>(x_.out_scale)[output];
+    store(values, outputs_, scale, streams_ ? line : reinterpret_cast<Stored*>(locate(output)));
+    if (streams_) write(line, output);
+  }
+
+  void write(const void* stored, int64_t output) const {
+    const size_t bytes = sizeof(Stored) * static_cast<size_t>(outputs_);
+    if (streams_) {
+      stream(locate(output), static_cast<const char*>(stored), bytes);
+    } else {
+      std::memcpy(locate(output), stored, bytes);
+    }
+  }
+
+  const Expansion& x_;
+  const Columns& columns_;
+  const std::vector<Row>& rows_;
+  int64_t outputs_;
+  std::vector<Value> scale_;
+  bool is_contiguous_, by_runs_, is_identity_, streams_;
+};
+
+template <class E> void run(const Expansion& x) {
+  const Columns columns = plan_columns(x);
+  const std::vector<Row> rows = plan_rows(x);
+  if (rows.empty() || columns.sources.empty()) return;
+  const Expander<E> expander(x, columns, rows);
+  const int64_t row_bytes = static_cast<int64_t>(columns.sources.size() * sizeof(typename E::Stored));
+  const int64_t most = core::num_threads() == 1 ? 1 : core::num_threads() * chunks_per_thread;
+  const int64_t chunks = std::clamp<int64_t>(x.rows * row_bytes / chunk_bytes, 1, std::min(most, x.rows));
+  core::parallel_for(chunks,
+                     [&](int64_t chunk, int) { expander.run(x.rows * chunk / chunks, x.rows * (chunk + 1) / chunks); });
+}
+
+}  // namespace
+
+void expand(const Expansion& given) {
+  Expansion x = given;
+  int64_t natural = element_bytes(x.dtype);
+  for (int d = 3; d > 0; natural *= x.shape[d--])
+    if (x.shape[d] == 1) x.stride[d] = natural;  // whatever it was, nobody steps it
+  switch (x.dtype) {
+    case DType::bytes1: return run<Same<uint8_t>>(x);
+    case DType::bytes2: return run<Same<uint16_t>>(x);
+    case DType::bytes4: return run<Same<uint32_t>>(x);
+    case DType::bytes8: return run<Same<uint64_t>>(x);
+    case DType::f16: return run<Float16>(x);
+    case DType::bf16: return run<BFloat16>(x);
+    case DType::f32: return run<Same<float>>(x);
+    case DType::f64: return run<Same<double>>(x);
+  }
+}
+
+}  // namespace pycodesign::growth

@@ -1,0 +1,364 @@
+"""Growth of torch modules."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+try:
+    import torch
+except ImportError as error:
+    raise ImportError("pycodesign.growth.grow needs torch: `pip install 'pycodesign[torch]'`") from error
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pycodesign.growth.indices import Heads, Inexact
+from pycodesign.growth.optimizers import OptimizerGrowth
+from pycodesign.growth.plan import Plan, make_plan
+from pycodesign.growth.rules import Rule
+from pycodesign.growth.sequential import make_sequential_spec
+from pycodesign.growth.sizes import SAME, read_heads, read_sizes
+from pycodesign.growth.spec import Spec
+from pycodesign.growth.specs import TIMM_RESNET, TIMM_RESNET_BOTTLENECK, TIMM_VIT, find_spec
+
+__all__ = ["Report", "grow", "plan_modules"]
+
+WRAPPERS = ("module", "_orig_mod")  # attributes of DistributedDataParallel, AveragedModel; of torch.compile
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `grow` did, or would do.
+
+    Attributes
+    ----------
+    plan : Plan
+    difference : float or None
+        The largest difference of outputs for `inputs`, relative to the largest output; None without inputs.
+    """
+
+    plan: Plan
+    difference: float | None = None
+
+    def __str__(self) -> str:
+        text = str(self.plan)
+        if self.difference is not None:
+            text += f"\nlargest difference of outputs, relative to the largest: {self.difference:.2g}"
+        return text
+
+
+def grow(
+    source: nn.Module,
+    target: nn.Module,
+    *,
+    spec: Spec | str = "auto",
+    mode: str = "break_symmetry",
+    optimizer: Optimizer | None = None,
+    target_optimizer: Optimizer | None = None,
+    seed: int = 0,
+    inputs: Any = None,
+    noise: float = 0.1,
+    ema: nn.Module | None = None,
+    target_ema: nn.Module | None = None,
+    dry_run: bool = False,
+) -> Report:
+    """Fill a larger model, and its optimizer, so that it continues a smaller one.
+
+    The function is kept: wider in the residual stream, in MLPs, by heads or by their dimensions, deeper, or several at
+    once. Old units keep their places: the first features of a grown representation are the old ones, up to the constant
+    factor that a tied output layer puts into the last norm. New blocks are identities until they are trained.
+
+    Parameters
+    ----------
+    source, target : torch.nn.Module
+        Two models of one class, the target larger; its parameters are written, its norms' ``eps`` follow the width, in
+        its config, too.
+    spec : Spec or str
+        What the axes of the parameters mean. ``"auto"`` knows Hugging Face's GPT-2, Llama, ViT, DeiT and BERT, timm's
+        ViT, DeiT and ResNet, and `torch.nn.Sequential`.
+    mode : {"break_symmetry", "exact"}
+        ``"break_symmetry"`` gives copies different weights where only their sum matters, moves the optimizer's states
+        as well as can be, and leaves learning rates and weight decay alone. ``"exact"`` copies evenly, and gives the
+        target's optimizer the source's settings, scaled by parameter as groups: without dropout the training continues
+        on the source's trajectory, copies stay copies. It needs integer multiples and the same depth.
+    optimizer, target_optimizer : torch.optim.Adam, AdamW or SGD, optional
+        Of the source's and of the target's parameters. The target's moments and step counts are written.
+    seed : int
+        Of the noise.
+    inputs : Tensor, tuple or dict, optional
+        Arguments to call both models with, to compare what they return.
+    noise : float
+        How different copies are, relative to the weights.
+    ema, target_ema : torch.nn.Module, optional
+        Averages of the two models, as `torch.optim.swa_utils.AveragedModel`; grown alike.
+    dry_run : bool
+        Check and plan, write nothing.
+
+    Returns
+    -------
+    Report
+        Prints as a table with a row for each parameter.
+
+    Raises
+    ------
+    TypeError
+        If the two are not of one class, or the optimizer is not one of those three.
+    ValueError
+        Before anything is written: if the target is smaller, if the change cannot be exact (`Inexact`; the message says
+        what would be), or if no rule covers a parameter.
+
+    Notes
+    -----
+    States follow the gradients. A parameter that becomes s times itself, with a times the gradient, continues with the
+    moments times a and a squared; in mode ``"exact"`` Adam's learning rate goes by s and its eps by a, SGD's learning
+    rate by s / a, decoupled weight decay by 1 / s, coupled by a / s.
+
+    A change of a post-norm model (BERT) is exact for integer multiples of its width only; rotary heads keep their
+    dimension.
+
+    References
+    ----------
+    TripLe (ICCV 2023): weights and states, step by step. LEMON (Wang et al., ICLR 2024): LayerNorm by means, noise of
+    sum zero. Net2Net (Chen et al., ICLR 2016).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from pycodesign import growth
+    >>> build = lambda width: nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 4)).double()
+    >>> small, large = build(16), build(24)
+    >>> adam, larger_adam = torch.optim.AdamW(small.parameters()), torch.optim.AdamW(large.parameters())
+    >>> x = torch.randn(5, 8, dtype=torch.double)
+    >>> report = growth.grow(small, large, optimizer=adam, target_optimizer=larger_adam, inputs=x)
+    >>> report.difference < 1e-12
+    True
+    """
+    source, target = unwrap(source), unwrap(target)
+    plan = plan_modules(source, target, spec=spec, mode=mode, seed=seed, noise=noise)
+    optimizers = None
+    if (optimizer is None) != (target_optimizer is None):
+        raise ValueError("optimizer, target_optimizer: expected both or none, got one")
+    if optimizer is not None and target_optimizer is not None:
+        olds = dict(source.state_dict(keep_vars=True))
+        optimizers = OptimizerGrowth(plan, olds, list_tensors(target), optimizer, target_optimizer)
+    pairs = [(source, target)]
+    if (ema is None) != (target_ema is None):
+        raise ValueError("ema, target_ema: expected both or none, got one")
+    if ema is not None and target_ema is not None:
+        pairs.append((unwrap(ema), unwrap(target_ema)))
+        for name, pair in (("ema", (source, pairs[1][0])), ("target_ema", (target, pairs[1][1]))):
+            _check_same_shapes(name, *pair)
+    if dry_run:
+        return Report(plan)
+    for old, new in pairs:
+        _write(plan, old, new)
+    if ema is not None and target_ema is not None and "n_averaged" in ema._buffers:
+        target_ema.get_buffer("n_averaged").copy_(ema.get_buffer("n_averaged"))
+    if optimizers is not None:
+        optimizers.write()
+    return Report(plan, None if inputs is None else compare_outputs(source, target, inputs))
+
+
+def plan_modules(
+    source: nn.Module,
+    target: nn.Module,
+    *,
+    spec: Spec | str = "auto",
+    mode: str = "break_symmetry",
+    seed: int = 0,
+    noise: float = 0.1,
+) -> Plan:
+    """Plan what `grow` would do."""
+    if type(source) is not type(target):
+        raise TypeError(f"target: expected {type(source).__name__} as the source, got {type(target).__name__}")
+    _check_config(source, target)
+    if not isinstance(spec, Spec):
+        spec = _find_spec(source, target, spec)
+    olds, news = list_tensors(source), list_tensors(target)
+    tied = _has_tied(target, spec)
+    if tied != _has_tied(source, spec):
+        if tied:
+            raise ValueError(
+                "target: expected an output layer of its own as the source's, got one tied to the embedding"
+            )
+        if mode == "exact":
+            raise Inexact(
+                "mode: expected an output layer tied to the embedding as the source's for 'exact', got its own"
+            )
+        olds = dict(source.state_dict(keep_vars=True))
+    heads = None
+    if (old_heads := _read_heads(source, spec)) and (new_heads := _read_heads(target, spec)):
+        heads = old_heads, new_heads
+    old_shapes, new_shapes = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (olds, news))
+    plan = make_plan(old_shapes, new_shapes, spec, heads=heads, mode=mode, tied=tied, noise=noise, seed=seed)
+    _check_groups(plan, source, target)
+    return plan
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Take a model out of DistributedDataParallel, AveragedModel or torch.compile."""
+    while True:
+        inner = next((m for name in WRAPPERS if isinstance(m := model._modules.get(name), nn.Module)), None)
+        if inner is None or len(model._modules) != 1:
+            return model
+        model = inner
+
+
+def list_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and persistent buffers by name, each once."""
+    tensors: dict[str, Tensor] = {}
+    seen = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor
+    return tensors
+
+
+def _find_spec(source: nn.Module, target: nn.Module, name: str) -> Spec:
+    if name != "auto":
+        return find_spec({"model_type": name})
+    if isinstance(source, nn.Sequential) and isinstance(target, nn.Sequential):
+        return make_sequential_spec(source, target)
+    if (config := _read_config(source)) is not None and "model_type" in config:
+        return find_spec(config)
+    kinds = {cls.__name__ for cls in type(source).__mro__ if cls.__module__.startswith("timm.models.")}
+    if "VisionTransformer" in kinds:
+        return TIMM_VIT
+    if "ResNet" in kinds:
+        return TIMM_RESNET_BOTTLENECK if hasattr(source.get_submodule("layer1.0"), "conv3") else TIMM_RESNET
+    raise ValueError(f"spec: expected a Spec for {type(source).__name__}, which 'auto' does not know, got 'auto'")
+
+
+def _read_config(model: nn.Module) -> Mapping[str, Any] | None:
+    config: Any = getattr(model, "config", None)
+    return config.to_dict() if hasattr(config, "to_dict") else None
+
+
+def _check_config(source: nn.Module, target: nn.Module) -> None:
+    """Refuse models that differ in more than size."""
+    old, new = _read_config(source), _read_config(target)
+    if old is None or new is None:
+        return
+    for key in SAME:
+        if old.get(key) != new.get(key):
+            raise ValueError(f"target: expected {key} {old.get(key)!r} as the source's, got {new.get(key)!r}")
+
+
+def _read_heads(model: nn.Module, spec: Spec) -> Heads | None:
+    config = _read_config(model)
+    if spec.heads:
+        path, _, name = spec.heads.rpartition(".")
+        return Heads(*[int(getattr(model.get_submodule(path), name))] * 2)
+    if spec.config and config is not None:
+        return read_heads(read_sizes(spec, config))
+    return None
+
+
+def _has_tied(model: nn.Module, spec: Spec) -> bool:
+    listed = list_tensors(model)
+    return any(spec.find(name)[0] in spec.tied for name in model.state_dict() if spec.tied and name not in listed)
+
+
+def _check_groups(plan: Plan, source: nn.Module, target: nn.Module) -> None:
+    changed = {rule.name: rule.source for rule in plan if rule.axes}
+    for name, new in target.named_modules():
+        if isinstance(new, nn.modules.conv._ConvNd) and new.groups > 1 and f"{name}.weight" in changed:
+            old: Any = source.get_submodule(changed[f"{name}.weight"].removesuffix(".weight"))
+            depthwise = all(conv.groups == conv.in_channels for conv in (old, new))
+            if not depthwise or old.out_channels * new.in_channels != new.out_channels * old.in_channels:
+                text = f"{name}: a convolution of {old.groups} -> {new.groups} groups"
+                raise Inexact(f"{text}; exact would be its source's shape, or as many groups as channels")
+
+
+def _check_same_shapes(name: str, model: nn.Module, average: nn.Module) -> None:
+    expected, got = ({n: t.shape for n, t in list_tensors(m).items()} for m in (model, average))
+    if expected != got:
+        different = min(n for n in expected.keys() | got.keys() if expected.get(n) != got.get(n))
+        raise ValueError(f"{name}: expected the model's parameters and shapes, got others, such as {different}")
+
+
+@torch.no_grad()
+def _write(plan: Plan, source: nn.Module, target: nn.Module) -> None:
+    olds, news = dict(source.state_dict(keep_vars=True)), list_tensors(target)
+    for rule in plan:
+        _write_tensor(rule, olds, news[rule.name])
+    write_eps(plan, source, target)
+
+
+def write_eps(plan: Plan, source: nn.Module, target: nn.Module) -> None:
+    """Write what no tensor holds: the eps of norms, in modules and config."""
+    olds, news = dict(source.named_modules()), dict(target.named_modules())
+    for rule in plan:
+        path = rule.name.rpartition(".")[0]
+        old, new = olds.get(rule.source.rpartition(".")[0]), news.get(path)
+        if old is not None and new is not None:
+            _scale_eps(old, new, plan.eps.get(path, 1.0))
+    key = plan.spec.config.get("eps", "")
+    if hasattr(source, "config") and hasattr(target, "config") and hasattr(source.config, key):
+        setattr(target.config, key, getattr(source.config, key) * plan.eps_factor)
+
+
+def _write_tensor(rule: Rule, olds: Mapping[str, Tensor], new: Tensor) -> None:
+    """Write one parameter, on whatever device it is."""
+    old = olds[rule.source].detach()
+    factor = olds[rule.factor].detach().cpu() if rule.factor else None
+    new = new.detach()
+    if new.device.type == "cpu" and new.is_contiguous() and old.dtype == new.dtype:
+        rule.apply(old.cpu(), factor, new)
+    else:
+        new.copy_(rule.apply(old.cpu(), factor))
+
+
+def _scale_eps(old: nn.Module, new: nn.Module, factor: float) -> None:
+    for name in ("eps", "variance_epsilon"):
+        if hasattr(old, name) and hasattr(new, name):
+            eps = getattr(old, name)
+            if eps is None and factor != 1:  # the default of torch.nn.RMSNorm
+                eps = torch.finfo(next(old.parameters()).dtype).eps
+            setattr(new, name, eps if eps is None else eps * factor)
+
+
+@torch.no_grad()
+def compare_outputs(source: nn.Module, target: nn.Module, inputs: Any) -> float:
+    """Return the largest difference of outputs, relative to the largest output.
+
+    Of representations that grew the old features are compared.
+    """
+    outputs = []
+    for model in (source, target):
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        try:
+            outputs.append(list(_flatten(_call(model, inputs))))
+        finally:
+            for module, training in modes.items():
+                module.training = training
+    worst = 0.0
+    for old, new in zip(*outputs, strict=True):
+        new = new[tuple(slice(size) for size in old.shape)]
+        worst = max(worst, float((new - old).abs().max() / old.abs().max().clamp_min(1e-30)))
+    return worst
+
+
+def _call(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def _flatten(output: Any) -> Iterator[Tensor]:
+    """Yield the floating-point tensors of an output; caches of keys and values are none of it."""
+    if isinstance(output, Tensor):
+        if output.is_floating_point():
+            yield output
+    elif isinstance(output, Mapping):
+        for key, value in output.items():
+            if key != "past_key_values":
+                yield from _flatten(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from _flatten(value)

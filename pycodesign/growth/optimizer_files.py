@@ -1,0 +1,136 @@
+"""Optimizer states in safetensors files, by the names of parameters."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+try:
+    import torch
+except ImportError as error:
+    raise ImportError("pycodesign.growth.save_optimizer needs torch: `pip install 'pycodesign[torch]'`") from error
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.optim import Optimizer
+
+__all__ = ["load_optimizer", "save_optimizer"]
+
+
+def save_optimizer(model: nn.Module, optimizer: Optimizer, directory: str | os.PathLike[str]) -> None:
+    """Write an optimizer's state to ``optimizer.safetensors``, from where `grow_checkpoint` can grow it.
+
+    Tensors are called ``state.PARAMETER.KEY``, as in `torch.distributed.checkpoint`; the groups' settings are metadata.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    optimizer : torch.optim.Optimizer
+        Of the model's parameters.
+    directory : path
+        That the model is saved in; it exists.
+
+    Raises
+    ------
+    ValueError
+        If the optimizer has other parameters than the model's, or settings that JSON cannot hold.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import torch
+    >>> from pycodesign import growth
+    >>> model = torch.nn.Linear(2, 2)
+    >>> adam, directory = torch.optim.AdamW(model.parameters(), lr=0.5), tempfile.mkdtemp()
+    >>> growth.save_optimizer(model, adam, directory)
+    >>> other = torch.optim.AdamW(model.parameters())
+    >>> growth.load_optimizer(model, other, directory)
+    >>> other.param_groups[0]["lr"]
+    0.5
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    tensors, groups = {}, []
+    for group in optimizer.param_groups:
+        if not all(id(parameter) in names for parameter in group["params"]):
+            raise ValueError("optimizer: expected parameters of the model alone, got others")
+        settings = {key: _to_plain(value) for key, value in group.items() if key != "params"}
+        groups.append({**settings, "params": [names[id(parameter)] for parameter in group["params"]]})
+        for parameter in group["params"]:
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if value is not None:
+                    state = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+                    tensors[f"state.{names[id(parameter)]}.{key}"] = state.detach().cpu().contiguous()
+    try:
+        metadata = {"optimizer": json.dumps({"class": type(optimizer).__name__, "param_groups": groups})}
+    except TypeError as error:
+        raise ValueError(f"optimizer: expected settings that JSON can hold, got others: {error}") from None
+    target = Path(directory) / "optimizer.safetensors"
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    try:
+        save_file(tensors, temporary, metadata)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_optimizer(model: nn.Module, optimizer: Optimizer, directory: str | os.PathLike[str]) -> None:
+    """Read what `save_optimizer` wrote, or `grow_checkpoint` made of it: states, groups and their settings.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    optimizer : torch.optim.Optimizer
+        Of the class that was saved; its groups are replaced.
+    directory : path
+
+    Raises
+    ------
+    OSError
+        If there is no such file.
+    ValueError
+        If it is another class's, or has other parameters than the model. Nothing is changed then.
+    """
+    parameters = dict(model.named_parameters())
+    states: dict[str, dict[str, Any]] = {}
+    metadata: dict[str, str] = {}
+    for file in _list_files(Path(directory)):
+        with safe_open(file, "pt") as tensors:
+            metadata |= tensors.metadata() or {}
+            for name in tensors.keys():
+                parameter, _, key = name.removeprefix("state.").rpartition(".")
+                states.setdefault(parameter, {})[key] = tensors.get_tensor(name)
+    saved = json.loads(metadata.get("optimizer", "{}"))
+    if saved.get("class") != type(optimizer).__name__:
+        raise ValueError(f"optimizer: expected {saved.get('class')} as was saved, got {type(optimizer).__name__}")
+    unknown = {name for group in saved["param_groups"] for name in group["params"]} - parameters.keys()
+    if unknown or not states.keys() <= parameters.keys():
+        raise ValueError(
+            f"model: expected the parameter {min(unknown | (states.keys() - parameters.keys()))}, got none"
+        )
+    order = {name: number for number, name in enumerate(n for g in saved["param_groups"] for n in g["params"])}
+    optimizer.param_groups[:] = [
+        {**group, "params": [parameters[name] for name in group["params"]]} for group in saved["param_groups"]
+    ]
+    optimizer.load_state_dict(
+        {
+            "state": {order[name]: state for name, state in states.items()},
+            "param_groups": [
+                {**group, "params": [order[name] for name in group["params"]]} for group in saved["param_groups"]
+            ],
+        }
+    )
+
+
+def _to_plain(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) else value
+
+
+def _list_files(directory: Path) -> list[Path]:
+    index = directory / "optimizer.safetensors.index.json"
+    if index.is_file() and not (directory / "optimizer.safetensors").is_file():
+        return [directory / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    return [directory / "optimizer.safetensors"]

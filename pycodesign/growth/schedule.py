@@ -1,0 +1,233 @@
+"""Growth during training, step by step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from torch import nn
+from torch.optim import Optimizer
+
+from pycodesign.growth.modules import Report, grow, list_tensors, plan_modules, unwrap, write_eps
+from pycodesign.growth.spec import Spec
+
+__all__ = ["Schedule", "copy_optimizer"]
+
+Build: TypeAlias = Callable[[], nn.Module]
+
+KEPT = ("forward", "_original_forward")  # attributes by which Accelerate wraps a model
+
+
+class Schedule:
+    """When a model grows, and into what.
+
+    Part of the growth may come before training, at step 0, the rest during it: new parameters then copy warmed-up
+    weights and states. Each step of growth keeps the function.
+
+    Parameters
+    ----------
+    stages : sequence of (int, callable)
+        Training steps, ascending, and functions that build the model to train from then on; its weights do not matter.
+    spec, mode, seed, noise
+        As `grow` takes them; `seed` rises by one with each stage.
+
+    Attributes
+    ----------
+    stage : int
+        How many stages were reached.
+    report : Report or None
+        Of the last growth.
+
+    References
+    ----------
+    TripLe (ICCV 2023).
+
+    Examples
+    --------
+    >>> import torch
+    >>> from torch import nn
+    >>> from pycodesign import growth
+    >>> build = lambda width: nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 4))
+    >>> schedule = growth.Schedule([(0, lambda: build(24)), (20, lambda: build(32))])
+    >>> model = build(16)
+    >>> optimizer = torch.optim.AdamW(model.parameters())
+    >>> for step in range(30):
+    ...     model, optimizer = schedule.grow(step, model, optimizer)
+    ...     model(torch.randn(5, 8)).square().mean().backward()
+    ...     optimizer.step()
+    ...     optimizer.zero_grad()
+    >>> model[0].out_features
+    32
+
+    A checkpoint holds the stage, too; training resumes at any step:
+
+    >>> checkpoint = schedule.save(30, model, optimizer)
+    >>> model, optimizer, step = schedule.load(checkpoint, lambda: build(16), torch.optim.AdamW)
+    >>> step, model[0].out_features
+    (30, 32)
+
+    With Hugging Face's Trainer, ``callbacks=[schedule.callback()]``; to resume, the model to begin with is
+    ``schedule.build(steps, build_first)``, `steps` being the checkpoint's, and the rest is as ever:
+    ``trainer.train(resume_from_checkpoint=...)``.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[tuple[int, Build]],
+        *,
+        spec: Spec | str = "auto",
+        mode: str = "break_symmetry",
+        seed: int = 0,
+        noise: float = 0.1,
+    ) -> None:
+        self.steps = [step for step, _ in stages]
+        self.builds = [build for _, build in stages]
+        if not stages or self.steps[0] < 0 or any(a >= b for a, b in zip(self.steps, self.steps[1:], strict=False)):
+            raise ValueError(f"stages: expected ascending steps from 0, got {self.steps}")
+        self._options: dict[str, Any] = {"spec": spec, "mode": mode, "noise": noise}
+        self._seed = seed
+        self.stage = 0
+        self.report: Report | None = None
+
+    def grow(
+        self, step: int, model: nn.Module, optimizer: Optimizer | None = None
+    ) -> tuple[nn.Module, Optimizer | None]:
+        """Grow what is due before a training step.
+
+        Parameters
+        ----------
+        step : int
+            The number of training steps done.
+        model : torch.nn.Module
+        optimizer : Adam, AdamW or SGD, optional
+
+        Returns
+        -------
+        tuple of torch.nn.Module and Optimizer
+            The same two, or larger ones. The new optimizer has the settings and groups of the old.
+        """
+        while self.stage < len(self.steps) and self.steps[self.stage] <= step:
+            model, optimizer = self._grow(model, optimizer)
+            self.stage += 1
+        return model, optimizer
+
+    def _grow(self, model: nn.Module, optimizer: Optimizer | None) -> tuple[nn.Module, Optimizer | None]:
+        source, target = unwrap(model), self.builds[self.stage]()
+        like = next(source.parameters())
+        target.to(like.device, like.dtype).train(source.training)
+        options = {**self._options, "seed": self._seed + self.stage}
+        new = None if optimizer is None else copy_optimizer(source, target, optimizer, self._options["spec"])
+        self.report = grow(source, target, optimizer=optimizer, target_optimizer=new, **options)
+        return target, new
+
+    def build(self, steps: int, first: Build) -> nn.Module:
+        """Build the model that a checkpoint made after so many training steps holds, and go to its stage.
+
+        Parameters
+        ----------
+        steps : int
+            Training steps done.
+        first : callable
+            Builds the model before the first growth.
+        """
+        return self._build(sum(step < steps for step in self.steps), first)
+
+    def _build(self, stage: int, first: Build) -> nn.Module:
+        self.stage = stage
+        model = first()
+        for build in self.builds[:stage]:
+            larger = build()
+            write_eps(plan_modules(model, larger, spec=self._options["spec"]), model, larger)
+            model = larger
+        return model
+
+    def save(self, steps: int, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        """Return a checkpoint, to be written with `torch.save`, after so many training steps."""
+        names = {id(tensor): name for name, tensor in list_tensors(unwrap(model)).items()}
+        groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+        return {
+            "steps": steps,
+            "stage": self.stage,
+            "model": unwrap(model).state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "groups": groups,
+        }
+
+    def load(
+        self, checkpoint: Mapping[str, Any], first: Build, build_optimizer: Callable[[Any], Optimizer]
+    ) -> tuple[nn.Module, Optimizer, int]:
+        """Build what was saved.
+
+        Parameters
+        ----------
+        checkpoint : mapping
+            What `save` returned.
+        first : callable
+            Builds the model before the first growth.
+        build_optimizer : callable
+            Builds the optimizer of an iterable of parameters; the checkpoint has its settings and groups.
+
+        Returns
+        -------
+        tuple of torch.nn.Module, Optimizer and int
+            The int is the number of training steps done.
+        """
+        model = self._build(checkpoint["stage"], first)
+        dtype = next(tensor.dtype for tensor in checkpoint["model"].values() if tensor.is_floating_point())
+        model.to(dtype).load_state_dict(checkpoint["model"])
+        optimizer = build_optimizer(model.parameters())
+        tensors = list_tensors(model)
+        settings = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
+        optimizer.param_groups[:] = [{**settings, "params": [tensors[n] for n in g]} for g in checkpoint["groups"]]
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        return model, optimizer, checkpoint["steps"]
+
+    def callback(self) -> Any:
+        """Return a callback for Hugging Face's Trainer; the model and the optimizer grow in place.
+
+        Raises
+        ------
+        ValueError
+            In mode ``"exact"``, which makes more groups of parameters than the learning rates' schedule knows.
+        """
+        try:
+            from transformers import TrainerCallback
+        except ImportError as error:
+            raise ImportError("Schedule.callback needs transformers: `pip install 'pycodesign[hf]'`") from error
+
+        if self._options["mode"] == "exact":
+            raise ValueError("mode: expected 'break_symmetry' with a Trainer, got 'exact'")
+        schedule = self
+
+        class Grow(TrainerCallback):
+            def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                schedule.grow_in_place(state.global_step, kwargs["model"], kwargs["optimizer"])
+
+        return Grow()
+
+    def grow_in_place(self, step: int, model: nn.Module, optimizer: Any) -> None:
+        """Grow what is due, as `grow`, but make the larger ones of the same two objects."""
+        inner = getattr(optimizer, "optimizer", optimizer)
+        larger, new = self.grow(step, model, inner)
+        model = unwrap(model)
+        if larger is not model and new is not None:
+            kept = {name: model.__dict__[name] for name in KEPT if name in model.__dict__}
+            model.__dict__ = {**larger.__dict__, **kept}
+            inner.param_groups[:] = new.param_groups
+            inner.state = new.state
+
+
+def copy_optimizer(source: nn.Module, target: nn.Module, optimizer: Any, spec: Spec | str = "auto") -> Optimizer:
+    """Build an optimizer for the target with the source's settings and groups, without states."""
+    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    tensors = source.state_dict(keep_vars=True)
+    numbers = {id(p): number for number, group in enumerate(inner.param_groups) for p in group["params"]}
+    groups: list[dict[str, Any]] = [{**group, "params": []} for group in inner.param_groups]
+    sources = {rule.name: rule.source for rule in plan_modules(source, target, spec=spec)}
+    for name, parameter in target.named_parameters():
+        number = numbers.get(id(tensors[sources[name]]))
+        if number is not None:
+            groups[number]["params"].append(parameter)
+    known = inspect.signature(type(inner)).parameters
+    return type(inner)(groups, **{key: value for key, value in inner.defaults.items() if key in known})

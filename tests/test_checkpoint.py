@@ -1,0 +1,529 @@
+"""Checkpoints grown on disk: the same as in memory, in little of it, whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+from click.testing import CliRunner
+from safetensors import safe_open
+
+from pycodesign import growth
+from pycodesign.cli import main
+from pycodesign.growth import shards, staging
+
+SIZES = {"n_embd": 24, "n_layer": 2, "n_head": 6, "n_inner": 40}
+LARGER = {"n_embd": 36, "n_layer": 3, "n_head": 9, "n_inner": 60}
+DOUBLE = {"n_embd": 48, "n_head": 12, "n_inner": 80}
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> None:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def build(**sizes: int) -> transformers.GPT2LMHeadModel:
+    torch.manual_seed(0)
+    tokens = {"vocab_size": 50, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
+    config = transformers.GPT2Config(**tokens, layer_norm_epsilon=1e-2, **(SIZES | sizes))
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    x = torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(1))
+    for _ in range(3):
+        optimizer.zero_grad()
+        logits = model(x).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), x.roll(-1, 1).flatten()).backward()
+        optimizer.step()
+
+
+def read_all(directory: Path, stem: str = "model") -> dict[str, np.ndarray]:
+    tensors: dict[str, np.ndarray] = {}
+    for file in sorted(directory.glob(f"{stem}*.safetensors")):
+        tensors |= safetensors.numpy.load_file(file)
+    return tensors
+
+
+def list_files(directory: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(directory)): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    build().save_pretrained(tmp_path / "small")
+    (tmp_path / "small" / "tokenizer.json").write_text("{}")
+    return tmp_path / "small"
+
+
+@pytest.mark.parametrize("shard_bytes", [5_000_000_000, 20_000])
+@pytest.mark.parametrize("source_shards", ["10GB", "20KB"])
+def test_a_checkpoint_grows_as_the_model_does(tmp_path: Path, shard_bytes: int, source_shards: str) -> None:
+    src, dst = tmp_path / "small", tmp_path / "large"
+    model, larger = build(), build(**LARGER)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    train(model, optimizer)
+    model.save_pretrained(src, max_shard_size=source_shards)
+    growth.save_optimizer(model, optimizer, src)
+    (src / "tokenizer.json").write_text("{}")
+    target_optimizer = torch.optim.AdamW(larger.parameters())
+    growth.grow(model, larger, optimizer=optimizer, target_optimizer=target_optimizer)
+
+    steps: list[tuple[int, int]] = []
+    report = growth.grow_checkpoint(
+        src,
+        dst,
+        target_config=LARGER,
+        verify=True,
+        max_shard_bytes=shard_bytes,
+        progress=lambda done, total: steps.append((done, total)),
+    )
+    assert report.difference is not None and report.difference < 1e-6
+    assert {*report.files, "config.json", "generation_config.json", "tokenizer.json"} == set(list_files(dst))
+    assert (len(report.files) > 2) == (shard_bytes == 20_000)
+    assert all(file.stat().st_size < 30_000 for file in dst.glob("*.safetensors")) == (shard_bytes == 20_000)
+    assert steps[-1] == (report.bytes_written, report.bytes_written) and steps == sorted(steps)
+
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(dst)
+    assert loaded.config.n_layer == 3 and loaded.config.layer_norm_epsilon == larger.config.layer_norm_epsilon
+    for (name, got), expected in zip(loaded.state_dict().items(), larger.state_dict().values(), strict=True):
+        assert torch.equal(got, expected), name
+    loaded_optimizer = torch.optim.AdamW(loaded.parameters())
+    growth.load_optimizer(loaded, loaded_optimizer, dst)
+    assert loaded_optimizer.param_groups[0]["lr"] == 1e-2
+    for got, expected in zip(loaded.parameters(), larger.parameters(), strict=True):
+        states = loaded_optimizer.state[got], target_optimizer.state[expected]
+        assert states[0].keys() == states[1].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "Adam", "SGD"])
+def test_exact_mode_scales_groups_as_the_model_does(tmp_path: Path, kind: str) -> None:
+    options: dict[str, Any] = {"lr": 0.03, "weight_decay": 0.1} | ({"momentum": 0.9} if kind == "SGD" else {})
+    model, larger = build(), build(**DOUBLE)
+    optimizer, other = (getattr(torch.optim, kind)(m.parameters(), **options) for m in (model, larger))
+    train(model, optimizer)
+    model.save_pretrained(tmp_path / "small")
+    growth.save_optimizer(model, optimizer, tmp_path / "small")
+    growth.grow(model, larger, mode="exact", optimizer=optimizer, target_optimizer=other)
+    growth.grow_checkpoint(tmp_path / "small", tmp_path / "large", target_config=DOUBLE, mode="exact")
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "large").eval()
+    loaded_optimizer = getattr(torch.optim, kind)(loaded.parameters())
+    growth.load_optimizer(loaded, loaded_optimizer, tmp_path / "large")
+    train(larger, other)
+    train(loaded, loaded_optimizer)
+    for got, expected in zip(loaded.state_dict().values(), larger.state_dict().values(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
+    build().to(dtype).save_pretrained(tmp_path / "small")
+    report = growth.grow_checkpoint(tmp_path / "small", tmp_path / "large", target_config=LARGER, verify=True)
+    assert report.difference is not None and report.difference < 2 * torch.finfo(dtype).eps + 1e-6
+    with safe_open(tmp_path / "large" / "model.safetensors", "pt") as tensors:
+        assert tensors.metadata() == {"format": "pt"}
+        assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {dtype}
+
+
+def test_layer_scale_vectors_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = growth.Spec(
+        "scaled",
+        {
+            "embed": growth.linear(None, "stream"),
+            "blocks.*.fc1": growth.linear("stream", "hidden"),
+            "blocks.*.fc2": growth.linear("hidden", "stream", factor="blocks.*.ls.gamma"),
+            "blocks.*.ls": growth.layer_scale("stream"),
+            "norm": growth.layer_norm("stream"),
+            "head": growth.linear("stream", None),
+        },
+        spaces={"stream": "mean"},
+        blocks={"blocks.*": 0},
+        silence=["blocks.*.fc2"],
+        config={"stream": "width", "hidden": "hidden", "heads": "heads", "layers": "layers"},
+    )
+    rng = np.random.default_rng(0)
+    shapes = {"embed.weight": (4, 3), "norm.weight": (4,), "norm.bias": (4,), "head.weight": (2, 4)}
+    for block in range(2):
+        shapes |= {f"blocks.{block}.{name}": shape for name, shape in (("fc1.weight", (6, 4)), ("fc2.weight", (4, 6)))}
+        shapes[f"blocks.{block}.ls.gamma"] = (4,)
+    old = {name: rng.standard_normal(shape).astype("f4") for name, shape in shapes.items()}
+    (tmp_path / "small").mkdir()
+    safetensors.numpy.save_file(old, tmp_path / "small" / "model.safetensors")
+    reads: list[str] = []
+    read = shards.Tensor.read
+    monkeypatch.setattr(shards.Tensor, "read", lambda self: reads.append(self.name) or read(self))
+    report = growth.grow_checkpoint(
+        tmp_path / "small",
+        tmp_path / "large",
+        source_config={"width": 4, "hidden": 6, "heads": 1, "layers": 2, "eps": 1e-5},
+        target_config={"width": 6, "layers": 4},
+        spec=growth.Spec(**{**vars(spec), "config": spec.config | {"eps": "eps"}}),
+    )
+    assert sorted(reads) == sorted(old)
+    new = read_all(tmp_path / "large")
+    assert {name: array.shape for name, array in new.items()} == {rule.name: rule.shape for rule in report.plan}
+    for rule in report.plan:
+        np.testing.assert_array_equal(new[rule.name], rule.apply(old[rule.source], old.get(rule.factor)))
+    assert any(rule.factor for rule in report.plan)
+
+
+# ---- whole or not at all ---------------------------------------------------------------------------------------------
+
+
+def start(src: Path, dst: Path, code: str) -> subprocess.Popen[str]:
+    """Grow in a process of its own, after some code."""
+    call = f"growth.grow_checkpoint({str(src)!r}, {str(dst)!r}, target_config={LARGER!r}, overwrite=True)"
+    script = (
+        f"from pycodesign import growth\nfrom pycodesign.growth import checkpoint, shards, staging\n{code}\n{call}\n"
+    )
+    return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+
+
+STOPS = {
+    "between tensors": """
+        write, count = shards.Writer.write, [0]
+        def stop(*arguments):
+            count[0] += 1
+            if count[0] == 9: os.kill(os.getpid(), signal.SIGKILL)
+            return write(*arguments)
+        shards.Writer.write = stop
+    """,
+    "before the renaming": """
+        staging._exchange = lambda *directories: os.kill(os.getpid(), signal.SIGKILL)
+    """,
+    "after the renaming": """
+        exchange = staging._exchange
+        def stop(*directories):
+            exchange(*directories)
+            os.kill(os.getpid(), signal.SIGKILL)
+        staging._exchange = stop
+    """,
+}
+
+
+@pytest.mark.parametrize("where", STOPS)
+def test_killed_it_leaves_the_old_or_the_new(small: Path, tmp_path: Path, where: str) -> None:
+    dst, complete = tmp_path / "large", tmp_path / "complete"
+    growth.grow_checkpoint(small, complete, target_config=LARGER)
+    growth.grow_checkpoint(small, dst, target_config=DOUBLE)
+    old, new = list_files(dst), list_files(complete)
+    with start(small, dst, "import os, signal\n" + textwrap.dedent(STOPS[where])) as process:
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, errors
+    assert list_files(dst) == (new if where == "after the renaming" else old)
+    growth.grow_checkpoint(small, dst, target_config=LARGER, overwrite=True)
+    assert list_files(dst) == new
+
+
+def test_killed_at_any_time(small: Path, tmp_path: Path) -> None:
+    complete, dst = tmp_path / "complete", tmp_path / "large"
+    growth.grow_checkpoint(small, complete, target_config=LARGER)
+    new, old = list_files(complete), list_files(small)
+    growth.grow_checkpoint(small, dst, target_config={})
+    assert list_files(dst) == old
+    for delay in (0.0, 0.01, 0.03):
+        with start(small, dst, "print('ready', file=__import__('sys').stderr, flush=True)") as process:
+            assert process.stderr is not None and process.stderr.readline() == "ready\n"
+            time.sleep(delay)
+            process.kill()
+        assert list_files(dst) in (old, new)
+
+
+def test_in_place_and_where_directories_cannot_be_swapped(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    monkeypatch.setattr(staging.ctypes, "CDLL", Library)
+    growth.grow_checkpoint(small, small, target_config=LARGER, overwrite=True)
+    assert json.loads((small / "config.json").read_text())["n_embd"] == 36
+    assert [path.name for path in small.parent.iterdir()] == ["small"]
+
+
+def test_a_full_disk(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+
+    def refuse(descriptor: int, offset: int, length: int) -> None:
+        taken.append(length)
+        if len(taken) > 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(OSError, match=r"dst: expected room on the disk for [\d,]+ bytes, got [\d,]+ free"):
+        growth.grow_checkpoint(small, tmp_path / "large", target_config=LARGER, max_shard_bytes=20_000)
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+def edit_header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def edit(src: Path) -> None:
+        file = src / "model.safetensors"
+        data = file.read_bytes()
+        length = struct.unpack("<Q", data[:8])[0]
+        header = json.loads(data[8 : 8 + length])
+        change(header)
+        text = json.dumps(header).encode()
+        file.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+    return edit
+
+
+def edit_bytes(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def edit(src: Path) -> None:
+        file = src / "model.safetensors"
+        file.write_bytes(change(file.read_bytes()))
+
+    return edit
+
+
+def drop(name: str) -> Callable[[Path], None]:
+    def edit(src: Path) -> None:
+        file = src / "model.safetensors"
+        tensors = safetensors.numpy.load_file(file)
+        del tensors[name]
+        safetensors.numpy.save_file(tensors, file)
+
+    return edit
+
+
+def shard(change: Callable[[Path, dict[str, str]], object]) -> Callable[[Path], None]:
+    def edit(src: Path) -> None:
+        tensors = safetensors.numpy.load_file(src / "model.safetensors")
+        (src / "model.safetensors").unlink()
+        names = sorted(tensors)
+        weight_map = {name: f"model-{i % 2}.safetensors" for i, name in enumerate(names)}
+        for file in set(weight_map.values()):
+            safetensors.numpy.save_file({n: tensors[n] for n in names if weight_map[n] == file}, src / file)
+        change(src, weight_map)
+        (src / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return edit
+
+
+def save_states(names: dict[str, tuple[int, ...]]) -> Callable[[Path], None]:
+    states = {name: np.zeros(shape, "f4") for name, shape in names.items()}
+    return lambda src: safetensors.numpy.save_file(states, src / "optimizer.safetensors")
+
+
+LN = "transformer.ln_f.weight"
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "empty": (edit_bytes(lambda data: b""), "expected a safetensors file, got a damaged one: no header in 0 bytes"),
+    "cut header": (edit_bytes(lambda data: data[:50]), "got a damaged one: no header in 50 bytes"),
+    "cut data": (edit_bytes(lambda data: data[:-9]), "expected .* bytes, got a damaged file of"),
+    "longer": (edit_bytes(lambda data: data + b"more"), "expected .* bytes, got a damaged file of"),
+    "no JSON": (edit_bytes(lambda data: data[:8] + b"x" + data[9:]), "got a damaged one: Expecting value"),
+    "offsets": (edit_header(lambda h: h[LN].update(data_offsets=[0, 96])), "got a damaged one: .* begins at byte"),
+    "size": (edit_header(lambda h: h[LN].update(shape=[23])), f"{LN} has 96 bytes for shape .* of F32"),
+    "negative": (edit_header(lambda h: h[LN].update(data_offsets=[-96, 0])), f"{LN} has shape"),
+    "no offsets": (edit_header(lambda h: h[LN].pop("data_offsets")), "got a damaged one: 'data_offsets'"),
+    "dtype": (edit_header(lambda h: h[LN].update(dtype="Q4")), f"{LN} is Q4, none of BOOL, U8"),
+    "no file": (lambda src: (src / "model.safetensors").unlink(), "src: expected model.safetensors or .*, got neither"),
+    "missing tensor": (drop("transformer.h.0.ln_1.bias"), "expected transformer.h.0.ln_1.bias in a model of 2 layers"),
+    "missing shard": (
+        shard(lambda src, _: (src / "model-1.safetensors").unlink()),
+        "expected a shard that model.safetensors.index.json lists, got no file",
+    ),
+    "cut shard": (
+        shard(lambda src, _: os.truncate(src / "model-1.safetensors", 5000)),
+        "model-1.safetensors: expected .* bytes, got a damaged file of 5,000",
+    ),
+    "tensor not in its shard": (
+        shard(lambda src, names: names.update(other="model-0.safetensors")),
+        "model-0.safetensors: expected other, which model.safetensors.index.json lists",
+    ),
+    "tensor not in the index": (shard(lambda src, names: names.pop(LN)), f"index.json lists, got {LN} as well"),
+    "shard elsewhere": (
+        shard(lambda src, names: names.update(other="../model-0.safetensors")),
+        "expected a weight_map from tensors to file names",
+    ),
+    "empty index": (shard(lambda src, names: names.clear()), "src: expected tensors in .*, got none"),
+    "config": (lambda src: (src / "config.json").write_text("{"), "source_config: expected JSON, got"),
+    "no config": (lambda src: (src / "config.json").unlink(), "source_config: expected a config, got no file"),
+    "state of nothing": (
+        save_states({"state.nothing.exp_avg": (2,)}),
+        "optimizer.safetensors: expected state.PARAMETER.KEY, .*, got state.nothing.exp_avg",
+    ),
+    "unknown state": (save_states({f"state.{LN}.prodigy": (24,)}), f"expected state.* got state.{LN}.prodigy"),
+    "shape of a state": (save_states({f"state.{LN}.exp_avg": (23,)}), r"of shape \(24,\), got \(23,\)"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_damaged_checkpoints(small: Path, damage: Callable[[Path], object], message: str) -> None:
+    damage(small)
+    before = list_files(small.parent)
+    with pytest.raises(ValueError, match=message):
+        growth.grow_checkpoint(small, small.parent / "large", target_config=LARGER)
+    assert list_files(small.parent) == before
+    assert [path.name for path in small.parent.iterdir()] == ["small"]
+
+
+REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
+    "narrower": ({"n_embd": 12}, "target_config: expected n_embd of at least 24, got 12"),
+    "shallower": ({"n_layer": 1}, "target_config: expected n_layer of at least 2, got 1"),
+    "vocabulary": ({"vocab_size": 64}, "target_config: expected vocab_size 50 as the source's, got 64"),
+    "activation": (
+        {"activation_function": "relu"},
+        "target_config: expected activation_function 'gelu_new' as the source's, got 'relu'",
+    ),
+    "architecture": ({"model_type": "llama"}, "target_config: expected model_type 'gpt2' as the source's, got 'llama'"),
+}
+
+
+@pytest.mark.parametrize(("target", "message"), REQUESTS.values(), ids=REQUESTS)
+def test_requests_that_cannot_be(small: Path, target: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        growth.grow_checkpoint(small, small.parent / "large", target_config=target)
+    with pytest.raises(growth.Inexact, match="exact"):
+        growth.grow_checkpoint(small, small.parent / "large", target_config=LARGER, mode="exact")
+    assert [path.name for path in small.parent.iterdir()] == ["small"]
+
+
+def test_destinations(small: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^dst: expected a new directory, or overwrite, got {small}, which exists$"):
+        growth.grow_checkpoint(small, small, target_config=LARGER)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="dst: expected a directory, got the file"):
+        growth.grow_checkpoint(small, tmp_path / "file", target_config=LARGER, overwrite=True)
+    with pytest.raises(ValueError, match="max_shard_bytes: expected at least 1, got 0"):
+        growth.grow_checkpoint(small, tmp_path / "large", target_config=LARGER, max_shard_bytes=0)
+    (small / "optimizer.pt").touch()
+    with pytest.warns(RuntimeWarning, match=r"optimizer.pt: left out; growth.save_optimizer writes"):
+        growth.grow_checkpoint(small, tmp_path / "deep" / "large", target_config=LARGER)
+    assert not (tmp_path / "deep" / "large" / "optimizer.pt").exists()
+
+
+def test_verification_refuses_another_function(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    apply = growth.Rule.apply
+    monkeypatch.setattr(growth.Rule, "apply", lambda self, *arguments: apply(self, *arguments) * 1.01)
+    with pytest.raises(ValueError, match="verify: expected outputs within 1e-05 of the largest, got a difference of"):
+        growth.grow_checkpoint(small, small.parent / "large", target_config=LARGER, verify=True)
+    assert [path.name for path in small.parent.iterdir()] == ["small"]
+
+
+def test_optimizer_files(tmp_path: Path) -> None:
+    model = build()
+    optimizer = torch.optim.AdamW(model.parameters())
+    growth.save_optimizer(model, optimizer, tmp_path)
+    with pytest.raises(ValueError, match="optimizer: expected AdamW as was saved, got SGD"):
+        growth.load_optimizer(model, torch.optim.SGD(model.parameters()), tmp_path)
+    other = torch.nn.Linear(2, 2)
+    with pytest.raises(
+        ValueError, match=r"model: expected the parameter transformer\.h\.0\.attn\.c_attn\.bias, got none"
+    ):
+        growth.load_optimizer(other, torch.optim.AdamW(other.parameters()), tmp_path)
+    with pytest.raises(ValueError, match="optimizer: expected parameters of the model alone, got others"):
+        growth.save_optimizer(other, optimizer, tmp_path)
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def run(*arguments: str | Path) -> str:
+    result = CliRunner().invoke(main, ["grow", *map(str, arguments)])
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_the_command(small: Path, tmp_path: Path) -> None:
+    target, large = tmp_path / "target.json", tmp_path / "large"
+    target.write_text(json.dumps(LARGER))
+    printed = run(small, large, "--target", target, "--dry-run")
+    assert "transformer.h.2.mlp.c_proj.weight" in printed and "nothing was written" in printed
+    assert not large.exists()
+    result = json.loads(run(small, large, "--target", target, "--verify", "--json"))
+    assert result["difference"] < 1e-6 and result["config"]["n_embd"] == 36
+    assert result["files"] == ["model.safetensors"]
+    assert {entry["name"]: entry["to"] for entry in result["parameters"]}["transformer.wte.weight"] == [50, 36]
+    failed = CliRunner().invoke(main, ["grow", str(small), str(large), "--target", str(target)])
+    assert failed.exit_code == 1 and "dst: expected a new directory, or overwrite" in failed.stderr
+    assert "in 1 files; outputs differ by" in run(small, large, "--target", target, "--overwrite", "--verify")
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+MEASURE = """
+import json, re, sys
+from pycodesign.growth import grow_checkpoint
+
+def read_peak():  # ru_maxrss begins with what the parent process had
+    with open("/proc/self/status") as status:
+        return 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", status.read())[1])
+
+src, dst, target = sys.argv[1:]
+before = read_peak()
+report = grow_checkpoint(src, dst, target_config=json.loads(target), max_shard_bytes=700_000_000)
+print(before, read_peak(), report.bytes_read, report.bytes_written)
+"""
+
+
+def write_random(src: Path, config: dict[str, Any], shard_bytes: int) -> tuple[int, int]:
+    """Write a GPT-2 of random weights, one tensor in memory at a time; return its bytes, and the largest tensor's."""
+    D, L, V, P = (config[key] for key in ("n_embd", "n_layer", "vocab_size", "n_positions"))
+    block = {"ln_1.weight": (D,), "ln_1.bias": (D,), "ln_2.weight": (D,), "ln_2.bias": (D,)}
+    block |= {"attn.c_attn.weight": (D, 3 * D), "attn.c_attn.bias": (3 * D,), "attn.c_proj.weight": (D, D)}
+    block |= {"attn.c_proj.bias": (D,), "mlp.c_fc.weight": (D, 4 * D), "mlp.c_fc.bias": (4 * D,)}
+    block |= {"mlp.c_proj.weight": (4 * D, D), "mlp.c_proj.bias": (D,)}
+    shapes = {"wte.weight": (V, D), "wpe.weight": (P, D), "ln_f.weight": (D,), "ln_f.bias": (D,)}
+    shapes |= {f"h.{i}.{name}": shape for i in range(L) for name, shape in block.items()}
+    tensors = [shards.Tensor(f"transformer.{name}", src, "F32", shape, 0) for name, shape in shapes.items()]
+    src.mkdir()
+    (src / "config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng(0)
+    with shards.Writer(src, "model", tensors, {"format": "pt"}, shard_bytes) as writer:
+        for tensor in tensors:
+            writer.write(tensor.name, rng.standard_normal(tensor.shape, np.float32))
+    sizes = [tensor.nbytes for tensor in tensors]
+    return sum(sizes), max(sizes)
+
+
+def measure(src: Path, dst: Path, target: dict[str, Any]) -> list[int]:
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(src), str(dst), json.dumps(target)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return [int(number) for number in done.stdout.split()]
+
+
+CONFIG = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "layer_norm_epsilon": 1e-5, "n_positions": 256}
+
+
+def test_memory_holds_one_tensor_and_its_result(tmp_path: Path) -> None:
+    config = CONFIG | {"n_embd": 512, "n_layer": 4, "n_head": 8, "vocab_size": 8192}
+    total, largest = write_random(tmp_path / "small", config, 20_000_000)
+    target = {"n_embd": 768, "n_head": 12, "n_layer": 5}
+    before, peak, read, written = measure(tmp_path / "small", tmp_path / "large", target)
+    assert read == total and written > 2 * total
+    slack = 40_000_000  # the noise is made in blocks
+    assert peak - before < largest + largest * 768 / 512 + slack, (before, peak, largest)
+
+
+@pytest.mark.slow
+def test_two_gigabytes_grow_in_little_memory(tmp_path: Path) -> None:
+    config = CONFIG | {"n_embd": 1280, "n_layer": 23, "n_head": 20, "vocab_size": 50257, "n_positions": 1024}
+    total, _ = write_random(tmp_path / "small", config, 500_000_000)
+    assert total > 2_000_000_000 and len(list((tmp_path / "small").glob("*.safetensors"))) > 3
+    target = {"n_embd": 1600, "n_head": 25, "n_layer": 24}
+    _, peak, read, written = measure(tmp_path / "small", tmp_path / "large", target)
+    print(f"{read:,} bytes -> {written:,} bytes, at most {peak:,} resident")
+    assert read == total and written > read
+    assert peak <= 1_200_000_000

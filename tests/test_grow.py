@@ -1,0 +1,877 @@
+"""Growth of torch modules: the function, the trajectory of a training, optimizers, schedules, search, refusals."""
+
+import copy
+import doctest
+import importlib
+import json
+import subprocess
+import sys
+from itertools import product
+
+import numpy as np
+import pytest
+import timm.models as timm
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+
+from pycodesign import growth
+from pycodesign.growth.modules import list_tensors
+from pycodesign.growth.sizes import compute_shapes, is_tied, read_heads, read_sizes
+
+TOKENS, CLASSES = 50, 5
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+    transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture
+def precise_llama(monkeypatch):
+    """Llama's norm rounds to float32, whatever the model's dtype."""
+    llama = importlib.import_module("transformers.models.llama.modeling_llama")
+    monkeypatch.setattr(
+        llama.LlamaRMSNorm, "forward", lambda self, x: F.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
+    )
+
+
+# Models: D features, L blocks, H heads, F features in MLPs
+
+
+def build_gpt2(D=24, L=2, H=6, F=40, **options):
+    config = {"vocab_size": TOKENS, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0, "layer_norm_epsilon": 1e-2}
+    drop = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    sizes = {"n_embd": D, "n_layer": L, "n_head": H, "n_inner": F}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**config, **drop, **sizes, **options))
+
+
+def build_llama(D=24, L=2, H=6, F=40, K=None, **options):
+    config = {"vocab_size": TOKENS, "rms_norm_eps": 1e-2, "head_dim": 4, "num_key_value_heads": K or H}
+    sizes = {"hidden_size": D, "num_hidden_layers": L, "num_attention_heads": H, "intermediate_size": F}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**config, **sizes, **options}))
+
+
+def build_encoder(kind, D=24, L=2, H=6, F=40, **options):
+    sizes = {"hidden_size": D, "num_hidden_layers": L, "num_attention_heads": H, "intermediate_size": F}
+    drop = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    name, _, head = kind.partition("For")
+    images = {"image_size": 16, "patch_size": 8}
+    texts = {"vocab_size": TOKENS, "max_position_embeddings": 16}
+    config = {**sizes, **drop, **(texts if name == "Bert" else images), "num_labels": CLASSES, "layer_norm_eps": 1e-2}
+    model = getattr(transformers, kind if head else f"{name}Model")
+    return model(getattr(transformers, f"{name}Config")(**config, **options))
+
+
+def build_timm_vit(D=24, L=2, H=6, F=40, name="VisionTransformer", **options):
+    sizes = {"embed_dim": D, "depth": L, "num_heads": H, "mlp_ratio": F / D}
+    module = timm.deit if "Distilled" in name else timm.vision_transformer
+    return getattr(module, name)(img_size=16, patch_size=8, num_classes=CLASSES, **sizes, **options)
+
+
+def build_resnet(D=24, L=2, H=None, F=None, block="BasicBlock"):
+    width = D // 4
+    options = {"base_width": 64 * width // 6} if block == "Bottleneck" else {}
+    channels = (width, 2 * width, 2 * width, 3 * width)
+    return timm.resnet.ResNet(
+        getattr(timm.resnet, block), (L,) * 4, CLASSES, channels=channels, stem_width=width, **options
+    )
+
+
+def build_sequential(D=24, L=None, H=None, F=40):
+    return nn.Sequential(
+        nn.Conv2d(3, D, 3, stride=2, padding=1),
+        nn.BatchNorm2d(D),
+        nn.ReLU(),
+        nn.Sequential(nn.Conv2d(D, D, 3, groups=D), nn.SiLU(), nn.MaxPool2d(2)),
+        nn.Flatten(),
+        nn.Linear(9 * D, F),
+        nn.LayerNorm(F, eps=1e-2),
+        nn.GELU(),
+        nn.Linear(F, D),
+        nn.RMSNorm(D),
+        nn.Tanh(),
+        nn.Linear(D, CLASSES),
+    )
+
+
+BUILDS = {
+    "gpt2": build_gpt2,
+    "gpt2 untied": lambda **sizes: build_gpt2(**sizes, tie_word_embeddings=False),
+    "llama": build_llama,
+    "llama tied": lambda **sizes: build_llama(**sizes, tie_word_embeddings=True),
+    "vit": lambda **sizes: build_encoder("ViTForImageClassification", **sizes),
+    "vit features": lambda **sizes: build_encoder("ViT", **sizes),
+    "deit": lambda **sizes: build_encoder("DeiTForImageClassificationWithTeacher", **sizes),
+    "timm vit": build_timm_vit,
+    "timm vit with scales": lambda **sizes: build_timm_vit(**sizes, init_values=0.5, qk_norm=True, global_pool="avg"),
+    "timm deit": lambda **sizes: build_timm_vit(**sizes, name="VisionTransformerDistilled"),
+    "timm resnet": build_resnet,
+    "timm resnet with bottlenecks": lambda **sizes: build_resnet(**sizes, block="Bottleneck"),
+    "sequential": build_sequential,
+    "bert": lambda **sizes: build_encoder("BertForMaskedLM", **sizes),
+    "bert features": lambda **sizes: build_encoder("Bert", **sizes),
+    "bert classes": lambda **sizes: build_encoder("BertForSequenceClassification", **sizes),
+}
+POST_NORM = [name for name in BUILDS if name.startswith("bert")]
+PRE_NORM = [name for name in BUILDS if name not in POST_NORM]
+CHANGES = {
+    "1.33x": {"D": 32, "H": 8, "F": 53},
+    "1.5x": {"D": 36, "H": 9, "F": 60},
+    "2x": {"D": 48, "H": 12, "F": 80},
+    "3x": {"D": 72, "H": 18, "F": 120},
+    "deeper": {"L": 3},
+    "1.33x and deeper": {"D": 32, "H": 8, "F": 53, "L": 3},
+    "3x and deeper": {"D": 72, "H": 18, "F": 120, "L": 3},
+    "MLP": {"F": 47},
+}
+
+
+def build(name, dtype=torch.float64, **sizes):
+    """Build a model; every parameter is random, norms and biases, too."""
+    model = BUILDS[name](**sizes).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            spread = float(parameter.std()) if parameter.numel() > 1 else 0.0
+            parameter.add_(0.3 * (spread or 1.0) * torch.randn_like(parameter))
+        for key, buffer in model.named_buffers():
+            if key.endswith("running_mean"):
+                buffer.normal_()
+            elif key.endswith("running_var"):
+                buffer.uniform_(0.5, 2)
+    return model
+
+
+def make_inputs(name, dtype=torch.float64, count=3):
+    if name.startswith(("gpt2", "llama", "bert")):
+        return {"input_ids": torch.randint(TOKENS, (count, 9))}
+    size = 32 if "resnet" in name else 16
+    return torch.randn(count, 3, size, size, dtype=dtype)
+
+
+PRECISIONS = [(torch.float64, 1e-12), (torch.float32, 1e-5)]
+WITHOUT = {("sequential", "deeper"), ("timm resnet", "MLP"), ("timm resnet with bottlenecks", "MLP")}
+
+
+@pytest.mark.parametrize(("name", "change"), [pair for pair in product(PRE_NORM, CHANGES) if pair not in WITHOUT])
+@pytest.mark.parametrize(("dtype", "bound"), PRECISIONS, ids=["float64", "float32"])
+def test_function_is_kept(name, change, dtype, bound, request):
+    sizes = CHANGES[change]
+    if "llama" in name and dtype == torch.float64:
+        request.getfixturevalue("precise_llama")
+    source, target = build(name, dtype), build(name, dtype, **sizes)
+    before = copy.deepcopy(source.state_dict())
+    report = growth.grow(source, target, inputs=make_inputs(name, dtype))
+    assert report.difference <= bound
+    assert all(torch.equal(before[key], tensor) for key, tensor in source.state_dict().items())
+
+
+@pytest.mark.parametrize("change", ["2x", "3x"])
+@pytest.mark.parametrize("name", POST_NORM)
+@pytest.mark.parametrize(("dtype", "bound"), PRECISIONS, ids=["float64", "float32"])
+def test_function_is_kept_by_multiples_of_post_norm_models(name, change, dtype, bound):
+    source, target = build(name, dtype), build(name, dtype, **CHANGES[change])
+    assert growth.grow(source, target, inputs=make_inputs(name, dtype)).difference <= bound
+
+
+@pytest.mark.parametrize("heads", [(4, 2, 8, 4), (4, 2, 8, 8), (4, 2, 12, 3), (4, 4, 9, 9), (4, 1, 8, 2), (4, 2, 8, 2)])
+def test_groups_of_heads(heads, precise_llama):
+    old_h, old_k, new_h, new_k = heads
+    source, target = build("llama", H=old_h, K=old_k), build("llama", H=new_h, K=new_k, D=72)
+    assert growth.grow(source, target, inputs=make_inputs("llama")).difference <= 1e-12
+
+
+@pytest.mark.parametrize("name", ["gpt2", "vit", "timm vit", "bert"])
+@pytest.mark.parametrize("mode", ["break_symmetry", "exact"])
+def test_wider_heads(name, mode):
+    if mode == "exact" and name in ("gpt2", "timm vit"):  # keys' settings are not those of queries in the same tensor
+        with pytest.raises(growth.Inexact, match=r"mode: .*'exact'.*(c_attn|qkv)"):
+            growth.grow(build(name), build(name, D=48), mode=mode)
+        return
+    source, target = build(name), build(name, D=48)
+    assert growth.grow(source, target, mode=mode, inputs=make_inputs(name)).difference <= 1e-12
+
+
+def test_untied_output_layer():
+    source, target = build("gpt2"), build("gpt2 untied", **CHANGES["2x"])
+    assert growth.grow(source, target, inputs=make_inputs("gpt2")).difference <= 1e-12
+    with pytest.raises(growth.Inexact, match="tied"):
+        growth.grow(source, target, mode="exact")
+    with pytest.raises(ValueError, match="tied"):
+        growth.grow(build("gpt2 untied"), build("gpt2", **CHANGES["2x"]))
+
+
+def test_steps_of_growth_compose():
+    small, wide, deep = build("gpt2"), build("gpt2", **CHANGES["1.33x"]), build("gpt2", **CHANGES["1.33x and deeper"])
+    inputs = make_inputs("gpt2")
+    assert growth.grow(small, wide, inputs=inputs).difference <= 1e-12
+    assert growth.grow(wide, deep, inputs=inputs).difference <= 1e-12
+
+
+# What grown weights are
+
+
+def test_old_features_keep_their_places():
+    for name, change in (("vit features", "1.33x"), ("bert features", "2x")):
+        source, target = build(name), build(name, **CHANGES[change])
+        inputs = make_inputs(name)
+        growth.grow(source, target)
+        outputs = []
+        for model in (source.eval(), target.eval()):
+            kwargs = inputs if isinstance(inputs, dict) else {"pixel_values": inputs}
+            outputs.append(model(**kwargs).last_hidden_state)
+        torch.testing.assert_close(outputs[1][..., :24], outputs[0], rtol=1e-12, atol=1e-12)
+
+
+def test_noise_parts_copies_and_is_repeatable():
+    source = build("sequential")
+    targets = [build("sequential", **CHANGES["2x"]) for _ in range(4)]
+    for target, seed, noise in zip(targets, (0, 0, 1, 0), (0.1, 0.1, 0.1, 0.0), strict=True):
+        growth.grow(source, target, seed=seed, noise=noise)
+    weights = [target[5].weight for target in targets]
+    halves = weights[0].split(weights[0].shape[1] // 2, 1)
+    assert (halves[0] - halves[1]).abs().mean() > 0.01 * weights[0].abs().mean()
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert torch.equal(*weights[3].split(weights[3].shape[1] // 2, 1))
+
+
+def test_training_parts_copies():
+    torch.manual_seed(1)
+    pairs = []
+    for mode in growth.plan.MODES:
+        small, large = build("sequential"), build("sequential", **CHANGES["2x"])
+        growth.grow(small, large, mode=mode)
+        train_steps(large, torch.optim.SGD(large.parameters(), lr=1e-2), "sequential", 5)
+        rows = large[8].weight.detach().split(24)
+        pairs.append(float((rows[0] - rows[1]).abs().max()))
+    assert pairs[0] < 1e-12 < 1e-6 < pairs[1]
+
+
+def test_new_blocks_change_nothing_until_trained():
+    source, target = build("gpt2"), build("gpt2", L=4)
+    growth.grow(source, target)
+    silent = [
+        (block.attn.c_proj.weight == 0).all() and (block.mlp.c_proj.bias == 0).all() for block in target.transformer.h
+    ]
+    assert silent == [False, True, False, True]
+    assert torch.equal(target.transformer.h[3].mlp.c_fc.weight, source.transformer.h[1].mlp.c_fc.weight)
+
+
+def test_eps_follows_the_width_in_modules_and_config(tmp_path):
+    source, target = build("gpt2"), build("gpt2", **CHANGES["1.33x"])
+    growth.grow(source, target)
+    assert target.transformer.ln_f.eps == target.config.layer_norm_epsilon == pytest.approx(1e-2 * 24 / 32)
+    target.save_pretrained(tmp_path)
+    loaded = transformers.GPT2LMHeadModel.from_pretrained(tmp_path, dtype=torch.float64)
+    inputs = make_inputs("gpt2")
+    torch.testing.assert_close(loaded(**inputs).logits, source.eval()(**inputs).logits, rtol=1e-12, atol=1e-12)
+
+
+def test_dry_run_plans_each_parameter_and_writes_nothing():
+    source, target = build("gpt2"), build("gpt2", **CHANGES["1.33x and deeper"])
+    before = copy.deepcopy(target.state_dict())
+    report = growth.grow(source, target, dry_run=True)
+    assert all(torch.equal(before[key], tensor) for key, tensor in target.state_dict().items())
+    text = str(report)
+    assert all(name in text for name, _ in target.named_parameters())
+    (row,) = [line for line in text.splitlines() if line.split()[:1] == ["transformer.h.1.mlp.c_proj.weight"]]
+    assert row.split()[1:5] == ["transformer.h.0.mlp.c_proj.weight", "40x24", "->", "53x32"]
+    assert "zero in a new block" in row
+
+
+def test_wrapped_models():
+    source, target = build("sequential"), build("sequential", **CHANGES["2x"])
+    inputs = make_inputs("sequential")
+    wrapped = torch.optim.swa_utils.AveragedModel(source), torch.optim.swa_utils.AveragedModel(target)
+    assert growth.grow(*wrapped, inputs=inputs).difference <= 1e-12
+    torch.testing.assert_close(wrapped[1].eval()(inputs), wrapped[0].eval()(inputs), rtol=1e-12, atol=1e-12)
+
+
+def test_grown_weights_in_16_bits():
+    source, target = build("vit", torch.bfloat16), build("vit", torch.bfloat16, **CHANGES["1.33x"])
+    assert growth.grow(source, target, inputs=make_inputs("vit", torch.bfloat16)).difference < 0.1
+
+
+# Optimizers
+
+
+def compute_loss(model, name, inputs):
+    outputs = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    logits = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+    return logits[..., :CLASSES].square().mean() + logits[..., 0].mean()
+
+
+def train_steps(model, optimizer, name, steps, average=None):
+    count = 16 if "resnet" in name else 3  # statistics of BatchNorm over few values are ill-conditioned
+    generator = torch.Generator().manual_seed(steps)
+    model.train()
+    for _ in range(steps):
+        with torch.random.fork_rng():
+            torch.manual_seed(int(torch.randint(1000, (), generator=generator)))
+            inputs = make_inputs(name, count=count)
+        optimizer.zero_grad()
+        compute_loss(model, name, inputs).backward()
+        optimizer.step()
+        if average is not None:
+            average.update_parameters(model)
+
+
+OPTIMIZERS = {
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.1),
+    "AdamW fused": lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.1, fused=True),
+    "AdamW foreach": lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.1, foreach=True),
+    "Adam with decay": lambda p: torch.optim.Adam(p, lr=3e-3, weight_decay=0.01, amsgrad=True),
+    "SGD": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, weight_decay=0.01, nesterov=True),
+    "SGD fused": lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, weight_decay=0.01, fused=True),
+    "SGD without momentum": lambda p: torch.optim.SGD(p, lr=1e-3),
+}
+MULTIPLE = {"D": 48, "H": 12, "F": 120}  # the MLP by 3
+
+
+def continue_both(name, build_optimizer, sizes, average=False):
+    """Train, grow, train both; return the models, and their averages."""
+    source, target = build(name), build(name, **sizes)
+    optimizers = build_optimizer(source.parameters()), build_optimizer(target.parameters())
+    averages = [torch.optim.swa_utils.AveragedModel(m) for m in (source, target)] if average else [None, None]
+    train_steps(source, optimizers[0], name, 30, averages[0])
+    growth.grow(
+        source,
+        target,
+        mode="exact",
+        optimizer=optimizers[0],
+        target_optimizer=optimizers[1],
+        ema=averages[0],
+        target_ema=averages[1],
+    )
+    for model, optimizer, each in zip((source, target), optimizers, averages, strict=True):
+        train_steps(model, optimizer, name, 30, each)
+    return (source, target), averages
+
+
+def measure_difference(models, name):
+    return growth.modules.compare_outputs(*models, make_inputs(name))
+
+
+@pytest.mark.parametrize(
+    "name", ["gpt2", "llama", "llama tied", "vit", "timm vit", "timm resnet", "sequential", "bert"]
+)
+def test_training_continues_on_the_trajectory(name, precise_llama):
+    models, _ = continue_both(name, OPTIMIZERS["AdamW"], MULTIPLE)
+    assert measure_difference(models, name) <= 1e-12
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_continues_on_the_trajectory(optimizer):
+    name = "gpt2"
+    models, averages = continue_both(name, OPTIMIZERS[optimizer], MULTIPLE, average=True)
+    assert measure_difference(models, name) <= 1e-12
+    assert measure_difference([average.module for average in averages], name) <= 1e-12
+    assert int(averages[1].n_averaged) == 60
+
+
+def test_wider_heads_continue_on_the_trajectory():
+    models, _ = continue_both("vit", OPTIMIZERS["AdamW"], {"D": 48})
+    assert measure_difference(models, "vit") <= 1e-12
+
+
+def test_groups_are_kept_and_scaled():
+    def build_optimizer(parameters):
+        parameters = list(parameters)
+        groups = [{"params": parameters[:4], "lr": 0.1}, {"params": parameters[4:], "weight_decay": 0.5}]
+        return torch.optim.AdamW(groups, lr=0.2, weight_decay=0.3)
+
+    source, target = build("gpt2"), build("gpt2", **MULTIPLE)
+    optimizers = build_optimizer(source.parameters()), build_optimizer(target.parameters())
+    torch.optim.lr_scheduler.StepLR(optimizers[0], 1)
+    growth.grow(source, target, mode="exact", optimizer=optimizers[0], target_optimizer=optimizers[1])
+    settings = {id(p): group for group in optimizers[1].param_groups for p in group["params"]}
+    fc = settings[id(target.transformer.h[1].mlp.c_proj.weight)]
+    assert (fc["lr"], fc["weight_decay"], fc["eps"]) == pytest.approx((0.2 / 3, 0.5 * 3, 0.5e-8))
+    assert fc["initial_lr"] == fc["lr"]
+    wte = settings[id(target.transformer.wte.weight)]
+    assert (wte["lr"], wte["weight_decay"], wte["eps"]) == (0.1, 0.3, 0.5e-8)
+
+
+@pytest.mark.parametrize("change", ["2x", "1.33x and deeper"])
+def test_states_where_symmetry_breaks(change):
+    source, target = build("gpt2"), build("gpt2", **CHANGES[change])
+    adam, larger = (torch.optim.AdamW(m.parameters(), lr=lr) for m, lr in ((source, 1e-3), (target, 5e-4)))
+    train_steps(source, adam, "gpt2", 3)
+    report = growth.grow(source, target, optimizer=adam, target_optimizer=larger)
+    assert [group["lr"] for group in larger.param_groups] == [5e-4]
+    olds, news = list_tensors(source), list_tensors(target)
+    for rule in report.plan:
+        if isinstance(news[rule.name], nn.Parameter):
+            old, new = adam.state[olds[rule.source]], larger.state[news[rule.name]]
+            assert new["step"] == 3
+            torch.testing.assert_close(new["exp_avg"], rule.apply_state(old["exp_avg"]))
+            torch.testing.assert_close(new["exp_avg_sq"], rule.apply_state(old["exp_avg_sq"], 2))
+            assert (new["exp_avg_sq"] >= 0).all()
+    copies = 2 if change == "2x" else 1
+    moments = (
+        larger.state[target.transformer.wpe.weight]["exp_avg"],
+        adam.state[source.transformer.wpe.weight]["exp_avg"],
+    )
+    torch.testing.assert_close(moments[0][:, :24], moments[1] / copies)
+    train_steps(target, larger, "gpt2", 2)
+
+
+def test_kept_states_disturb_less_than_dropped_ones():
+    """The first step after growth is the one that the small model would have taken, or nearly so."""
+    source = build("vit")
+    adam = OPTIMIZERS["AdamW"](source.parameters())
+    train_steps(source, adam, "vit", 30)
+    changes = []
+    for keep in (True, False):
+        target = build("vit", **CHANGES["2x"])
+        larger = OPTIMIZERS["AdamW"](target.parameters())
+        states = {"optimizer": adam, "target_optimizer": larger} if keep else {}
+        growth.grow(source, target, **states)
+        small = copy.deepcopy(source)
+        smaller = OPTIMIZERS["AdamW"](small.parameters())
+        smaller.load_state_dict(adam.state_dict())
+        train_steps(small, smaller, "vit", 1)
+        train_steps(target, larger, "vit", 1)
+        changes.append(measure_difference((small, target), "vit"))
+    assert changes[0] < changes[1] / 2
+
+
+# Other models
+
+
+class Residual(nn.Module):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.norm, self.fc1, self.fc2 = nn.LayerNorm(width), nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return x + self.fc2(F.gelu(self.fc1(self.norm(x))))
+
+
+class Mlp(nn.Module):
+    def __init__(self, width, hidden, depth):
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Linear(8, width), nn.LayerNorm(width), nn.Linear(width, CLASSES)
+        self.blocks = nn.ModuleList(Residual(width, hidden) for _ in range(depth))
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def make_mlp_spec(**changes):
+    options = {
+        "name": "mlp",
+        "layers": {
+            "embed": growth.linear(None, "stream"),
+            "blocks.*.norm": growth.layer_norm("stream"),
+            "blocks.*.fc1": growth.linear("stream", "hidden"),
+            "blocks.*.fc2": growth.linear("hidden", "stream"),
+            "norm": growth.layer_norm("stream"),
+            "head": growth.linear("stream", None),
+        },
+        "spaces": {"stream": "mean"},
+        "blocks": {"blocks.*": 0},
+        "silence": ["blocks.*.fc2"],
+    }
+    return growth.Spec(**{**options, **changes})
+
+
+def test_own_spec():
+    source, target = Mlp(16, 24, 2).double(), Mlp(21, 40, 3).double()
+    with pytest.raises(ValueError, match=r"spec: expected a Spec for Mlp"):
+        growth.grow(source, target)
+    x = torch.randn(4, 8, dtype=torch.float64)
+    assert growth.grow(source, target, spec=make_mlp_spec(), inputs=x).difference <= 1e-12
+
+
+def test_specs_that_contradict_themselves():
+    with pytest.raises(ValueError, match="silence: expected patterns of layers, got 'fc3'"):
+        make_mlp_spec(silence=["fc3"])
+    with pytest.raises(ValueError, match=r"spaces: expected .* for 'stream', got 'means'"):
+        make_mlp_spec(spaces={"stream": "means"})
+    with pytest.raises(ValueError, match="spaces: expected 'mean', 'zero' or 'repeat' for 'stream'"):
+        make_mlp_spec(spaces={})
+
+
+@pytest.mark.parametrize(
+    ("build_one", "change", "exact"),
+    [
+        (lambda w: [nn.Linear(8, w), nn.ReLU(), nn.LayerNorm(w), nn.Linear(w, 4)], (12, 18), False),
+        (lambda w: [nn.Linear(8, w), nn.ReLU(), nn.LayerNorm(w), nn.Linear(w, 4)], (12, 24), True),
+        (lambda w: [nn.Linear(8, w), nn.LayerNorm(w), nn.Sigmoid(), nn.Linear(w, 4)], (12, 18), False),
+        (lambda w: [nn.Linear(8, w), nn.LayerNorm(w, elementwise_affine=False), nn.Linear(w, 4)], (12, 18), False),
+        (lambda w: [nn.Linear(8, w), nn.LayerNorm(w), nn.Tanh(), nn.Linear(w, 4)], (12, 18), True),
+        (lambda w: [nn.LayerNorm(8), nn.Linear(8, w), nn.Softplus(), nn.Linear(w, 4)], (12, 18), True),
+        (lambda w: [nn.Unflatten(1, (8, 1)), nn.Linear(1, w), nn.Linear(w, 4)], (12, 18), None),
+    ],
+    ids=[
+        "relu then norm",
+        "its multiple",
+        "norm then sigmoid",
+        "norm without gamma",
+        "norm then tanh",
+        "norm of the input",
+        "unknown",
+    ],
+)
+def test_sequentials_are_read_with_care(build_one, change, exact):
+    source, target = (nn.Sequential(*build_one(width)).double() for width in change)
+    if exact is None:
+        with pytest.raises(ValueError, match="spec: expected modules that 'auto' knows, got Unflatten as 0"):
+            growth.grow(source, target)
+    elif not exact:
+        with pytest.raises(growth.Inexact, match="12 -> 18; exact would be 24"):
+            growth.grow(source, target)
+    else:
+        x = torch.randn(5, 8, dtype=torch.float64)
+        assert growth.grow(source, target, inputs=x).difference <= 1e-12
+
+
+def test_transposed_and_depthwise_convolutions():
+    def build_one(width, factor=2):
+        return nn.Sequential(
+            nn.ConvTranspose2d(3, width, 2),
+            nn.ReLU(),
+            nn.Conv2d(width, factor * width, 3, groups=width),
+            nn.ReLU(),
+            nn.Conv2d(factor * width, 4, 1),
+        ).double()
+
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    assert growth.grow(build_one(6), build_one(8), inputs=x).difference <= 1e-12
+    with pytest.raises(growth.Inexact, match="2: a convolution of 6 -> 6 groups"):
+        growth.grow(build_one(6), build_one(6, 3))
+
+
+# Plans of shapes
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2 untied", "llama", "llama tied", "vit", "bert", "bert features"])
+def test_shapes_follow_from_configs(name, tmp_path):
+    change = CHANGES["2x"] if name.startswith("bert") else CHANGES["1.33x and deeper"]
+    shapes, configs = [], []
+    for sizes in ({}, change):
+        model = build(name, **sizes)
+        model.save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        spec = growth.find_spec(config)
+        configs.append(config)
+        tensors = importlib.import_module("safetensors.torch").load_file(tmp_path / "model.safetensors")
+        shapes.append({key: tuple(tensor.shape) for key, tensor in tensors.items()})
+    sizes = [read_sizes(spec, config) for config in configs]
+    assert compute_shapes(shapes[0], spec, *sizes) == shapes[1]
+    tied = is_tied(spec, configs[0])
+    assert tied == (name in ("gpt2", "llama tied", "bert"))
+    heads = read_heads(sizes[0]), read_heads(sizes[1])
+    plan = growth.make_plan(shapes[0], shapes[1], spec, heads=heads, tied=tied)
+    for rule in plan:
+        if rule.shape == rule.old_shape and not rule.silent:
+            continue
+        old = np.random.default_rng(0).standard_normal(rule.old_shape).astype(np.float32)
+        torch.testing.assert_close(torch.from_numpy(rule.apply(old)), rule.apply(torch.from_numpy(old)))
+        assert (rule.apply_state(old**2, 2) >= 0).all()
+
+
+def test_rules_check_their_arguments():
+    source = {"fc.weight": (4, 3), "fc.bias": (4,)}
+    target = {"fc.weight": (6, 3), "fc.bias": (6,)}
+    plan = growth.make_plan(source, target, growth.Spec("fc", {"fc": growth.linear(None, "hidden")}))
+    rule = plan.rules[0]
+    with pytest.raises(ValueError, match=r"fc.weight: expected shape \(4, 3\), got \(3, 4\)"):
+        rule.apply(np.zeros((3, 4)))
+    with pytest.raises(ValueError, match=r"out: expected shape \(6, 3\), got \(4, 3\)"):
+        rule.apply(np.zeros((4, 3)), out=np.zeros((4, 3)))
+
+
+def test_plans_need_no_torch():
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "import numpy as np; from pycodesign import growth\n"
+        "spec = growth.Spec('fc', {'fc': growth.linear(None, 'hidden')})\n"
+        "(rule,) = growth.make_plan({'fc.bias': (4,)}, {'fc.bias': (6,)}, spec)\n"
+        "print(rule.apply(np.arange(4.0)))\n"
+        "try: growth.grow\n"
+        "except ImportError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    first, second = done.stdout.splitlines()
+    assert first == "[0. 1. 2. 3. 0. 1.]"
+    assert "pip install 'pycodesign[torch]'" in second
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "options", "error", "text"),
+    [
+        ("gpt2", {"D": 16, "H": 4}, {}, ValueError, "wte.weight: expected at least 24 features of stream, got 16"),
+        ("gpt2", {"L": 1}, {}, ValueError, r"target: expected at least 2 blocks transformer.h.\*, got 1"),
+        ("gpt2", {"F": 39}, {}, ValueError, "expected at least 40 features of hidden, got 39"),
+        ("bert", {"D": 36}, {}, growth.Inexact, "stream 24 -> 36; exact would be 48"),
+        ("bert", {"D": 60}, {}, growth.Inexact, "stream 24 -> 60; exact would be 48 or 72"),
+        (
+            "bert",
+            {"L": 3},
+            {},
+            growth.Inexact,
+            "no block of bert can be an identity; exact would be the source's depth",
+        ),
+        ("llama", {"head_dim": 8}, {}, growth.Inexact, "heads of 4 -> 8 dimensions.*exact would be 4"),
+        ("llama", {"H": 8, "K": 4}, {}, growth.Inexact, "6 heads on 6 keys -> 8 on 4; exact would be a multiple of 6"),
+        ("vit", {"H": 12}, {}, growth.Inexact, "heads of 4 -> 2 dimensions; exact would be 4 or more"),
+        (
+            "gpt2",
+            {"D": 32, "H": 8},
+            {"mode": "exact"},
+            growth.Inexact,
+            "integer multiples .* for 'exact', got .*24 -> 32",
+        ),
+        ("gpt2", {"L": 3}, {"mode": "exact"}, growth.Inexact, "the source's depth for 'exact'"),
+        (
+            "gpt2",
+            {"D": 48, "H": 12},
+            {"mode": "even"},
+            ValueError,
+            "mode: expected 'exact' or 'break_symmetry', got 'even'",
+        ),
+        ("gpt2", {"D": 48, "H": 12}, {"spec": "rnn"}, ValueError, "spec: expected a model_type of gpt2, .* got 'rnn'"),
+        ("gpt2", {"activation_function": "relu"}, {}, ValueError, "activation_function 'gelu_new' .* got 'relu'"),
+        ("gpt2", {"vocab_size": 60}, {}, ValueError, "wte.weight: expected 50 in axis 0 as in the source, got 60"),
+        ("timm resnet", {"L": 3}, {"first": {"L": 1}}, growth.Inexact, "none of which can be copied; exact would be 1"),
+        ("sequential", {"D": 48}, {"spec": growth.GPT2}, ValueError, "0.weight: .* found no rule for it"),
+    ],
+)
+def test_refused(name, sizes, options, error, text):
+    options = dict(options)
+    build_one = {"gpt2": build_gpt2, "llama": build_llama}.get(name, BUILDS[name])
+    if "vocab_size" in sizes:
+        source, target = build_one(), build_one()
+        target.resize_token_embeddings(60, mean_resizing=False)
+    else:
+        source, target = build_one(**options.pop("first", {})), build_one(**sizes)
+    before = copy.deepcopy(target.state_dict())
+    with pytest.raises(error, match=text):
+        growth.grow(source, target, **options)
+    assert all(torch.equal(before[key], tensor) for key, tensor in target.state_dict().items())
+
+
+def test_refused_models_and_optimizers():
+    source, target = build("gpt2"), build("gpt2", **CHANGES["2x"])
+    adam, larger = (torch.optim.AdamW(model.parameters()) for model in (source, target))
+    before = copy.deepcopy(target.state_dict())
+    with pytest.raises(TypeError, match="target: expected GPT2LMHeadModel as the source, got ViTModel"):
+        growth.grow(source, build("vit features"))
+    with pytest.raises(TypeError, match=r"optimizer: expected torch.optim.Adam, AdamW or SGD, got RMSprop"):
+        growth.grow(source, target, optimizer=torch.optim.RMSprop(source.parameters()), target_optimizer=larger)
+    with pytest.raises(TypeError, match="target_optimizer: expected AdamW as the source's, got SGD"):
+        growth.grow(source, target, optimizer=adam, target_optimizer=torch.optim.SGD(target.parameters()))
+    with pytest.raises(ValueError, match="expected both or none"):
+        growth.grow(source, target, optimizer=adam)
+    with pytest.raises(ValueError, match="target_optimizer: expected parameters of the model alone"):
+        growth.grow(source, target, optimizer=adam, target_optimizer=adam)
+    with pytest.raises(ValueError, match="ema: expected the model's parameters and shapes"):
+        growth.grow(source, target, ema=target, target_ema=target)
+    source.extra = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"expected all of the source's parameters, got none for extra"):
+        growth.grow(source, target)
+    target.extra = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"extra.bias: expected a parameter that the spec 'gpt2' knows|extra.weight"):
+        growth.grow(source, target)
+    assert all(torch.equal(before[key], target.state_dict()[key]) for key in before)
+
+
+# Schedules and search
+
+
+def build_small(width=16):
+    return nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, CLASSES)).double()
+
+
+def run_loop(schedule, model, optimizer, first, last, save_at=()):
+    saved = {}
+    for step in range(first, last):
+        model, optimizer = schedule.grow(step, model, optimizer)
+        x = torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        (model(x).square().mean() + model(x).mean()).backward()
+        optimizer.step()
+        if step + 1 in save_at:
+            saved[step + 1] = copy.deepcopy(schedule.save(step + 1, model, optimizer))
+    return model, optimizer, saved
+
+
+@pytest.mark.parametrize("mode", ["break_symmetry", "exact"])
+def test_schedule_resumes_at_any_step(mode):
+    def make_schedule():
+        return growth.Schedule([(0, lambda: build_small(32)), (6, lambda: build_small(96))], mode=mode)
+
+    def make_optimizer(parameters):
+        return torch.optim.AdamW(parameters, lr=1e-2)
+
+    model = build_small()
+    small = copy.deepcopy(model)
+    model, _, saved = run_loop(make_schedule(), model, make_optimizer(model.parameters()), 0, 12, range(1, 12))
+    assert model[0].out_features == 96
+    if mode == "exact":
+        smaller = run_loop(growth.Schedule([(99, build_small)]), small, make_optimizer(small.parameters()), 0, 12)[0]
+        assert growth.modules.compare_outputs(smaller, model, torch.randn(4, 8, dtype=torch.float64)) <= 1e-12
+    for steps, checkpoint in saved.items():
+        schedule = make_schedule()
+        resumed, optimizer, done = schedule.load(checkpoint, build_small, make_optimizer)
+        assert (done, resumed[0].out_features) == (steps, 32 if steps <= 6 else 96)
+        resumed = run_loop(schedule, resumed, optimizer, done, 12)[0]
+        for expected, got in zip(model.parameters(), resumed.parameters(), strict=True):
+            assert torch.equal(expected, got)
+
+
+def test_schedule_keeps_groups():
+    model = build_small()
+    groups = [
+        {"params": [model[0].weight, model[2].weight], "weight_decay": 0.5},
+        {"params": [model[0].bias], "lr": 0.1},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.2, momentum=0.9)
+    model[2].bias.requires_grad_(False)
+    model, optimizer = growth.Schedule([(0, lambda: build_small(24))]).grow(0, model, optimizer)
+    assert [[p.shape for p in group["params"]] for group in optimizer.param_groups] == [
+        [model[0].weight.shape, model[2].weight.shape],
+        [model[0].bias.shape],
+    ]
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.2, 0.5), (0.1, 0)]
+
+
+@pytest.mark.parametrize("steps", [[], [3, 3], [5, 2], [-1]])
+def test_refused_schedules(steps):
+    with pytest.raises(ValueError, match="stages: expected ascending steps from 0"):
+        growth.Schedule([(step, build_small) for step in steps])
+
+
+class Texts(torch.utils.data.Dataset):
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, row):
+        tokens = torch.randint(TOKENS, (6,), generator=torch.Generator().manual_seed(row))
+        return {"input_ids": tokens, "labels": tokens}
+
+
+def make_trainer(model, schedule, folder, steps):
+    arguments = transformers.TrainingArguments(
+        folder,
+        max_steps=steps,
+        save_steps=4,
+        per_device_train_batch_size=4,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        logging_steps=100,
+    )
+    return transformers.Trainer(model, arguments, train_dataset=Texts(), callbacks=[schedule.callback()])
+
+
+@pytest.mark.filterwarnings("ignore")  # Trainer's own
+def test_trainer_grows_and_resumes(tmp_path):
+    def build_first():
+        torch.manual_seed(3)
+        return build_gpt2()
+
+    def make_schedule():
+        return growth.Schedule([(3, lambda: build_gpt2(D=32, H=8)), (6, lambda: build_gpt2(D=32, H=8, L=3))])
+
+    schedule = make_schedule()
+    trainer = make_trainer(build_first(), schedule, tmp_path, 10)
+    trainer.train()
+    assert trainer.model.config.n_embd == 32 and len(trainer.model.transformer.h) == 3
+    assert sum(p.numel() for g in trainer.optimizer.param_groups for p in g["params"]) == trainer.model.num_parameters()
+    for steps in (4, 8):
+        schedule = make_schedule()
+        resumed = make_trainer(schedule.build(steps, build_first), schedule, tmp_path, 10)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{steps}"))
+        for expected, got in zip(trainer.model.parameters(), resumed.model.parameters(), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match="mode: expected 'break_symmetry' with a Trainer"):
+        growth.Schedule([(0, build_gpt2)], mode="exact").callback()
+
+
+def make_task():
+    x = torch.randn(256, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = (x[:, :1] * x[:, 1:2]).tanh()
+
+    def loss(model):
+        return (model(x)[:, :1] - y).square().mean()
+
+    def train(model, optimizer, first, last):
+        for _ in range(first, last):
+            optimizer.zero_grad()
+            loss(model).backward()
+            optimizer.step()
+
+    return train, lambda model: -loss(model).item()
+
+
+def test_search_halves_its_candidates():
+    train, score = make_task()
+    source = build_small(8)
+    adam = torch.optim.AdamW(source.parameters(), lr=1e-2)
+    train(source, adam, 0, 20)
+    trained = []
+
+    def count(model, optimizer, first, last):
+        trained.append((model[0].out_features, first, last))
+        assert first or optimizer.state  # grown with the model
+        train(model, optimizer, first, last)
+
+    candidates = {f"{w}": lambda w=w: build_small(w) for w in (8, 10, 16, 24)}
+    found = growth.search(source, candidates, count, score, steps=5, optimizer=adam)
+    assert [(steps, len(scores)) for steps, scores in found.rungs] == [(5, 4), (10, 2)]
+    assert found.best == max(found.rungs[-1][1], key=found.rungs[-1][1].get)
+    assert found.model[0].out_features == int(found.best)
+    assert [(first, last) for _, first, last in trained] == [(0, 5)] * 4 + [(5, 10)] * 2
+    assert f"best: {found.best}" in str(found)
+    assert score(found.model) == found.rungs[-1][1][found.best]
+
+
+def test_search_checks_before_it_trains():
+    train, score = make_task()
+    source = build_small(8)
+    candidates = {"wide": lambda: build_small(16), "narrow": lambda: build_small(4)}
+    with pytest.raises(ValueError, match="expected at least 8"):
+        growth.search(source, candidates, None, score, steps=5)
+    for options, text in (({"steps": 0}, "steps"), ({"steps": 1, "keep": 1}, "keep")):
+        with pytest.raises(ValueError, match=text):
+            growth.search(source, candidates, train, score, **options)
+    with pytest.raises(ValueError, match="candidates"):
+        growth.search(source, {}, train, score, steps=1)
+
+
+def test_a_diverged_candidate_loses():
+    train, _ = make_task()
+    scores = {8: float("nan"), 10: 0.5}
+    candidates = {f"{w}": lambda w=w: build_small(w) for w in scores}
+    found = growth.search(build_small(8), candidates, train, lambda model: scores[model[0].out_features], steps=1)
+    assert found.best == "10"
+
+
+def test_proxies_are_compared():
+    train, score = make_task()
+    candidates = {f"{w}": lambda w=w: build_small(w) for w in (8, 12, 16)}
+    result = growth.compare_proxies(build_small(8), candidates, train, score, steps=[2, 30], final_steps=30)
+    assert result["scratch"][30] == 1
+    assert all(-1 <= tau <= 1 for tau in result["grown"].values())
+    assert list(result["final"]) == ["8", "12", "16"]
+
+
+@pytest.mark.parametrize("name", ["halving", "modules", "plan", "schedule", "sizes", "spec", "specs"])
+def test_examples(name):
+    module = importlib.import_module(f"pycodesign.growth.{name}")
+    attempted = doctest.testmod(module)
+    assert attempted.failed == 0 and attempted.attempted > 0

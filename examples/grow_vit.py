@@ -6,8 +6,8 @@
     python examples/grow_vit.py --search                         # which larger shape? some minutes more
 
 The schedule is TripLe's (ICCV 2023): a small model is trained; before the large training begins it grows in width,
-some steps later in depth. New parameters copy warmed-up weights and the optimizer's states. Three trainings of each
-seed take the same batches at the same learning rate:
+after 60 and after 120 steps by a block. New parameters copy warmed-up weights and the optimizer's states. Three
+trainings of each seed take the same batches at the same learning rate:
 
 * scratch: the large model from random weights, after a warm-up;
 * kept: the small model, grown with the optimizer's states;
@@ -27,6 +27,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,11 @@ from pycodesign import growth
 from pycodesign.bench.harness import SCHEMA, format_result, gather_facts
 from pycodesign.demo import load_digits
 
-SMALL, WIDE, LARGE = (48, 2), (64, 2), (64, 4)  # features, blocks
+SMALL = (48, 2)  # features, blocks
+STAGES = ((0, (64, 2)), (60, (64, 3)), (120, (64, 4)))  # from which step of the large training on, and what
+LARGE = STAGES[-1][1]
 PATCH, HEAD = 7, 16  # pixels; features of an attention head
-BATCH, RATE, WARMUP = 64, 2e-3, 50
+BATCH, SHIFT, RATE, WARMUP = 64, 2, 2e-3, 50  # images, pixels, learning rate, steps
 EVERY, DECAY = 20, 0.98  # steps between evaluations; of the mean over steps of the weights that are evaluated
 CANDIDATES = ((48, 3), (48, 6), (64, 2), (64, 4), (80, 3), (96, 4))
 PROXY_STEPS = (20, 40, 80)
@@ -132,11 +135,13 @@ class Digits:
     test: tuple[Tensor, Tensor]
 
     def draw(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield batches, each shifted by some pixels."""
         generator = torch.Generator().manual_seed(seed)
         images, labels = self.train
         while True:
             rows = torch.randint(len(labels), (BATCH,), generator=generator)
-            yield images[rows], labels[rows]
+            shifts = torch.randint(-SHIFT, SHIFT + 1, (2,), generator=generator).tolist()
+            yield images[rows].roll(shifts, (2, 3)), labels[rows]
 
 
 @dataclass
@@ -191,7 +196,7 @@ def train(
     return Run(model, optimizer, losses, accuracies)
 
 
-def compare(digits: Digits, seed: int, small_steps: int, deeper: int, steps: int) -> dict[str, Run]:
+def compare(digits: Digits, seed: int, small_steps: int, steps: int) -> dict[str, Run]:
     """Run the three trainings of a seed."""
     torch.manual_seed(seed)
     large = ViT(*LARGE)
@@ -199,7 +204,7 @@ def compare(digits: Digits, seed: int, small_steps: int, deeper: int, steps: int
     small = ViT(*SMALL)
     trained = train(small, build_optimizer(small), digits, small_steps, 1000 + seed, warmup=WARMUP)
     for kind in KINDS[1:]:
-        schedule = growth.Schedule([(0, lambda: ViT(*WIDE)), (deeper, lambda: ViT(*LARGE))], spec=SPEC, seed=seed)
+        schedule = growth.Schedule([(step, partial(ViT, *shape)) for step, shape in STAGES], spec=SPEC, seed=seed)
         model = copy.deepcopy(trained.model)
         optimizer = build_optimizer(model)
         optimizer.load_state_dict(trained.optimizer.state_dict())
@@ -207,7 +212,7 @@ def compare(digits: Digits, seed: int, small_steps: int, deeper: int, steps: int
     return runs
 
 
-def summarize(seed: int, runs: dict[str, Run], small_steps: int, deeper: int, steps: int) -> dict[str, Any]:
+def summarize(seed: int, runs: dict[str, Run], small_steps: int, steps: int) -> dict[str, Any]:
     accuracy = runs["scratch"].accuracies[-1]
     row: dict[str, Any] = {"seed": seed, "accuracy": accuracy}
     for kind in KINDS[1:]:
@@ -215,10 +220,12 @@ def summarize(seed: int, runs: dict[str, Run], small_steps: int, deeper: int, st
         reached = run.find_step(accuracy)
         row[f"{kind}_steps"] = reached
         if reached is not None:
-            wide = min(reached, deeper)
-            work = small_steps * weigh_step(SMALL) + wide * weigh_step(WIDE) + (reached - wide)
+            starts = [*(step for step, _ in STAGES), reached]
+            work = small_steps * weigh_step(SMALL)
+            for (start, shape), end in zip(STAGES, starts[1:], strict=True):
+                work += max(0, min(end, reached) - start) * weigh_step(shape)
             row[f"{kind}_share"] = reached / steps
-            row[f"{kind}_share_with_small"] = work / steps
+            row[f"{kind}_work"] = work / steps
         row[f"{kind}_loss"] = float(np.mean(run.losses))
         row[f"{kind}_mean_accuracy"] = float(np.mean(run.accuracies))
     return {**row, "curves": {kind: run.accuracies for kind, run in runs.items()}}
@@ -273,7 +280,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         cells = [str(row["seed"]), f"{row['accuracy']:.1%}"]
         for kind in KINDS[1:]:
-            share, work = (row.get(f"{kind}_{name}") for name in ("share", "share_with_small"))
+            share, work = (row.get(f"{kind}_{name}") for name in ("share", "work"))
             cells += ["not reached", ""] if share is None else [f"{share:.0%}", f"{work:.0%}"]
             cells.append(f"{row[f'{kind}_loss']:.3f}")
         table.add_row(*cells)
@@ -294,8 +301,7 @@ def print_search(rows: list[dict[str, Any]]) -> None:
 @click.command(context_settings={"show_default": True})
 @click.option("--seeds", type=click.IntRange(min=1), default=5)
 @click.option("--steps", type=click.IntRange(min=100), default=800, help="Of the training from scratch.")
-@click.option("--small-steps", type=click.IntRange(min=1), default=600, help="Of the small model.")
-@click.option("--deeper", type=click.IntRange(min=1), default=100, help="Step at which the depth grows.")
+@click.option("--small-steps", type=click.IntRange(min=1), default=800, help="Of the small model.")
 @click.option("--search", "searching", is_flag=True, help="Compare proxies for the search of a shape instead.")
 @click.option("--threads", type=click.IntRange(min=1), default=1)
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the accuracies.")
@@ -304,7 +310,6 @@ def main(
     seeds: int,
     steps: int,
     small_steps: int,
-    deeper: int,
     searching: bool,
     threads: int,
     plot: Path | None,
@@ -322,19 +327,17 @@ def main(
     else:
         with Progress(console=Console(stderr=True), transient=True) as progress:
             for seed in progress.track(range(seeds), description="seeds"):
-                rows.append(
-                    summarize(seed, compare(digits, seed, small_steps, deeper, steps), small_steps, deeper, steps)
-                )
+                rows.append(summarize(seed, compare(digits, seed, small_steps, steps), small_steps, steps))
     print_search(rows) if searching else print_rows(rows)
-    if plot:
-        draw(rows, plot)
     if json_path:
         suite = "grow_vit_search" if searching else "grow_vit"
-        shapes = {"small": SMALL, "wide": WIDE, "large": LARGE}
-        options = {"steps": steps, "small_steps": small_steps, "deeper": deeper, "threads": threads, **shapes}
+        shapes = {"small": SMALL, "stages": STAGES}
+        options = {"steps": steps, "small_steps": small_steps, "threads": threads, **shapes}
         options |= {"batch": BATCH, "rate": RATE, "warmup": WARMUP, "every": EVERY, "decay": DECAY}
         result = {"schema": SCHEMA, "suite": suite, "facts": gather_facts(), "options": options, "rows": rows}
         json_path.write_text(format_result(result))
+    if plot:
+        draw(rows, plot)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
 from libcpp.unordered_map cimport unordered_map
-from libcpp.utility cimport pair as cpp_pair
+from libcpp.utility cimport move, pair as cpp_pair
 from libcpp.vector cimport vector
 
 from pycodesign.quantize import QuantizedTensor
@@ -19,12 +19,22 @@ from . import program as form
 
 __all__ = ["factor"]
 
-cdef extern from "<bit>" namespace "std" nogil:
-    int popcount(uint64_t)
-    int countr_zero(uint64_t)
+cdef extern from "repetition/pairs.h" namespace "pycodesign::repetition":
+    cdef cppclass Pair:
+        int32_t u, v
+        bint differ
+
+    cdef cppclass PairElimination:
+        PairElimination()
+        PairElimination(const vector[vector[int32_t]]&, int32_t inputs, uint64_t seed)
+        bint run(size_t limit)
+        const vector[vector[int32_t]]& rows()
+        const vector[Pair]& pairs()
+        size_t additions()
 
 cdef enum:
     NONE = -2
+    STEPS = 256         # eliminations between two looks for Ctrl-C
 
 cdef uint8_t ADD = form.ADD, SUBTRACT = form.SUBTRACT, MULTIPLY = form.MULTIPLY
 cdef int32_t ZERO = form.ZERO
@@ -32,6 +42,8 @@ cdef int32_t ZERO = form.ZERO
 MAX_LEVELS = 16
 MAX_PATTERN = 8         # inputs; longer patterns hardly ever recur
 MAX_INTEGER = 1 << 24   # float32 holds every integer up to here
+MAX_TRIES = 64          # orders of elimination
+TRIED_TERMS = 1 << 16   # of all orders together, about
 
 
 def factor(q, method="pair", *, groups=1):
@@ -286,7 +298,7 @@ def build_pairs(codes, levels, groups, weights, dropped):
         if dropped[mine].any():
             for i in range(inputs):
                 rows.back().push_back(2 * i)
-        eliminate_pairs(builder, rows, group * inputs, inputs)
+        shorten_rows(rows, group * inputs, inputs, builder)
 
         total = builder.sum(rows.back(), share=False)
         r = 0
@@ -302,102 +314,41 @@ def build_pairs(codes, levels, groups, weights, dropped):
     return builder.finish(outputs, "pair")
 
 
-cdef void eliminate_pairs(Builder builder, vector[vector[int32_t]]& rows, int32_t first, int32_t inputs):
+cdef int shorten_rows(
+    vector[vector[int32_t]]& rows, int32_t first, int32_t inputs, Builder builder
+) except -1:
     """Rewrite rows of terms over the inputs, numbered from 0, into shorter rows of terms over the builder's values.
 
-    As long as a signed pair of variables stands in two rows or more, the most frequent one, (u, v, equal signs or
-    not), becomes a new variable w = u + v or u - v. The number of rows that hold a given pair can only fall. So the
-    count with which a pair was queued is an upper bound, and the pair is taken if the bound still holds when its turn
-    comes, queued again under its present count if not. Only pairs that share two rows are ever queued.
+    Small rows are tried in several orders, and the one that leaves the fewest additions is taken.
     """
-    cdef Py_ssize_t words = (<Py_ssize_t>rows.size() + 63) // 64, word, r, k, kept, count, bound
-    cdef vector[uint64_t] members           # [variable][sign][word]: the set of rows that hold the variable so signed
-    cdef vector[vector[uint64_t]] queue     # [bound]: pairs u << 32 | v << 1 | differ, last in first out
-    cdef vector[int32_t] shared             # [2 * variable + differ]: rows shared with the newest variable
-    cdef vector[int32_t] seen               # the indices where shared is not 0
+    cdef PairElimination best, other
+    cdef uint64_t seed, tries = max(1, min(MAX_TRIES, TRIED_TERMS // max(1, rows.size() * inputs)))
     cdef vector[int32_t] value_of           # [variable]
-    cdef vector[int32_t]* line
-    cdef int32_t u, v, w, t, sign, differ
-    cdef uint64_t pair, both
+    cdef Pair pair
+    cdef uint8_t op
+    cdef size_t r, k
+    cdef int32_t u, t
+    for seed in range(tries):
+        other = PairElimination(rows, inputs, seed)
+        while other.run(STEPS):
+            PyErr_CheckSignals()
+        if seed == 0 or other.additions() < best.additions():
+            best = move(other)
+        if best.pairs().empty():
+            break
 
-    members.resize(2 * words * inputs)
-    for r in range(<Py_ssize_t>rows.size()):
-        for t in rows[r]:
-            members[t * words + r // 64] |= <uint64_t>1 << (r % 64)
-    shared.resize(2 * inputs)
     for u in range(inputs):
         value_of.push_back(first + u)
-
-    bound = rows.size()
-    queue.resize(bound + 1)
-    for u in range(inputs):
-        for v in range(u + 1, inputs):
-            for differ in range(2):
-                count = count_rows(members.data(), u, v, differ, words)
-                if count >= 2:
-                    queue[count].push_back(<uint64_t>u << 32 | <uint64_t>v << 1 | <uint64_t>differ)
-
-    while bound >= 2:
-        if queue[bound].empty():
-            bound -= 1
-            continue
-        pair = queue[bound].back()
-        queue[bound].pop_back()
-        u, v, differ = <int32_t>(pair >> 32), <int32_t>(pair & 0xffffffff) >> 1, <int32_t>(pair & 1)
-        count = count_rows(members.data(), u, v, differ, words)
-        if count < bound:
-            if count >= 2:
-                queue[count].push_back(pair)
-            continue
-
-        w = <int32_t>value_of.size()
-        if w % 1024 == 0:
-            PyErr_CheckSignals()
-        value_of.push_back(builder.emit(SUBTRACT if differ else ADD, value_of[u], value_of[v], share=False))
-        members.resize(2 * words * (w + 1))
-        shared.resize(2 * (w + 1))
-        seen.clear()
-        for sign in range(2):
-            for word in range(words):
-                both = members[(2 * u + sign) * words + word] & members[(2 * v + (sign ^ differ)) * words + word]
-                members[(2 * u + sign) * words + word] ^= both
-                members[(2 * v + (sign ^ differ)) * words + word] ^= both
-                members[(2 * w + sign) * words + word] = both
-                while both:
-                    line = &rows[64 * word + countr_zero(both)]
-                    both &= both - 1
-                    kept = 0
-                    for k in range(<Py_ssize_t>line.size()):
-                        t = line[0][k]
-                        if t >> 1 != u and t >> 1 != v:
-                            line[0][kept] = t
-                            kept += 1
-                            if shared[t ^ sign] == 0:
-                                seen.push_back(t ^ sign)
-                            shared[t ^ sign] += 1
-                    line.resize(kept)
-                    line.push_back(2 * w + sign)
-        for t in seen:
-            if shared[t] >= 2:
-                queue[shared[t]].push_back(<uint64_t>(t >> 1) << 32 | <uint64_t>w << 1 | <uint64_t>(t & 1))
-            shared[t] = 0
-
-    for r in range(<Py_ssize_t>rows.size()):
-        for k in range(<Py_ssize_t>rows[r].size()):
+    for k in range(best.pairs().size()):
+        pair = best.pairs()[k]
+        op = SUBTRACT if pair.differ else ADD
+        value_of.push_back(builder.emit(op, value_of[pair.u], value_of[pair.v], share=False))
+    rows = best.rows()
+    for r in range(rows.size()):
+        for k in range(rows[r].size()):
             t = rows[r][k]
             rows[r][k] = 2 * value_of[t >> 1] + (t & 1)
-
-
-cdef inline Py_ssize_t count_rows(
-    const uint64_t* members, Py_ssize_t u, Py_ssize_t v, Py_ssize_t differ, Py_ssize_t words
-) noexcept nogil:
-    """The number of rows that hold variables u and v with equal signs, or with different ones."""
-    cdef const uint64_t* a = members + 2 * u * words
-    cdef const uint64_t* b = members + 2 * v * words
-    cdef Py_ssize_t word, total = 0
-    for word in range(words):
-        total += popcount(a[word] & b[differ * words + word] | a[words + word] & b[(1 - differ) * words + word])
-    return total
+    return 0
 
 
 METHODS = {"pair": factor_pair, "patterns": factor_patterns, "unique": factor_unique}

@@ -36,7 +36,7 @@ class PairElimination {
   void push(const Pair& pair, size_t count);
   void replace(const Pair& pair);
   size_t count_rows(const Pair& pair);
-  uint64_t* rows_of(int32_t term) { return &members_[words_ * static_cast<size_t>(term)]; }
+  uint64_t* rows_of(int32_t term) { return members_.data() + words_ * static_cast<size_t>(term); }
 
   std::vector<std::vector<int32_t>> rows_;
   std::vector<Pair> pairs_;

@@ -46,7 +46,7 @@ MAX_TRIES = 64          # orders of elimination
 TRIED_TERMS = 1 << 16   # of all orders together, about
 
 
-def factor(q, method="pair", *, groups=1):
+def factor(q, method="pair", *, groups=1, **options):
     """Compile quantized weights into a program that computes each recurring partial sum once.
 
     Parameters
@@ -84,10 +84,21 @@ def factor(q, method="pair", *, groups=1):
     >>> program.removed > 0.8
     True
     """
-    if not isinstance(q, QuantizedTensor):
-        raise TypeError(f"q: expected a QuantizedTensor, got {type(q).__name__}")
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    if method == "saturate":
+        from .saturate import saturate
+
+        return saturate(q, groups=groups, **options).program
+    if options:
+        raise TypeError(f"{next(iter(options))}: expected no options for method {method!r}")
+    return METHODS[method](*prepare(q, groups), groups)
+
+
+def prepare(q, groups):
+    """Check the arguments of `factor`; return codes (O, I) and levels (O, Q), int64 where all are integers."""
+    if not isinstance(q, QuantizedTensor):
+        raise TypeError(f"q: expected a QuantizedTensor, got {type(q).__name__}")
     if q.levels.shape[-1] > MAX_LEVELS:
         raise ValueError(f"q: expected at most {MAX_LEVELS} levels, got {q.levels.shape[-1]}")
     if not isinstance(groups, (int, np.integer)):
@@ -99,7 +110,7 @@ def factor(q, method="pair", *, groups=1):
     levels = np.asarray(q.levels, np.float64)
     if (levels == np.rint(levels)).all() and (np.abs(levels) <= MAX_INTEGER).all():
         levels = levels.astype(np.int64)
-    return METHODS[method](codes, np.broadcast_to(levels, (outputs, levels.shape[-1])), groups)
+    return codes, np.broadcast_to(levels, (outputs, levels.shape[-1]))
 
 
 cdef class Builder:
@@ -249,7 +260,7 @@ def build_patterns(codes, levels, groups, int g):
     return builder.finish(outputs, "patterns")
 
 
-def factor_pair(codes, levels, groups):
+def factor_pair(codes, levels, groups, order=0):
     """Share any sums: drop one level of each output, then eliminate the most frequent signed pair until none recurs.
 
     With level d dropped an output is ``d * S + sum over m of m * R_m``: S sums all inputs, R_m sums those whose weight
@@ -269,11 +280,11 @@ def factor_pair(codes, levels, groups):
         choices.append(np.take_along_axis(levels, counts.argmax(axis=1)[:, None], axis=1)[:, 0])
         choices.append(levels[:, levels.shape[1] // 2])
     choices = {dropped.tobytes(): dropped for dropped in choices}.values()
-    programs = (build_pairs(codes, levels, groups, weights, dropped) for dropped in choices)
+    programs = (build_pairs(codes, levels, groups, weights, dropped, order) for dropped in choices)
     return min(programs, key=lambda program: program.op.size)
 
 
-def build_pairs(codes, levels, groups, weights, dropped):
+def build_pairs(codes, levels, groups, weights, dropped, order):
     """The program in which the weights (O, I) of output o are dropped[o] plus a rest."""
     cdef Builder builder = Builder(codes, levels, groups)
     cdef vector[vector[int32_t]] rows
@@ -298,7 +309,7 @@ def build_pairs(codes, levels, groups, weights, dropped):
         if dropped[mine].any():
             for i in range(inputs):
                 rows.back().push_back(2 * i)
-        shorten_rows(rows, group * inputs, inputs, builder)
+        shorten_rows(rows, group * inputs, inputs, order, builder)
 
         total = builder.sum(rows.back(), share=False)
         r = 0
@@ -315,7 +326,7 @@ def build_pairs(codes, levels, groups, weights, dropped):
 
 
 cdef int shorten_rows(
-    vector[vector[int32_t]]& rows, int32_t first, int32_t inputs, Builder builder
+    vector[vector[int32_t]]& rows, int32_t first, int32_t inputs, int order, Builder builder
 ) except -1:
     """Rewrite rows of terms over the inputs, numbered from 0, into shorter rows of terms over the builder's values.
 
@@ -328,11 +339,11 @@ cdef int shorten_rows(
     cdef uint8_t op
     cdef size_t r, k
     cdef int32_t u, t
-    for seed in range(tries):
+    for seed in range(order * MAX_TRIES, order * MAX_TRIES + tries):
         other = PairElimination(rows, inputs, seed)
         while other.run(STEPS):
             PyErr_CheckSignals()
-        if seed == 0 or other.additions() < best.additions():
+        if seed == order * MAX_TRIES or other.additions() < best.additions():
             best = move(other)
         if best.pairs().empty():
             break
@@ -351,4 +362,4 @@ cdef int shorten_rows(
     return 0
 
 
-METHODS = {"pair": factor_pair, "patterns": factor_patterns, "unique": factor_unique}
+METHODS = {"pair": factor_pair, "patterns": factor_patterns, "unique": factor_unique, "saturate": None}

@@ -111,6 +111,14 @@ class SumProgram:
             raise TypeError(f"x: expected integers or floats, got {x.dtype}")
         if x.ndim != 2 or x.shape[0] != self.inputs:
             raise ValueError(f"x: expected shape ({self.inputs}, P), got {x.shape}")
+        return self._evaluate(x)[self.outputs]
+
+    def coefficients(self) -> NDArray[Any]:
+        """Coefficients of all input rows in every value, inputs first: (inputs + K, inputs), of the kind of `levels`."""
+        return self._evaluate(np.eye(self.inputs, dtype=np.int64))[:-1]
+
+    def _evaluate(self, x: NDArray[Any]) -> NDArray[Any]:
+        """All values, and a row of zeros behind them, for ZERO."""
         exact = x.dtype.kind != "f" and self.levels.dtype.kind == "i"
         # One row more than there are values: ZERO, index -1, is the last one.
         values = np.zeros((self.inputs + self.op.size + 1, x.shape[1]), np.int64 if exact else np.float64)
@@ -124,7 +132,7 @@ class SumProgram:
                 np.subtract(values[left], values[right], out=values[result])
             else:
                 np.multiply(values[left], constants[right], out=values[result])
-        return values[self.outputs]
+        return values
 
     def validate(self) -> None:
         """Prove that the program computes what `codes` and `levels` say.

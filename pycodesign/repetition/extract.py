@@ -1,11 +1,14 @@
-"""Extraction: of the operations in an e-graph, few that compute all outputs. A sum that several outputs use counts once."""
+"""Extraction: of the operations in an e-graph, few that compute all outputs. What several outputs use counts once."""
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -34,7 +37,6 @@ class Graph:
     nodes: list[Node]
     inputs: Mapping[int, int]  # class to input row
     outputs: Mapping[int, int]  # output to class
-    classes: int
 
     @cached_property
     def members(self) -> dict[int, list[int]]:
@@ -155,6 +157,20 @@ def extract_optimally(graph: Graph, incumbent: Sequence[int], seconds: float) ->
     return best, False
 
 
+@contextmanager
+def mute_stdout() -> Iterator[None]:
+    """HiGHS prints a banner when it is first used, into the file itself: past sys.stdout."""
+    sys.stdout.flush()
+    stdout, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
+        os.close(null)
+
+
 class IntegerProgram:
     """The constraints of `extract_optimally` in HiGHS; variable n is node n, classes follow."""
 
@@ -162,13 +178,12 @@ class IntegerProgram:
         try:
             import highspy
         except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                'extraction="ilp" needs highspy: pip install "pycodesign[saturate]"'
-            ) from error
+            raise ModuleNotFoundError('extraction="ilp" needs highspy: pip install "pycodesign[saturate]"') from error
         self.highspy, self.graph = highspy, graph
         self.class_variable = {part: len(graph.nodes) + k for k, part in enumerate(graph.members)}
         size = len(graph.nodes) + len(self.class_variable)
-        self.highs = highspy.Highs()
+        with mute_stdout():
+            self.highs = highspy.Highs()  # type: ignore[no-untyped-call]
         self.highs.setOptionValue("output_flag", False)
         self.highs.setOptionValue("threads", 1)
         needed = np.zeros(size)

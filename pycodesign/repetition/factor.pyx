@@ -16,6 +16,7 @@ from libcpp.vector cimport vector
 from pycodesign.quantize import QuantizedTensor
 
 from . import program as form
+from .summerge import merge_sums
 
 __all__ = ["factor"]
 
@@ -42,6 +43,7 @@ cdef int32_t ZERO = form.ZERO
 MAX_LEVELS = 16
 MAX_PATTERN = 8         # inputs; longer patterns hardly ever recur
 MAX_INTEGER = 1 << 24   # float32 holds every integer up to here
+MAX_MERGED = 1 << 14    # weights for summerge, which compares all pairs of groups
 MAX_TRIES = 64          # orders of elimination
 TRIED_TERMS = 1 << 16   # of all orders together, about
 
@@ -54,11 +56,15 @@ def factor(q, method="pair", *, groups=1, **options):
     q : QuantizedTensor
         Weights of a convolution, (O, I / groups, kH, kW), or of a linear layer, (O, I), with at most 16 levels per
         output. The scale is not part of the program.
-    method : {"pair", "patterns", "unique"}
-        ``"pair"`` shares any sums between outputs and removes the most operations; ``"patterns"`` shares sums of a few
-        neighboring inputs; ``"unique"`` shares nothing between outputs (UCNN).
+    method : {"pair", "saturate", "summerge", "patterns", "unique"}
+        ``"pair"`` shares any sums between outputs: the best for layers of any size, in at most seconds. ``"saturate"``
+        goes on from there by equality saturation, up to 4,096 weights. ``"summerge"`` shares sums of inputs of equal
+        weight, up to 16,384 weights a group; ``"patterns"`` sums of a few neighboring inputs; ``"unique"`` shares
+        nothing between outputs (UCNN).
     groups : int
         Groups of the convolution; each gets a program of its own.
+    **options
+        Of ``"saturate"``: those of `saturate.saturate`, which also tells more.
 
     Returns
     -------
@@ -68,9 +74,12 @@ def factor(q, method="pair", *, groups=1, **options):
     Raises
     ------
     TypeError
-        If q is no QuantizedTensor or groups no integer.
+        If q is no QuantizedTensor, groups no integer, or the method takes no such option.
     ValueError
-        If the method is unknown, q has more than 16 levels, or groups do not divide the outputs.
+        If the method is unknown, q has more than 16 levels or is too large for the method, or groups do not divide the
+        outputs.
+    ModuleNotFoundError
+        If ``"saturate"`` lacks egglog or highspy.
 
     Examples
     --------
@@ -220,6 +229,48 @@ def factor_unique(codes, levels, groups):
     return builder.finish(outputs, "unique")
 
 
+def factor_summerge(codes, levels, groups):
+    """Share between outputs the sums that the inputs of two levels have in common, the most frequent first.
+
+    The inputs of each level of each output are a group, as in `factor_unique`; `merge_sums` shortens them.
+
+    References
+    ----------
+    R. Prabhakar, S. Kuhar, R. Agrawal, C. J. Hughes, C. W. Fletcher, SumMerge: An Efficient Algorithm and
+    Implementation for Weight Repetition-Aware DNN Inference, ICS 2021; the heuristic as the Q-gym paper (PACT 2022)
+    describes it.
+    """
+    per_group, inputs = len(codes) // groups, codes.shape[1]
+    if per_group * inputs > MAX_MERGED:
+        raise ValueError(f"q: expected at most {MAX_MERGED} weights a group for 'summerge', got {per_group * inputs}")
+    cdef Builder builder = Builder(codes, levels, groups)
+    cdef vector[int32_t] terms
+    outputs = []
+    for group in range(groups):
+        rows = levels[group * per_group :][:per_group]
+        weights = np.take_along_axis(rows, codes[group * per_group :][:per_group].astype(np.intp), axis=1)
+        keys = [(o, level) for o, row in enumerate(weights) for level in np.unique(row[row != 0]).tolist()]
+        sets = [sum(1 << i for i in np.flatnonzero(weights[o] == level).tolist()) for o, level in keys]
+        values = [2 * (group * inputs + i) for i in range(inputs)]
+        for variable in merge_sums(sets, inputs):
+            terms = [values[i] for i in list_bits(variable)]
+            values.append(builder.sum(terms, share=False))
+        sums = dict(zip(keys, sets))
+        for o in range(per_group):
+            products = []
+            for level in np.unique(weights[o][weights[o] != 0]).tolist():
+                terms = [values[i] for i in list_bits(sums[o, level])]
+                products.append(builder.multiply(level, builder.sum(terms, share=False), share=True))
+            terms = products
+            outputs.append(builder.value(builder.sum(terms, share=False), share=True))
+    return builder.finish(outputs, "summerge")
+
+
+def list_bits(number):
+    """The positions of the ones, ascending."""
+    return [i for i, bit in enumerate(bin(number)[:1:-1]) if bit == "1"]
+
+
 def factor_patterns(codes, levels, groups):
     """Cut the inputs into runs of g and compute each pattern of weights that occurs on a run once, up to sign.
 
@@ -362,4 +413,10 @@ cdef int shorten_rows(
     return 0
 
 
-METHODS = {"pair": factor_pair, "patterns": factor_patterns, "unique": factor_unique, "saturate": None}
+METHODS = {
+    "pair": factor_pair,
+    "saturate": None,  # imported when it is asked for
+    "summerge": factor_summerge,
+    "patterns": factor_patterns,
+    "unique": factor_unique,
+}

@@ -44,8 +44,9 @@ MAX_LEVELS = 16
 MAX_PATTERN = 8         # inputs; longer patterns hardly ever recur
 MAX_INTEGER = 1 << 24   # float32 holds every integer up to here
 MAX_MERGED = 1 << 14    # weights for summerge, which compares all pairs of groups
-MAX_TRIES = 64          # orders of elimination
-TRIED_TERMS = 1 << 16   # of all orders together, about
+MAX_TRIES = 64          # of careful pair elimination
+TRIED_WORK = 1 << 21    # outputs * inputs^2 of all tries together, about
+CAREFUL_WORK = 1 << 25  # outputs * inputs^2 up to which it is done: a second or two
 
 
 def factor(q, method="pair", *, groups=1, **options):
@@ -331,12 +332,18 @@ def factor_pair(codes, levels, groups, order=0):
         choices.append(np.take_along_axis(levels, counts.argmax(axis=1)[:, None], axis=1)[:, 0])
         choices.append(levels[:, levels.shape[1] // 2])
     choices = {dropped.tobytes(): dropped for dropped in choices}.values()
-    programs = (build_pairs(codes, levels, groups, weights, dropped, order) for dropped in choices)
-    return min(programs, key=lambda program: program.op.size)
+    programs = [(build_pairs(codes, levels, groups, weights, dropped, range(1)), dropped) for dropped in choices]
+    program, dropped = min(programs, key=lambda entry: entry[0].op.size)
+    work = codes.size // groups * codes.shape[1]
+    if work > CAREFUL_WORK:
+        return program
+    seeds = range(1 + MAX_TRIES * order, 1 + MAX_TRIES * order + max(1, min(MAX_TRIES, TRIED_WORK // work)))
+    careful = build_pairs(codes, levels, groups, weights, dropped, seeds)
+    return min(program, careful, key=lambda program: program.op.size)
 
 
-def build_pairs(codes, levels, groups, weights, dropped, order):
-    """The program in which the weights (O, I) of output o are dropped[o] plus a rest."""
+def build_pairs(codes, levels, groups, weights, dropped, seeds):
+    """The program in which the weights (O, I) of output o are dropped[o] plus a rest; of some seeds the best."""
     cdef Builder builder = Builder(codes, levels, groups)
     cdef vector[vector[int32_t]] rows
     cdef vector[int32_t] terms
@@ -360,7 +367,7 @@ def build_pairs(codes, levels, groups, weights, dropped, order):
         if dropped[mine].any():
             for i in range(inputs):
                 rows.back().push_back(2 * i)
-        shorten_rows(rows, group * inputs, inputs, order, builder)
+        shorten_rows(rows, group * inputs, inputs, seeds, builder)
 
         total = builder.sum(rows.back(), share=False)
         r = 0
@@ -377,24 +384,20 @@ def build_pairs(codes, levels, groups, weights, dropped, order):
 
 
 cdef int shorten_rows(
-    vector[vector[int32_t]]& rows, int32_t first, int32_t inputs, int order, Builder builder
+    vector[vector[int32_t]]& rows, int32_t first, int32_t inputs, seeds, Builder builder
 ) except -1:
-    """Rewrite rows of terms over the inputs, numbered from 0, into shorter rows of terms over the builder's values.
-
-    Small rows are tried in several orders, and the one that leaves the fewest additions is taken.
-    """
+    """Rewrite rows of terms over the inputs, numbered from 0, into shorter rows of terms over the builder's values."""
     cdef PairElimination best, other
-    cdef uint64_t seed, tries = max(1, min(MAX_TRIES, TRIED_TERMS // max(1, rows.size() * inputs)))
     cdef vector[int32_t] value_of           # [variable]
     cdef Pair pair
     cdef uint8_t op
     cdef size_t r, k
     cdef int32_t u, t
-    for seed in range(order * MAX_TRIES, order * MAX_TRIES + tries):
+    for seed in seeds:
         other = PairElimination(rows, inputs, seed)
         while other.run(STEPS):
             PyErr_CheckSignals()
-        if seed == order * MAX_TRIES or other.additions() < best.additions():
+        if seed == seeds[0] or other.additions() < best.additions():
             best = move(other)
         if best.pairs().empty():
             break

@@ -22,7 +22,8 @@ from rich.table import Table
 import pycodesign
 
 COMPETITORS = ("torch", "onnxruntime", "openvino")
-OPTIONAL = ("mlxtend", "matplotlib", "onnx", "cupy-cuda12x", "cupy-cuda13x")
+OPTIONAL = ("mlxtend", "matplotlib", "onnx", "egglog", "highspy", "cupy-cuda12x", "cupy-cuda13x")
+METHODS = ("pair", "saturate", "summerge", "patterns", "unique")
 VARIABLES = ("PYCODESIGN_ISA", "PYCODESIGN_NUM_THREADS")
 
 
@@ -242,46 +243,67 @@ def bench(suite: str, file: Path | None, **options: Any) -> None:
 @click.option(
     "--shape", metavar="N,C,H,W", callback=parse_shape, help="Of the input, where an ONNX file leaves it open."
 )
+@click.option("--method", type=click.Choice(METHODS), help="Count what this method of factoring leaves.")
+@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Draw bars per layer.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output, nothing else.")
-def explain(model: Path, dtype: str, shape: list[int] | None, as_json: bool) -> None:
+def explain(
+    model: Path, dtype: str, shape: list[int] | None, method: str | None, plot: Path | None, as_json: bool
+) -> None:
     """Say which layers of MODEL gain, which do not, and why.
 
-    MODEL is an ONNX file, or safetensors: a layer saved by Packed.save, or any state_dict. Float weights count as
-    quantized if they lie on few values, however they got there; integer weights are read with their scales. Every layer
-    is packed as algorithm="auto" does it on this processor, but nothing is run or timed.
+    MODEL is an ONNX file, a state_dict in a .pt or .pth file, or safetensors: a layer saved by Packed.save, or any
+    state_dict. Float weights count as quantized if they lie on few values, however they got there; integer weights are
+    read with their scales. Every layer is packed as algorithm="auto" does it on this processor. Its time (ns: for one
+    output pixel, on one thread) is predicted by a cost model, after one layer of our own has been timed.
 
     Removed is the share of a dense layer's additions and multiplications, for each output pixel, that is gone. A packed
     linear layer gains by its fewer bytes instead. Layers with more than 256 distinct weights in an output are not
     quantized and stay with your framework; 3 bits and up mostly stay dense sums: as fast as elsewhere, no faster.
 
     \b
+    With --method the counts are those of a program by pair, saturate, summerge, patterns or unique, which no kernel
+    executes; that may take a minute for a large network.
+
+    \b
     *.onnx files need: pip install "pycodesign[onnx]"
+    *.pt and *.pth files: pip install "pycodesign[torch]"
+    --plot: pip install "pycodesign[demo]"
+    --method saturate: pip install "pycodesign[saturate]"
 
     \b
     pycodesign explain model.onnx
+    pycodesign explain model.pt --method pair --plot layers.png
     pycodesign explain model.onnx --shape 1,3,224,224 --dtype uint8
     pycodesign explain state_dict.safetensors --json > model.json
     """
-    from pycodesign.explain import explain_model, read_model
+    from pycodesign.explain import explain_model, plot_explanation, read_model
 
     with plain_errors():
+        if plot and importlib.util.find_spec("matplotlib") is None:
+            raise ModuleNotFoundError('--plot needs matplotlib: pip install "pycodesign[demo]"')
         layers = read_model(model, shape)
         if not layers:
             raise ValueError(f"{model}: expected convolutions or linear layers with constant weights, found none")
     with Progress(console=Console(stderr=True), transient=True) as progress:
         advance = partial(progress.advance, progress.add_task("packing", total=len(layers)))
-        result = explain_model(layers, dtype, advance)
+        with plain_errors():
+            result = explain_model(layers, dtype, advance, method)
     if as_json:
         click.echo(json.dumps({"model": str(model), "dtype": dtype, **result}))
     else:
-        print_explanation(result, f"{model.name}: {dtype} activations, {result['isa']}", open_console())
+        title = f"{model.name}: {dtype} activations, {result['isa']}" + (f", counts of {method}" if method else "")
+        print_explanation(result, title, open_console())
+    if plot:
+        with plain_errors():
+            plot_explanation(result, plot)
+        click.echo(f"wrote {plot}", err=True)
 
 
 def print_explanation(result: Mapping[str, Any], title: str, console: Console) -> None:
     """Print a result of `explain.explain_model`."""
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("layer", overflow="fold")
-    for heading in ("weights", "levels", "runs by", "adds", "multiplies", "dense", "removed", "kB", "float32"):
+    for heading in ("weights", "levels", "runs by", "adds", "multiplies", "dense", "removed", "kB", "float32", "ns"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("why", ratio=1)
     for row in result["layers"]:
@@ -291,7 +313,8 @@ def print_explanation(result: Mapping[str, Any], title: str, console: Console) -
         shape = "x".join(map(str, row["shape"]))
         style = None if row["gains"] else "dim" if row["algorithm"] else "yellow"
         removed = f"{row['removed']:.1%}"
-        cells = shape, show_levels(row["levels"]), algorithm, *counts, removed, *sizes, row["why"]
+        predicted = f"{row['predicted_ns']:,.0f}" if row["predicted_ns"] is not None else "-"
+        cells = shape, show_levels(row["levels"]), algorithm, *counts, removed, *sizes, predicted, row["why"]
         table.add_row(escape(row["layer"]), *cells[:-1], escape(cells[-1]), style=style)
     console.print(table)
     console.print(result["summary"], style="bold", highlight=False)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
+import re
+import timeit
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +18,13 @@ import safetensors
 from numpy.typing import NDArray
 
 from pycodesign import _core, _packed_file, demo, ops
-from pycodesign.quantize import REPETITION_LEVELS, KernelCodebook, QuantizedTensor, from_fake_quantized
+from pycodesign.quantize import REPETITION_LEVELS, KernelCodebook, QuantizedTensor, from_fake_quantized, ternary
+from pycodesign.repetition import factor
 
 KINDS = {2: "linear", 4: "conv2d"}  # by the rank of the weights
-FORMATS = "*.onnx, or safetensors: a packed layer, a network of pycodesign, or a state_dict"
+FORMATS = "*.onnx, *.pt, *.pth, or safetensors: a packed layer, a network of pycodesign, or a state_dict"
 FEW_LEVELS = 4  # so many gain with float and with 8-bit activations
+CALIBRATION_RUNS = 20
 NEAR = 1e-5  # levels so near to each other, relative to the largest, are meant to be one
 
 
@@ -40,8 +46,9 @@ def read_model(path: str | Path, shape: Sequence[int] | None = None) -> list[Sto
     Parameters
     ----------
     path : path
-        ``*.onnx``, or safetensors: a file of `ops.Packed.save`, of `demo.save_network`, or any ``state_dict``, of which
-        ``*.codes`` with levels and scale, and ``*.weight`` of rank 2 and 4, are taken.
+        ``*.onnx``; or safetensors: a file of `ops.Packed.save`, of `demo.save_network`, or any ``state_dict``, of which
+        ``*.codes`` with levels and scale, and ``*.weight`` of rank 2 and 4, are taken; or such a ``state_dict``, by
+        itself or under that key, as ``torch.save`` writes it to ``*.pt`` and ``*.pth``. Nothing in a file is executed.
     shape : sequence of int, optional
         Of the network's input, where an ONNX file leaves it open.
 
@@ -52,7 +59,7 @@ def read_model(path: str | Path, shape: Sequence[int] | None = None) -> list[Sto
     Raises
     ------
     ModuleNotFoundError
-        onnx is needed and not installed; the message says what to install.
+        onnx, or for ``*.pt`` torch, is needed and not installed; the message says what to install.
     OSError
         The file cannot be read.
     ValueError
@@ -67,6 +74,8 @@ def read_model(path: str | Path, shape: Sequence[int] | None = None) -> list[Sto
         return read_onnx(path, shape)
     if shape is not None:
         raise ValueError(f"shape: expected an ONNX model with it, got {path}")
+    if path.suffix in (".pt", ".pth"):
+        return list(_read_pickled(path))
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -104,6 +113,42 @@ def _read_tensors(path: Path, file: Any) -> Iterator[StoredLayer]:
             yield StoredLayer(prefix, KINDS[len(shape)], tuple(shape), _Tensor(path, name))
 
 
+def _read_pickled(path: Path) -> Iterator[StoredLayer]:
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError('*.pt and *.pth files are read by torch: pip install "pycodesign[torch]"') from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected a state_dict of tensors; got another file: {error}") from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping):
+        raise ValueError(f"{path}: expected a state_dict, got {type(state).__name__}")
+    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    for name in sorted(tensors):
+        prefix, _, part = name.rpartition(".")
+        if part == "codes" and {f"{prefix}.levels", f"{prefix}.scale"} <= tensors.keys():
+            yield _hold(
+                prefix, QuantizedTensor(*(tensors[f"{prefix}.{p}"].numpy() for p in ("codes", "levels", "scale")))
+            )
+        elif part == "weight" and tensors[name].ndim in KINDS:
+            yield StoredLayer(prefix, KINDS[tensors[name].ndim], tuple(tensors[name].shape), _Floats(tensors[name]))
+
+
+@dataclass(frozen=True)
+class _Floats:
+    """Reads a torch tensor."""
+
+    tensor: Any
+
+    def __call__(self) -> QuantizedTensor:
+        if not self.tensor.dtype.is_floating_point:
+            raise ValueError(f"w: expected floats, got {self.tensor.dtype}")
+        return from_fake_quantized(self.tensor.detach().float().numpy())
+
+
 @dataclass(frozen=True)
 class _Tensor:
     """Reads one tensor of a safetensors file."""
@@ -133,7 +178,7 @@ def read_bfloat16(path: Path, name: str) -> NDArray[np.float32]:
     return floats
 
 
-def explain_layer(layer: StoredLayer, input_dtype: str = "float32") -> dict[str, Any]:
+def explain_layer(layer: StoredLayer, input_dtype: str = "float32", method: str | None = None) -> dict[str, Any]:
     """Pack a layer as ``algorithm="auto"`` does, and count.
 
     Parameters
@@ -141,6 +186,8 @@ def explain_layer(layer: StoredLayer, input_dtype: str = "float32") -> dict[str,
     layer : StoredLayer
     input_dtype : {"float32", "uint8", "int8"}
         Of the activations; uint8 and int8 ones with zero point 0.
+    method : str, optional
+        Of `repetition.factor`: count what it leaves, instead of what the packed layer executes.
 
     Returns
     -------
@@ -148,13 +195,16 @@ def explain_layer(layer: StoredLayer, input_dtype: str = "float32") -> dict[str,
         ``layer``, ``kind``, ``shape``; ``levels`` (a list; of the first output where each has its own; None if there
         are too many); ``algorithm``, None where there is none, and ``why``; ``gains``: whether that algorithm does less
         than dense sums; ``adds``, ``multiplies``, ``dense_ops`` for each output pixel, ``removed`` (a share); ``bytes``
-        of the packed weights and machine code, ``float32_bytes``; ``pixels``, and ``macs`` = weights times pixels.
+        of the packed weights and machine code, ``float32_bytes``; ``pixels``, and ``macs`` = weights times pixels;
+        ``predicted_ns`` for each output pixel, ``dense_ns`` of our dense sums, ``predicted_ms`` for all pixels, where
+        they are known.
     """
     size = math.prod(layer.shape)
     row: dict[str, Any] = {"layer": layer.name, "kind": layer.kind, "shape": list(layer.shape)}
     row |= {"levels": None, "algorithm": None, "why": "", "gains": False, "adds": None, "multiplies": None}
     row |= {"dense_ops": 2 * size - layer.shape[0], "removed": 0.0, "bytes": None, "float32_bytes": 4 * size}
     row |= {"pixels": layer.pixels, "macs": layer.pixels and size * layer.pixels}
+    row |= dict.fromkeys(("predicted_ns", "dense_ns", "predicted_ms"))
     try:
         q = layer.read()
         if q.Q > REPETITION_LEVELS and (q.levels != np.rint(q.levels)).any():
@@ -164,14 +214,64 @@ def explain_layer(layer: StoredLayer, input_dtype: str = "float32") -> dict[str,
         packed = prepack(q, input_dtype=input_dtype, **layer.options).explain()
     except (TypeError, ValueError) as error:
         return row | {"why": str(error)}
-    counts = {name: packed[name] for name in ("algorithm", "why", "adds", "multiplies")}
-    gains = packed["algorithm"] != "dense"
+    row |= {name: packed[name] for name in ("algorithm", "why", "adds", "multiplies")}
     removed = max(packed["share_removed"], 0.0)  # a packed linear layer may count more operations, of fewer bytes
-    return row | counts | {"gains": gains, "removed": removed, "bytes": packed["bytes"] + packed["code_bytes"]}
+    row |= {
+        "gains": packed["algorithm"] != "dense",
+        "removed": removed,
+        "bytes": packed["bytes"] + packed["code_bytes"],
+    }
+    row |= predict_time(row, input_dtype)
+    if method is not None:
+        try:
+            program = factor(q, method, groups=layer.options.get("groups", 1))
+        except ValueError as error:  # too large for the method, or too many levels
+            return row | {"adds": None, "multiplies": None, "removed": 0.0, "why": str(error)}
+        row |= {"adds": program.adds, "multiplies": program.multiplies, "removed": program.removed}
+    return row
+
+
+def predict_time(row: Mapping[str, Any], input_dtype: str) -> dict[str, float | None]:
+    """Predict a row's times on one thread: what `calibrate` measured, times what the cost model says."""
+    seconds = calibrate(input_dtype, row["kind"], row["algorithm"] == "packed")
+    if row["algorithm"] == "packed":
+        return {"predicted_ns": 1e9 * seconds * row["bytes"], "predicted_ms": _scale_ms(row, seconds * row["bytes"])}
+    dense = seconds * math.prod(row["shape"])
+    ratio = re.match(r"predicted ([0-9.]+) of the time of dense sums", row["why"])
+    predicted = dense * float(ratio[1]) if ratio else dense
+    return {"predicted_ns": 1e9 * predicted, "dense_ns": 1e9 * dense, "predicted_ms": _scale_ms(row, predicted)}
+
+
+def _scale_ms(row: Mapping[str, Any], seconds: float) -> float | None:
+    return None if row["pixels"] is None else 1e3 * seconds * row["pixels"]
+
+
+@cache
+def calibrate(input_dtype: str, kind: str, packed: bool) -> float:
+    """Time one layer of medium size on one thread: seconds for a multiply-add of dense sums, or for a packed byte."""
+    rng = np.random.default_rng(0)
+    if kind == "conv2d":
+        q, x = ternary(rng.standard_normal((64, 64, 3, 3), np.float32)), np.ones((1, 64, 28, 28), input_dtype)
+        layer = ops.prepack_conv2d(q, padding=1, input_dtype=input_dtype, algorithm="dense")
+    else:
+        q, x = ternary(rng.standard_normal((1024, 1024), np.float32)), np.ones((1, 1024), input_dtype)
+        layer = ops.prepack_linear(q, input_dtype=input_dtype, algorithm="packed" if packed else "dense")
+    run = ops.conv2d if kind == "conv2d" else ops.linear
+    threads = _core.get_num_threads()
+    _core.set_num_threads(1)
+    try:
+        seconds = min(timeit.repeat(lambda: run(x, layer), number=1, repeat=CALIBRATION_RUNS))
+    finally:
+        _core.set_num_threads(threads)
+    pixels = x.shape[-1] * x.shape[-2] if kind == "conv2d" else 1
+    return seconds / (layer.explain()["bytes"] if packed else math.prod(q.shape) * pixels)
 
 
 def explain_model(
-    layers: Iterable[StoredLayer], input_dtype: str = "float32", advance: Callable[[], object] = lambda: None
+    layers: Iterable[StoredLayer],
+    input_dtype: str = "float32",
+    advance: Callable[[], object] = lambda: None,
+    method: str | None = None,
 ) -> dict[str, Any]:
     """Explain every layer; say which share of the network gains, and what would make more of it gain.
 
@@ -181,17 +281,19 @@ def explain_model(
     input_dtype : {"float32", "uint8", "int8"}
     advance : callable
         Called after each layer.
+    method : str, optional
+        As in `explain_layer`.
 
     Returns
     -------
     dict
         ``layers``, rows of `explain_layer`; ``unit``, "multiply-accumulates" or, where the file does not give the sizes
-        of images, "weights"; ``total`` of them; ``share`` of them in layers that gain; ``isa``; ``summary``, a
-        sentence; ``hints``, a list of sentences.
+        of images, "weights"; ``total`` of them; ``share`` of them in layers that gain; ``isa``; ``method``;
+        ``summary``, a sentence; ``hints``, a list of sentences.
     """
     rows = []
     for layer in layers:
-        rows.append(explain_layer(layer, input_dtype))
+        rows.append(explain_layer(layer, input_dtype, method))
         advance()
     known = all(row["macs"] is not None for row in rows)
     costs = [row["macs"] if known else row["float32_bytes"] // 4 for row in rows]
@@ -206,9 +308,33 @@ def explain_model(
         "total": total,
         "share": share,
         "isa": _core.active_isa(),
+        "method": method,
         "summary": summary,
         "hints": list(_give_hints(rows)),
     }
+
+
+def plot_explanation(result: Mapping[str, Any], path: str | Path) -> None:
+    """Draw a result of `explain_model`, bars for each layer: operations left, predicted times; needs matplotlib."""
+    from matplotlib.figure import Figure
+
+    rows = result["layers"]
+    figure = Figure(figsize=(11, 1.5 + 0.4 * len(rows)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    y = np.arange(len(rows))
+    bars = left.barh(y, [100 * (1 - row["removed"]) for row in rows])
+    left.bar_label(bars, [f"{row['algorithm'] or '-'}, {row['removed']:.0%} removed" for row in rows], padding=3)
+    left.set_yticks(y, [f"{row['layer']} {'x'.join(map(str, row['shape']))}" for row in rows])
+    left.invert_yaxis()
+    left.margins(x=0.4, y=0.01)
+    left.set_xlabel(f"% of the dense operations left by {result['method'] or 'the kernel'}")
+    right.barh(y - 0.2, [row["dense_ns"] or np.nan for row in rows], 0.4, label="dense sums")
+    right.barh(y + 0.2, [row["predicted_ns"] or np.nan for row in rows], 0.4, label="as packed")
+    if any(row["predicted_ns"] for row in rows):
+        right.set_xscale("log")
+    right.set_xlabel("predicted ns per output pixel, one thread")
+    right.legend()
+    figure.savefig(path)
 
 
 def _give_hints(rows: Sequence[dict[str, Any]]) -> Iterator[str]:

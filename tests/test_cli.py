@@ -15,6 +15,7 @@ from click.testing import CliRunner
 import pycodesign
 from pycodesign import demo, quantize
 from pycodesign.cli import main
+from pycodesign.repetition import factor
 
 Digits = tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -224,6 +225,17 @@ def test_explain_writes_json() -> None:
     assert (result["model"], result["dtype"]) == (NETWORK, "uint8")
     assert result["share"] > 0.9
     assert [row["layer"] for row in result["layers"]] == [*(f"conv{i}" for i in range(6)), "classifier"]
+
+
+def test_explain_counts_and_draws(tmp_path: Path) -> None:
+    picture = tmp_path / "layers.svg"
+    printed = run("explain", NETWORK, "--method", "unique", "--plot", str(picture))
+    assert "counts of unique" in printed
+    assert picture.read_text().startswith("<?xml")
+    rows = json.loads(run("explain", NETWORK, "--method", "unique", "--json"))["layers"]
+    for row, layer in zip(rows, demo.load_network("mnist_ternary")[0], strict=True):
+        assert row["adds"] == factor(layer.weights, "unique").adds
+        assert row["predicted_ns"] > 0
 
 
 def test_explain_takes_the_shape_of_the_input(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from pycodesign import demo, explain, ops, quantize
 from pycodesign.explain import StoredLayer, explain_layer, explain_model, read_model
 from pycodesign.quantize import QuantizedTensor
+from pycodesign.repetition import factor
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
@@ -452,9 +453,9 @@ def graph(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (write(b"PK\3\4 a pickle of torch, perhaps"), r"file: expected \*\.onnx, or safetensors.*; got another file"),
-        (write(b""), r"file: expected \*\.onnx, or safetensors.*; got another file"),
-        (foreign, r"file: expected \*\.onnx, or safetensors.*; got another file"),
+        (write(b"PK\3\4 a pickle of torch, perhaps"), r"file: expected \*\.onnx, \*\.pt, .*; got another file"),
+        (write(b""), r"file: expected \*\.onnx, \*\.pt, .*; got another file"),
+        (foreign, r"file: expected \*\.onnx, \*\.pt, .*; got another file"),
         (damaged, "file: expected a packed layer of pycodesign, got a damaged or foreign file"),
         (graph, r"file\.onnx: expected an ONNX model, got another file"),
     ],
@@ -462,6 +463,87 @@ def graph(folder: Path) -> Path:
 def test_other_files_are_errors(make: Callable[[Path], Path], message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         read_model(make(tmp_path))
+
+
+# torch.save
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_pickled_state_dict(tmp_path: Path, nested: bool) -> None:
+    ternary, binary = quantize.ternary(normal(8, 4, 3, 3)), quantize.binary(np.sign(normal(6, 20)))
+    tensors = {
+        "conv.weight": torch.from_numpy(ternary.dequantize()),
+        "conv.bias": torch.zeros(8),
+        "brain.weight": torch.from_numpy(binary.dequantize()).bfloat16(),
+        "eight.weight": torch.ones(4, 4, dtype=torch.int8),
+        "norm.num_batches_tracked": torch.tensor(3),
+        "packed.codes": torch.from_numpy(ternary.codes),
+        "packed.levels": torch.from_numpy(ternary.levels),
+        "packed.scale": torch.from_numpy(ternary.scale),
+        "version": 1,
+    }
+    path = tmp_path / "model.pt"
+    torch.save({"state_dict": tensors, "epoch": 3} if nested else tensors, path)
+    layers = {layer.name: layer for layer in read_model(path)}
+    assert layers.keys() == {"conv", "brain", "eight", "packed"}
+    for name, expected in {"conv": ternary, "brain": binary, "packed": ternary}.items():
+        q = layers[name].read()
+        assert layers[name].shape == q.shape
+        np.testing.assert_array_equal(q.dequantize(), expected.dequantize())
+    assert explain_layer(layers["eight"])["why"] == "w: expected floats, got torch.int8"
+
+
+class Harmful:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (Path("harm"),))
+
+
+def test_pickles_are_not_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"conv.weight": Harmful()}, "model.pt")
+    Path("other.pt").write_bytes(b"hello")
+    torch.save([1], "list.pth")
+    for name in ("model.pt", "other.pt"):
+        with pytest.raises(ValueError, match=f"{name}: expected a state_dict of tensors; got another file"):
+            read_model(name)
+    with pytest.raises(ValueError, match=r"list\.pth: expected a state_dict, got list"):
+        read_model("list.pth")
+    assert not Path("harm").exists()
+
+
+# counts of a method, times
+
+
+def test_counts_of_a_method() -> None:
+    q = quantize.ternary(normal(16, 4, 3, 3))
+    layer = StoredLayer("conv", "conv2d", q.shape, lambda: q, {"groups": 2})
+    packed, row = explain_layer(layer), explain_layer(layer, method="pair")
+    program = factor(q, groups=2)
+    assert (row["adds"], row["multiplies"], row["removed"]) == (program.adds, program.multiplies, program.removed)
+    assert (row["algorithm"], row["bytes"]) == (packed["algorithm"], packed["bytes"])
+    assert row["removed"] > packed["removed"]
+    large = quantize.ternary(normal(128, 129))
+    row = explain_layer(StoredLayer("fc", "linear", large.shape, lambda: large), method="summerge")
+    assert row["why"] == "q: expected at most 16384 weights a group for 'summerge', got 16512"
+    assert row["adds"] is None and row["algorithm"] == "packed"
+    assert explain_model([layer], method="unique")["method"] == "unique"
+
+
+def test_predicted_times() -> None:
+    q = quantize.ternary(normal(64, 64, 3, 3))
+    row = explain_layer(StoredLayer("conv", "conv2d", q.shape, lambda: q, pixels=1000))
+    share = float(row["why"].split()[1])
+    assert row["predicted_ns"] == pytest.approx(share * row["dense_ns"])
+    assert row["predicted_ms"] == pytest.approx(row["predicted_ns"] / 1e6 * 1000)
+    half = quantize.ternary(normal(64, 32, 3, 3))
+    other = explain_layer(StoredLayer("conv", "conv2d", half.shape, lambda: half))
+    assert other["dense_ns"] == pytest.approx(row["dense_ns"] / 2)
+    assert other["predicted_ms"] is None
+    eight = quantize.uniform(normal(64, 64, 3, 3), 8)
+    dense = explain_layer(StoredLayer("conv", "conv2d", eight.shape, lambda: eight), "uint8")
+    assert dense["predicted_ns"] == dense["dense_ns"] > 0
+    binary = quantize.binary(normal(64, 256))
+    assert explain_layer(StoredLayer("fc", "linear", binary.shape, lambda: binary))["predicted_ns"] > 0
 
 
 def test_missing_files_and_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -472,6 +554,9 @@ def test_missing_files_and_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "onnx", None)
     with pytest.raises(ModuleNotFoundError, match=r'pip install "pycodesign\[onnx\]"'):
         read_model(tmp_path / "missing.onnx")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "pycodesign\[torch\]"'):
+        read_model(tmp_path / "missing.pt")
 
 
 def test_shape_belongs_to_onnx() -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pycodesign import QuantizedTensor
 from pycodesign.repetition import SumProgram, factor
 
-METHODS = ("pair", "patterns", "unique")
+METHODS = ("pair", "summerge", "patterns", "unique")
 
 
 def quantized(codes, levels):
@@ -180,8 +180,41 @@ def test_pair_removes_the_published_share(n, levels, unsigned):
 
 def test_methods_are_ordered():
     q = random_quantized((64, 64), [-1, 0, 1], seed=0)
-    pair, patterns, unique = (factor(q, method) for method in METHODS)
-    assert pair.removed > patterns.removed > unique.removed > 0.6
+    pair, summerge, patterns, unique = (factor(q, method) for method in METHODS)
+    assert pair.removed > summerge.removed > patterns.removed > unique.removed > 0.6
+
+
+def test_pair_needs_fewer_adders_than_published():
+    # 100 random ternary matrices of 16 x 16: da4ml needs 85.6 on average.
+    adders = [factor(random_quantized((16, 16), [-1, 0, 1], seed)).adds for seed in range(100)]
+    assert np.mean(adders) <= 84
+
+
+def test_pair_is_deterministic():
+    q = random_quantized((12, 20), [-2, -1, 0, 1], seed=3)
+    assert factor(q).dump() == factor(q).dump()
+
+
+def test_summerge_by_hand():
+    # x0 + x1 is in three groups, so it comes before x2 + x3 + x4, which is in two.
+    q = quantized([[1, 1, 0, 0, 0, 2], [1, 1, 2, 2, 2, 0], [2, 0, 1, 1, 1, 0], [2, 2, 0, 0, 1, 2]], [0, 1, 3])
+    program = factor(q, "summerge")
+    assert program.dump().splitlines()[:2] == ["v0 = x0 + x1", "v1 = x2 + x3"]
+    assert program.op.size == 12
+
+
+def test_summerge_does_not_share_differences():
+    q = quantized([[2, 0, 1], [2, 0, 2], [2, 0, 0]], [-1, 0, 1])
+    assert factor(q, "pair").adds < factor(q, "summerge").adds
+
+
+def test_dot_has_every_operation():
+    program = factor(random_quantized((5, 7), [-3, -1, 0, 2], seed=1))
+    dot = program.to_dot()
+    assert dot.count('[label="+"]') + dot.count('[label="-"]') == program.adds
+    assert dot.count('[label="* ') == program.multiplies
+    assert dot.count("[shape=box]") == 5
+    assert dot.count("->") == 2 * program.adds + program.multiplies + 5
 
 
 def corrupt(array, index, value):
@@ -217,7 +250,8 @@ def test_validate_catches_corruption(method):
 
 def test_factor_rejects_bad_arguments():
     q = random_quantized((4, 4), [-1, 0, 1], seed=0)
-    with pytest.raises(ValueError, match="method: expected one of 'pair', 'patterns', 'unique', got 'magic'"):
+    names = "'pair', 'saturate', 'summerge', 'patterns', 'unique'"
+    with pytest.raises(ValueError, match=f"method: expected one of {names}, got 'magic'"):
         factor(q, "magic")
     with pytest.raises(ValueError, match="q: expected at most 16 levels, got 17"):
         factor(random_quantized((4, 4), np.arange(17), seed=0))
@@ -228,6 +262,10 @@ def test_factor_rejects_bad_arguments():
             factor(q, groups=groups)
     with pytest.raises(TypeError, match=r"groups: expected an integer, got 2\.0"):
         factor(q, groups=2.0)
+    with pytest.raises(TypeError, match="time_limit: expected no options for method 'pair'"):
+        factor(q, time_limit=1)
+    with pytest.raises(ValueError, match="q: expected at most 16384 weights a group for 'summerge', got 16512"):
+        factor(random_quantized((129, 128), [-1, 1], seed=0), "summerge")
 
 
 def test_program_rejects_bad_input():
@@ -241,7 +279,7 @@ def test_program_rejects_bad_input():
     assert program(np.ones((4, 0), int)).shape == (4, 0)
 
 
-@pytest.mark.parametrize("example", [factor, SumProgram.dump], ids=["factor", "dump"])
+@pytest.mark.parametrize("example", [factor, SumProgram.dump, SumProgram.to_dot], ids=["factor", "dump", "to_dot"])
 def test_docstring_examples(example):
     (found,) = doctest.DocTestFinder(recurse=False).find(example, "example", module=False, globs={})
     assert found.examples

@@ -10,21 +10,32 @@ import numpy as np
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint64_t
 from libcpp.unordered_map cimport unordered_map
-from libcpp.utility cimport pair as cpp_pair
+from libcpp.utility cimport move, pair as cpp_pair
 from libcpp.vector cimport vector
 
 from pycodesign.quantize import QuantizedTensor
 
 from . import program as form
+from .summerge import merge_sums
 
 __all__ = ["factor"]
 
-cdef extern from "<bit>" namespace "std" nogil:
-    int popcount(uint64_t)
-    int countr_zero(uint64_t)
+cdef extern from "repetition/pairs.h" namespace "pycodesign::repetition":
+    cdef cppclass Pair:
+        int32_t u, v
+        bint differ
+
+    cdef cppclass PairElimination:
+        PairElimination()
+        PairElimination(const vector[vector[int32_t]]&, int32_t inputs, uint64_t seed)
+        bint run(size_t limit)
+        const vector[vector[int32_t]]& rows()
+        const vector[Pair]& pairs()
+        size_t additions()
 
 cdef enum:
     NONE = -2
+    STEPS = 256         # eliminations between two looks for Ctrl-C
 
 cdef uint8_t ADD = form.ADD, SUBTRACT = form.SUBTRACT, MULTIPLY = form.MULTIPLY
 cdef int32_t ZERO = form.ZERO
@@ -32,9 +43,13 @@ cdef int32_t ZERO = form.ZERO
 MAX_LEVELS = 16
 MAX_PATTERN = 8         # inputs; longer patterns hardly ever recur
 MAX_INTEGER = 1 << 24   # float32 holds every integer up to here
+MAX_MERGED = 1 << 14    # weights for summerge, which compares all pairs of groups
+MAX_TRIES = 64          # of careful pair elimination
+TRIED_WORK = 1 << 21    # outputs * inputs^2 of all tries together, about
+CAREFUL_WORK = 1 << 25  # outputs * inputs^2 up to which it is done: a second or two
 
 
-def factor(q, method="pair", *, groups=1):
+def factor(q, method="pair", *, groups=1, **options):
     """Compile quantized weights into a program that computes each recurring partial sum once.
 
     Parameters
@@ -42,11 +57,15 @@ def factor(q, method="pair", *, groups=1):
     q : QuantizedTensor
         Weights of a convolution, (O, I / groups, kH, kW), or of a linear layer, (O, I), with at most 16 levels per
         output. The scale is not part of the program.
-    method : {"pair", "patterns", "unique"}
-        ``"pair"`` shares any sums between outputs and removes the most operations; ``"patterns"`` shares sums of a few
-        neighboring inputs; ``"unique"`` shares nothing between outputs (UCNN).
+    method : {"pair", "saturate", "summerge", "patterns", "unique"}
+        ``"pair"`` shares any sums between outputs: the best for layers of any size, in at most seconds. ``"saturate"``
+        goes on from there by equality saturation, up to 4,096 weights. ``"summerge"`` shares sums of inputs of equal
+        weight, up to 16,384 weights a group; ``"patterns"`` sums of a few neighboring inputs; ``"unique"`` shares
+        nothing between outputs (UCNN).
     groups : int
         Groups of the convolution; each gets a program of its own.
+    **options
+        Of ``"saturate"``: those of `saturate.saturate`, which also tells more.
 
     Returns
     -------
@@ -56,9 +75,12 @@ def factor(q, method="pair", *, groups=1):
     Raises
     ------
     TypeError
-        If q is no QuantizedTensor or groups no integer.
+        If q is no QuantizedTensor, groups no integer, or the method takes no such option.
     ValueError
-        If the method is unknown, q has more than 16 levels, or groups do not divide the outputs.
+        If the method is unknown, q has more than 16 levels or is too large for the method, or groups do not divide the
+        outputs.
+    ModuleNotFoundError
+        If ``"saturate"`` lacks egglog or highspy.
 
     Examples
     --------
@@ -72,10 +94,21 @@ def factor(q, method="pair", *, groups=1):
     >>> program.removed > 0.8
     True
     """
-    if not isinstance(q, QuantizedTensor):
-        raise TypeError(f"q: expected a QuantizedTensor, got {type(q).__name__}")
     if method not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(map(repr, METHODS))}, got {method!r}")
+    if method == "saturate":
+        from .saturate import saturate
+
+        return saturate(q, groups=groups, **options).program
+    if options:
+        raise TypeError(f"{next(iter(options))}: expected no options for method {method!r}")
+    return METHODS[method](*prepare(q, groups), groups)
+
+
+def prepare(q, groups):
+    """Check the arguments of `factor`; return codes (O, I) and levels (O, Q), int64 where all are integers."""
+    if not isinstance(q, QuantizedTensor):
+        raise TypeError(f"q: expected a QuantizedTensor, got {type(q).__name__}")
     if q.levels.shape[-1] > MAX_LEVELS:
         raise ValueError(f"q: expected at most {MAX_LEVELS} levels, got {q.levels.shape[-1]}")
     if not isinstance(groups, (int, np.integer)):
@@ -87,7 +120,7 @@ def factor(q, method="pair", *, groups=1):
     levels = np.asarray(q.levels, np.float64)
     if (levels == np.rint(levels)).all() and (np.abs(levels) <= MAX_INTEGER).all():
         levels = levels.astype(np.int64)
-    return METHODS[method](codes, np.broadcast_to(levels, (outputs, levels.shape[-1])), groups)
+    return codes, np.broadcast_to(levels, (outputs, levels.shape[-1]))
 
 
 cdef class Builder:
@@ -197,6 +230,48 @@ def factor_unique(codes, levels, groups):
     return builder.finish(outputs, "unique")
 
 
+def factor_summerge(codes, levels, groups):
+    """Share between outputs the sums that the inputs of two levels have in common, the most frequent first.
+
+    The inputs of each level of each output are a group, as in `factor_unique`; `merge_sums` shortens them.
+
+    References
+    ----------
+    R. Prabhakar, S. Kuhar, R. Agrawal, C. J. Hughes, C. W. Fletcher, SumMerge: An Efficient Algorithm and
+    Implementation for Weight Repetition-Aware DNN Inference, ICS 2021; the heuristic as the Q-gym paper (PACT 2022)
+    describes it.
+    """
+    per_group, inputs = len(codes) // groups, codes.shape[1]
+    if per_group * inputs > MAX_MERGED:
+        raise ValueError(f"q: expected at most {MAX_MERGED} weights a group for 'summerge', got {per_group * inputs}")
+    cdef Builder builder = Builder(codes, levels, groups)
+    cdef vector[int32_t] terms
+    outputs = []
+    for group in range(groups):
+        rows = levels[group * per_group :][:per_group]
+        weights = np.take_along_axis(rows, codes[group * per_group :][:per_group].astype(np.intp), axis=1)
+        keys = [(o, level) for o, row in enumerate(weights) for level in np.unique(row[row != 0]).tolist()]
+        sets = [sum(1 << i for i in np.flatnonzero(weights[o] == level).tolist()) for o, level in keys]
+        values = [2 * (group * inputs + i) for i in range(inputs)]
+        for variable in merge_sums(sets, inputs):
+            terms = [values[i] for i in list_bits(variable)]
+            values.append(builder.sum(terms, share=False))
+        sums = dict(zip(keys, sets))
+        for o in range(per_group):
+            products = []
+            for level in np.unique(weights[o][weights[o] != 0]).tolist():
+                terms = [values[i] for i in list_bits(sums[o, level])]
+                products.append(builder.multiply(level, builder.sum(terms, share=False), share=True))
+            terms = products
+            outputs.append(builder.value(builder.sum(terms, share=False), share=True))
+    return builder.finish(outputs, "summerge")
+
+
+def list_bits(number):
+    """The positions of the ones, ascending."""
+    return [i for i, bit in enumerate(bin(number)[:1:-1]) if bit == "1"]
+
+
 def factor_patterns(codes, levels, groups):
     """Cut the inputs into runs of g and compute each pattern of weights that occurs on a run once, up to sign.
 
@@ -237,7 +312,7 @@ def build_patterns(codes, levels, groups, int g):
     return builder.finish(outputs, "patterns")
 
 
-def factor_pair(codes, levels, groups):
+def factor_pair(codes, levels, groups, order=0):
     """Share any sums: drop one level of each output, then eliminate the most frequent signed pair until none recurs.
 
     With level d dropped an output is ``d * S + sum over m of m * R_m``: S sums all inputs, R_m sums those whose weight
@@ -257,12 +332,18 @@ def factor_pair(codes, levels, groups):
         choices.append(np.take_along_axis(levels, counts.argmax(axis=1)[:, None], axis=1)[:, 0])
         choices.append(levels[:, levels.shape[1] // 2])
     choices = {dropped.tobytes(): dropped for dropped in choices}.values()
-    programs = (build_pairs(codes, levels, groups, weights, dropped) for dropped in choices)
-    return min(programs, key=lambda program: program.op.size)
+    programs = [(build_pairs(codes, levels, groups, weights, dropped, range(1)), dropped) for dropped in choices]
+    program, dropped = min(programs, key=lambda entry: entry[0].op.size)
+    work = codes.size // groups * codes.shape[1]
+    if work > CAREFUL_WORK:
+        return program
+    seeds = range(1 + MAX_TRIES * order, 1 + MAX_TRIES * order + max(1, min(MAX_TRIES, TRIED_WORK // work)))
+    careful = build_pairs(codes, levels, groups, weights, dropped, seeds)
+    return min(program, careful, key=lambda program: program.op.size)
 
 
-def build_pairs(codes, levels, groups, weights, dropped):
-    """The program in which the weights (O, I) of output o are dropped[o] plus a rest."""
+def build_pairs(codes, levels, groups, weights, dropped, seeds):
+    """The program in which the weights (O, I) of output o are dropped[o] plus a rest; of some seeds the best."""
     cdef Builder builder = Builder(codes, levels, groups)
     cdef vector[vector[int32_t]] rows
     cdef vector[int32_t] terms
@@ -286,7 +367,7 @@ def build_pairs(codes, levels, groups, weights, dropped):
         if dropped[mine].any():
             for i in range(inputs):
                 rows.back().push_back(2 * i)
-        eliminate_pairs(builder, rows, group * inputs, inputs)
+        shorten_rows(rows, group * inputs, inputs, seeds, builder)
 
         total = builder.sum(rows.back(), share=False)
         r = 0
@@ -302,102 +383,43 @@ def build_pairs(codes, levels, groups, weights, dropped):
     return builder.finish(outputs, "pair")
 
 
-cdef void eliminate_pairs(Builder builder, vector[vector[int32_t]]& rows, int32_t first, int32_t inputs):
-    """Rewrite rows of terms over the inputs, numbered from 0, into shorter rows of terms over the builder's values.
-
-    As long as a signed pair of variables stands in two rows or more, the most frequent one, (u, v, equal signs or
-    not), becomes a new variable w = u + v or u - v. The number of rows that hold a given pair can only fall. So the
-    count with which a pair was queued is an upper bound, and the pair is taken if the bound still holds when its turn
-    comes, queued again under its present count if not. Only pairs that share two rows are ever queued.
-    """
-    cdef Py_ssize_t words = (<Py_ssize_t>rows.size() + 63) // 64, word, r, k, kept, count, bound
-    cdef vector[uint64_t] members           # [variable][sign][word]: the set of rows that hold the variable so signed
-    cdef vector[vector[uint64_t]] queue     # [bound]: pairs u << 32 | v << 1 | differ, last in first out
-    cdef vector[int32_t] shared             # [2 * variable + differ]: rows shared with the newest variable
-    cdef vector[int32_t] seen               # the indices where shared is not 0
+cdef int shorten_rows(
+    vector[vector[int32_t]]& rows, int32_t first, int32_t inputs, seeds, Builder builder
+) except -1:
+    """Rewrite rows of terms over the inputs, numbered from 0, into shorter rows of terms over the builder's values."""
+    cdef PairElimination best, other
     cdef vector[int32_t] value_of           # [variable]
-    cdef vector[int32_t]* line
-    cdef int32_t u, v, w, t, sign, differ
-    cdef uint64_t pair, both
+    cdef Pair pair
+    cdef uint8_t op
+    cdef size_t r, k
+    cdef int32_t u, t
+    for seed in seeds:
+        other = PairElimination(rows, inputs, seed)
+        while other.run(STEPS):
+            PyErr_CheckSignals()
+        if seed == seeds[0] or other.additions() < best.additions():
+            best = move(other)
+        if best.pairs().empty():
+            break
 
-    members.resize(2 * words * inputs)
-    for r in range(<Py_ssize_t>rows.size()):
-        for t in rows[r]:
-            members[t * words + r // 64] |= <uint64_t>1 << (r % 64)
-    shared.resize(2 * inputs)
     for u in range(inputs):
         value_of.push_back(first + u)
-
-    bound = rows.size()
-    queue.resize(bound + 1)
-    for u in range(inputs):
-        for v in range(u + 1, inputs):
-            for differ in range(2):
-                count = count_rows(members.data(), u, v, differ, words)
-                if count >= 2:
-                    queue[count].push_back(<uint64_t>u << 32 | <uint64_t>v << 1 | <uint64_t>differ)
-
-    while bound >= 2:
-        if queue[bound].empty():
-            bound -= 1
-            continue
-        pair = queue[bound].back()
-        queue[bound].pop_back()
-        u, v, differ = <int32_t>(pair >> 32), <int32_t>(pair & 0xffffffff) >> 1, <int32_t>(pair & 1)
-        count = count_rows(members.data(), u, v, differ, words)
-        if count < bound:
-            if count >= 2:
-                queue[count].push_back(pair)
-            continue
-
-        w = <int32_t>value_of.size()
-        if w % 1024 == 0:
-            PyErr_CheckSignals()
-        value_of.push_back(builder.emit(SUBTRACT if differ else ADD, value_of[u], value_of[v], share=False))
-        members.resize(2 * words * (w + 1))
-        shared.resize(2 * (w + 1))
-        seen.clear()
-        for sign in range(2):
-            for word in range(words):
-                both = members[(2 * u + sign) * words + word] & members[(2 * v + (sign ^ differ)) * words + word]
-                members[(2 * u + sign) * words + word] ^= both
-                members[(2 * v + (sign ^ differ)) * words + word] ^= both
-                members[(2 * w + sign) * words + word] = both
-                while both:
-                    line = &rows[64 * word + countr_zero(both)]
-                    both &= both - 1
-                    kept = 0
-                    for k in range(<Py_ssize_t>line.size()):
-                        t = line[0][k]
-                        if t >> 1 != u and t >> 1 != v:
-                            line[0][kept] = t
-                            kept += 1
-                            if shared[t ^ sign] == 0:
-                                seen.push_back(t ^ sign)
-                            shared[t ^ sign] += 1
-                    line.resize(kept)
-                    line.push_back(2 * w + sign)
-        for t in seen:
-            if shared[t] >= 2:
-                queue[shared[t]].push_back(<uint64_t>(t >> 1) << 32 | <uint64_t>w << 1 | <uint64_t>(t & 1))
-            shared[t] = 0
-
-    for r in range(<Py_ssize_t>rows.size()):
-        for k in range(<Py_ssize_t>rows[r].size()):
+    for k in range(best.pairs().size()):
+        pair = best.pairs()[k]
+        op = SUBTRACT if pair.differ else ADD
+        value_of.push_back(builder.emit(op, value_of[pair.u], value_of[pair.v], share=False))
+    rows = best.rows()
+    for r in range(rows.size()):
+        for k in range(rows[r].size()):
             t = rows[r][k]
             rows[r][k] = 2 * value_of[t >> 1] + (t & 1)
+    return 0
 
 
-cdef inline Py_ssize_t count_rows(
-    const uint64_t* members, Py_ssize_t u, Py_ssize_t v, Py_ssize_t differ, Py_ssize_t words
-) noexcept nogil:
-    """The number of rows that hold variables u and v with equal signs, or with different ones."""
-    cdef const uint64_t* a = members + 2 * u * words
-    cdef const uint64_t* b = members + 2 * v * words
-    cdef Py_ssize_t word, total = 0
-    for word in range(words):
-        total += popcount(a[word] & b[differ * words + word] | a[words + word] & b[(1 - differ) * words + word])
-    return total
-
-
-METHODS = {"pair": factor_pair, "patterns": factor_patterns, "unique": factor_unique}
+METHODS = {
+    "pair": factor_pair,
+    "saturate": None,  # imported when it is asked for
+    "summerge": factor_summerge,
+    "patterns": factor_patterns,
+    "unique": factor_unique,
+}

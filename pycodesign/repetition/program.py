@@ -111,6 +111,14 @@ class SumProgram:
             raise TypeError(f"x: expected integers or floats, got {x.dtype}")
         if x.ndim != 2 or x.shape[0] != self.inputs:
             raise ValueError(f"x: expected shape ({self.inputs}, P), got {x.shape}")
+        return self._evaluate(x)[self.outputs]
+
+    def coefficients(self) -> NDArray[Any]:
+        """Coefficients of all input rows in every value: shape (inputs + K, inputs), of the kind of `levels`."""
+        return self._evaluate(np.eye(self.inputs, dtype=np.int64))[:-1]
+
+    def _evaluate(self, x: NDArray[Any]) -> NDArray[Any]:
+        """All values, and a row of zeros behind them, for ZERO."""
         exact = x.dtype.kind != "f" and self.levels.dtype.kind == "i"
         # One row more than there are values: ZERO, index -1, is the last one.
         values = np.zeros((self.inputs + self.op.size + 1, x.shape[1]), np.int64 if exact else np.float64)
@@ -124,7 +132,7 @@ class SumProgram:
                 np.subtract(values[left], values[right], out=values[result])
             else:
                 np.multiply(values[left], constants[right], out=values[result])
-        return values[self.outputs]
+        return values
 
     def validate(self) -> None:
         """Prove that the program computes what `codes` and `levels` say.
@@ -183,16 +191,46 @@ class SumProgram:
         y1 = v1
         """
 
-        def name(value: int) -> str:
-            if value == ZERO:
-                return "0"
-            return f"x{value}" if value < self.inputs else f"v{value - self.inputs}"
-
         lines = []
         for k, (op, left, right) in enumerate(zip(self.op, self.left, self.right, strict=True)):
             if op == MULTIPLY:
-                lines.append(f"v{k} = {self.constants[right]} * {name(left)}")
+                lines.append(f"v{k} = {self.constants[right]} * {self._name(left)}")
             else:
-                lines.append(f"v{k} = {name(left)} {'+' if op == ADD else '-'} {name(right)}")
-        lines += [f"y{o} = {name(value)}" for o, value in enumerate(self.outputs)]
+                lines.append(f"v{k} = {self._name(left)} {'+' if op == ADD else '-'} {self._name(right)}")
+        lines += [f"y{o} = {self._name(value)}" for o, value in enumerate(self.outputs)]
         return "\n".join(lines)
+
+    def to_dot(self) -> str:
+        """The program as a graph in Graphviz's language: ``dot -Tsvg``. Edges that are subtracted are dashed.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from pycodesign import QuantizedTensor
+        >>> from pycodesign.repetition import factor
+        >>> q = QuantizedTensor(np.array([[2, 0]], np.uint8), np.array([-1, 0, 1], np.float32), np.ones(1, np.float32))
+        >>> print(factor(q).to_dot())
+        digraph program {
+          v0 [label="-"]
+          x0 -> v0
+          x1 -> v0 [style=dashed]
+          y0 [shape=box]
+          v0 -> y0
+        }
+        """
+        lines = ["digraph program {"]
+        for k, (op, left, right) in enumerate(zip(self.op, self.left, self.right, strict=True)):
+            if op == MULTIPLY:
+                lines += [f'v{k} [label="* {self.constants[right]}"]', f"{self._name(left)} -> v{k}"]
+            else:
+                dashed = " [style=dashed]" if op == SUBTRACT else ""
+                lines += [f'v{k} [label="{"-" if op == SUBTRACT else "+"}"]']
+                lines += [f"{self._name(left)} -> v{k}", f"{self._name(right)} -> v{k}{dashed}"]
+        for o, value in enumerate(self.outputs):
+            lines += [f"y{o} [shape=box]", f"{self._name(value)} -> y{o}"]
+        return "\n  ".join(lines) + "\n}"
+
+    def _name(self, value: int) -> str:
+        if value == ZERO:
+            return "0"
+        return f"x{value}" if value < self.inputs else f"v{value - self.inputs}"

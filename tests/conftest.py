@@ -7,6 +7,7 @@ machine can run, was not checked.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import TypeAlias
 
 import hypothesis
+import numpy as np
 import pytest
 
 import pycodesign
 from pycodesign import _core, ops
 from pycodesign._arguments import INPUT_RANGES
+from pycodesign.quantize import KernelCodebook, QuantizedTensor
 
 ISAS = _core.supported_isas()
 THREADS = (1, 2, 3)
@@ -33,6 +36,27 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, data
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 libraries: list[object] = []  # a torch.library.Library declares as long as it lives
+
+
+def to_codebook(q: QuantizedTensor) -> KernelCodebook | None:
+    """The same weights as kernels, up to sign, and indices; None where there are too many, or channels do not fit."""
+    outputs, inputs, *size = q.shape
+    channels = 1 if math.prod(size) > 1 else next((p for p in (4, 5, 6, 7, 8) if inputs % p == 0), 0)
+    if not channels or max(size, default=1) > 7 or q.scale.ndim > 1:
+        return None
+    patterns = q.decode().reshape(-1, channels * math.prod(size))
+    sign = np.sign([pattern[np.flatnonzero(pattern)[0]] if pattern.any() else 1 for pattern in patterns])
+    kernels, index = np.unique(patterns * sign[:, None], axis=0, return_inverse=True)
+    if len(kernels) > 256:
+        return None
+    shape = outputs, inputs // channels
+    return KernelCodebook(
+        index.reshape(shape).astype(np.uint8),
+        sign.reshape(shape).astype(np.int8),
+        kernels.reshape(1, -1, channels, *size).astype(np.float32),
+        q.scale,
+    )
+
 
 checked_key = pytest.StashKey[set[Combination]]()
 partial_key = pytest.StashKey[bool]()

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ALGORITHMS, INPUT_DTYPES, ISAS, THREADS
+from conftest import ALGORITHMS, INPUT_DTYPES, ISAS, THREADS, to_codebook
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -155,11 +155,18 @@ class Network:
         rng = np.random.default_rng(len(self.formats))
         codes = rng.integers(0, len(levels), shape, dtype=np.uint8)
         scale = rng.normal(0, 1 / math.sqrt(math.prod(shape[1:])), shape[0]).astype(F32)
+        algorithm = algorithm or self.algorithm
+        if algorithm == "codebook":  # few kernels
+            kernels = codes.reshape(-1, math.prod(shape[2:]))[:40]
+            codes = kernels[rng.integers(0, len(kernels), math.prod(shape[:2]))].reshape(shape)
         q = QuantizedTensor(codes, np.array(levels, F32), scale)
+        weights: Any = to_codebook(q) if algorithm == "codebook" else q
+        if weights is None:  # channels that make no patterns
+            weights, algorithm = q, "dense"
         added = rng.normal(size=shape[0]).astype(F32) if bias else None
         inputs = {"input_dtype": self.formats[x].dtype} | self.formats[x].named("input")
         prepack: Any = ops.prepack_conv2d if len(shape) == 4 else ops.prepack_linear
-        return Layer(q, added, geometry, prepack(q, added, **geometry, **inputs, algorithm=algorithm or self.algorithm))
+        return Layer(q, added, geometry, prepack(weights, added, **geometry, **inputs, algorithm=algorithm))
 
     def _step(
         self, kind: str, x: int, added: int | None, channels: int, options: Any, layer: Layer | None, dtype: str

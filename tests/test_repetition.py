@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ALGORITHMS, INPUT_DTYPES, ISAS, THREADS
+from conftest import ALGORITHMS, INPUT_DTYPES, ISAS, THREADS, to_codebook
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -82,26 +82,6 @@ def make_weights(case: Case) -> tuple[QuantizedTensor, Array | None]:
         kernels = codes.reshape(-1, math.prod(case.w[2:]))[: case.kernels]
         codes = kernels[rng.integers(0, case.kernels, math.prod(case.w[:2]))].reshape(case.w)
     return QuantizedTensor(codes, levels, scale), rng.normal(size=outputs).astype(F32) if case.bias else None
-
-
-def to_codebook(q: QuantizedTensor) -> KernelCodebook | None:
-    """The same weights as kernels, up to sign, and indices; None where there are too many, or channels do not fit."""
-    outputs, inputs, *size = q.shape
-    channels = 1 if math.prod(size) > 1 else next((p for p in (4, 5, 6, 7, 8) if inputs % p == 0), 0)
-    if not channels or max(size, default=1) > 7 or q.scale.ndim > 1:
-        return None
-    patterns = q.decode().reshape(-1, channels * math.prod(size))
-    sign = np.sign([pattern[np.flatnonzero(pattern)[0]] if pattern.any() else 1 for pattern in patterns])
-    kernels, index = np.unique(patterns * sign[:, None], axis=0, return_inverse=True)
-    if len(kernels) > 256:
-        return None
-    shape = outputs, inputs // channels
-    return KernelCodebook(
-        index.reshape(shape).astype(np.uint8),
-        sign.reshape(shape).astype(np.int8),
-        kernels.reshape(1, -1, channels, *size).astype(F32),
-        q.scale,
-    )
 
 
 def make_input(shape: tuple[int, ...], dtype: str, seed: int = 0) -> Array:

@@ -194,7 +194,7 @@ def start(src: Path, dst: Path, code: str) -> subprocess.Popen[str]:
     script = (
         f"from pycodesign import growth\nfrom pycodesign.growth import checkpoint, shards, staging\n{code}\n{call}\n"
     )
-    return subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", script], cwd=src.parent, stderr=subprocess.PIPE, text=True)
 
 
 STOPS = {
@@ -498,7 +498,10 @@ def write_random(src: Path, config: dict[str, Any], shard_bytes: int) -> tuple[i
 
 def measure(src: Path, dst: Path, target: dict[str, Any]) -> list[int]:
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(src), str(dst), json.dumps(target)], capture_output=True, text=True
+        [sys.executable, "-c", MEASURE, str(src), str(dst), json.dumps(target)],
+        cwd=sys.prefix,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     return [int(number) for number in done.stdout.split()]

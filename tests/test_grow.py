@@ -599,7 +599,7 @@ def test_plans_need_no_torch():
         "try: growth.grow\n"
         "except ImportError as error: print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=sys.prefix, capture_output=True, text=True)
     first, second = done.stdout.splitlines()
     assert first == "[0. 1. 2. 3. 0. 1.]"
     assert "pip install 'pycodesign[torch]'" in second

@@ -13,9 +13,10 @@ import safetensors.numpy
 from click.testing import CliRunner
 
 import pycodesign
-from pycodesign import demo, quantize
+from pycodesign import cli, demo, quantize
 from pycodesign.cli import main
 from pycodesign.repetition import factor
+from pycodesign.repetition.factor import METHODS
 
 Digits = tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -225,6 +226,10 @@ def test_explain_writes_json() -> None:
     assert (result["model"], result["dtype"]) == (NETWORK, "uint8")
     assert result["share"] > 0.9
     assert [row["layer"] for row in result["layers"]] == [*(f"conv{i}" for i in range(6)), "classifier"]
+
+
+def test_explain_knows_every_method() -> None:
+    assert list(cli.METHODS) == list(METHODS)
 
 
 def test_explain_counts_and_draws(tmp_path: Path) -> None:

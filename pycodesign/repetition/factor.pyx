@@ -318,7 +318,8 @@ def factor_pair(codes, levels, groups, order=0):
     With level d dropped an output is ``d * S + sum over m of m * R_m``: S sums all inputs, R_m sums those whose weight
     is d + m minus those whose weight is d - m. The rows S and R_m of all outputs of a group are reduced together. For
     integer levels d = 0, the commonest level of each output and its middle level are tried, and the cheapest program is
-    taken; for fractions d = 0, because differences of levels would be rounded.
+    taken; for fractions d = 0, because differences of levels would be rounded. Then matrices that are not too large are
+    done with more care, small ones up to 64 times in other orders: those that `order`, a number, stands for.
 
     References
     ----------

@@ -409,7 +409,7 @@ def test_states_where_symmetry_breaks(change):
             assert new["step"] == 3
             torch.testing.assert_close(new["exp_avg"], rule.apply_state(old["exp_avg"]))
             torch.testing.assert_close(new["exp_avg_sq"], rule.apply_state(old["exp_avg_sq"], 2))
-            assert (new["exp_avg_sq"] >= 0).all()
+            assert (new["exp_avg_sq"] > 0).all() or not (old["exp_avg_sq"] > 0).all()
     copies = 2 if change == "2x" else 1
     moments = (
         larger.state[target.transformer.wpe.weight]["exp_avg"],

@@ -32,7 +32,7 @@ inline uint16_t to_float16(float value) {
   // Below 2^-14 adding 0.5 leaves, rounded, the multiple of 2^-24 in the lowest bits of the sum.
   const uint32_t subnormal = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
   uint32_t result = magnitude < 0x38800000 ? subnormal : rounded;
-  result = magnitude >= 0x477ff000 ? 0x7c00 : result;  // 65520 and above round to infinity
+  result = magnitude >= 0x47800000 ? 0x7c00 : result;  // 2^16 and above are infinity; 65520 rounds to it
   result = magnitude > 0x7f800000 ? 0x7e00 : result;
   return static_cast<uint16_t>(bits >> 16 & 0x8000) | static_cast<uint16_t>(result);
 }

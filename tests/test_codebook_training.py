@@ -2,19 +2,21 @@
 
 import copy
 import doctest
+import io
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.library import opcheck
 from torch.nn.utils import parametrize
 
 import pycodesign
 from pycodesign.nn import Codebook, codebooks, use_codebooks
 from pycodesign.nn.codebooks import find_codebook
 from pycodesign.nn.sources import find_weight
-from pycodesign.quantize import kernel_codebook
+from pycodesign.quantize import KernelCodebook, kernel_codebook
 
 VALUES = ("sign", "ternary", "real")
 
@@ -221,13 +223,13 @@ def test_training_learns_weights_kernels_and_scales_and_converts_exactly(pretrai
     with torch.no_grad():
         expected, got = model(x), converted(x)
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    assert rows["2"].converted and rows["5"].converted
+    q = find_weight(model[2])
+    assert np.array_equal(q.dequantize(), model[2].weight.detach().numpy())
     if values == "real":
-        assert not rows["2"].converted and "kernels: expected integers" in rows["2"].why
+        assert isinstance(q, KernelCodebook) and "codebook" in rows["2"].runs
     else:
-        assert rows["2"].converted and rows["5"].converted
-        q = find_weight(model[2])
         assert np.array_equal(q.levels, [-1, 1] if values == "sign" else [-1, 0, 1])
-        assert np.array_equal(q.dequantize(), model[2].weight.detach().numpy())
 
 
 def test_convert_fits_codebooks_to_float_weights():
@@ -238,8 +240,54 @@ def test_convert_fits_codebooks_to_float_weights():
     assert "kernels: expected at most 24" in pycodesign.nn.report(converted)[1].why
     model[0].weight.data = torch.from_numpy(kernel_codebook(model[0].weight).dequantize())
     torch.testing.assert_close(converted(x), model(x), rtol=1e-5, atol=1e-5)
-    real = pycodesign.nn.convert(model, weights=lambda w: kernel_codebook(w, 8, "real"))
-    assert "kernels: expected integers" in pycodesign.nn.report(real)[0].why
+
+
+def test_convert_keeps_real_kernels():
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 24, 1), nn.Flatten())
+    model = model.append(nn.Linear(24 * 16, 10)).eval()
+    model[1].running_mean.normal_(generator=torch.Generator().manual_seed(0))
+    converted = pycodesign.nn.convert(model, weights=lambda w: kernel_codebook(w, 6, "real"))
+    assert [row.levels for row in pycodesign.nn.report(converted)] == ["6 kernels"] * 3
+    for layer in (model[0], model[3], model[5]):
+        layer.weight.data = torch.from_numpy(kernel_codebook(layer.weight, 6, "real").dequantize())
+    x = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(1))
+    y = model(x.requires_grad_())
+    torch.testing.assert_close(converted(x), y, rtol=1e-5, atol=1e-5)
+    (expected,), (grad,) = (torch.autograd.grad(f.sum(), x) for f in (y, converted(x)))
+    torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-5)
+
+    file = io.BytesIO()
+    torch.save(converted.state_dict(), file)
+    again = pycodesign.nn.convert(model, weights=lambda w: kernel_codebook(torch.randn_like(w), 6, "real"))
+    assert not torch.allclose(again(x), y)
+    again.load_state_dict(torch.load(io.BytesIO(file.getvalue()), weights_only=True))
+    torch.testing.assert_close(again(x), converted(x), rtol=0, atol=0)
+
+    integers = pycodesign.nn.convert(
+        model, weights=lambda w: kernel_codebook(w, 6, "real"), activations="uint8", example_inputs=x.detach()
+    )
+    assert all("its kernels are no integers" in row.why for row in pycodesign.nn.report(integers))
+
+
+@pytest.mark.parametrize("size", [(12, 8, 3, 3), (12, 16, 1, 1), (10, 32)])
+@pytest.mark.parametrize("codebooks", [1, 2])
+def test_operators_take_real_kernels(size, codebooks):
+    w = torch.randn(size, generator=torch.Generator().manual_seed(2))
+    q = kernel_codebook(w, 5, "real", codebooks=codebooks)
+    kind = pycodesign.nn.Linear if len(size) == 2 else pycodesign.nn.Conv2d
+    layer = kind.from_quantized(q)
+    assert "kernels=5" in repr(layer)
+    kept = layer.quantized()
+    assert all(np.array_equal(getattr(kept, name), getattr(q, name)) for name in ("index", "sign", "kernels", "scale"))
+    x = torch.randn(3, *(size[1:] if len(size) == 2 else (size[1], 5, 7)), requires_grad=True)
+    operator = getattr(torch.ops.pycodesign, layer.kind).default
+    arguments = x, layer.codes, layer.levels, layer.scale, None, None, layer.options_json
+    opcheck(operator, arguments)
+    w = torch.from_numpy(q.dequantize())
+    expected = x @ w.T if len(size) == 2 else torch.nn.functional.conv2d(x, w)
+    torch.testing.assert_close(operator(*arguments), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="codes: expected int16 from -256 to 255"):
+        operator(x.detach(), layer.codes + 300, *arguments[2:])
 
 
 @pytest.mark.parametrize("item", [Codebook, use_codebooks])

@@ -719,7 +719,7 @@ def test_from_quantized():
 
 def test_bad_modules():
     q = quantize.binary(torch.randn(8, 4))
-    with pytest.raises(TypeError, match="q: expected QuantizedTensor, got Tensor"):
+    with pytest.raises(TypeError, match="q: expected QuantizedTensor or KernelCodebook, got Tensor"):
         Linear.from_quantized(torch.randn(8, 4))
     with pytest.raises(TypeError, match=r"stride: expected one of the options input_dtype, .* got another"):
         Linear.from_quantized(q, stride=2)
@@ -735,7 +735,8 @@ def test_bad_modules():
         Conv2d.from_float(nn.Linear(4, 4), "binary")
     with pytest.raises(TypeError, match=r"module: expected torch.nn.Linear, got Conv2d"):
         Linear.from_float(nn.Conv2d(4, 4, 3), "binary")
-    with pytest.raises(TypeError, match="weights: expected a function that returns a QuantizedTensor, got Tensor"):
+    wanted = "weights: expected a function that returns a QuantizedTensor or a KernelCodebook, got Tensor"
+    with pytest.raises(TypeError, match=wanted):
         Linear.from_float(nn.Linear(4, 4), lambda w: w)
     with pytest.raises(ValueError, match=r"weights: expected a QuantizedTensor \(4, 4\), got \(8, 4\)"):
         Linear.from_float(nn.Linear(4, 4), lambda w: q)

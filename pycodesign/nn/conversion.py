@@ -200,7 +200,7 @@ def _replace_layers(
     """Replace layers one by one: the model's own code goes on calling them."""
     made: dict[str, Conv2d | Linear] = {}
     for name, weights in layers.items():
-        kind = Conv2d if weights.q.codes.ndim == 4 else Linear
+        kind = Conv2d if len(weights.q.shape) == 4 else Linear
         try:
             layer = made[name] = kind.from_quantized(weights.q, weights.bias, **weights.options)
         except (TypeError, ValueError) as error:
@@ -247,7 +247,7 @@ def _quantize_input(weights: Weights, affine: tuple[float, int]) -> tuple[Segmen
     form, layer = ("uint8", *affine), (weights.q, weights.bias)
     packed = prepack(layer, weights.options, *form)
     described = describe_layer(weights.name, layer, weights.options)
-    op = "conv2d" if weights.q.codes.ndim == 4 else "linear"
+    op = "conv2d" if len(weights.q.shape) == 4 else "linear"
     steps = [Step("add", 0, None, quantize_to(*form)), Step(op, 1, None, {}, described)]
     return Segment(Program([{"dtype": "float32"}], steps, [2]), [layer], op == "linear", [packed]), packed
 

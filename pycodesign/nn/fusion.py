@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import fx
 
 from pycodesign.nn.graph import find_rank, match, read_norm
+from pycodesign.nn.weights import FewValued
 from pycodesign.quantize import QuantizedTensor
 
 Floats: TypeAlias = "NDArray[np.float32]"
@@ -22,7 +23,7 @@ class Weights:
     """Of one layer, and the arguments of its packing other than the input's."""
 
     name: str
-    q: QuantizedTensor
+    q: FewValued
     bias: Floats | None = None
     options: dict[str, Any] = field(default_factory=dict)
 

@@ -16,7 +16,8 @@ from pycodesign.nn.graph import KEEPS, has_hooks
 from pycodesign.nn.modules import Quantizer, find_quantizer, quantize_weight, read_geometry
 from pycodesign.nn.reports import Row, describe_kind, is_layer
 from pycodesign.nn.sources import find_weight
-from pycodesign.quantize import REPETITION_LEVELS, QuantizedTensor
+from pycodesign.nn.weights import FewValued
+from pycodesign.quantize import REPETITION_LEVELS, KernelCodebook
 
 Quantizers: TypeAlias = "Quantizer | Mapping[str, Quantizer]"
 
@@ -86,8 +87,12 @@ def _find_weights(name: str, module: Any, quantizer: Quantizer, activations: str
     return Weights(name, q, bias, options), why
 
 
-def check_levels(q: QuantizedTensor, activations: str) -> None:
+def check_levels(q: FewValued, activations: str) -> None:
     """Raise ValueError if no kernel gains from these levels, or none can hold them."""
+    if isinstance(q, KernelCodebook):
+        if activations == "uint8":
+            raise ValueError("its kernels are no integers, which uint8 activations need")
+        return
     integers = bool((q.levels == np.rint(q.levels)).all())
     if activations == "uint8":
         if not integers:

@@ -15,12 +15,13 @@ from pycodesign._arguments import Array, join_names, to_numpy
 from pycodesign.nn import ops
 from pycodesign.nn.program import LayerWeights, Program, find_chain, join_weights, parse_program
 from pycodesign.nn.sources import find_weight
+from pycodesign.nn.weights import FewValued, from_arrays, to_arrays, to_integers, weight_shape
 from pycodesign.ops import Packed
 from pycodesign.quantize import KernelCodebook, QuantizedTensor
 
 __all__ = ["Conv2d", "Linear"]
 
-Quantizer: TypeAlias = str | Callable[[Any], QuantizedTensor | KernelCodebook]
+Quantizer: TypeAlias = str | Callable[[Any], FewValued]
 L = TypeVar("L", bound="Layer")
 
 QUANTIZERS = ("binary", "from_fake_quantized", "ternary")  # those of `quantize` that take nothing but the weights
@@ -32,8 +33,8 @@ class Layer(nn.Module):
     Parameters
     ----------
     codes, levels, scale, bias : Tensor
-        Become buffers; as in `QuantizedTensor`. Where one is written to, by `load_state_dict` for instance, the layer
-        is packed anew at its next call.
+        Become buffers; as in `QuantizedTensor`, or as `pycodesign.nn.weights` holds codebooks. Where one is written
+        to, by `load_state_dict` for instance, the layer is packed anew at its next call.
     **options
         As for `from_quantized`.
     """
@@ -58,13 +59,13 @@ class Layer(nn.Module):
 
     @classmethod
     def from_quantized(
-        cls: type[L], q: QuantizedTensor, bias: Array | None = None, *, packed: Packed | None = None, **options: Any
+        cls: type[L], q: FewValued, bias: Array | None = None, *, packed: Packed | None = None, **options: Any
     ) -> L:
         """Make a layer from quantized weights, and pack it.
 
         Parameters
         ----------
-        q : QuantizedTensor (O, C / groups, kH, kW), or (O, I) for a linear layer
+        q : QuantizedTensor or KernelCodebook (O, C / groups, kH, kW), or (O, I) for a linear layer
         bias : float32 (O,), optional
         packed : Packed, optional
             The same layer, where it is packed already.
@@ -78,9 +79,9 @@ class Layer(nn.Module):
         TypeError, ValueError
             As those functions do.
         """
-        if not isinstance(q, QuantizedTensor):
-            raise TypeError(f"q: expected QuantizedTensor, got {type(q).__name__}")
-        arrays = [q.codes.astype(np.uint8), q.levels, q.scale]
+        if not isinstance(q, (QuantizedTensor, KernelCodebook)):
+            raise TypeError(f"q: expected QuantizedTensor or KernelCodebook, got {type(q).__name__}")
+        arrays = [*to_arrays(to_integers(q))]
         if bias is not None:
             arrays.append(to_numpy("bias", bias)[0])
         layer = cls(*(torch.from_numpy(np.array(array)) for array in arrays), **options)
@@ -98,16 +99,17 @@ class Layer(nn.Module):
         weights = self.codes, self.levels, self.scale, self.bias
         return ops.find_packed(self.kind, weights, self.options_json, given)
 
-    def quantized(self) -> QuantizedTensor:
-        """Return the weights."""
-        return ops.to_quantized((self.codes, self.levels, self.scale))
+    def quantized(self) -> FewValued:
+        """Return the weights; a `KernelCodebook` where its kernels are real numbers."""
+        return from_arrays(self.codes, self.levels, self.scale)
 
     def extra_repr(self) -> str:
-        outputs, inputs, *kernel = self.codes.shape
+        outputs, inputs, *kernel = weight_shape(self.codes, self.levels)
         text = f"{inputs * self.options.get('groups', 1)}, {outputs}, "
         text += f"kernel_size={tuple(kernel)}, " if kernel else ""
         options = "".join(f", {name}={value!r}" for name, value in self.options.items())
-        return f"{text}levels={self.levels.shape[-1]}, bias={self.bias is not None}{options}"
+        few = f"levels={self.levels.shape[-1]}" if self.levels.dim() < 3 else f"kernels={self.levels.shape[1]}"
+        return f"{text}{few}, bias={self.bias is not None}{options}"
 
 
 class Conv2d(Layer):
@@ -138,7 +140,7 @@ class Conv2d(Layer):
             Not changed.
         weights : str or callable
             Name of a function of `pycodesign.quantize`, or a function from weights to a `QuantizedTensor` or a
-            `KernelCodebook` of integers. By default the weights are those of a quantizer already, and are kept exactly.
+            `KernelCodebook`. By default the weights are those of a quantizer already, and are kept exactly.
         **options
             As for `from_quantized`.
 
@@ -236,23 +238,22 @@ class Segment(nn.Module):
         return "\n".join(f"{step.op} {step.layer['name']}" if step.layer else step.op for step in steps)
 
 
-def quantize_weight(module: nn.Module, weights: Quantizer) -> QuantizedTensor:
+def quantize_weight(module: nn.Module, weights: Quantizer) -> FewValued:
     """Quantize, or read without loss, the weights of a convolution or a linear layer."""
     if weights == "from_fake_quantized":
         found = find_weight(module)
         return quantize.from_fake_quantized(module.weight) if found is None else found
     weight = module.weight.detach()  # type: ignore[operator]
     q = find_quantizer(weights)(weight)
-    if isinstance(q, KernelCodebook):
-        q = q.to_quantized()
-    if not isinstance(q, QuantizedTensor):
-        raise TypeError(f"weights: expected a function that returns a QuantizedTensor, got {type(q).__name__}")
+    if not isinstance(q, (QuantizedTensor, KernelCodebook)):
+        wanted = "a function that returns a QuantizedTensor or a KernelCodebook"
+        raise TypeError(f"weights: expected {wanted}, got {type(q).__name__}")
     if q.shape != tuple(weight.shape):
-        raise ValueError(f"weights: expected a QuantizedTensor {tuple(weight.shape)}, got {q.shape}")
-    return q
+        raise ValueError(f"weights: expected a {type(q).__name__} {tuple(weight.shape)}, got {q.shape}")
+    return to_integers(q)
 
 
-def find_quantizer(weights: Quantizer) -> Callable[[Any], QuantizedTensor | KernelCodebook]:
+def find_quantizer(weights: Quantizer) -> Callable[[Any], FewValued]:
     if callable(weights):
         return weights
     if not isinstance(weights, str):
@@ -260,7 +261,7 @@ def find_quantizer(weights: Quantizer) -> Callable[[Any], QuantizedTensor | Kern
     if weights not in QUANTIZERS:
         wanted = f"{join_names(map(repr, QUANTIZERS))}, or a function from weights to a QuantizedTensor"
         raise ValueError(f"weights: expected {wanted}, got {weights!r}")
-    function: Callable[[Any], QuantizedTensor | KernelCodebook] = getattr(quantize, weights)
+    function: Callable[[Any], FewValued] = getattr(quantize, weights)
     return function
 
 

@@ -35,8 +35,8 @@ from pycodesign._arguments import (
     to_pair,
 )
 from pycodesign.nn.cache import TensorCache, Weights
+from pycodesign.nn.weights import dequantize, from_arrays, weight_shape
 from pycodesign.ops import Packed, prepack_conv2d, prepack_linear
-from pycodesign.quantize import QuantizedTensor
 
 # A packed layer, its native call and the epilogue for it, and whether `input_bits` promises something.
 Prepared: TypeAlias = tuple[Packed, Callable[..., NDArray[Any]], tuple[Any, ...], bool]
@@ -173,14 +173,14 @@ def to_array(name: str, tensor: Tensor) -> NDArray[Any]:
 def _prepare_conv2d(weights: Weights, options: str, packed: Packed | None = None) -> Prepared:
     inputs, epilogue = parse_options(options, "conv2d")
     if packed is None:
-        packed = prepack_conv2d(to_quantized(weights), weights[3], **inputs)
+        packed = prepack_conv2d(from_arrays(*weights[:3]), weights[3], **inputs)
     return packed, packed._native.run, _to_native(epilogue), inputs["input_bits"] is not None  # type: ignore[union-attr]
 
 
 def _prepare_linear(weights: Weights, options: str, packed: Packed | None = None) -> Prepared:
     inputs, epilogue = parse_options(options, "linear")
     if packed is None:
-        packed = prepack_linear(to_quantized(weights), weights[3], **inputs)
+        packed = prepack_linear(from_arrays(*weights[:3]), weights[3], **inputs)
     return packed, packed._native.run_rows, _to_native(epilogue), inputs["input_bits"] is not None
 
 
@@ -188,10 +188,6 @@ def find_packed(kind: str, weights: Weights, options: str, packed: Packed | None
     """Return what runs for these weights and options: if there is none yet, `packed` or what is packed now."""
     prepare = _prepare_conv2d if kind == "conv2d" else _prepare_linear
     return prepared.get((*map(id, weights), options), weights, prepare, options, packed)[0]
-
-
-def to_quantized(weights: Weights) -> QuantizedTensor:
-    return QuantizedTensor(*weights[:3])  # type: ignore[arg-type]
 
 
 def _to_native(epilogue: dict[str, Any]) -> tuple[Any, ...]:
@@ -229,7 +225,7 @@ def fake_conv2d(
     options: str = "{}",
 ) -> Tensor:
     inputs, epilogue = parse_options(options, "conv2d")
-    outputs, channels, *kernel = codes.shape
+    outputs, channels, *kernel = weight_shape(codes, levels)
     channels *= inputs["groups"]
     check_fake("x", x, inputs["input_dtype"], x.dim() == 4 and x.shape[1] == channels, f"(N, {channels}, H, W)")
     windows = zip(kernel, *(to_pair(name, inputs[name], 0) for name in ("stride", "padding", "dilation")), strict=True)
@@ -247,8 +243,9 @@ def fake_linear(
     options: str = "{}",
 ) -> Tensor:
     inputs, epilogue = parse_options(options, "linear")
-    check_fake("x", x, inputs["input_dtype"], x.dim() > 0 and x.shape[-1] == codes.shape[1], f"(..., {codes.shape[1]})")
-    return x.new_empty((*x.shape[:-1], codes.shape[0]), dtype=DTYPES[epilogue["out_dtype"]])
+    count, channels = weight_shape(codes, levels)
+    check_fake("x", x, inputs["input_dtype"], x.dim() > 0 and x.shape[-1] == channels, f"(..., {channels})")
+    return x.new_empty((*x.shape[:-1], count), dtype=DTYPES[epilogue["out_dtype"]])
 
 
 def output_size(size: Any, kernel: int, stride: int, padding: int, dilation: int) -> Any:
@@ -273,7 +270,8 @@ class LayerGradient(torch.autograd.Function):
         defaults: tuple[Any, ...] = None, None, "{}"
         x, codes, levels, scale, bias, _, options = *args, *defaults[len(args) - 4 :]
         refuse_weight_gradients({"levels": levels, "scale": scale, "bias": bias})
-        ctx.inputs, ctx.epilogue = parse_options(options, "conv2d" if codes.dim() == 4 else "linear")
+        kind = "conv2d" if len(weight_shape(codes, levels)) == 4 else "linear"
+        ctx.inputs, ctx.epilogue = parse_options(options, kind)
         dtype = ctx.epilogue["out_dtype"]
         if dtype != "float32":
             raise ValueError(f"out_dtype: expected 'float32' where a gradient is asked for, got {dtype!r}")
@@ -291,7 +289,7 @@ class LayerGradient(torch.autograd.Function):
         grad_x = grad_residual = None
         if ctx.needs_input_grad[1]:
             weight = dequantize(codes, levels, scale)
-            if codes.dim() == 2:
+            if weight.dim() == 2:
                 grad_x = grad @ weight
             else:
                 geometry = (ctx.inputs[name] for name in GEOMETRY)
@@ -312,14 +310,6 @@ def mask_clamped(grad: Tensor, y: Tensor, clamp: tuple[float | None, float | Non
     low, high = clamp
     inside = (y > (-math.inf if low is None else low)) & (y < (math.inf if high is None else high))
     return torch.where(inside, grad, 0)
-
-
-def dequantize(codes: Tensor, levels: Tensor, scale: Tensor) -> Tensor:
-    """Return the weights, as `QuantizedTensor.dequantize` does."""
-    rows = codes.flatten(1).long()
-    values = levels[rows] if levels.dim() == 1 else levels.gather(1, rows)
-    scale = scale.reshape(codes.shape[0], -1, 1)  # (O, G, 1)
-    return (values.view(codes.shape[0], scale.shape[1], -1) * scale).view(codes.shape)
 
 
 ARGUMENTS = (

@@ -34,13 +34,13 @@ from pycodesign.nn.ops import (
     refuse_weight_gradients,
     to_array,
 )
+from pycodesign.nn.weights import FewValued, from_arrays, to_arrays
 from pycodesign.ops import Packed, prepack_conv2d, prepack_linear
-from pycodesign.quantize import QuantizedTensor
 from pycodesign.repetition.chain import Chain
 
 OPERATIONS = ("conv2d", "linear", "max_pool2d", "avg_pool2d", "add")
 
-LayerWeights: TypeAlias = "tuple[QuantizedTensor, NDArray[np.float32] | None]"  # and the bias
+LayerWeights: TypeAlias = "tuple[FewValued, NDArray[np.float32] | None]"  # and the bias
 
 
 @dataclass
@@ -94,17 +94,19 @@ def parse_program(text: str) -> Program:
 def describe_layer(name: str, weights: LayerWeights, options: dict[str, Any]) -> dict[str, Any]:
     """Return what `Step.layer` holds; `options` are those of packing, but for the input's."""
     q, bias = weights
-    sizes = {"shape": q.shape, "levels": q.levels.shape, "scale": q.scale.shape, "bias": bias is not None}
+    _, levels, scale = to_arrays(q)
+    sizes = {"shape": q.shape, "levels": levels.shape, "scale": scale.shape, "bias": bias is not None}
     return {"name": name, **sizes, "options": options}
 
 
 def join_weights(layers: Iterable[LayerWeights]) -> tuple[Tensor, ...]:
     """Return codes, levels, scale and bias of all layers, flat."""
     empty = np.empty(0, np.float32)
-    parts = [
-        (pack_bits(q.codes, code_bits(q.Q)), q.levels.ravel(), q.scale.ravel(), empty if bias is None else bias)
-        for q, bias in layers
-    ]
+    parts = []
+    for q, bias in layers:
+        codes, levels, scale = to_arrays(q)
+        packed = pack_bits(codes, code_bits(levels.shape[-1])) if levels.ndim < 3 else codes.ravel().view(np.uint8)
+        parts.append((packed, levels.ravel(), scale.ravel(), empty if bias is None else bias))
     return tuple(torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
 
 
@@ -123,21 +125,28 @@ def split_weights(program: Program, weights: Weights) -> list[LayerWeights]:
     for layer, size, end in zip(layers, sizes, ends, strict=True):
         codes, levels, scale, bias = (a[e - n : e] for a, n, e in zip(flat, size, end, strict=True))
         shape = tuple(layer["shape"])
-        unpacked = unpack_bits(codes, code_bits(layer["levels"][-1]), shape)
-        q = QuantizedTensor(unpacked, levels.reshape(layer["levels"]), scale.reshape(layer["scale"]))
+        if len(layer["levels"]) < 3:
+            codes = unpack_bits(codes, code_bits(layer["levels"][-1]), shape)
+        else:
+            codes = np.frombuffer(codes.tobytes(), np.int16).reshape(shape[0], -1)
+        q = from_arrays(codes, levels.reshape(layer["levels"]), scale.reshape(layer["scale"]))
         split.append((q, bias if layer["bias"] else None))
     return split
 
 
 def _flat_sizes(layer: dict[str, Any]) -> tuple[int, ...]:
-    codes = -(-math.prod(layer["shape"]) * code_bits(layer["levels"][-1]) // 8)
+    shape, levels = layer["shape"], layer["levels"]
+    if len(levels) < 3:
+        codes = -(-math.prod(shape) * code_bits(levels[-1]) // 8)
+    else:
+        codes = 2 * shape[0] * (shape[1] // levels[2])
     return codes, math.prod(layer["levels"]), math.prod(layer["scale"]), layer["bias"] * layer["shape"][0]
 
 
 def prepack(weights: LayerWeights, options: dict[str, Any], dtype: str, scale: float, zero_point: int) -> Packed:
     """Pack a layer for the value that it takes."""
     given: dict[str, Any] = {"input_dtype": dtype, "input_scale": scale, "input_zero_point": zero_point}
-    return (prepack_linear if weights[0].codes.ndim == 2 else prepack_conv2d)(*weights, **options | given)
+    return (prepack_linear if len(weights[0].shape) == 2 else prepack_conv2d)(*weights, **options | given)
 
 
 def build_chain(weights: Weights, text: str, packed: Sequence[Packed] | None = None) -> Chain:

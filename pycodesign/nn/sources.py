@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pycodesign.nn.codebooks import find_codebook
+from pycodesign.nn.weights import FewValued, to_integers
 from pycodesign.quantize import QuantizedTensor, from_fake_quantized
 
 __all__ = ["find_weight"]
@@ -22,7 +23,7 @@ Found: TypeAlias = "tuple[Tensor, Tensor | None] | None"  # rounded weights; the
 TORCHAO_TENSORS = ("Int8Tensor", "IntxUnpackedToInt8Tensor")
 
 
-def find_weight(module: nn.Module) -> QuantizedTensor | None:
+def find_weight(module: nn.Module) -> FewValued | None:
     """Read the weights of a module that quantizes them by itself.
 
     Such are modules of Brevitas (``QuantConv2d``, ``QuantLinear``), modules with torchao's integer tensors or with its
@@ -36,7 +37,7 @@ def find_weight(module: nn.Module) -> QuantizedTensor | None:
 
     Returns
     -------
-    QuantizedTensor or None
+    QuantizedTensor, KernelCodebook of real kernels, or None
         ``dequantize()`` equals the weights that the module computes with. Levels are integers where the library's are.
         None for any other module: its ``weight`` is all there is.
 
@@ -66,7 +67,7 @@ def find_weight(module: nn.Module) -> QuantizedTensor | None:
     """
     codebook = find_codebook(module)
     if codebook is not None:
-        return codebook.to_quantized()
+        return to_integers(codebook)
     for read in (_read_brevitas, _read_torchao_tensor, _read_torchao_fake_quantizer, _read_parametrization):
         with torch.no_grad():
             found = read(module)

@@ -17,7 +17,7 @@ namespace pycodesign::repetition {
 
 namespace {
 
-constexpr int64_t prefetch_bytes = 96;  // of code for each line that it prefetches
+constexpr int64_t prefetch_bytes = 60;  // of code for each line that it prefetches: all of a segment as long
 
 }  // namespace
 

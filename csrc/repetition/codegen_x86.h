@@ -45,7 +45,7 @@ std::vector<ColumnTap> column_taps(const Geometry&);
 //      x + (c - channel) * channel_stride + tap_source[phase] + (shift * patterns + i) * vector bytes
 //   acc: f32: a vector for each output of the chunk; integers: two vectors of int32, the low halves of the words and
 //      the high ones. The first segment of a chunk overwrites them, the others add.
-//   prefetch: touches the lines prefetch + 64 k, k < prefetch_lines: about half the bytes of the segment itself
+//   prefetch: touches the lines prefetch + 64 k, k < prefetch_lines: as many as the segment itself has, about
 using SegmentFunction = void (*)(const char* x, char* acc, const int64_t* tap_source, int64_t channel_stride,
                                  const char* prefetch);
 
@@ -70,7 +70,6 @@ class LayerCode {
   const std::vector<CodeChunk>& chunks() const { return chunks_; }
   SegmentFunction function(const CodeSegment& s) const { return std::bit_cast<SegmentFunction>(address(s)); }
   const char* address(const CodeSegment& s) const { return memory_.data() + s.begin; }
-  int64_t prefetch_lines(const CodeSegment& s) const { return s.prefetch_lines; }
 
   std::span<const char> code() const { return {memory_.data(), memory_.size()}; }  // with its constants
   int64_t bytes() const { return static_cast<int64_t>(memory_.size()); }

@@ -373,16 +373,15 @@ void PackedConv2d::sum_code(const Call& call, const LiftPlan& lift, const char* 
     }
     for (int64_t i = first; i < last; ++i) {
       const CodeSegment& segment = chunk(i).segments[s];
-      // Each run of a segment touches some lines of the next one's code.
+      // The first runs of a segment touch the next one's code, a second time where there is time for it: a processor
+      // drops prefetches when too many are on their way. The others touch what is near.
+      const int64_t touching = lift.segment < 6 ? 1 : 2;
       const CodeSegment& next = i + 1 < last ? chunk(i + 1).segments[s] : chunk(first).segments[(s + 1) % segments];
-      const char *ahead = code.address(next), *end = ahead + next.end - next.begin;
       const char* at = x + ((chunk(i).group - first_group) * planes + segment.channel - from) * channel_bytes;
       char* acc = sums + sums_at(i);
       const SegmentFunction run = code.function(segment);
-      for (int64_t v = 0; v < lift.segment; ++v, at += step, acc += chunk(i).outputs * output_bytes) {
-        run(at, acc, source, channel_bytes, ahead);
-        if (ahead < end) ahead += code.prefetch_lines(segment) * 64;
-      }
+      for (int64_t v = 0; v < lift.segment; ++v, at += step, acc += chunk(i).outputs * output_bytes)
+        run(at, acc, source, channel_bytes, v < touching ? code.address(next) : x);
       if (s + 1 == segments)
         finish_outputs(call, lift,
                        {sums + sums_at(i), output_bytes, chunk(i).outputs * output_bytes, chunk(i).first_output,

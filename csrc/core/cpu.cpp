@@ -218,6 +218,21 @@ int available_cores() {
   return quota > 0 && quota < allowed ? std::max(1, static_cast<int>(std::ceil(quota))) : allowed;
 }
 
+CoreKind core_kind() {
+#if defined(__x86_64__)
+  static const CoreKind kind = [] {
+    const CpuidLeaf vendor = read_cpuid(0), signature = read_cpuid(1);
+    constexpr unsigned amd = 0x68747541;  // "Auth", of "AuthenticAMD"
+    const unsigned family = (signature.eax >> 8 & 0xf) + (signature.eax >> 20 & 0xff);
+    if (vendor.ebx != amd) return CoreKind::other;
+    return family >= 0x1a ? CoreKind::zen5 : family == 0x19 ? CoreKind::zen4 : CoreKind::other;  // 0x19: and Zen 3
+  }();
+  return kind;
+#else
+  return kind;
+#endif
+}
+
 std::string cpu_name() {
   std::ifstream lines("/proc/cpuinfo");
   for (std::string line; std::getline(lines, line);)

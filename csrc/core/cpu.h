@@ -44,4 +44,8 @@ double cgroup_cpu_quota(const std::string& membership, const std::string& mount)
 
 std::string cpu_name();
 
+// Microarchitectures that cost models tell apart.
+enum class CoreKind { other, zen4, zen5 };
+CoreKind core_kind();
+
 }  // namespace pycodesign::core

@@ -17,7 +17,7 @@ namespace pycodesign::core {
 
 #if defined(__x86_64__) && defined(__linux__)
 
-ExecutableMemory::ExecutableMemory(std::span<const uint8_t> code) : size_(code.size()) {
+ExecutableMemory::ExecutableMemory(std::span<const uint8_t> code, size_t spare) : size_(code.size()) {
   const auto fail = [](const char* what) {
     throw std::runtime_error(std::string("machine code: expected memory to execute it, but ") + what +
                              " failed: " + std::strerror(errno) + "; PYCODESIGN_JIT=0 does without");
@@ -25,7 +25,7 @@ ExecutableMemory::ExecutableMemory(std::span<const uint8_t> code) : size_(code.s
   // Code that runs once per call misses the TLB on every small page; its tables are cold as well.
   const bool is_huge = size_ >= huge_page / 4;
   const size_t unit = is_huge ? huge_page : 1;
-  mapped_ = (size_ + unit - 1) / unit * unit;
+  mapped_ = (size_ + spare + unit - 1) / unit * unit;
   const size_t room = mapped_ + (is_huge ? huge_page : 0);
   void* const address = mmap(nullptr, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (address == MAP_FAILED) fail("mmap");
@@ -64,7 +64,7 @@ bool ExecutableMemory::available() {
 
 #else
 
-ExecutableMemory::ExecutableMemory(std::span<const uint8_t>) {
+ExecutableMemory::ExecutableMemory(std::span<const uint8_t>, size_t) {
   throw std::runtime_error("machine code: expected x86-64 Linux; other systems do without");
 }
 ExecutableMemory::~ExecutableMemory() = default;

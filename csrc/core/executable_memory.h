@@ -10,7 +10,9 @@ namespace pycodesign::core {
 // A copy of bytes that can be executed, and no more written: at no time are both allowed.
 class ExecutableMemory {
  public:
-  explicit ExecutableMemory(std::span<const uint8_t> code);  // throws std::runtime_error naming what failed
+  // `spare` bytes behind the code can be read.
+  explicit ExecutableMemory(std::span<const uint8_t> code,
+                            size_t spare = 0);  // throws std::runtime_error naming what failed
   ~ExecutableMemory();
   ExecutableMemory(const ExecutableMemory&) = delete;
   ExecutableMemory& operator=(const ExecutableMemory&) = delete;

@@ -66,6 +66,7 @@ class Assembler {
 
   void mov(General to, const Address& from) { general({0x8b}, true, number(to), from); }
   void lea(General to, const Address& from) { general({0x8d}, true, number(to), from); }
+  void test(const Address& a) { general({0x85}, false, 0, a); }  // reads memory, changes flags
   void prefetcht1(const Address& a) { general({0x0f, 0x18}, false, 2, a); }
   void ret() { byte(0xc3); }
   void align(int64_t to) {

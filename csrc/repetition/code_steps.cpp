@@ -7,6 +7,8 @@
 #include <stdexcept>
 #include <string>
 
+#include "repetition/costs.h"
+
 namespace pycodesign::repetition {
 
 namespace {
@@ -14,9 +16,11 @@ namespace {
 constexpr int64_t sample_channels = 64;
 constexpr size_t max_columns_staged = 8;
 
-// Rows of x that a segment reads. Its code, some 90 bytes a row and less where columns are added, stays in the
-// first-level cache while it runs over all vectors; int16 sums cost more to keep.
-int64_t segment_rows(const CodeLayer& l, const CodeForm& f) {
+// A segment's code stays in the first-level cache while it runs over all vectors.
+constexpr double segment_bytes = 24 << 10;
+
+// Rows of x that a segment reads at most; int16 sums cost more to keep.
+int64_t most_rows(const CodeLayer& l, const CodeForm& f) {
   const bool is_float = l.dtype == DType::f32;
   return f.planes() ? (is_float ? 128 : 384) : is_float ? 144 : 288;
 }
@@ -161,36 +165,43 @@ double largest_level(const CodeLayer& l) {
   return static_cast<double>(largest);
 }
 
-// Cycles of Zen 4 for 64 bytes of every plane, from one chunk and its first channels. For 512 bits two operations or
-// one load take a cycle and a store takes two; for 256 bits half of that, but instructions come too slowly for it.
-double sample_cycles(const CodeLayer& l, const CodeForm& f, bool avx512) {
+// From one chunk and its first channels.
+CodeEstimate estimate(const CodeLayer& l, CodeForm f, bool avx512) {
+  const Costs& cost = costs(avx512);
+  const bool is_float = l.dtype == DType::f32;
   const std::vector<CodeChunk> chunks = cut_outputs(l, f, avx512);
   const CodeChunk& chunk = chunks[0];
   const int64_t group = f.planes() ? 1 : f.group_size;
   const int64_t channels = std::min(l.channels(), sample_channels / group * group);
-  double operations = 0, loads = 0, magnitude = 0, rows = 0;
+  double instructions = 0, loads = 0, magnitude = 0, rows = 0;
   std::vector<Step> steps;
   for (const Unit& unit : units_of(l, f, channels)) {
     append_steps(l, f, chunk, unit, steps);
     rows += static_cast<double>(rows_of(f, unit));
-    if (f.resident) loads += static_cast<double>(f.planes());
+    if (f.resident) loads += static_cast<double>(f.planes()), instructions += static_cast<double>(f.planes());
     for (int64_t o = 0; o < chunk.outputs; ++o) magnitude += magnitude_of(l, f, chunk.first_output + o, unit);
   }
   for (const Step& s : steps) {
-    operations += s.kind == Step::load ? 0 : s.kind == Step::add_scaled && l.dtype != DType::f32 ? 2 : 1;
+    instructions += s.kind == Step::add_scaled && !is_float ? 2 : 1;
     loads += s.kind != Step::accumulate && !(f.resident && s.row >= (f.group_size - 1) * f.planes());
   }
   const double share = static_cast<double>(l.channels()) / static_cast<double>(channels);
-  const double outputs = static_cast<double>(chunk.outputs);
-  double segments = rows * share / static_cast<double>(segment_rows(l, f));
-  if (l.dtype != DType::f32)
-    segments = std::max(segments, magnitude / outputs * share * static_cast<double>(l.range) / max_word);
-  const double slow = avx512 ? 1.15 : 1.6;
-  const double sums = slow * std::max(operations / 2, loads) * share;
-  const double stores = outputs * (l.dtype == DType::f32 ? 2.5 : f.complement ? 6.5 : 5) + (avx512 ? 20 : 40);
-  const double columns = f.planes() ? 4 + 2.2 * static_cast<double>(f.planes()) : 0;  // of a channel, to make
-  return (sums + std::max(1.0, std::ceil(segments)) * stores) * static_cast<double>(chunks.size()) +
-         columns * static_cast<double>(l.channels() * l.geometry.groups);
+  const double outputs = static_cast<double>(chunk.outputs), count = static_cast<double>(chunks.size());
+  const double instruction_bytes = avx512 ? 7.2 : 5.5;  // with prefetches
+  f.segment_rows = std::min(
+      most_rows(l, f),
+      std::max<int64_t>(static_cast<int64_t>(segment_bytes * rows / (instructions * instruction_bytes + 1)), 1));
+  double segments = rows * share / static_cast<double>(f.segment_rows);
+  if (!is_float) segments = std::max(segments, magnitude / outputs * share * static_cast<double>(l.range) / max_word);
+  const double slow = f.planes() && !is_float ? 1.4 : 1;  // whose code also reads ahead
+  const double sums = slow * std::max(instructions / cost.instructions, loads / cost.loads) * share;
+  const double keep = outputs * (is_float ? cost.keep_f32 : f.complement ? 1.3 * cost.keep_words : cost.keep_words);
+  const double columns = f.planes() ? cost.store * static_cast<double>(f.planes() + 2) : 0;  // of a channel, to make
+  const double run = (sums + std::max(1.0, std::ceil(segments)) * (keep + cost.call) - keep / 2) * count +
+                     columns * static_cast<double>(l.channels() * l.geometry.groups);
+  const double bytes = instructions * share * count * instruction_bytes;
+  const double vectors = std::max(1.0, likely_pixels(l.weights->outputs) / (is_float ? 16 : 32));
+  return {f, run, run + bytes / cost.memory / vectors};
 }
 
 }  // namespace
@@ -301,7 +312,7 @@ std::vector<size_t> cut_units(const CodeLayer& l, const CodeForm& f, const std::
   };
   int64_t rows = 0;
   for (const Unit& unit : units) rows += rows_of(f, unit);
-  const int64_t limit = segment_rows(l, f);
+  const int64_t limit = f.segment_rows;
   const auto segments = static_cast<int64_t>(cut_every(limit).size());
   for (int64_t most = rows / segments;; most += most / 32 + 1)
     if (auto ends = cut_every(most); static_cast<int64_t>(ends.size()) == segments || most >= limit) return ends;
@@ -309,21 +320,22 @@ std::vector<size_t> cut_units(const CodeLayer& l, const CodeForm& f, const std::
 
 CodeEstimate choose_form(const CodeLayer& l, bool avx512) {
   const double largest = largest_level(l) * static_cast<double>(l.range);
-  CodeEstimate best{{}, std::numeric_limits<double>::infinity()};
+  constexpr double infinity = std::numeric_limits<double>::infinity();
+  CodeEstimate best{{}, infinity, infinity};
   const auto consider = [&](CodeForm form) {
-    const double cycles = sample_cycles(l, form, avx512);
-    if (cycles < best.cycles) best = {std::move(form), cycles};
+    if (CodeEstimate e = estimate(l, std::move(form), avx512); e.cold < best.cold) best = std::move(e);
   };
   // Sums of a pattern's products must fit a word, too.
   const auto fits = [&](int64_t rows) {
     return l.dtype == DType::f32 || largest * static_cast<double>(rows) <= max_word;
   };
   for (int64_t g = 1; g <= std::min(max_group, l.channels()) && fits(g); ++g)
-    consider({g, g > 1 && is_complement(l), false, {}});
+    consider({.group_size = g, .complement = g > 1 && is_complement(l)});
   const Columns columns = columns_of(l);
   if (columns.patterns.empty() || !fits(l.taps())) return best;
-  consider({l.geometry.kernel[1], false, false, columns});
-  if (avx512 && columns.patterns.size() <= 4) consider({l.geometry.kernel[1], false, true, columns});
+  consider({.group_size = l.geometry.kernel[1], .columns = columns});
+  if (avx512 && columns.patterns.size() <= 4)
+    consider({.group_size = l.geometry.kernel[1], .resident = true, .columns = columns});
   return best;
 }
 

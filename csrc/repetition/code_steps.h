@@ -25,6 +25,7 @@ struct CodeForm {
   bool complement = false;
   bool resident = false;  // the sums of the last column stay in registers
   Columns columns;
+  int64_t segment_rows = 0;  // at most
 
   int64_t planes() const { return static_cast<int64_t>(columns.patterns.size()); }
   int64_t registers(const CodeLayer& l) const {  // besides those of the outputs
@@ -56,10 +57,11 @@ struct Step {
 int64_t adds_of(const Step&);
 int64_t multiplies_of(const Step&);
 
-// The form with the fewest cycles. Throws std::invalid_argument if int16 cannot hold a product.
+// The form with the fewest cycles, code read from memory included. Throws std::invalid_argument if int16 cannot hold a
+// product.
 struct CodeEstimate {
   CodeForm form;
-  double cycles;
+  double run, cold;  // cycles, as in CodeCost
 };
 CodeEstimate choose_form(const CodeLayer&, bool avx512);
 

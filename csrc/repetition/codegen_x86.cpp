@@ -182,7 +182,10 @@ void Generator::emit(const Step& s) {
   const Vector to = entry(s.to), from = entry(s.from);
   switch (s.kind) {
     case Step::load: return a.vmovups(to, row(s));
-    case Step::scale: return a.operate(is_float_ ? A::vmulps : A::vpmullw, to, to, constant(s.coefficient));
+    case Step::scale: {
+      if (is_float_) --balance_;
+      return a.operate(is_float_ ? A::vmulps : A::vpmullw, to, to, constant(s.coefficient));
+    }
     case Step::add_row: {
       if (is_float_) ++balance_;
       const A::Opcode op = is_float_ ? (s.minus ? A::vsubps : A::vaddps) : (s.minus ? A::vpsubw : A::vpaddw);
@@ -250,10 +253,15 @@ void Generator::store(int64_t vector, Vector from, bool is_first) {
   assembler_.vmovups(accumulator(vector), from);
 }
 
-// A line for each prefetch_bytes of the segment so far.
+// A line for each prefetch_bytes of the segment so far. A processor drops prefetches where too many are on their way,
+// as from sums of columns of integers, whose code runs fastest; reading every second line keeps it to memory's pace.
 void Generator::prefetch(CodeSegment& segment) {
-  while (assembler_.size() - segment.begin >= (segment.prefetch_lines + 1) * prefetch_bytes)
-    assembler_.prefetcht1({General::r8, 0, General::rax, 64 * segment.prefetch_lines++});
+  while (assembler_.size() - segment.begin >= (segment.prefetch_lines + 1) * prefetch_bytes &&
+         (segment.prefetch_lines + 1) * 64 <= max_touched_bytes) {
+    const Address line{General::r8, 0, General::rax, 64 * segment.prefetch_lines++};
+    if (form.planes() && !is_float_ && segment.prefetch_lines % 2) assembler_.test(line);
+    else assembler_.prefetcht1(line);
+  }
 }
 
 Constant Generator::constant(float value) {
@@ -280,13 +288,15 @@ LayerCode::LayerCode(Generator&& g)
       adds_(g.adds),
       multiplies_(g.multiplies),
       columns_(g.form.columns),
-      memory_(g.code) {}
+      memory_(g.code, max_touched_bytes) {}
 
-double code_cost(const CodeLayer& layer, bool avx512) {
+CodeCost code_cost(const CodeLayer& layer, bool avx512) {
   try {
-    return choose_form(layer, avx512).cycles;
+    const CodeEstimate e = choose_form(layer, avx512);
+    return {e.run, e.cold};
   } catch (const std::invalid_argument&) {
-    return std::numeric_limits<double>::infinity();
+    constexpr double infinity = std::numeric_limits<double>::infinity();
+    return {infinity, infinity};
   }
 }
 

@@ -45,9 +45,12 @@ std::vector<ColumnTap> column_taps(const Geometry&);
 //      x + (c - channel) * channel_stride + tap_source[phase] + (shift * patterns + i) * vector bytes
 //   acc: f32: a vector for each output of the chunk; integers: two vectors of int32, the low halves of the words and
 //      the high ones. The first segment of a chunk overwrites them, the others add.
-//   prefetch: touches the lines prefetch + 64 k, k < prefetch_lines: as many as the segment itself has, about
+//   prefetch: touches the lines prefetch + 64 k, k < prefetch_lines: as many as the segment itself has, about, and at
+//      most max_touched_bytes, all of which must be readable
 using SegmentFunction = void (*)(const char* x, char* acc, const int64_t* tap_source, int64_t channel_stride,
                                  const char* prefetch);
+
+inline constexpr int64_t max_touched_bytes = 64 << 10;  // so many behind the code are
 
 struct CodeSegment {
   int64_t begin, end;         // bytes of the code
@@ -88,7 +91,10 @@ class LayerCode {
 };
 
 // Predicted cycles for 64 bytes of every plane (16 floats or 32 integers), from a sample of the weights; infinite if
-// LayerCode would throw std::invalid_argument.
-double code_cost(const CodeLayer&, bool avx512);
+// LayerCode would throw std::invalid_argument. To run the code, and with its share of reading the code from memory.
+struct CodeCost {
+  double run, cold;
+};
+CodeCost code_cost(const CodeLayer&, bool avx512);
 
 }  // namespace pycodesign::repetition

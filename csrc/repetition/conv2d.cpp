@@ -146,6 +146,7 @@ void PackedConv2d::run(const ConvPlan& plan, const Tensor& x, const Tensor& out,
   });
   const int64_t stages = geometry_.groups * ceil_div(group_channels_, stage_channels_);
   const int64_t band_bytes = (geometry_.groups * units_ + group_size_ + 1) * largest.summed_bytes();
+  const int64_t spare_bytes = code ? max_touched_bytes : 0;
   if (splits == 1 || x.lifted) {  // what lies in lanes is staged sooner than threads meet
     core::parallel_for(bands * splits, [&](int64_t item, int) {
       const LiftPlan& lift = plan.bands[static_cast<size_t>(item / splits)];
@@ -157,7 +158,7 @@ void PackedConv2d::run(const ConvPlan& plan, const Tensor& x, const Tensor& out,
     });
     return;
   }
-  char* const staged = scratch(0, static_cast<size_t>(bands * band_bytes));
+  char* const staged = scratch(0, static_cast<size_t>(bands * band_bytes + spare_bytes));
   // Ranges of planes: large enough to be worth a hand-over, and as many as threads can share.
   constexpr int64_t words_per_chunk = 8192;
   const auto phases = static_cast<int64_t>(largest.phases.size());
@@ -363,7 +364,7 @@ void PackedConv2d::sum_code(const Call& call, const LiftPlan& lift, const char* 
     const char* x = staged ? staged + first_group * units_ * channel_bytes : nullptr;
     if (!staged) {
       const int64_t pieces = ceil_div(planes, stage_channels_), room = planes + stage_channels_;
-      char* const to = scratch(0, static_cast<size_t>((groups * planes + room) * channel_bytes));
+      char* const to = scratch(0, static_cast<size_t>((groups * planes + room) * channel_bytes + max_touched_bytes));
       for (int64_t i = 0; i < groups * pieces; ++i) {
         if (s == 0) prefetch(code, first, i, groups * pieces);
         const int64_t g = i / pieces, c = i % pieces * stage_channels_;
@@ -373,8 +374,8 @@ void PackedConv2d::sum_code(const Call& call, const LiftPlan& lift, const char* 
     }
     for (int64_t i = first; i < last; ++i) {
       const CodeSegment& segment = chunk(i).segments[s];
-      // The first runs of a segment touch the next one's code, a second time where there is time for it: a processor
-      // drops prefetches when too many are on their way. The others touch what is near.
+      // The first runs of a segment touch the next one's code, a second time where there is time for it, as prefetches
+      // may have been dropped. The others touch what is near.
       const int64_t touching = lift.segment < 6 ? 1 : 2;
       const CodeSegment& next = i + 1 < last ? chunk(i + 1).segments[s] : chunk(first).segments[(s + 1) % segments];
       const char* at = x + ((chunk(i).group - first_group) * planes + segment.channel - from) * channel_bytes;

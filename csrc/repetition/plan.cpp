@@ -11,6 +11,7 @@
 
 #include "core/cpu.h"
 #include "core/executable_memory.h"
+#include "repetition/costs.h"
 
 namespace pycodesign::repetition {
 
@@ -117,11 +118,6 @@ CodeLayer code_layer(const Weights& w, const Geometry& g, const Activations& a) 
   return {&w, g, a.dtype, std::max<int64_t>(half, std::abs(a.zero_point - code_center(a)))};
 }
 
-double dense_cycles(int64_t outputs, int64_t inputs, const Activations& a) {
-  constexpr double multiply_add = 1.1;  // of a vector: one product a lane, or four
-  return static_cast<double>(outputs * inputs) * multiply_add / (a.dtype == DType::f32 ? 1 : 4);
-}
-
 Choice choose_conv2d(const Weights& w, const Geometry& g, const Activations& a) {
   const auto levels = distinct_levels(w);
   if (levels.empty()) return {Algorithm::codebook, "kernels of real values"};
@@ -130,15 +126,15 @@ Choice choose_conv2d(const Weights& w, const Geometry& g, const Activations& a) 
   const bool integers = a.dtype != DType::f32;
   const int64_t outputs =
       g.groups * (group_outputs < dense_outputs ? group_outputs : block_count(group_outputs) * dense_outputs);
-  const double dense = dense_cycles(outputs, w.inputs, a);
+  const int64_t channels = g.channels / g.groups, words = (channels + 3) / 4;  // of four 8-bit channels
+  const double dense = dense_cycles(outputs, integers ? w.inputs / channels * words * 4 : w.inputs, a);
   const auto predicted = [&](double cycles) {
     return "predicted " + std::to_string(cycles / dense).substr(0, 4) + " of the time of dense sums";
   };
   const double book = w.codebook ? choose_codebook(*w.codebook, g, w.outputs, a).cost : dense;
   if (generates_code()) {
-    const double code = code_cost(code_layer(w, g, a), kernels().lanes == 16) / (integers ? 2 : 1);
-    const double margin = integers ? 0.8 : 1;  // what staging and widening add to int16 sums
-    if (code < margin * dense && code <= book) return {Algorithm::codegen, predicted(code)};
+    const double code = code_cost(code_layer(w, g, a), kernels().lanes == 16).cold / (integers ? 2 : 1);
+    if (code < dense && code <= book) return {Algorithm::codegen, predicted(code)};
     if (book >= dense) return {Algorithm::dense, "too few outputs share a pattern for machine code to pay"};
   }
   if (book < dense) return {Algorithm::codebook, predicted(book)};
@@ -335,9 +331,9 @@ namespace {
 double cut_cost(const ConvCase& c, const Pitch& pitch, const Cut& cut, int threads, int64_t& splits) {
   const double stage = c.lifted_input ? 4 : 10, column = 2, finish = c.lifted_output ? 10 : 16;  // cycles per vector
   constexpr double item = 2000, meeting = 8000;  // cycles to begin a piece of work, and for threads to wait for all
-  constexpr double weight_bytes_per_cycle = 4;   // from memory, behind the sums of the vectors before
-  constexpr double first_weight_bytes_per_cycle = 24;  // what the first vector waits for
-  constexpr double crossing = 2, crossed = 1.12;       // writing planes that other threads read, and reading theirs
+  const double weight_bytes_per_cycle = costs(c.word_lanes == 16).memory;  // behind the sums of the vectors before
+  constexpr double first_weight_bytes_per_cycle = 24;                      // what the first vector waits for
+  constexpr double crossing = 2, crossed = 1.12;  // writing planes that other threads read, and reading theirs
   constexpr double second_level = 640 << 10, spilled = 1.1;  // bytes, and what exceeding them costs
   const Geometry& g = c.geometry;
   const int64_t rows = g.output_size(0, c.height), columns = g.output_size(1, c.width), lanes = c.word_lanes * c.halves;

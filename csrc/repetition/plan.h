@@ -48,7 +48,6 @@ struct TapSegment {
 // Machine code sums x - center, at most `range` in magnitude, padding included.
 int32_t code_center(const Activations&);
 CodeLayer code_layer(const Weights&, const Geometry&, const Activations&);
-double dense_cycles(int64_t outputs, int64_t inputs, const Activations&);  // per vector of pixels
 
 struct LiftPlan;
 

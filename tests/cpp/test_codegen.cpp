@@ -126,7 +126,7 @@ template <class T> void test_case(const Case& c, DType dtype, int64_t range, boo
   const int64_t vector_bytes = avx512 ? 64 : 32;
   Planes<T> planes(c, vector_bytes);
   fill(planes, c, layer, range, random);
-  CHECK(code_cost(code_layer, avx512) > 0);
+  CHECK(code_cost(code_layer, avx512).run > 0);
   CHECK(code.bytes() > 0 && code.group_size() >= 1 && code.group_size() <= 4);
 
   int64_t next_output = 0;
@@ -140,7 +140,7 @@ template <class T> void test_case(const Case& c, DType dtype, int64_t range, boo
       uint32_t* acc = buffer.reserve(static_cast<size_t>(chunk.outputs * acc_words + 1));
       std::fill_n(acc, chunk.outputs * acc_words + 1, guard);
       for (const CodeSegment& s : chunk.segments) {
-        CHECK(code.prefetch_lines(s) >= (s.end - s.begin) / 128 - 1 && s.begin % 64 == 0);
+        CHECK(s.prefetch_lines >= (s.end - s.begin) / 64 - 1 && s.begin % 64 == 0);
         const char* x = planes.plane(chunk.group * c.channels + s.channel) + v * vector_bytes;
         code.function(s)(x, reinterpret_cast<char*>(acc), planes.tap_source.data(), planes.channel_stride,
                          code.address(s));

@@ -24,7 +24,7 @@ struct CodeForm {
   int64_t group_size = 0;  // rows that a pattern adds: channels, or columns
   bool complement = false;
   bool resident = false;  // the sums of the last column stay in registers
-  Columns columns;
+  Columns columns{};
   int64_t segment_rows = 0;  // at most
 
   int64_t planes() const { return static_cast<int64_t>(columns.patterns.size()); }

@@ -2,6 +2,7 @@
 
 import doctest
 import itertools
+import math
 import sys
 
 import numpy as np
@@ -168,7 +169,7 @@ def test_extraction_finds_the_fewest(seed):
     chosen, optimal = extract_optimally(graph, first, seconds=600)
     assert optimal
     assert len(chosen) == enumerate_choices(graph)
-    greedy = extract_greedily(graph)
+    greedy = extract_greedily(graph, first, math.inf)
     assert len(chosen) <= len(greedy) <= 2 * len(chosen)
     for choice in (chosen, greedy):
         known = set(graph.inputs)
@@ -190,7 +191,8 @@ def test_extraction_sees_sharing_and_circles():
         Node(ADD, 1, 6, 5),
     ]
     graph = Graph(nodes, {0: 0, 1: 1}, {0: 4, 1: 5})
-    for chosen in (extract_greedily(graph), extract_optimally(graph, [0, 2, 3, 4, 6], 600)[0]):
+    first = [0, 2, 3, 4, 6]
+    for chosen in (extract_greedily(graph, first, math.inf), extract_optimally(graph, first, 600)[0]):
         assert sorted(chosen) == [0, 2, 5, 6]
     assert order_nodes(graph, {2: 1, 6: 2, 5: 6, 4: 5})[1]
 

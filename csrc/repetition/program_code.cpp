@@ -155,6 +155,7 @@ ProgramWriter::ProgramWriter(const Program& p, DType lanes_, bool avx512)
   if (is_float_) {
     assembler.vmovups(ones(), Constant{static_cast<int64_t>(words.size())});
     words.push_back(std::bit_cast<uint32_t>(1.0f));
+    counts.loads = counts.instructions = 1;
   }
   for (size_t value = 0; value <= static_cast<size_t>(p.inputs); ++value)
     if (!outputs_of_[value].empty()) {

@@ -150,15 +150,9 @@ def lower(program: SumProgram, dtype: str = "float32") -> LoweredProgram:
         raise ValueError(f"program: expected at most {MAX_VALUES} values, got {program.inputs + program.op.size}")
     if not _core.generates_code():
         raise RuntimeError("lower: expected x86-64 Linux with AVX2 and PYCODESIGN_JIT other than 0; call the program")
-    native = _core.ProgramCode(
-        program.inputs,
-        program.op,
-        program.left,
-        program.right,
-        program.constants.astype(np.float64),
-        program.outputs,
-        dtype,
-    )
+    left, right, outputs = (np.ascontiguousarray(a, np.int32) for a in (program.left, program.right, program.outputs))
+    op, constants = np.ascontiguousarray(program.op, np.uint8), np.ascontiguousarray(program.constants, np.float64)
+    native = _core.ProgramCode(program.inputs, op, left, right, constants, outputs, dtype)
     counts = {name: native.counts[name] for name in ("operations", "instructions", "loads", "stores")}
     return LoweredProgram(program, dtype, native.lanes, **counts, code=native.code(), _native=native)
 

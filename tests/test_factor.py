@@ -279,6 +279,15 @@ def test_program_rejects_bad_input():
     assert program(np.ones((4, 0), int)).shape == (4, 0)
 
 
+def test_program_refuses_sums_beyond_int64():
+    program = factor(quantized([[0, 1, 0]], [-5, 3]))
+    limit = (2**63 - 1) // 13
+    assert program([[-limit], [limit], [-limit]]).tolist() == [[13 * limit]]
+    for x in (np.full((3, 1), -limit - 1), np.full((3, 1), 2**64 - 1, np.uint64)):
+        with pytest.raises(ValueError, match=f"x: expected magnitudes up to {limit}, so that sums fit int64, got"):
+            program(x)
+
+
 @pytest.mark.parametrize("example", [factor, SumProgram.dump, SumProgram.to_dot], ids=["factor", "dump", "to_dot"])
 def test_docstring_examples(example):
     (found,) = doctest.DocTestFinder(recurse=False).find(example, "example", module=False, globs={})

@@ -65,21 +65,11 @@ class LoweredProgram:
         x = np.asarray(x)
         if x.dtype != self.dtype:
             raise TypeError(f"x: expected {self.dtype}, got {x.dtype}")
-        inputs = self.program.inputs
-        if x.ndim != 2 or x.shape[0] != inputs:
-            raise ValueError(f"x: expected shape ({inputs}, P), got {x.shape}")
-        if self.dtype == "int32" and x.size:
-            self._check_range(x)
+        self.program._check_shape(x)
+        if self.dtype == "int32":
+            self.program._check_range(x, np.int32)
         vectors = self.run(self.stage(x))
         return np.ascontiguousarray(vectors.transpose(1, 0, 2).reshape(len(self.program.outputs), -1)[:, : x.shape[1]])
-
-    def _check_range(self, x: NDArray[np.int32]) -> None:
-        program = self.program
-        largest = np.abs(np.take_along_axis(program.levels, program.codes.astype(np.intp), axis=1)).sum(axis=1).max()
-        magnitude = int(np.abs(x.astype(np.int64)).max())
-        limit = np.iinfo(np.int32).max // max(1, int(largest))
-        if magnitude > limit:
-            raise ValueError(f"x: expected magnitudes up to {limit}, so that sums fit int32, got {magnitude}")
 
     def stage(self, x: NDArray[Any]) -> NDArray[Any]:
         """Cut x (groups * I, P) into vectors, with zeros behind: shape (vectors, groups * I, lanes)."""

@@ -123,7 +123,7 @@ def _read_pickled(path: Path) -> Iterator[StoredLayer]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path}: expected a state_dict of tensors; got another file; torch.save(model.state_dict(), PATH) is one"
+            f"{path}: expected a state_dict of tensors; got another file; save the model's state_dict()"
         ) from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]

@@ -258,6 +258,7 @@ class ProgramCode(metaclass=_Type):
     def run(self, x: NDArray[Any], y: NDArray[Any]) -> None:
         """Compute y (vectors, outputs, lanes) from x (vectors, inputs, lanes)."""
 
+@final
 class Chain(metaclass=_Type):
     """Layers, adds and pooling in one call. Values are named by the indices that the methods return; -1: none."""
 

@@ -120,7 +120,7 @@ def lower(program: SumProgram, dtype: str = "float32") -> LoweredProgram:
     Examples
     --------
     >>> import numpy as np
-    >>> from pycodesign import QuantizedTensor, _core
+    >>> from pycodesign import QuantizedTensor
     >>> from pycodesign.repetition import factor, lower
     >>> codes = np.array([[2, 2, 1], [2, 2, 0]], np.uint8)
     >>> q = QuantizedTensor(codes, np.array([-1, 0, 1], np.float32), np.ones(2, np.float32))

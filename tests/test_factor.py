@@ -266,6 +266,13 @@ def test_factor_rejects_bad_arguments():
         factor(q, time_limit=1)
     with pytest.raises(ValueError, match="q: expected at most 16384 weights a group for 'summerge', got 16512"):
         factor(random_quantized((129, 128), [-1, 1], seed=0), "summerge")
+    large = quantized(np.zeros((4097, 4096), np.uint8), [-1, 1])
+    with pytest.raises(
+        ValueError,
+        match=r"q: expected at most 68719476736 = outputs \* inputs\^2 of .*, got 68736253952; take 'patterns'",
+    ):
+        factor(large)
+    assert factor(quantized(np.zeros((2, 4096), np.uint8), [-1, 1])).adds == 4096
 
 
 def test_program_rejects_bad_input():

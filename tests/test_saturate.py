@@ -4,6 +4,7 @@ import doctest
 import itertools
 import math
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -105,6 +106,16 @@ def test_time_limit_is_said(extraction):
     found.program.validate()
     assert found.stopped == "time limit"
     assert found.program.op.size <= factor(q).op.size
+
+
+@pytest.mark.parametrize("extraction", ["ilp", "greedy"])
+@pytest.mark.filterwarnings("ignore:saturate:RuntimeWarning")
+def test_time_limit_is_kept(extraction):
+    q = random_quantized((64, 64), [-1, 0, 1], seed=0)
+    start = time.process_time()
+    found = saturate(q, extraction=extraction, time_limit=1)
+    assert time.process_time() - start < 5
+    assert found.stopped == "time limit"
 
 
 def test_node_limit():

@@ -231,6 +231,34 @@ class PackedLinear(PackedLayer):
         """Multiply rows x (T, I) into (T, O)."""
 
 @final
+class ProgramCode(metaclass=_Type):
+    """Machine code of a program of sums, for the active instruction set."""
+
+    def __init__(
+        self,
+        inputs: int,
+        op: NDArray[np.uint8],
+        left: NDArray[np.int32],
+        right: NDArray[np.int32],
+        constants: NDArray[np.float64],
+        outputs: NDArray[np.int32],
+        dtype: str,
+    ) -> None: ...
+    @property
+    def lanes(self) -> int:
+        """Pixels in a vector."""
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Operations, instructions, loads, stores for each vector; slots of memory."""
+
+    def code(self) -> bytes:
+        """Return the code with its constants."""
+
+    def run(self, x: NDArray[Any], y: NDArray[Any]) -> None:
+        """Compute y (vectors, outputs, lanes) from x (vectors, inputs, lanes)."""
+
+@final
 class Chain(metaclass=_Type):
     """Layers, adds and pooling in one call. Values are named by the indices that the methods return; -1: none."""
 

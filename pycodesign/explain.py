@@ -7,6 +7,7 @@ import math
 import pickle
 import re
 import timeit
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -121,7 +122,9 @@ def _read_pickled(path: Path) -> Iterator[StoredLayer]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: expected a state_dict of tensors; got another file: {error}") from error
+        raise ValueError(
+            f"{path}: expected a state_dict of tensors; got another file; save the model's state_dict()"
+        ) from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]
     if not isinstance(state, Mapping):
@@ -224,10 +227,13 @@ def explain_layer(layer: StoredLayer, input_dtype: str = "float32", method: str 
     row |= predict_time(row, input_dtype)
     if method is not None:
         try:
-            program = factor(q, method, groups=layer.options.get("groups", 1))
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always", RuntimeWarning)
+                program = factor(q, method, groups=layer.options.get("groups", 1))
         except ValueError as error:  # too large for the method, or too many levels
             return row | {"adds": None, "multiplies": None, "removed": 0.0, "why": str(error)}
         row |= {"adds": program.adds, "multiplies": program.multiplies, "removed": program.removed}
+        row["why"] = "; ".join([row["why"], *(str(warning.message) for warning in said)])
     return row
 
 

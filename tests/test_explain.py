@@ -18,7 +18,7 @@ from torch import nn
 from pycodesign import demo, explain, ops, quantize
 from pycodesign.explain import StoredLayer, explain_layer, explain_model, read_model
 from pycodesign.quantize import QuantizedTensor
-from pycodesign.repetition import factor
+from pycodesign.repetition import SumProgram, factor
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
@@ -527,6 +527,20 @@ def test_counts_of_a_method() -> None:
     assert row["why"] == "q: expected at most 16384 weights a group for 'summerge', got 16512"
     assert row["adds"] is None and row["algorithm"] == "packed"
     assert explain_model([layer], method="unique")["method"] == "unique"
+
+
+def test_time_limit_of_a_method_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = quantize.ternary(normal(16, 16))
+    layer = StoredLayer("fc", "linear", q.shape, lambda: q)
+    message = "saturate: the time limit of 1 s is reached"
+
+    def stop_early(*args: object, **options: object) -> SumProgram:
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        return factor(q)
+
+    monkeypatch.setattr(explain, "factor", stop_early)
+    row = explain_layer(layer, method="saturate")
+    assert row["why"].endswith(f"; {message}") and row["adds"] == factor(q).adds
 
 
 def test_predicted_times() -> None:

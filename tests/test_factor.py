@@ -266,6 +266,13 @@ def test_factor_rejects_bad_arguments():
         factor(q, time_limit=1)
     with pytest.raises(ValueError, match="q: expected at most 16384 weights a group for 'summerge', got 16512"):
         factor(random_quantized((129, 128), [-1, 1], seed=0), "summerge")
+    large = quantized(np.zeros((4097, 4096), np.uint8), [-1, 1])
+    with pytest.raises(
+        ValueError,
+        match=r"q: expected at most 68719476736 = outputs \* inputs\^2 of .*, got 68736253952; take 'patterns'",
+    ):
+        factor(large)
+    assert factor(quantized(np.zeros((2, 4096), np.uint8), [-1, 1])).adds == 4096
 
 
 def test_program_rejects_bad_input():
@@ -277,6 +284,15 @@ def test_program_rejects_bad_input():
     with pytest.raises(TypeError, match="x: expected integers or floats, got complex128"):
         program(np.ones((4, 2), complex))
     assert program(np.ones((4, 0), int)).shape == (4, 0)
+
+
+def test_program_refuses_sums_beyond_int64():
+    program = factor(quantized([[0, 1, 0]], [-5, 3]))
+    limit = (2**63 - 1) // 13
+    assert program([[-limit], [limit], [-limit]]).tolist() == [[13 * limit]]
+    for x in (np.full((3, 1), -limit - 1), np.full((3, 1), 2**64 - 1, np.uint64)):
+        with pytest.raises(ValueError, match=f"x: expected magnitudes up to {limit}, so that sums fit int64, got"):
+            program(x)
 
 
 @pytest.mark.parametrize("example", [factor, SumProgram.dump, SumProgram.to_dot], ids=["factor", "dump", "to_dot"])

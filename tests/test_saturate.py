@@ -2,7 +2,9 @@
 
 import doctest
 import itertools
+import math
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -106,6 +108,16 @@ def test_time_limit_is_said(extraction):
     assert found.program.op.size <= factor(q).op.size
 
 
+@pytest.mark.parametrize("extraction", ["ilp", "greedy"])
+@pytest.mark.filterwarnings("ignore:saturate:RuntimeWarning")
+def test_time_limit_is_kept(extraction):
+    q = random_quantized((64, 64), [-1, 0, 1], seed=0)
+    start = time.process_time()
+    found = saturate(q, extraction=extraction, time_limit=1)
+    assert time.process_time() - start < 5
+    assert found.stopped == "time limit"
+
+
 def test_node_limit():
     q = random_quantized((10, 10), [-1, 0, 1], seed=0)
     small, large = (saturate(q, extraction="greedy", node_limit=limit) for limit in (150, 1500))
@@ -168,7 +180,7 @@ def test_extraction_finds_the_fewest(seed):
     chosen, optimal = extract_optimally(graph, first, seconds=600)
     assert optimal
     assert len(chosen) == enumerate_choices(graph)
-    greedy = extract_greedily(graph)
+    greedy = extract_greedily(graph, first, math.inf)
     assert len(chosen) <= len(greedy) <= 2 * len(chosen)
     for choice in (chosen, greedy):
         known = set(graph.inputs)
@@ -190,7 +202,8 @@ def test_extraction_sees_sharing_and_circles():
         Node(ADD, 1, 6, 5),
     ]
     graph = Graph(nodes, {0: 0, 1: 1}, {0: 4, 1: 5})
-    for chosen in (extract_greedily(graph), extract_optimally(graph, [0, 2, 3, 4, 6], 600)[0]):
+    first = [0, 2, 3, 4, 6]
+    for chosen in (extract_greedily(graph, first, math.inf), extract_optimally(graph, first, 600)[0]):
         assert sorted(chosen) == [0, 2, 5, 6]
     assert order_nodes(graph, {2: 1, 6: 2, 5: 6, 4: 5})[1]
 

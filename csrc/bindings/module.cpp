@@ -4,6 +4,7 @@ namespace pycodesign::bindings {
 void bind_chain(pybind11::module_&);
 void bind_core(pybind11::module_&);
 void bind_growth(pybind11::module_&);
+void bind_program(pybind11::module_&);
 void bind_repetition(pybind11::module_&);
 }  // namespace pycodesign::bindings
 
@@ -13,4 +14,5 @@ PYBIND11_MODULE(_core, module) {
   pycodesign::bindings::bind_repetition(module);
   pycodesign::bindings::bind_chain(module);
   pycodesign::bindings::bind_growth(module);
+  pycodesign::bindings::bind_program(module);
 }

@@ -87,12 +87,16 @@ def order_nodes(graph: Graph, node_of: Mapping[int, int]) -> tuple[list[int], li
     return order, []
 
 
-def extract_greedily(graph: Graph) -> list[int]:
+def extract_greedily(graph: Graph, incumbent: Sequence[int], deadline: float) -> list[int]:
     """Choose, class by class, the node whose operands' operations, taken together, are fewest.
 
     Parameters
     ----------
     graph : Graph
+    incumbent : sequence of int
+        Nodes that compute all outputs: the result if time runs out.
+    deadline : float
+        By `time.monotonic`.
 
     Returns
     -------
@@ -107,6 +111,9 @@ def extract_greedily(graph: Graph) -> list[int]:
             users[operand].append(index)
     waiting = list(graph.inputs)
     while waiting:
+        if time.monotonic() > deadline:
+            node_of = {graph.nodes[index].output: index for index in incumbent}
+            break
         for index in users[waiting.pop()]:
             node = graph.nodes[index]
             if node.output in graph.inputs or not node.operands <= cost.keys():

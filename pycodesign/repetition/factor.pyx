@@ -44,6 +44,7 @@ MAX_LEVELS = 16
 MAX_PATTERN = 8         # inputs; longer patterns hardly ever recur
 MAX_INTEGER = 1 << 24   # float32 holds every integer up to here
 MAX_MERGED = 1 << 14    # weights for summerge, which compares all pairs of groups
+MAX_PAIRED = 1 << 36    # outputs * inputs^2 of a group for pair: 4,096 of each
 MAX_TRIES = 64          # of careful pair elimination
 TRIED_WORK = 1 << 21    # outputs * inputs^2 of all tries together, about
 CAREFUL_WORK = 1 << 25  # outputs * inputs^2 up to which it is done: a second or two
@@ -58,10 +59,10 @@ def factor(q, method="pair", *, groups=1, **options):
         Weights of a convolution, (O, I / groups, kH, kW), or of a linear layer, (O, I), with at most 16 levels per
         output. The scale is not part of the program.
     method : {"pair", "saturate", "summerge", "patterns", "unique"}
-        ``"pair"`` shares any sums between outputs: the best for layers of any size, in at most seconds. ``"saturate"``
-        goes on from there by equality saturation, up to 4,096 weights. ``"summerge"`` shares sums of inputs of equal
-        weight, up to 16,384 weights a group; ``"patterns"`` sums of a few neighboring inputs; ``"unique"`` shares
-        nothing between outputs (UCNN).
+        ``"pair"`` shares any sums between outputs: the fewest operations, up to 4,096 outputs and inputs a group, in
+        seconds for most layers. ``"saturate"`` goes on from there by equality saturation, up to 4,096 weights.
+        ``"summerge"`` shares sums of inputs of equal weight, up to 16,384 weights a group; ``"patterns"`` sums of a few
+        neighboring inputs; ``"unique"`` shares nothing between outputs (UCNN).
     groups : int
         Groups of the convolution; each gets a program of its own.
     **options
@@ -326,6 +327,11 @@ def factor_pair(codes, levels, groups, order=0):
     R. I. Hartley, Subexpression Sharing in Filters Using Canonic Signed Digit Multipliers, IEEE Transactions on
     Circuits and Systems II 43(10), 1996 (greedy elimination of the most frequent signed pair).
     """
+    work = codes.size // groups * codes.shape[1]
+    if work > MAX_PAIRED:
+        raise ValueError(
+            f"q: expected at most {MAX_PAIRED} = outputs * inputs^2 of a group for 'pair', got {work}; take 'patterns'"
+        )
     weights = np.take_along_axis(levels, codes.astype(np.intp), axis=1)
     choices = [np.zeros(len(codes), levels.dtype)]
     if levels.dtype.kind == "i":
@@ -335,7 +341,6 @@ def factor_pair(codes, levels, groups, order=0):
     choices = {dropped.tobytes(): dropped for dropped in choices}.values()
     programs = [(build_pairs(codes, levels, groups, weights, dropped, range(1)), dropped) for dropped in choices]
     program, dropped = min(programs, key=lambda entry: entry[0].op.size)
-    work = codes.size // groups * codes.shape[1]
     if work > CAREFUL_WORK:
         return program
     seeds = range(1 + MAX_TRIES * order, 1 + MAX_TRIES * order + max(1, min(MAX_TRIES, TRIED_WORK // work)))

@@ -104,14 +104,29 @@ class SumProgram:
         TypeError
             If x is not real numbers.
         ValueError
-            If x has another shape.
+            If x has another shape, or integers so large that a sum might not fit int64.
         """
         x = np.asarray(x)
         if x.dtype.kind not in "biuf":
             raise TypeError(f"x: expected integers or floats, got {x.dtype}")
+        self._check_shape(x)
+        if x.dtype.kind != "f" and self.levels.dtype.kind == "i":
+            self._check_range(x, np.int64)
+        return self._evaluate(x)[self.outputs]
+
+    def _check_shape(self, x: NDArray[Any]) -> None:
         if x.ndim != 2 or x.shape[0] != self.inputs:
             raise ValueError(f"x: expected shape ({self.inputs}, P), got {x.shape}")
-        return self._evaluate(x)[self.outputs]
+
+    def _check_range(self, x: NDArray[Any], dtype: type[np.signedinteger[Any]]) -> None:
+        """Check that all sums of integers x fit a dtype; what comes before them may wrap."""
+        levels = np.abs(np.take_along_axis(self.levels, self.codes.astype(np.intp), axis=1))
+        limit = int(np.iinfo(dtype).max) // max(1, int(levels.sum(axis=1).max()))
+        largest = max(abs(int(x.min())), abs(int(x.max()))) if x.size else 0
+        if largest > limit:
+            raise ValueError(
+                f"x: expected magnitudes up to {limit}, so that sums fit {np.dtype(dtype).name}, got {largest}"
+            )
 
     def coefficients(self) -> NDArray[Any]:
         """Coefficients of all input rows in every value: shape (inputs + K, inputs), of the kind of `levels`."""

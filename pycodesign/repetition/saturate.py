@@ -187,7 +187,7 @@ def saturate(
         for number in range(rounds):
             left = (rounds - number) + (rounds if start == "unique" else 0)
             seeds = range(1 + ORDERS * number, 1 + ORDERS * (number + 1)) if start == "pair" else ()
-            others = [factor_pair(codes, levels, groups, seed) for seed in seeds]
+            others = (factor_pair(codes, levels, groups, seed) for seed in seeds)
             before = best[start].op.size
             best[start] = search.run_round(start, best[start], others, left)
             progress(search.rounds[-1])
@@ -226,20 +226,24 @@ class Search:
     def out_of_time(self) -> bool:
         return time.monotonic() >= self.deadline
 
-    def run_round(self, start: str, best: SumProgram, others: Sequence[SumProgram], left: int) -> SumProgram:
+    def run_round(self, start: str, best: SumProgram, others: Iterable[SumProgram], left: int) -> SumProgram:
         """Explore from programs that compute the same, extract; the better of what is found and of `best`."""
         begin = time.monotonic()
         expression = EGraph(self.rules, subtract=self.subtract or start == "pair")
-        for program in (best, *others):
+        expression.add(best)
+        for program in others:
+            if self.out_of_time():
+                break
             expression.add(program)
-        expression.grow(self.node_limit)
+        if not self.out_of_time():
+            expression.grow(self.node_limit)
         graph, incumbent = expression.read(best)
         optimal = False
         if self.extraction == "ilp":
             seconds = max(0.0, self.deadline - time.monotonic()) / left
             chosen, optimal = extract_optimally(graph, incumbent, seconds)
         else:
-            chosen = extract_greedily(graph)
+            chosen = extract_greedily(graph, incumbent, self.deadline)
         found = build_program(best, graph, chosen, expression.constants)
         if found.op.size < best.op.size:
             best = found
@@ -255,6 +259,7 @@ class EGraph:
         self.subtract = subtract  # or a - b is written a + -1 * b
         self.constants: list[Any] = [-1]
         self.names: dict[bytes, str] = {}  # of the first value with these coefficients
+        self.written: set[str] = set()  # operations
         self.programs = 0
         self.graph = import_egglog().EGraph()
         self.run(rules)
@@ -265,13 +270,19 @@ class EGraph:
     def add(self, program: SumProgram) -> None:
         """Put a program in. Values with coefficients that are there already are equal to them."""
         lines = []
-        for name, operation, left, right in self.write(program, self.programs):
-            lines.append(f"(let {name} ({operation} {left} {right}))")
         names = name_values(program, self.programs)
-        for name, coefficients in zip(names, program.coefficients(), strict=True):
-            first = self.names.setdefault(coefficients.tobytes(), name)
-            if first != name:
-                lines.append(f"(union {name} {first})")
+        first = {
+            name: self.names.setdefault(coefficients.tobytes(), name)
+            for name, coefficients in zip(names, program.coefficients(), strict=True)
+        }
+        for name, operation, left, right in self.write(program, self.programs):
+            term = f"({operation} {first.get(left, left)} {first.get(right, right)})"
+            same = first.get(name, name)
+            if same == name or self.programs == 0:  # all names of the first program are read
+                lines.append(f"(let {name} {term})")
+            if same != name and term not in self.written:
+                lines.append(f"(union {term} {same})")
+            self.written.add(term)
         if self.programs == 0:
             lines = [f"(let $x{i} (Input {i}))" for i in range(program.inputs)] + lines
             used = ((o, value) for o, value in enumerate(program.outputs.tolist()) if value != ZERO)
@@ -306,6 +317,8 @@ class EGraph:
     def grow(self, node_limit: int) -> None:
         """Apply all rules to all nodes, again and again, until a step changes nothing or makes too many nodes."""
         rows = self.count_rows()
+        if sum(rows.values()) > node_limit:
+            return
         while True:
             self.run("(push)(run-schedule (run rules))")
             before, rows = rows, self.count_rows()

@@ -227,7 +227,7 @@ void test_errors() {
   const Geometry geometry = one_column(case_large);
   const CodeLayer integers{&large.weights, geometry, DType::u8, 255};
   CHECK_THROWS(LayerCode(integers, true), std::invalid_argument, "fit 16 bits");
-  CHECK(std::isinf(code_cost(integers, true)));
+  CHECK(std::isinf(code_cost(integers, true).run));
   CHECK_THROWS(LayerCode({&fraction.weights, geometry, DType::i8, 128}, true), std::invalid_argument, "integers");
 }
 

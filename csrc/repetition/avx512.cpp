@@ -31,6 +31,20 @@ inline u32v widen_halves(const uint8_t* p) {
   return (u32v)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
+template <int step> inline bool interleave_first(const uint8_t* const* p, int64_t count, uint32_t flip, uint32_t* out) {
+  if (count == 0) return true;
+  const auto masked = [count](const uint8_t* from) {
+    const auto bytes = static_cast<__mmask32>((uint64_t{1} << (step * (count - 1) + 1)) - 1);
+    if constexpr (step == 1)
+      return (u32v)_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(static_cast<__mmask16>(bytes), from));
+    else return (u32v)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi8(bytes, from)) & 0xff;
+  };
+  u32v words = masked(p[0]) ^ flip;
+  for (int c = 1; c < 4; ++c) words ^= masked(p[c]) << (8 * c);
+  _mm512_mask_storeu_epi32(out, static_cast<__mmask16>((1u << count) - 1), (__m512i)words);
+  return true;
+}
+
 struct Lookup {
   f32v low, high;
 };

@@ -46,6 +46,8 @@ inline u32v widen_halves(const uint8_t* p) {
   return (u32v)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 
+template <int step> inline bool interleave_first(const uint8_t* const*, int64_t, uint32_t, uint32_t*) { return false; }
+
 struct Lookup {
   f32v part[4];
 };

@@ -6,6 +6,7 @@
 //   high_half(v), shift_half(v, bits)           each word's upper 16 bits; its lower 16 >> bits, above them any
 //   Levels, load_levels(p), levels_of(l, codes) 16 bytes by code, for each byte
 //   widen_bytes(p), widen_halves(p)             to words
+//   interleave_first<step>(p, count, flip, out) `interleave_row` of at most a vector, or false
 //   any_beyond(v, limit)                        whether the magnitude of a lane is larger
 //   round_words(v)                              floats to the nearest word, halves to the even one
 //   transpose(from, stride, rows, to, stride, rows)   lanes x lanes words, or only their first rows

@@ -22,11 +22,13 @@ inline void interleave(const uint8_t* const* p, int64_t at, uint32_t flip, uint3
 // Four channels of bytes into words; `step` 0 is any stride.
 template <int step>
 void interleave_row(const uint8_t* const* p, int64_t stride, int64_t count, uint32_t flip, uint32_t* out) {
-  if constexpr (step > 0)
+  if constexpr (step > 0) {
     if (count > lanes) {
       for (int64_t i = 0; i + lanes < count; i += lanes) interleave<step, false>(p, i, flip, out);
       return interleave<step, true>(p, count - lanes, flip, out);
     }
+    if (interleave_first<step>(p, count, flip, out)) return;
+  }
   for (int64_t i = 0; i < count; ++i) {
     const int64_t at = i * stride;
     out[i] =

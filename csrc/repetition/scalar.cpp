@@ -37,6 +37,8 @@ inline u32v widen_halves(const uint8_t* p) {
   return u32v{h[0], h[1], h[2], h[3]};
 }
 
+template <int step> inline bool interleave_first(const uint8_t* const*, int64_t, uint32_t, uint32_t*) { return false; }
+
 struct Lookup {
   const float* table;
 };

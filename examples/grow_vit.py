@@ -13,9 +13,11 @@ trainings of each seed take the same batches at the same learning rate:
 * kept: the small model, grown with the optimizer's states;
 * dropped: the same, with a new optimizer after each growth.
 
+Evaluated are running means of the weights, which grow with the model.
+
 The table says after how many steps the grown ones are as accurate, on 1,000 images that nobody trains on, as the large
 model from scratch is at its end; as work, the small model's steps count, too, each step by its operations. It also
-gives the mean loss of all steps, which chance moves less. Evaluated are running means of the weights.
+gives the mean loss of all steps, which chance moves less.
 
 `--search` asks another question: how well do a few steps foretell which of six larger shapes will be the most accurate?
 It prints Kendall's rank correlation of the loss after few steps, of candidates that are grown and of those from
@@ -40,6 +42,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pycodesign import growth
 from pycodesign.bench.harness import SCHEMA, format_result, gather_facts
@@ -146,10 +149,11 @@ class Digits:
 
 @dataclass
 class Run:
-    """A training: the model at its end, losses of all steps, accuracies of some."""
+    """A training: the model and the mean of its weights at its end, losses of all steps, accuracies of some."""
 
     model: nn.Module
     optimizer: Optimizer
+    mean: AveragedModel
     losses: list[float]
     accuracies: list[float]
 
@@ -166,19 +170,19 @@ def train(
     seed: int,
     *,
     warmup: int = 0,
+    mean: AveragedModel | None = None,
     schedule: growth.Schedule | None = None,
     keep: bool = True,
 ) -> Run:
     losses, accuracies = [], []
     batches = digits.draw(seed)
-    mean = copy.deepcopy(model)
+    mean = mean or AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
     for step in range(steps):
         if schedule is not None:
             before = model
-            model, optimizer = schedule.grow(step, model, optimizer)
-            if model is not before:
-                mean = copy.deepcopy(model)
-                optimizer = optimizer if keep else build_optimizer(model)
+            model, optimizer = schedule.grow(step, model, optimizer, mean)
+            if model is not before and not keep:
+                optimizer = build_optimizer(model)
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / warmup) if warmup else RATE
         images, labels = next(batches)
@@ -186,14 +190,13 @@ def train(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        mean.update_parameters(model)
         losses.append(loss.item())
-        with torch.no_grad():
-            for smooth, parameter in zip(mean.parameters(), model.parameters(), strict=True):
-                smooth.lerp_(parameter, 1 - DECAY)
-            if (step + 1) % EVERY == 0:
+        if (step + 1) % EVERY == 0:
+            with torch.no_grad():
                 right = mean(digits.test[0]).argmax(1) == digits.test[1]
-                accuracies.append(float(right.float().mean()))
-    return Run(model, optimizer, losses, accuracies)
+            accuracies.append(float(right.float().mean()))
+    return Run(model, optimizer, mean, losses, accuracies)
 
 
 def compare(digits: Digits, seed: int, small_steps: int, steps: int) -> dict[str, Run]:
@@ -205,10 +208,11 @@ def compare(digits: Digits, seed: int, small_steps: int, steps: int) -> dict[str
     trained = train(small, build_optimizer(small), digits, small_steps, 1000 + seed, warmup=WARMUP)
     for kind in KINDS[1:]:
         schedule = growth.Schedule([(step, partial(ViT, *shape)) for step, shape in STAGES], spec=SPEC, seed=seed)
-        model = copy.deepcopy(trained.model)
+        model, mean = copy.deepcopy(trained.model), copy.deepcopy(trained.mean)
         optimizer = build_optimizer(model)
         optimizer.load_state_dict(trained.optimizer.state_dict())
-        runs[kind] = train(model, optimizer, digits, 6 * steps // 10, seed, schedule=schedule, keep=kind == "kept")
+        options = {"mean": mean, "schedule": schedule, "keep": kind == "kept"}
+        runs[kind] = train(model, optimizer, digits, 6 * steps // 10, seed, **options)
     return runs
 
 

@@ -833,6 +833,24 @@ def test_schedule_resumes_at_any_step(mode):
             assert torch.equal(expected, got)
 
 
+def test_averages_grow_with_the_model():
+    model = build("sequential")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    train_steps(model, optimizer, "sequential", 5, average)
+    old, inputs = copy.deepcopy(average), make_inputs("sequential")
+    schedule = growth.Schedule(
+        [(0, lambda: build("sequential", **CHANGES["1.33x"])), (1, lambda: build("sequential", **CHANGES["2x"]))]
+    )
+    for step in range(2):
+        model, optimizer = schedule.grow(step, model, optimizer, average)
+        assert growth.modules.compare_outputs(old, average, inputs) <= 1e-12
+        assert growth.modules.compare_outputs(model, average, inputs) > 1e-6
+        assert int(average.n_averaged) == 5
+    train_steps(model, optimizer, "sequential", 1, average)
+    assert int(average.n_averaged) == 6 and average.module[5].out_features == 80
+
+
 def test_schedule_keeps_groups():
     model = build_small()
     groups = [

@@ -92,7 +92,7 @@ def make_sequential_spec(source: nn.Sequential, target: nn.Sequential) -> Spec:
                 spaces[features.space] = _find_kind(module, [following for _, following in modules[position + 1 :]])
         elif features is None:
             layers[name] = keep(*module.state_dict())
-        elif isinstance(module, CONVOLUTIONS):
+        elif isinstance(module, nn.modules.conv._ConvNd):
             layers[name], features = depthwise(features.space), features._replace(size=module.out_channels)
         elif isinstance(module, nn.Flatten):
             features = features._replace(axis=FLATTENED.get(features.axis, features.axis))

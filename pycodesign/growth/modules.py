@@ -112,8 +112,8 @@ def grow(
     TypeError
         If the two are not of one class, or the optimizer is not one of those three.
     ValueError
-        Before anything is written: if the target is smaller, if the change cannot be exact (`Inexact`; the message says
-        what would be), or if no rule covers a parameter.
+        Before anything is written: if the target is smaller or differs in more than size (an activation, a stride), if
+        the change cannot be exact (`Inexact`; the message says what would be), or if no rule covers a parameter.
 
     Notes
     -----
@@ -122,7 +122,7 @@ def grow(
     rate by s / a, decoupled weight decay by 1 / s, coupled by a / s.
 
     A change of a post-norm model (BERT) is exact for integer multiples of its width only; rotary heads keep their
-    dimension.
+    dimension. In mode ``"exact"`` the loss must read outputs that keep their size: logits, not features.
 
     References
     ----------

@@ -17,7 +17,7 @@ Evaluated are running means of the weights, which grow with the model.
 
 The table says after how many steps the grown ones are as accurate, on 1,000 images that nobody trains on, as the large
 model from scratch is at its end; as work, the small model's steps count, too, each step by its operations. It also
-gives the mean loss of all steps, which chance moves less.
+gives the means of loss and accuracy over all of their steps, which chance moves less.
 
 `--search` asks another question: how well do a few steps foretell which of six larger shapes will be the most accurate?
 It prints Kendall's rank correlation of the loss after few steps, of candidates that are grown and of those from
@@ -280,13 +280,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:
-    table = Table("seed", "accuracy", *(f"{kind}: {what}" for kind in KINDS[1:] for what in ("steps", "work", "loss")))
+    columns = ("steps", "work", "loss", "accuracy")
+    table = Table("seed", "accuracy", *(f"{kind}: {what}" for kind in KINDS[1:] for what in columns))
     for row in rows:
         cells = [str(row["seed"]), f"{row['accuracy']:.1%}"]
         for kind in KINDS[1:]:
             share, work = (row.get(f"{kind}_{name}") for name in ("share", "work"))
             cells += ["not reached", ""] if share is None else [f"{share:.0%}", f"{work:.0%}"]
-            cells.append(f"{row[f'{kind}_loss']:.3f}")
+            cells += [f"{row[f'{kind}_loss']:.3f}", f"{row[f'{kind}_mean_accuracy']:.1%}"]
         table.add_row(*cells)
     Console(width=110).print(table)
 

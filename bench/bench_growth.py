@@ -124,7 +124,6 @@ def run(threads: int, rounds: int, dtypes: tuple[str, ...]) -> dict[str, Any]:
     pycodesign.set_num_threads(threads)
     rng = np.random.default_rng(0)
     facts = harness.gather_facts()
-    facts["pycodesign"]["team"] = facts["pycodesign"]["team"].partition(":")[0]  # its path is nobody's business
     bandwidth = measure_bandwidth()
     rows = []
     cases = [(shape, dtype, kind) for dtype in dtypes for shape in SHAPES for kind in TARGETS]

@@ -143,6 +143,27 @@ def test_dtypes(tmp_path: Path, dtype: torch.dtype) -> None:
         assert {tensors.get_tensor(name).dtype for name in tensors.keys()} == {dtype}
 
 
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("LlamaForCausalLM", {"hidden_size": 36, "num_attention_heads": 9, "num_key_value_heads": 3}),
+        ("ViTModel", {"hidden_size": 36, "num_attention_heads": 9, "num_hidden_layers": 3}),
+        ("BertForMaskedLM", {"hidden_size": 48, "num_attention_heads": 12, "intermediate_size": 80}),
+    ],
+)
+def test_other_architectures(tmp_path: Path, name: str, target: dict[str, int]) -> None:
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 40}
+    cls = getattr(transformers, name)
+    options = {"image_size": 16, "patch_size": 8} if name == "ViTModel" else {"vocab_size": 50}
+    heads = {"num_key_value_heads": 2, "head_dim": 4} if name == "LlamaForCausalLM" else {}
+    cls(cls.config_class(**sizes, **options, **heads)).save_pretrained(tmp_path / "small")
+    report = growth.grow_checkpoint(tmp_path / "small", tmp_path / "large", target_config=target, verify=True)
+    assert report.difference is not None and report.difference < 1e-6
+    if name == "BertForMaskedLM":
+        with pytest.raises(growth.Inexact, match="num_hidden_layers: 2 -> 3, but no block of bert can be an identity"):
+            growth.grow_checkpoint(tmp_path / "small", tmp_path / "deep", target_config={"num_hidden_layers": 3})
+
+
 def test_layer_scale_vectors_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = growth.Spec(
         "scaled",
@@ -324,6 +345,11 @@ def save_states(names: dict[str, tuple[int, ...]]) -> Callable[[Path], None]:
     return lambda src: safetensors.numpy.save_file(states, src / "optimizer.safetensors")
 
 
+def save_settings(settings: dict[str, Any]) -> Callable[[Path], None]:
+    states, metadata = {f"state.{LN}.exp_avg": np.zeros(24, "f4")}, {"optimizer": json.dumps(settings)}
+    return lambda src: safetensors.numpy.save_file(states, src / "optimizer.safetensors", metadata)
+
+
 LN = "transformer.ln_f.weight"
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (edit_bytes(lambda data: b""), "expected a safetensors file, got a damaged one: no header in 0 bytes"),
@@ -362,6 +388,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         save_states({"state.nothing.exp_avg": (2,)}),
         "optimizer.safetensors: expected state.PARAMETER.KEY, .*, got state.nothing.exp_avg",
     ),
+    "unknown optimizer": (save_settings({"class": "Lion", "param_groups": []}), "expected Adam, AdamW, SGD, got Lion"),
+    "damaged settings": (
+        save_settings({"class": "SGD"}),
+        "optimizer: expected the settings that save_optimizer writes",
+    ),
     "unknown state": (save_states({f"state.{LN}.prodigy": (24,)}), f"expected state.* got state.{LN}.prodigy"),
     "shape of a state": (save_states({f"state.{LN}.exp_avg": (23,)}), r"of shape \(24,\), got \(23,\)"),
 }
@@ -384,6 +415,13 @@ REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     "activation": (
         {"activation_function": "relu"},
         "target_config: expected activation_function 'gelu_new' as the source's, got 'relu'",
+    ),
+    "no number": ({"n_embd": "48"}, "config: expected an integer of at least 1 for 'n_embd', got '48'"),
+    "no heads": ({"n_head": 0}, "config: expected an integer of at least 1 for 'n_head', got 0"),
+    "heads": ({"n_head": 7}, "config: expected a width that 7 heads divide, got 24"),
+    "attention": (
+        {"scale_attn_by_inverse_layer_idx": True},
+        "target_config: expected scale_attn_by_inverse_layer_idx False as the source's, got True",
     ),
     "architecture": ({"model_type": "llama"}, "target_config: expected model_type 'gpt2' as the source's, got 'llama'"),
 }

@@ -508,7 +508,38 @@ def test_specs_that_contradict_themselves():
         (lambda w: [nn.Linear(8, w), nn.LayerNorm(w, elementwise_affine=False), nn.Linear(w, 4)], (12, 18), False),
         (lambda w: [nn.Linear(8, w), nn.LayerNorm(w), nn.Tanh(), nn.Linear(w, 4)], (12, 18), True),
         (lambda w: [nn.LayerNorm(8), nn.Linear(8, w), nn.Softplus(), nn.Linear(w, 4)], (12, 18), True),
-        (lambda w: [nn.Unflatten(1, (8, 1)), nn.Linear(1, w), nn.Linear(w, 4)], (12, 18), None),
+        (lambda w: [nn.Linear(8, w), nn.ReLU(), nn.Linear(w, 4), nn.LogSoftmax(-1)], (12, 18), True),
+        (lambda w: [nn.Unflatten(1, (4, 2)), nn.Linear(2, w), nn.Flatten(), nn.Linear(4 * w, 4)], (12, 18), True),
+        (
+            lambda w: [nn.Unflatten(1, (4, 2)), nn.Linear(2, w), nn.LayerNorm(w), nn.Flatten(), nn.Linear(4 * w, 4)],
+            (12, 18),
+            True,
+        ),
+        (
+            lambda w: [nn.Linear(8, w), nn.Softmax(-1), nn.Linear(w, 4)],
+            (12, 18),
+            "modules that 'auto' knows, got Softmax",
+        ),
+        (
+            lambda w: [nn.Linear(8, w), nn.MaxPool1d(2), nn.Linear(w // 2, 4)],
+            (12, 24),
+            "1 to work on the last of features 0",
+        ),
+        (
+            lambda w: [nn.Linear(8, w), nn.Flatten(0), nn.Linear(5 * w, 4)],
+            (12, 24),
+            "1 to work on the last of features 0",
+        ),
+        (
+            lambda w: [nn.Unflatten(1, (1, 8)), nn.Conv1d(1, w, 3), nn.Linear(6, 6), nn.Conv1d(w, 4, 3)],
+            (6, 12),
+            "2 to work on the channels",
+        ),
+        (
+            lambda w: [nn.Unflatten(1, (4, 2)), nn.Linear(2, w), nn.BatchNorm1d(4), nn.Linear(w, 4)],
+            (12, 24),
+            "2 of 12 inputs",
+        ),
     ],
     ids=[
         "relu then norm",
@@ -517,13 +548,20 @@ def test_specs_that_contradict_themselves():
         "norm without gamma",
         "norm then tanh",
         "norm of the input",
+        "module behind the last layer",
+        "flattened tokens",
+        "flattened tokens behind a norm",
         "unknown",
+        "pooled features",
+        "flattened batch",
+        "pixels",
+        "norm of tokens",
     ],
 )
 def test_sequentials_are_read_with_care(build_one, change, exact):
     source, target = (nn.Sequential(*build_one(width)).double() for width in change)
-    if exact is None:
-        with pytest.raises(ValueError, match="spec: expected modules that 'auto' knows, got Unflatten as 0"):
+    if isinstance(exact, str):
+        with pytest.raises(ValueError, match=f"spec: expected {exact}"):
             growth.grow(source, target)
     elif not exact:
         with pytest.raises(growth.Inexact, match="12 -> 18; exact would be 24"):
@@ -531,6 +569,56 @@ def test_sequentials_are_read_with_care(build_one, change, exact):
     else:
         x = torch.randn(5, 8, dtype=torch.float64)
         assert growth.grow(source, target, inputs=x).difference <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("build_one", "text"),
+    [
+        (
+            lambda wide: [nn.Conv2d(3, 4, 3, stride=1 + wide), nn.Conv2d(4, 2, 1)],
+            r"stride=\(1, 1\) in 0, .* got \(2, 2\)",
+        ),
+        (lambda wide: [nn.Conv2d(3, 4, 3, padding=1 - wide), nn.Conv2d(4, 2, 1)], "padding="),
+        (lambda wide: [nn.Linear(3, 4), nn.LeakyReLU(0.1 + wide), nn.Linear(4, 2)], "negative_slope=0.1 in 1"),
+        (lambda wide: [nn.Linear(3, 4), nn.ReLU() if wide else nn.GELU(), nn.Linear(4, 2)], "modules, larger"),
+        (lambda wide: [nn.Linear(3, 4), *[nn.ReLU(), nn.Linear(4, 4)] * wide, nn.Linear(4, 2)], "exact would be 2"),
+    ],
+)
+def test_models_that_differ_in_more_than_size(build_one, text):
+    source, target = (nn.Sequential(*build_one(wide)) for wide in (False, True))
+    with pytest.raises(ValueError, match=text):
+        growth.grow(source, target)
+
+
+def test_activations_are_compared_and_dropout_is_not():
+    source = build("timm vit")
+    with pytest.raises(ValueError, match=r"target: expected GELU as blocks\.0\.mlp\.act, as the source's, got ReLU"):
+        growth.grow(source, build_timm_vit(**CHANGES["2x"], act_layer=nn.ReLU))
+    target = build_timm_vit(**CHANGES["deeper"], drop_path_rate=0.1, proj_drop_rate=0.1).double()
+    assert growth.grow(source, target, inputs=make_inputs("timm vit")).difference <= 1e-12
+
+
+@pytest.mark.parametrize("name", ["resnet18d", "seresnet18"])
+def test_variants_of_resnets(name):
+    source, target = (
+        timm.create_model(name, channels=[width * n for n in (1, 2, 3, 4)], num_classes=CLASSES).double()
+        for width in (8, 12)
+    )
+    assert growth.grow(source, target, inputs=make_inputs("resnet")).difference <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"block_fn": timm.vision_transformer.ResPostBlock}, "got ResPostBlock as blocks.0"),
+        ({"mlp_layer": importlib.import_module("timm.layers").GluMlp}, "got GluMlp as blocks.0.mlp"),
+        ({"norm_layer": nn.RMSNorm}, "got RMSNorm as blocks.0.norm1"),
+    ],
+)
+def test_unknown_modules_of_timm(options, text):
+    source, target = build_timm_vit(**options), build_timm_vit(**CHANGES["2x"], **options)
+    with pytest.raises(ValueError, match=f"spec: expected modules that 'auto' knows, or a Spec, {text}"):
+        growth.grow(source, target)
 
 
 def test_transposed_and_depthwise_convolutions():
@@ -643,6 +731,20 @@ def test_plans_need_no_torch():
         ),
         ("gpt2", {"D": 48, "H": 12}, {"spec": "rnn"}, ValueError, "spec: expected a model_type of gpt2, .* got 'rnn'"),
         ("gpt2", {"activation_function": "relu"}, {}, ValueError, "activation_function 'gelu_new' .* got 'relu'"),
+        (
+            "gpt2",
+            {"L": 3, "scale_attn_by_inverse_layer_idx": True},
+            {"first": {"scale_attn_by_inverse_layer_idx": True}},
+            growth.Inexact,
+            "scales each layer by its number; exact would be 2 layers",
+        ),
+        (
+            "gpt2",
+            {"D": 48, "scale_attn_weights": False},
+            {"first": {"scale_attn_weights": False}},
+            growth.Inexact,
+            "exact would be heads of 4 dimensions",
+        ),
         ("gpt2", {"vocab_size": 60}, {}, ValueError, "wte.weight: expected 50 in axis 0 as in the source, got 60"),
         ("timm resnet", {"L": 3}, {"first": {"L": 1}}, growth.Inexact, "none of which can be copied; exact would be 1"),
         ("sequential", {"D": 48}, {"spec": growth.GPT2}, ValueError, "0.weight: .* found no rule for it"),
@@ -731,6 +833,24 @@ def test_schedule_resumes_at_any_step(mode):
             assert torch.equal(expected, got)
 
 
+def test_averages_grow_with_the_model():
+    model = build("sequential")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    train_steps(model, optimizer, "sequential", 5, average)
+    old, inputs = copy.deepcopy(average), make_inputs("sequential")
+    schedule = growth.Schedule(
+        [(0, lambda: build("sequential", **CHANGES["1.33x"])), (1, lambda: build("sequential", **CHANGES["2x"]))]
+    )
+    for step in range(2):
+        model, optimizer = schedule.grow(step, model, optimizer, average)
+        assert growth.modules.compare_outputs(old, average, inputs) <= 1e-12
+        assert growth.modules.compare_outputs(model, average, inputs) > 1e-6
+        assert int(average.n_averaged) == 5
+    train_steps(model, optimizer, "sequential", 1, average)
+    assert int(average.n_averaged) == 6 and average.module[5].out_features == 80
+
+
 def test_schedule_keeps_groups():
     model = build_small()
     groups = [
@@ -766,7 +886,7 @@ def make_trainer(model, schedule, folder, steps):
     arguments = transformers.TrainingArguments(
         folder,
         max_steps=steps,
-        save_steps=4,
+        save_steps=1,
         per_device_train_batch_size=4,
         learning_rate=1e-3,
         lr_scheduler_type="constant",
@@ -792,9 +912,9 @@ def test_trainer_grows_and_resumes(tmp_path):
     trainer.train()
     assert trainer.model.config.n_embd == 32 and len(trainer.model.transformer.h) == 3
     assert sum(p.numel() for g in trainer.optimizer.param_groups for p in g["params"]) == trainer.model.num_parameters()
-    for steps in (4, 8):
+    for steps in range(1, 10):
         schedule = make_schedule()
-        resumed = make_trainer(schedule.build(steps, build_first), schedule, tmp_path, 10)
+        resumed = make_trainer(schedule.build(steps, build_first), schedule, tmp_path / "resumed", 10)
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{steps}"))
         for expected, got in zip(trainer.model.parameters(), resumed.model.parameters(), strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)

@@ -45,7 +45,7 @@ def test_grow_vit(tmp_path, monkeypatch):
     assert done.exit_code == 0
     (row,) = json.loads((tmp_path / "result.json").read_text())["rows"]
     assert row["kept_loss"] < row["dropped_loss"]
-    assert [len(row["curves"][kind]) for kind in example.KINDS] == [5, 3, 3]
+    assert [len(row["curves"][kind]) for kind in example.KINDS] == [11, 6, 6]
     assert (tmp_path / "plot.svg").read_text().startswith("<?xml")
 
 

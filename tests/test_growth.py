@@ -25,6 +25,7 @@ from pycodesign.reference import growth
 Array = NDArray[Any]
 
 FLOATS = ("float16", "float32", "float64")
+ISAS = _core.supported_isas()
 COPIED = ("int8", "uint8", "bool", "int16", "int32", "uint32", "int64", "complex64")
 SIZES = (0, 1, 3, 4, 5, 15, 16, 17, 63, 66)
 INNER = ((), (1,), (2,), (3, 3))
@@ -85,8 +86,9 @@ def test_edge_sizes(dtype: str, scaled: bool, kind: str) -> None:
         columns = None if kind == "no columns" else make_map(old, new + 20, kind, seed + 1)
         scales = make_scales((len(rows), old if columns is None else len(columns)), dtype, seed) if scaled else {}
         expected = growth.expand(w, rows, columns, **scales)
-        for threads in (1, 3):
+        for threads, isa in ((1, "scalar"), (1, ISAS[-1]), (3, ISAS[-1])):
             pycodesign.set_num_threads(threads)
+            pycodesign.set_isa(isa)
             assert_same(ops.expand(w, rows, columns, **scales), expected)
 
 
@@ -120,12 +122,13 @@ def test_layouts(dtype: str, layout: str) -> None:
 @pytest.mark.parametrize(
     ("dtype", "scaled"), [*product((*FLOATS, "bfloat16"), (True, False)), ("int8", False), ("int16", False)]
 )
-@pytest.mark.parametrize("kind", ["arbitrary", "tiles"])
-def test_results_beyond_the_caches(dtype: str, scaled: bool, kind: str) -> None:
-    # Rows of 1537 elements begin anywhere in a cache line; the result goes past the caches on most processors.
+@pytest.mark.parametrize(("kind", "width"), [("arbitrary", 1537), ("arbitrary", 1600), ("tiles", 1537)])
+def test_results_beyond_the_caches(dtype: str, scaled: bool, kind: str, width: int) -> None:
+    # Rows of 1537 elements begin anywhere in a cache line, those of 1600 at one, and are written in blocks; the result
+    # goes past the caches on most processors.
     size = 1 if dtype == "int8" else getattr(torch, dtype).itemsize
-    count = 1537 * (min(_core.cache_sizes()["l3"], 48 << 20) // 2 // 1537 // size + 7)
-    old, new = (500, 700), (count // 1537, 1537)
+    count = width * (min(_core.cache_sizes()["l3"], 48 << 20) // 2 // width // size + 7)
+    old, new = (500, 700), (count // width, width)
     w = torch.from_numpy(make_weight(old, "float64")).to(getattr(torch, dtype))
     rows, columns = (torch.from_numpy(make_map(o, n, kind)) for o, n in zip(old, new, strict=True))
     wide = w.double() if dtype == "float64" else w.float()
@@ -138,8 +141,9 @@ def test_results_beyond_the_caches(dtype: str, scaled: bool, kind: str) -> None:
     assert got.dtype == w.dtype and torch.equal(got, expected.to(w.dtype))
     buffer, view = guarded(new, "int16" if dtype == "bfloat16" else dtype)
     out = torch.from_numpy(view).view(w.dtype)
-    for threads in (1, 2, 3):
+    for threads, isa in ((1, "scalar"), (1, ISAS[-1]), (2, ISAS[-1]), (3, ISAS[-1])):
         pycodesign.set_num_threads(threads)
+        pycodesign.set_isa(isa)
         out.zero_()
         ops.expand(w, rows, columns, **scales, out=out)
         assert torch.equal(out, got)

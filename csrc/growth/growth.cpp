@@ -1,6 +1,7 @@
 #include "growth/growth.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
@@ -12,16 +13,28 @@
 #include "core/cpu.h"
 #include "core/half.h"
 #include "core/thread_pool.h"
-
-#if defined(__x86_64__)
-#include <emmintrin.h>
-#endif
+#include "growth/kernels.h"
 
 namespace pycodesign::growth {
+
+const Kernels& kernels() {
+  static const auto table = [] {
+    std::array<Kernels, 2> all{};
+    for (auto& k : all) fill_scalar(k);
+#if defined(__x86_64__)
+    const auto supported = core::supported_isas();
+    if (supported.back() >= core::Isa::avx2) fill_avx2(all[1]);
+#endif
+    return all;
+  }();
+  return table[core::active_isa() >= core::Isa::avx2];
+}
+
 namespace {
 
-constexpr int64_t lanes = 4;          // source rows that are gathered from at once
-constexpr int64_t shortest_run = 28;  // elements on average, from which copying run by run is faster
+constexpr int64_t lanes = 4;            // source rows that are gathered from at once
+constexpr int64_t shortest_run = 28;    // elements on average, from which copying run by run is faster
+constexpr int64_t block_columns = 512;  // gathered at once: they stay in the first cache until they are written
 constexpr int64_t chunks_per_thread = 8;
 constexpr int64_t chunk_bytes = 64 << 10;  // of the result; less is not worth another thread
 
@@ -117,6 +130,10 @@ std::vector<Row> plan_rows(const Expansion& x) {
   return rows;
 }
 
+// Four bytes are four bytes to a shuffle.
+template <class V> const float* as_floats(const V* values) { return reinterpret_cast<const float*>(values); }
+template <class V> float* as_floats(V* values) { return reinterpret_cast<float*>(values); }
+
 // dst[i * step] = element i of the row that begins at src.
 template <class E>
 void stage_row(const Expansion& x, const char* src, typename E::Value* __restrict dst, int64_t step) {
@@ -134,7 +151,12 @@ void stage_rows(const std::array<const char*, lanes>& rows, int64_t inputs, type
   using Stored = typename E::Stored;
   const auto *a = reinterpret_cast<const Stored*>(rows[0]), *b = reinterpret_cast<const Stored*>(rows[1]),
              *c = reinterpret_cast<const Stored*>(rows[2]), *d = reinterpret_cast<const Stored*>(rows[3]);
-  for (int64_t i = 0; i < inputs; ++i) {
+  int64_t i = 0;
+  if constexpr (std::is_same_v<Stored, typename E::Value> && sizeof(Stored) == sizeof(float)) {
+    const std::array<const float*, lanes> sources{as_floats(a), as_floats(b), as_floats(c), as_floats(d)};
+    i = kernels().interleave(sources.data(), inputs, as_floats(quads));
+  }
+  for (; i < inputs; ++i) {
     quads[lanes * i] = E::load(a[i]);
     quads[lanes * i + 1] = E::load(b[i]);
     quads[lanes * i + 2] = E::load(c[i]);
@@ -147,36 +169,15 @@ template <class V> V scaled(V value, const V* scale, int64_t i) {
   return value;
 }
 
-#if defined(__x86_64__)
-// The same as below, by transposing 4 x 4 elements in registers.
-template <class V>
-int64_t gather_transposed(const V* quads, const int32_t* sources, const V* scale, int64_t n, V* __restrict result) {
-  static_assert(sizeof(V) == 4);
-  const auto* from = reinterpret_cast<const float*>(quads);
-  auto* to = reinterpret_cast<float*>(result);
-  int64_t i = 0;
-  for (; i + lanes <= n; i += lanes) {
-    __m128 v[lanes];
-    for (int64_t l = 0; l < lanes; ++l) v[l] = _mm_load_ps(from + lanes * static_cast<int64_t>(sources[i + l]));
-    _MM_TRANSPOSE4_PS(v[0], v[1], v[2], v[3]);
-    for (int64_t l = 0; l < lanes; ++l) {
-      if constexpr (std::is_same_v<V, float>) v[l] = _mm_mul_ps(v[l], _mm_loadu_ps(scale + i));
-      _mm_storeu_ps(to + l * n + i, v[l]);
-    }
-  }
-  return i;
-}
-#endif
-
 // result[l * n + i] = quads[sources[i]][l] * scale[i]
 template <class V>
 void gather(const V* quads, const int32_t* sources, const V* scale, int64_t n, V* __restrict result) {
   constexpr int64_t most = 256;
   alignas(64) V block[most * lanes];
   int64_t begin = 0;
-#if defined(__x86_64__)
-  if constexpr (sizeof(V) == 4) begin = gather_transposed(quads, sources, scale, n, result);
-#endif
+  if constexpr (sizeof(V) == sizeof(float))
+    begin = kernels().gather(as_floats(quads), sources, std::is_same_v<V, float> ? as_floats(scale) : nullptr, n,
+                             as_floats(result));
   for (; begin < n; begin += most) {
     const int64_t count = std::min(most, n - begin);
     for (int64_t i = 0; i < count; ++i)
@@ -205,23 +206,11 @@ template <class V> void copy_runs(const V* row, const std::vector<Run>& runs, co
 
 // Whole cache lines go past the caches.
 void stream(char* to, const char* from, size_t bytes) {
-#if defined(__x86_64__)
-  const size_t head = std::min<size_t>(bytes, -reinterpret_cast<uintptr_t>(to) & 63);
+  const size_t head = std::min<size_t>(bytes, -reinterpret_cast<uintptr_t>(to) & 63), lines = (bytes - head) / 64;
   std::memcpy(to, from, head);
-  size_t i = head;
-  for (; i + 64 <= bytes; i += 64)
-    for (size_t j = i; j < i + 64; j += 16)
-      _mm_stream_si128(reinterpret_cast<__m128i*>(to + j), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j)));
-  std::memcpy(to + i, from + i, bytes - i);
-#else
-  std::memcpy(to, from, bytes);
-#endif
-}
-
-void finish_streams() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
+  kernels().stream(to + head, from + head, lines);
+  const size_t done = head + 64 * lines;
+  std::memcpy(to + done, from + done, bytes - done);
 }
 
 // The work of one call, for one kind of elements.
@@ -242,19 +231,21 @@ template <class E> class Expander {
     by_runs_ = x.rows < lanes || runs * shortest_run <= outputs_;
     is_identity_ = is_same && is_contiguous_ && !in_scale && runs == 1 && columns.runs[0].from == 0;
     streams_ = bytes > static_cast<int64_t>(core::cache_sizes().l3 / 2);
+    const bool shares_lines = streams_ && (reinterpret_cast<uintptr_t>(x.out) % 64 || x.row_stride % 64);
+    block_ = by_runs_ || shares_lines ? outputs_ : std::min(outputs_, block_columns);
   }
 
   // Computes rows [begin, end) of the plan.
   void run(int64_t begin, int64_t end) const {
     const int64_t width = by_runs_ ? 1 : lanes;
     core::AlignedBuffer<Value> staged(static_cast<size_t>(width * (columns_.inputs + 1)));
-    core::AlignedBuffer<Value> results(static_cast<size_t>(width * outputs_));
-    core::AlignedBuffer<Stored> stored(static_cast<size_t>(width * outputs_));
+    core::AlignedBuffer<Value> results(static_cast<size_t>(width * block_));
+    core::AlignedBuffer<Stored> stored(static_cast<size_t>(width * block_));
     std::fill_n(staged.data() + width * columns_.inputs, width, Value(0));  // what index -1 reads
 
     int64_t r = begin;
     for (; r < end && row(r).source < 0; ++r)
-      std::memset(locate(row(r).output), 0, sizeof(Stored) * static_cast<size_t>(outputs_));
+      std::memset(x_.out + row(r).output * x_.row_stride, 0, sizeof(Stored) * static_cast<size_t>(outputs_));
     while (r < end) {
       std::array<const char*, lanes> from{};
       int64_t used = 0, last = r;
@@ -264,23 +255,18 @@ template <class E> class Expander {
         from[static_cast<size_t>(used++)] = x_.w + row(last).source * x_.stride[0];
       }
       std::fill(from.begin() + used, from.end(), from[0]);
-      const Value* values = by_runs_ ? expand_row(from[0], staged.data(), results.data())
-                                     : expand_rows(from, staged.data(), results.data());
-      if constexpr (!is_same)
-        if (!x_.out_scale) store(values, used * outputs_, Value(1), stored.data());
-      int64_t begin_of_lane = 0;
-      for (int64_t first = r; r < last; ++r) {
-        if (r > first && row(r).source != row(r - 1).source) begin_of_lane += outputs_;
-        if constexpr (std::is_floating_point_v<Value>)
-          if (x_.out_scale) {
-            write_scaled(values + begin_of_lane, row(r).output, stored.data());
-            continue;
-          }
-        const void* result = is_same ? static_cast<const void*>(values + begin_of_lane) : stored.data() + begin_of_lane;
-        write(result, row(r).output);
+      if (!by_runs_) stage(from, staged.data());
+      for (int64_t c = 0; c < outputs_; c += block_) {
+        const int64_t count = std::min(block_, outputs_ - c);
+        const Value* values = by_runs_ ? expand_row(from[0], staged.data(), results.data())
+                                       : gather_block(staged.data(), c, count, results.data());
+        if constexpr (!is_same)
+          if (!x_.out_scale) store(values, used * count, Value(1), stored.data());
+        write_rows(r, last, c, count, values, stored.data());
       }
+      r = last;
     }
-    if (streams_) finish_streams();
+    if (streams_) kernels().finish_streams();
   }
 
  private:
@@ -298,41 +284,53 @@ template <class E> class Expander {
     return result;
   }
 
-  const Value* expand_rows(const std::array<const char*, lanes>& from, Value* staged, Value* results) const {
-    if (is_contiguous_) {
-      stage_rows<E>(from, columns_.inputs, staged);
-    } else {
-      for (int64_t l = 0; l < lanes; ++l) stage_row<E>(x_, from[static_cast<size_t>(l)], staged + l, lanes);
-    }
-    gather(staged, columns_.sources.data(), scale_.data(), outputs_, results);
+  void stage(const std::array<const char*, lanes>& from, Value* staged) const {
+    if (is_contiguous_) return stage_rows<E>(from, columns_.inputs, staged);
+    for (int64_t l = 0; l < lanes; ++l) stage_row<E>(x_, from[static_cast<size_t>(l)], staged + l, lanes);
+  }
+
+  const Value* gather_block(const Value* staged, int64_t column, int64_t count, Value* results) const {
+    const Value* scale = scale_.empty() ? nullptr : scale_.data() + column;
+    gather(staged, columns_.sources.data() + column, scale, count, results);
     return results;
   }
 
-  char* locate(int64_t output) const { return x_.out + output * x_.row_stride; }
+  // Rows [begin, end) of the plan from columns [column, column + count); each source has `count` values, or, where its
+  // elements are stored otherwise and have no scale, that many in `stored`, which is a line to work in elsewhere.
+  void write_rows(int64_t begin, int64_t end, int64_t column, int64_t count, const Value* values,
+                  Stored* stored) const {
+    int64_t lane = 0;
+    for (int64_t r = begin; r < end; ++r) {
+      if (r > begin && row(r).source != row(r - 1).source) lane += count;
+      char* to = x_.out + row(r).output * x_.row_stride + column * static_cast<int64_t>(sizeof(Stored));
+      if constexpr (std::is_floating_point_v<Value>)
+        if (x_.out_scale) {
+          const Value scale = static_cast<const Value*>(x_.out_scale)[row(r).output];
+          store(values + lane, count, scale, streams_ ? stored : reinterpret_cast<Stored*>(to));
+          if (streams_) write(stored, count, to);
+          continue;
+        }
+      write(is_same ? static_cast<const void*>(values + lane) : stored + lane, count, to);
+    }
+  }
 
   static void store(const Value* values, int64_t n, Value scale, Stored* __restrict to) {
     for (int64_t i = 0; i < n; ++i) to[i] = E::store(values[i] * scale);
   }
 
-  void write_scaled(const Value* values, int64_t output, Stored* line) const {
-    const Value scale = static_cast<const Value*>(x_.out_scale)[output];
-    store(values, outputs_, scale, streams_ ? line : reinterpret_cast<Stored*>(locate(output)));
-    if (streams_) write(line, output);
-  }
-
-  void write(const void* stored, int64_t output) const {
-    const size_t bytes = sizeof(Stored) * static_cast<size_t>(outputs_);
+  void write(const void* stored, int64_t count, char* to) const {
+    const size_t bytes = sizeof(Stored) * static_cast<size_t>(count);
     if (streams_) {
-      stream(locate(output), static_cast<const char*>(stored), bytes);
+      stream(to, static_cast<const char*>(stored), bytes);
     } else {
-      std::memcpy(locate(output), stored, bytes);
+      std::memcpy(to, stored, bytes);
     }
   }
 
   const Expansion& x_;
   const Columns& columns_;
   const std::vector<Row>& rows_;
-  int64_t outputs_;
+  int64_t outputs_, block_;  // columns, and how many are gathered at once
   std::vector<Value> scale_;
   bool is_contiguous_, by_runs_, is_identity_, streams_;
 };

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from pycodesign.growth.plan import Plan, make_plan
-from pycodesign.growth.rules import POWERS, Rule, scale_settings
+from pycodesign.growth.rules import OPTIMIZERS, POWERS, Rule, scale_settings
 from pycodesign.growth.shards import Array, Checkpoint, Tensor, Writer, read_checkpoint
-from pycodesign.growth.sizes import SAME, compute_shapes, is_tied, read_heads, read_sizes
+from pycodesign.growth.sizes import SAME, check_configs, compute_shapes, is_tied, read_heads, read_sizes
 from pycodesign.growth.spec import Spec
 from pycodesign.growth.specs import find_spec
 from pycodesign.growth.staging import stage_directory
@@ -193,13 +193,12 @@ def grow_checkpoint(
     >>> spec = growth.Spec(
     ...     "mlp",
     ...     {"fc1": growth.linear(None, "hidden"), "fc2": growth.linear("hidden", None)},
-    ...     config={"hidden": "width", "stream": "inputs", "heads": "heads", "layers": "layers"},
+    ...     config={"hidden": "width"},
     ... )
     >>> src = Path(tempfile.mkdtemp())
     >>> save_file({"fc1.weight": np.ones((4, 3), "f4"), "fc2.weight": np.ones((2, 4), "f4")}, src / "model.safetensors")
-    >>> small = {"width": 4, "inputs": 3, "heads": 1, "layers": 0}
     >>> report = growth.grow_checkpoint(
-    ...     src, src / "large", source_config=small, target_config={"width": 8}, spec=spec, mode="exact"
+    ...     src, src / "large", source_config={"width": 4}, target_config={"width": 8}, spec=spec, mode="exact"
     ... )
     >>> load_file(src / "large" / "model.safetensors")["fc2.weight"]
     array([[0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5],
@@ -256,9 +255,7 @@ def _read_config(name: str, config: Config) -> dict[str, Any]:
 
 
 def _check_configs(old: Mapping[str, Any], new: Mapping[str, Any], spec: Spec) -> None:
-    for key in KEPT:
-        if old.get(key) != new.get(key):
-            raise ValueError(f"target_config: expected {key} {old.get(key)!r} as the source's, got {new.get(key)!r}")
+    check_configs("target_config", spec, old, new, KEPT)
     before, after = read_sizes(spec, old), read_sizes(spec, new)
     for size, count in before.items():
         if after[size] < count:
@@ -339,8 +336,20 @@ def _plan_optimizer(checkpoint: Checkpoint, plan: Plan) -> Part:
         ]
     metadata = dict(checkpoint.metadata)
     if OPTIMIZER in metadata:
-        metadata[OPTIMIZER] = json.dumps(_grow_groups(json.loads(metadata[OPTIMIZER]), rules, plan.mode))
+        settings = _read_settings(metadata[OPTIMIZER])
+        metadata[OPTIMIZER] = json.dumps(_grow_groups(settings, rules, plan.mode))
     return Part(OPTIMIZER, metadata, checkpoint.tensors, targets)
+
+
+def _read_settings(text: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(text)
+        kind, groups = settings["class"], [dict(group) for group in settings["param_groups"]]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError("optimizer: expected the settings that save_optimizer writes, got damaged ones") from None
+    if kind not in OPTIMIZERS:
+        raise ValueError(f"optimizer: expected {', '.join(OPTIMIZERS)}, got {kind}")
+    return {"class": kind, "param_groups": groups}
 
 
 def _grow_groups(optimizer: dict[str, Any], rules: Mapping[str, list[Rule]], mode: str) -> dict[str, Any]:

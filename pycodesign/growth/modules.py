@@ -19,12 +19,18 @@ from pycodesign.growth.optimizers import OptimizerGrowth
 from pycodesign.growth.plan import Plan, make_plan
 from pycodesign.growth.rules import Rule
 from pycodesign.growth.sequential import make_sequential_spec
-from pycodesign.growth.sizes import SAME, read_heads, read_sizes
+from pycodesign.growth.sizes import check_configs, read_heads, read_sizes
 from pycodesign.growth.spec import Spec
-from pycodesign.growth.specs import TIMM_RESNET, TIMM_RESNET_BOTTLENECK, TIMM_VIT, find_spec
+from pycodesign.growth.specs import find_spec, find_timm_spec
 
 __all__ = ["Report", "grow", "plan_modules"]
 
+IDLE = ("Identity", "DropPath", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d")  # keep what they get, evaluated
+SIZES = (  # attributes of torch's modules in which the larger may differ, and those that only training reads
+    *("in_features", "out_features", "in_channels", "out_channels", "num_features", "embedding_dim"),
+    *("normalized_shape", "groups", "num_parameters", "unflattened_size"),
+    *("eps", "momentum", "padding_idx", "inplace", "training"),
+)
 WRAPPERS = ("module", "_orig_mod")  # attributes of DistributedDataParallel, AveragedModel; of torch.compile
 
 
@@ -106,8 +112,8 @@ def grow(
     TypeError
         If the two are not of one class, or the optimizer is not one of those three.
     ValueError
-        Before anything is written: if the target is smaller, if the change cannot be exact (`Inexact`; the message says
-        what would be), or if no rule covers a parameter.
+        Before anything is written: if the target is smaller or differs in more than size (an activation, a stride), if
+        the change cannot be exact (`Inexact`; the message says what would be), or if no rule covers a parameter.
 
     Notes
     -----
@@ -116,7 +122,7 @@ def grow(
     rate by s / a, decoupled weight decay by 1 / s, coupled by a / s.
 
     A change of a post-norm model (BERT) is exact for integer multiples of its width only; rotary heads keep their
-    dimension.
+    dimension. In mode ``"exact"`` the loss must read outputs that keep their size: logits, not features.
 
     References
     ----------
@@ -174,9 +180,9 @@ def plan_modules(
     """Plan what `grow` would do."""
     if type(source) is not type(target):
         raise TypeError(f"target: expected {type(source).__name__} as the source, got {type(target).__name__}")
-    _check_config(source, target)
     if not isinstance(spec, Spec):
         spec = _find_spec(source, target, spec)
+    _check_config(source, target, spec)
     olds, news = list_tensors(source), list_tensors(target)
     tied = _has_tied(target, spec)
     if tied != _has_tied(source, spec):
@@ -195,6 +201,7 @@ def plan_modules(
     old_shapes, new_shapes = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (olds, news))
     plan = make_plan(old_shapes, new_shapes, spec, heads=heads, mode=mode, tied=tied, noise=noise, seed=seed)
     _check_groups(plan, source, target)
+    _check_settings(plan, source, target)
     return plan
 
 
@@ -225,11 +232,8 @@ def _find_spec(source: nn.Module, target: nn.Module, name: str) -> Spec:
         return make_sequential_spec(source, target)
     if (config := _read_config(source)) is not None and "model_type" in config:
         return find_spec(config)
-    kinds = {cls.__name__ for cls in type(source).__mro__ if cls.__module__.startswith("timm.models.")}
-    if "VisionTransformer" in kinds:
-        return TIMM_VIT
-    if "ResNet" in kinds:
-        return TIMM_RESNET_BOTTLENECK if hasattr(source.get_submodule("layer1.0"), "conv3") else TIMM_RESNET
+    if (spec := find_timm_spec(dict(source.named_modules()))) is not None:
+        return spec
     raise ValueError(f"spec: expected a Spec for {type(source).__name__}, which 'auto' does not know, got 'auto'")
 
 
@@ -238,14 +242,39 @@ def _read_config(model: nn.Module) -> Mapping[str, Any] | None:
     return config.to_dict() if hasattr(config, "to_dict") else None
 
 
-def _check_config(source: nn.Module, target: nn.Module) -> None:
-    """Refuse models that differ in more than size."""
+def _check_config(source: nn.Module, target: nn.Module, spec: Spec) -> None:
     old, new = _read_config(source), _read_config(target)
-    if old is None or new is None:
-        return
-    for key in SAME:
-        if old.get(key) != new.get(key):
-            raise ValueError(f"target: expected {key} {old.get(key)!r} as the source's, got {new.get(key)!r}")
+    if old is not None and new is not None:
+        check_configs("target", spec, old, new)
+
+
+def _check_settings(plan: Plan, source: nn.Module, target: nn.Module) -> None:
+    """Refuse modules that differ in more than size: in an activation, a stride, a slope."""
+    olds, blocks = dict(source.named_modules()), {}
+    for rule in plan:
+        if (new := plan.spec.split_block(rule.name)) and (old := plan.spec.split_block(rule.source)):
+            blocks[f"{new[0]}{new[1]}"] = f"{old[0]}{old[1]}"
+    for name, module in target.named_modules():
+        split = plan.spec.split_block(name)
+        block = f"{split[0]}{split[1]}" if split else ""
+        old_module = olds.get(blocks.get(block, block) + name[len(block) :])
+        if old_module is None or (type(old_module).__name__ in IDLE and type(module).__name__ in IDLE):
+            continue
+        if type(old_module) is not type(module):
+            kinds = type(old_module).__name__, type(module).__name__
+            raise ValueError(f"target: expected {kinds[0]} as {name}, as the source's, got {kinds[1]}")
+        expected, got = _read_settings(old_module), _read_settings(module)
+        for key in expected.keys() | got.keys():
+            if expected.get(key) != got.get(key):
+                wanted = f"{key}={expected.get(key)!r} in {name}, as the source's"
+                raise ValueError(f"target: expected {wanted}, got {got.get(key)!r}")
+
+
+def _read_settings(module: nn.Module) -> dict[str, Any]:
+    """Return the numbers and strings of one of torch's own modules that are no sizes."""
+    own = any(c.__module__.startswith("torch.nn.modules") and c is not nn.Module for c in type(module).__mro__)
+    plain = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in SIZES}
+    return {k: v for k, v in plain.items() if isinstance(v, (int, float, str, tuple))} if own else {}
 
 
 def _read_heads(model: nn.Module, spec: Spec) -> Heads | None:

@@ -254,10 +254,10 @@ def _grow_axis(role: Role, old: int, new: int, spec: Spec, heads: tuple[Heads, H
         )
         parts = [grow_heads(s, (heads[0], old_dim), (heads[1], new_dim), spec.rotary) for s in spaces]
         return join_axes(parts, old_sizes)
-    kind = spec.spaces.get(role.space, "cycle")
-    if kind == "cycle":
-        return grow_cycle(role.kind, old, new)
-    return grow_stream(role.kind, kind, old, new, tied)
+    kind = spec.spaces.get(spaces[0], "cycle")
+    old, new = old // len(spaces), new // len(spaces)
+    axis = grow_cycle(role.kind, old, new) if kind == "cycle" else grow_stream(role.kind, kind, old, new, tied)
+    return axis if len(spaces) == 1 else join_axes([axis] * len(spaces), [old] * len(spaces))
 
 
 def _split_heads(spaces: list[str], heads: Heads, size: int) -> tuple[list[int], int]:

@@ -18,6 +18,7 @@ from pycodesign.growth.indices import ONE, ZERO, Axis, keep_axis
 Array: TypeAlias = Any  # a NumPy array or a torch tensor in host memory
 
 NOISE_BLOCK = 1 << 20  # values drawn at once
+OPTIMIZERS = ("Adam", "AdamW", "SGD")  # of torch.optim
 POWERS = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2, "momentum_buffer": 1}  # of gradients, in a state
 
 

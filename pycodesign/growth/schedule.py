@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -91,7 +92,7 @@ class Schedule:
         self.report: Report | None = None
 
     def grow(
-        self, step: int, model: nn.Module, optimizer: Optimizer | None = None
+        self, step: int, model: nn.Module, optimizer: Optimizer | None = None, ema: nn.Module | None = None
     ) -> tuple[nn.Module, Optimizer | None]:
         """Grow what is due before a training step.
 
@@ -101,6 +102,8 @@ class Schedule:
             The number of training steps done.
         model : torch.nn.Module
         optimizer : Adam, AdamW or SGD, optional
+        ema : torch.nn.Module, optional
+            Average of the model, as `torch.optim.swa_utils.AveragedModel`; it grows in place.
 
         Returns
         -------
@@ -108,17 +111,23 @@ class Schedule:
             The same two, or larger ones. The new optimizer has the settings and groups of the old.
         """
         while self.stage < len(self.steps) and self.steps[self.stage] <= step:
-            model, optimizer = self._grow(model, optimizer)
+            model, optimizer = self._grow(model, optimizer, None if ema is None else unwrap(ema))
             self.stage += 1
         return model, optimizer
 
-    def _grow(self, model: nn.Module, optimizer: Optimizer | None) -> tuple[nn.Module, Optimizer | None]:
+    def _grow(
+        self, model: nn.Module, optimizer: Optimizer | None, ema: nn.Module | None
+    ) -> tuple[nn.Module, Optimizer | None]:
         source, target = unwrap(model), self.builds[self.stage]()
         like = next(source.parameters())
         target.to(like.device, like.dtype).train(source.training)
         options = {**self._options, "seed": self._seed + self.stage}
         new = None if optimizer is None else copy_optimizer(source, target, optimizer, self._options["spec"])
+        average = None if ema is None else copy.deepcopy(target).to(next(ema.parameters())).train(ema.training)
+        options |= {"ema": ema, "target_ema": average}
         self.report = grow(source, target, optimizer=optimizer, target_optimizer=new, **options)
+        if ema is not None and average is not None:
+            ema.__dict__ = average.__dict__
         return target, new
 
     def build(self, steps: int, first: Build) -> nn.Module:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from torch import nn
 
+from pycodesign.growth.indices import Inexact
 from pycodesign.growth.spec import (
     Layer,
     Spec,
@@ -22,17 +23,33 @@ __all__ = ["make_sequential_spec"]
 
 Modules: TypeAlias = tuple[type[nn.Module], ...]
 
-# Applied to each feature alone; the first kind keeps zeros.
+# Applied to each number alone; the first kind keeps zeros.
 ZERO_KEEPING: Modules = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh)
 ZERO_KEEPING += (nn.Hardtanh, nn.Hardswish, nn.Softsign, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Identity)
 ZERO_KEEPING += (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-ELEMENTWISE: Modules = (*ZERO_KEEPING, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid, nn.Flatten)
-ELEMENTWISE += (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
-ELEMENTWISE += (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.ZeroPad2d, nn.Upsample)
-ELEMENTWISE += (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
+ELEMENTWISE: Modules = (*ZERO_KEEPING, nn.Sigmoid, nn.Hardsigmoid, nn.Softplus, nn.LogSigmoid)
+# Applied to the pixels of each channel.
+POOLINGS: Modules = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+POOLINGS += (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.ZeroPad2d, nn.Upsample)
+POOLINGS += (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
 BATCH_NORMS: Modules = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-WRITERS: Modules = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
-FEATUREWISE: Modules = (*ELEMENTWISE, *BATCH_NORMS, nn.LayerNorm, nn.RMSNorm)
+NORMS: Modules = (nn.LayerNorm, nn.RMSNorm)
+CONVOLUTIONS: Modules = (nn.modules.conv._ConvNd,)
+WRITERS: Modules = (nn.Linear, nn.Embedding, *CONVOLUTIONS)
+FLATTENED = {"channels": "pixels", "last": "tokens"}  # what the axis of features becomes
+FEATUREWISE: Modules = (*ELEMENTWISE, *POOLINGS, *BATCH_NORMS, *NORMS, nn.Flatten)
+
+
+class _Features(NamedTuple):
+    """The features between two layers: their space, their number, and where they lie.
+
+    `axis` is ``"channels"`` (N, C, ...), ``"last"`` (..., C), or, behind a Flatten, ``"pixels"`` (N, C * pixels) or
+    ``"tokens"`` (N, tokens * C).
+    """
+
+    space: str
+    size: int
+    axis: str
 
 
 def make_sequential_spec(source: nn.Sequential, target: nn.Sequential) -> Spec:
@@ -41,8 +58,9 @@ def make_sequential_spec(source: nn.Sequential, target: nn.Sequential) -> Spec:
     Parameters
     ----------
     source, target : torch.nn.Sequential
-        Linear layers, embeddings, convolutions (of one group, or depthwise), BatchNorm, LayerNorm, RMSNorm, and modules
-        that work on each feature alone; nested ones, too. The same modules in both, but for sizes.
+        Linear layers, embeddings, convolutions (of one group, or depthwise), BatchNorm, LayerNorm, RMSNorm, Flatten,
+        and modules that work on each feature alone; nested ones, too. Before the first layer that may grow and behind
+        the last, any module. The same modules in both, but for sizes.
 
     Returns
     -------
@@ -56,36 +74,81 @@ def make_sequential_spec(source: nn.Sequential, target: nn.Sequential) -> Spec:
     """
     modules = list(_list_leaves(source))
     others = list(_list_leaves(target))
+    if len(modules) != len(others):
+        text = f"{len(modules)} -> {len(others)} modules, of which none is known to be an identity"
+        raise Inexact(f"target: {text}; exact would be {len(modules)}, larger")
     if [(name, type(module)) for name, module in modules] != [(name, type(module)) for name, module in others]:
         raise ValueError("target: expected the source's modules, larger, got others")
     layers: dict[str, Layer] = {}
     spaces: dict[str, str] = {}
-    writers = [name for name, module in modules if isinstance(module, WRITERS)]
-    space = None
+    last = max((i for i, (_, module) in enumerate(modules) if _is_full(module)), default=-1)
+    features: _Features | None = None  # none that may grow
     for position, (name, module) in enumerate(modules):
-        if isinstance(module, ELEMENTWISE):
-            continue
-        if isinstance(module, WRITERS):
-            groups = getattr(module, "groups", 1)
-            if groups > 1:
-                if space is None or groups != module.in_channels:
-                    layers[name], space = keep(), None
-                else:
-                    layers[name] = depthwise(space)
-                continue
-            read, space = space, None if name == writers[-1] else f"features {name}"
-            if space is not None:
-                spaces[space] = _find_kind(module, [following for _, following in modules[position + 1 :]])
-            transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-            layers[name] = linear(read, space, transposed=transposed)
-            if isinstance(module, nn.Embedding):
-                layers[name] = embedding(space) if space is not None else keep()
-        elif isinstance(module, (*BATCH_NORMS, nn.LayerNorm, nn.RMSNorm)):
-            norm = batch_norm if isinstance(module, BATCH_NORMS) else layer_norm
-            layers[name] = norm(space) if space is not None else keep(*norm("").roles)
-        else:
-            raise ValueError(f"spec: expected modules that 'auto' knows, got {type(module).__name__} as {name}")
+        reads = None if features is None else _name_inputs(features, name, module)
+        if _is_full(module):
+            features = _find_outputs(name, module) if position != last else None
+            layers[name] = _make_writer(module, reads, features)
+            if features is not None:
+                spaces[features.space] = _find_kind(module, [following for _, following in modules[position + 1 :]])
+        elif features is None:
+            layers[name] = keep(*module.state_dict())
+        elif isinstance(module, nn.modules.conv._ConvNd):
+            layers[name], features = depthwise(features.space), features._replace(size=module.out_channels)
+        elif isinstance(module, nn.Flatten):
+            features = features._replace(axis=FLATTENED.get(features.axis, features.axis))
+        elif reads is not None:
+            layers[name] = (layer_norm if isinstance(module, NORMS) else batch_norm)(reads)
     return Spec("Sequential", layers, spaces={s: kind for s, kind in spaces.items() if kind != "cycle"})
+
+
+def _is_full(module: nn.Module) -> bool:
+    """Whether each output depends on all inputs, so that the outputs may be others than the inputs."""
+    groups = getattr(module, "groups", 1)
+    return isinstance(module, WRITERS) and (groups == 1 or groups != getattr(module, "in_channels", None))
+
+
+def _find_outputs(name: str, module: nn.Module) -> _Features | None:
+    if getattr(module, "groups", 1) > 1:
+        return None
+    keys = ("out_features", "out_channels", "embedding_dim")
+    size = next(getattr(module, key) for key in keys if hasattr(module, key))
+    return _Features(f"features {name}", size, "channels" if isinstance(module, CONVOLUTIONS) else "last")
+
+
+def _make_writer(module: nn.Module, reads: str | None, features: _Features | None) -> Layer:
+    writes = None if features is None else features.space
+    if isinstance(module, nn.Embedding):
+        return embedding(writes) if writes is not None else keep()
+    if getattr(module, "groups", 1) > 1:
+        return keep()
+    return linear(reads, writes, transposed=isinstance(module, nn.modules.conv._ConvTransposeNd))
+
+
+def _name_inputs(features: _Features, name: str, module: nn.Module) -> str | None:
+    """Name the spaces that a module reads or scales, None if it works on each number alone.
+
+    Raises
+    ------
+    ValueError
+        If it works on something else than the features.
+    """
+    kind = type(module).__name__
+    if not isinstance(module, (*WRITERS, *FEATUREWISE)) or isinstance(module, nn.Embedding):
+        raise ValueError(f"spec: expected modules that 'auto' knows, got {kind} as {name}")
+    shape = getattr(module, "normalized_shape", ())
+    on_channels = isinstance(module, (*CONVOLUTIONS, *POOLINGS)) or len(shape) > 1
+    on_last = isinstance(module, nn.Linear) or len(shape) == 1
+    is_partial = isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1)
+    if is_partial or (on_channels if features.axis != "channels" else on_last):
+        raise ValueError(f"spec: expected {name} to work on the {features.axis} of {features.space}, got a {kind}")
+    keys = ("in_features", "in_channels", "num_features")
+    count = shape[0] if shape else next((getattr(module, key) for key in keys if hasattr(module, key)), None)
+    if count is None:
+        return None
+    times, rest = divmod(count, features.size)
+    if rest or (times > 1 and features.axis not in ("pixels", "tokens")):
+        raise ValueError(f"spec: expected {name} of {features.size} inputs, which {features.space} are, got {count}")
+    return "+".join([features.space] * times) if features.axis == "tokens" else features.space
 
 
 def _list_leaves(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -106,6 +169,7 @@ def _find_kind(writer: nn.Module, following: list[nn.Module]) -> str:
     if getattr(norm, "weight", None) is None:
         return "repeat"
     last_axis = isinstance(writer, (nn.Linear, nn.Embedding)) and len(getattr(norm, "normalized_shape", ())) == 1
-    if norms == [0] and last_axis and all(isinstance(module, ZERO_KEEPING) for module in following[1:until]):
+    keep_zeros = all(isinstance(module, (*ZERO_KEEPING, nn.Flatten)) for module in following[1:until])
+    if norms == [0] and last_axis and keep_zeros:
         return "mean" if isinstance(norm, nn.LayerNorm) else "zero"
     return "repeat"

@@ -5,13 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pycodesign.growth.indices import Heads
+from pycodesign.growth.indices import Heads, Inexact
 from pycodesign.growth.spec import Spec
 
-__all__ = ["SAME", "compute_shapes", "is_tied", "read_heads", "read_sizes"]
+__all__ = ["SAME", "check_configs", "compute_shapes", "is_tied", "read_heads", "read_sizes"]
 
 OUTPUT_HEADS = ("LMHead", "ForCausalLM", "ForMaskedLM", "ForPreTraining")  # in names of classes with an output layer
-SAME = ("hidden_act", "activation_function", "rope_parameters", "rope_theta", "position_embedding_type")
+UNSCALED, BY_LAYER = "scale_attn_weights", "scale_attn_by_inverse_layer_idx"  # GPT-2's: false, true
+SAME = (
+    "hidden_act",
+    "activation_function",
+    "rope_parameters",
+    "rope_theta",
+    "position_embedding_type",
+    UNSCALED,
+    BY_LAYER,
+)
+DEFAULTS = {UNSCALED: True, BY_LAYER: False, "position_embedding_type": "absolute"}  # where a config does not say
 
 
 def read_sizes(spec: Spec, config: Mapping[str, Any]) -> dict[str, int]:
@@ -29,24 +39,73 @@ def read_sizes(spec: Spec, config: Mapping[str, Any]) -> dict[str, int]:
     dict from str to int
         By space, and ``"layers"``, ``"heads"``, ``"kv_heads"``, ``"head_dim"``.
 
+    Raises
+    ------
+    ValueError
+        If a size is missing or no such number, or the spec names no keys.
+
     Examples
     --------
     >>> from pycodesign.growth import GPT2
     >>> read_sizes(GPT2, {"n_embd": 64, "n_head": 4, "n_layer": 2})["hidden"]
     256
     """
+    if not spec.config:
+        raise ValueError(f"spec: expected one whose config names the keys of sizes, got {spec.name!r}")
     sizes = {}
     for size, key in spec.config.items():
         value = config.get(key)
         if size != "eps" and value is not None:
-            sizes[size] = int(value)
+            least = 0 if size == "layers" else 1
+            if type(value) is not int or value < least:
+                raise ValueError(f"config: expected an integer of at least {least} for {key!r}, got {value!r}")
+            sizes[size] = value
     for size in ("stream", "heads", "layers"):
         if size in spec.config and size not in sizes:
             raise ValueError(f"config: expected {spec.config[size]!r}, got none")
-    sizes.setdefault("hidden", 4 * sizes["stream"])
-    sizes.setdefault("kv_heads", sizes["heads"])
-    sizes.setdefault("head_dim", sizes["stream"] // sizes["heads"])
+    heads = sizes.setdefault("heads", 1)
+    sizes.setdefault("kv_heads", heads)
+    sizes.setdefault("layers", 0)
+    if "stream" in sizes:
+        sizes.setdefault("hidden", 4 * sizes["stream"])
+        sizes.setdefault("pooled", sizes["stream"])
+        if "head_dim" not in sizes and sizes["stream"] % heads:
+            raise ValueError(f"config: expected a width that {heads} heads divide, got {sizes['stream']}")
+        sizes.setdefault("head_dim", sizes["stream"] // heads)
     return sizes
+
+
+def check_configs(
+    name: str, spec: Spec, old: Mapping[str, Any], new: Mapping[str, Any], same: Sequence[str] = SAME
+) -> None:
+    """Refuse what changes the function though no parameter shows it.
+
+    Parameters
+    ----------
+    name : str
+        Of the argument, for the message.
+    spec : Spec
+    old, new : mapping
+        Configs of the two models.
+    same : sequence of str
+        Keys that must agree.
+
+    Raises
+    ------
+    ValueError
+        If one of them does not, or the change cannot be exact (`Inexact`).
+    """
+    for key in same:
+        expected, got = (config.get(key, DEFAULTS.get(key)) for config in (old, new))
+        if expected != got:
+            raise ValueError(f"{name}: expected {key} {expected!r} as the source's, got {got!r}")
+    if not spec.config:
+        return
+    before, after = read_sizes(spec, old), read_sizes(spec, new)
+    if old.get(BY_LAYER) and before["layers"] != after["layers"]:
+        raise Inexact(f"{name}: {BY_LAYER} scales each layer by its number; exact would be {before['layers']} layers")
+    if old.get(UNSCALED) is False and before["head_dim"] != after["head_dim"]:
+        raise Inexact(f"{name}: without {UNSCALED} exact would be heads of {before['head_dim']} dimensions")
 
 
 def read_heads(sizes: Mapping[str, int]) -> Heads:
@@ -79,8 +138,11 @@ def compute_shapes(
     Raises
     ------
     ValueError
-        If a parameter has no rule, or its shape contradicts the config.
+        If a parameter has no rule, or its shape contradicts the config, or the blocks cannot be repeated (`Inexact`).
     """
+    if not spec.blocks and source["layers"] != target["layers"]:
+        text = f"{spec.config['layers']}: {source['layers']} -> {target['layers']}, but no block of {spec.name}"
+        raise Inexact(f"{text} can be an identity; exact would be {source['layers']}")
     grown = {}
     for name, shape in shapes.items():
         _, roles = spec.find(name)
@@ -98,7 +160,13 @@ def compute_shapes(
 
 def _size_of(space: str, sizes: Mapping[str, int]) -> int:
     heads = {"q": "heads", "o": "heads", "k": "kv_heads", "v": "kv_heads"}
-    return sum(sizes[heads[s]] * sizes["head_dim"] if s in heads else sizes[s] for s in space.split("+"))
+    total = 0
+    for part in space.split("+"):
+        size = "head_dim" if part in heads else part
+        if size not in sizes:
+            raise ValueError(f"spec: expected a config key for the size of {size!r}, got none")
+        total += sizes[size] * (sizes[heads[part]] if part in heads else 1)
+    return total
 
 
 def _repeat_block(name: str, spec: Spec, old: int, new: int) -> list[str]:

@@ -154,11 +154,32 @@ class Spec:
 
     Examples
     --------
-    A block ``x + fc2(gelu(fc1(norm(x))))``, repeated, between an embedding and a classifier:
+    A network that `grow` does not know: blocks ``x + fc2(gelu(fc1(norm(x))))`` between an embedding and a classifier.
+
+    >>> import torch
+    >>> from torch import nn
+    >>> class Block(nn.Module):
+    ...     def __init__(self, width, hidden):
+    ...         super().__init__()
+    ...         self.norm, self.fc1, self.fc2 = nn.LayerNorm(width), nn.Linear(width, hidden), nn.Linear(hidden, width)
+    ...     def forward(self, x):
+    ...         return x + self.fc2(nn.functional.gelu(self.fc1(self.norm(x))))
+    >>> class Network(nn.Module):
+    ...     def __init__(self, width, hidden, depth):
+    ...         super().__init__()
+    ...         self.embed, self.norm, self.head = nn.Linear(8, width), nn.LayerNorm(width), nn.Linear(width, 5)
+    ...         self.blocks = nn.Sequential(*[Block(width, hidden) for _ in range(depth)])
+    ...     def forward(self, x):
+    ...         return self.head(self.norm(self.blocks(self.embed(x))))
+
+    Go through the layers and say what each reads and writes. Whatever is added together, or normalized, is one space:
+    here the residual stream. The pixels that ``embed`` reads and the classes that ``head`` writes are none: they stay.
+    LayerNorms read the stream, so that it is of kind ``"mean"``; the hidden units of an MLP meet no norm and need no
+    entry. A block adds nothing once ``fc2`` is zero: that layer is silenced in new blocks.
 
     >>> from pycodesign import growth
     >>> spec = growth.Spec(
-    ...     "mlp",
+    ...     "network",
     ...     {
     ...         "embed": growth.linear(None, "stream"),
     ...         "blocks.*.norm": growth.layer_norm("stream"),
@@ -171,8 +192,21 @@ class Spec:
     ...     blocks={"blocks.*": 0},
     ...     silence=["blocks.*.fc2"],
     ... )
-    >>> spec.find("blocks.3.fc1.weight")
-    ('blocks.*.fc1', (Role(kind='write', space='hidden'), Role(kind='read', space='stream')))
+
+    Wider by a third, with more hidden units and one more block, it computes the same:
+
+    >>> small, large = Network(12, 24, 2).double(), Network(16, 40, 3).double()
+    >>> report = growth.grow(small, large, spec=spec, inputs=torch.randn(4, 8, dtype=torch.double))
+    >>> report.difference < 1e-12
+    True
+    >>> for rule in report.plan.rules[-4:]:
+    ...     print(f"{rule.name}: {rule.what}")
+    blocks.2.fc1.weight: writes hidden; reads stream
+    blocks.2.fc1.bias: writes hidden
+    blocks.2.fc2.weight: writes stream, 4 means; reads hidden, each copy its share
+    blocks.2.fc2.bias: writes stream, 4 means
+
+    Always pass `inputs` when a spec is new: what is wrong in it shows in the difference.
     """
 
     name: str

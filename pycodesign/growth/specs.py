@@ -19,7 +19,7 @@ from pycodesign.growth.spec import (
     rms_norm,
 )
 
-__all__ = ["BERT", "GPT2", "LLAMA", "SPECS", "TIMM_RESNET", "TIMM_VIT", "VIT", "find_spec"]
+__all__ = ["BERT", "GPT2", "LLAMA", "SPECS", "TIMM_RESNET", "TIMM_VIT", "VIT", "find_spec", "find_timm_spec"]
 
 GPT2 = Spec(
     "gpt2",
@@ -36,6 +36,8 @@ GPT2 = Spec(
         "ln_f": layer_norm("stream"),
         "lm_head": linear("stream", None),
         "score": linear("stream", None),
+        "classifier": linear("stream", None),
+        "qa_outputs": linear("stream", None),
     },
     spaces={"stream": "mean"},
     blocks={"h.*": 0},
@@ -68,11 +70,12 @@ LLAMA = Spec(
         "norm": rms_norm("stream"),
         "lm_head": linear("stream", None),
         "score": linear("stream", None),
+        "qa_outputs": linear("stream", None),
     },
     spaces={"stream": "zero"},
     blocks={"layers.*": 0},
     silence=("layers.*.self_attn.o_proj", "layers.*.mlp.down_proj"),
-    prefixes=("model",),
+    prefixes=("model", "transformer"),
     rotary=True,
     tied={"lm_head": "norm"},
     tied_by_default=False,
@@ -137,7 +140,7 @@ VIT = Spec(
         "encoder.layer.*.output.dense",
     ),
     prefixes=("vit", "deit"),
-    config=TRANSFORMER_CONFIG,
+    config={**TRANSFORMER_CONFIG, "pooled": "pooler_output_size"},
 )
 
 # A block of BERT normalizes its sum: it is never an identity, and a mean in the stream would vary.
@@ -210,11 +213,15 @@ def _make_resnet(last: int) -> Spec:
         "bn1": batch_norm("channels"),
         "fc": linear("channels", None),
     }
+    for number, reads in enumerate((None, "channels", "channels")):  # a stem of three convolutions
+        layers[f"conv1.{3 * number}"] = convolution(reads, "channels")
+        layers[f"conv1.{3 * number + 1}"] = batch_norm("channels")
     shortcut = Layer({**batch_norm("channels").roles, **convolution("channels", "channels").roles})
     for stage in ("layer1.*", "layer2.*", "layer3.*", "layer4.*"):
         for number in range(1, last + 1):
             layers[f"{stage}.conv{number}"] = convolution("channels", "channels")
             layers[f"{stage}.bn{number}"] = batch_norm("channels")
+        layers[f"{stage}.se.fc1"] = layers[f"{stage}.se.fc2"] = convolution("channels", "channels")
         layers[f"{stage}.downsample.*"] = shortcut  # a convolution and its BatchNorm, in some variants after a pooling
     stages = {f"layer{stage}.*": 1 for stage in range(1, 5)}
     return Spec("timm_resnet", layers, blocks=stages, silence=[f"{stage}.bn{last}" for stage in stages])
@@ -243,3 +250,35 @@ def find_spec(config: Mapping[str, Any]) -> Spec:
     if kind not in SPECS:
         raise ValueError(f"spec: expected a model_type of {', '.join(SPECS)}, or spec=, got {kind!r}")
     return SPECS[kind]
+
+
+# Classes of the modules whose roles are known, beside activations. Others with parameters of the same names, such as
+# blocks that normalize behind their layers, would not keep the function.
+_TIMM_MODULES = {
+    *("Linear", "Conv2d", "Identity", "Dropout", "DropPath", "Sequential", "ModuleList"),
+    *("VisionTransformer", "VisionTransformerDistilled", "PatchEmbed", "PatchDropout", "Block", "LayerNorm"),
+    *("Attention", "Mlp", "LayerScale"),
+    *("ResNet", "BasicBlock", "Bottleneck", "BatchNorm2d", "SEModule", "DropBlock2d", "BlurPool2d", "MaxPool2d"),
+    *("AvgPool2d", "AvgPool2dSame", "SelectAdaptivePool2d", "AdaptiveAvgPool2d", "FastAdaptiveAvgPool", "Flatten"),
+}
+
+
+def find_timm_spec(modules: Mapping[str, object]) -> Spec | None:
+    """Return the spec of a timm model by its modules, None for another library's.
+
+    Raises
+    ------
+    ValueError
+        If it has a module whose roles are not known.
+    """
+    kinds = {cls.__name__ for cls in type(modules[""]).__mro__ if cls.__module__.startswith("timm.models.")}
+    if not kinds & {"VisionTransformer", "ResNet"}:
+        return None
+    for name, module in modules.items():
+        kind = type(module)
+        if kind.__name__ not in _TIMM_MODULES and "activation" not in kind.__module__:
+            text = f"modules that 'auto' knows, or a Spec, got {kind.__name__} as {name or 'the model'}"
+            raise ValueError(f"spec: expected {text}")
+    if "VisionTransformer" in kinds:
+        return TIMM_VIT
+    return TIMM_RESNET_BOTTLENECK if "layer1.0.conv3" in modules else TIMM_RESNET

@@ -57,7 +57,7 @@ def test_kinds_and_their_bits(example: ModuleType, kind: str) -> None:
     float_weights = {name: layer.weight.detach() for name, layer in example.quantized_layers(model).items()}
     example.set_kind(model, kind)
     layers = example.quantized_layers(model)
-    assert list(layers) == ["3.conv1", "3.conv2", "3.shortcut.0", "4.conv1", "4.conv2", "4.shortcut.0"]
+    assert list(layers) == ["3.conv1", "3.conv2", "4.conv1", "4.conv2", "4.shortcut.0"]
     assert not any(module.training for module in model.modules())
     assert not torch.nn.utils.parametrize.is_parametrized(model[0])
     bits = 0.0
@@ -133,9 +133,18 @@ def test_a_run_on_few_images(example: ModuleType, folder: Path) -> None:
     assert rows["float32"]["ms"].keys() == {"float32"} and rows["real 4"]["ms"].keys() == {"float32"}
     assert rows["sign 8"]["bits_per_weight"] < rows["ternary"]["bits_per_weight"] < rows["float32"]["bits_per_weight"]
 
-    timed = invoke(example, *options, "--float-epochs", 0, "--time")
+    networks = example.load_networks(lambda: example.ResNet20(3, 10, width=8), path.with_suffix(".pt"))
+    images = example.load_images(folder)
+    for kind, row in rows.items():
+        accuracy = example.measure_all(networks[kind], images, kind)
+        assert {a: values[0] for a, values in row["accuracy"].items()} == {a: round(v, 6) for a, v in accuracy.items()}
+        assert row["bits_per_weight"] == round(example.count_bits(networks[kind]), 4)
+
+    timed = invoke(example, *options, "--time")
     assert timed.exit_code == 0, timed.output
-    again = {row["kind"]: row for row in json.loads(path.read_text())["rows"]}
+    result = json.loads(path.read_text())
+    assert result["facts"]["cpu"] and result["threads"] == 1 and result["command"].startswith("python examples/")
+    again = {row["kind"]: row for row in result["rows"]}
     assert (
         again["ternary"]["accuracy"] == rows["ternary"]["accuracy"] and again["ternary"]["ms"] != rows["ternary"]["ms"]
     )
@@ -147,10 +156,15 @@ def test_bad_options(example: ModuleType, tmp_path: Path) -> None:
     run = invoke(example, "--kinds", "binary,sine 8")
     assert run.exit_code == 2 and "got 'sine 8'" in run.stderr
     run = invoke(example, "--json", tmp_path / "none.json", "--plot", "p.png")
-    assert run.exit_code == 2 and "train first" in run.stderr
+    assert run.exit_code == 1 and "none.json: train first" in run.stderr
     (tmp_path / "empty.json").write_text(json.dumps({"rows": []}))
     run = invoke(example, "--json", tmp_path / "empty.json", "--plot", "p.png")
     assert run.exit_code == 1 and "run with --time first" in run.stderr
+    run = invoke(example, "--json", tmp_path / "empty.json", "--time")
+    assert run.exit_code == 1 and "empty.pt: train first" in run.stderr
+    run = invoke(example, "--data", tmp_path)
+    assert run.exit_code == 1 and "expected data_batch_*.bin" in run.stderr
+    assert not (tmp_path / "none.json").exists()
 
 
 def test_the_helps_examples_name_real_options(example: ModuleType) -> None:

@@ -33,6 +33,7 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -236,28 +237,40 @@ def list_points(rows: list[dict[str, Any]]) -> dict[tuple[str, str], tuple[float
     }
 
 
-def show(rows: list[dict[str, Any]], console: Console) -> None:
-    table = Table(caption="accuracy in %, mean and half of its 95 % interval; * on the front of accuracy against ms")
-    for column in ("weights", "bits per weight", "activations", "accuracy", "above ternary", "ms"):
-        table.add_column(column, justify="left" if column in ("weights", "activations") else "right")
+def format_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the cells of a table: kind, bits, then for both types of activations accuracy, gain on ternary, and ms."""
     front = find_front(list_points(rows))
-    ternary = {row["kind"]: row["accuracy"] for row in rows}.get("ternary", {})
+    ternary = next((row["accuracy"] for row in rows if row["kind"] == "ternary"), {})
+    lines = []
     for row in rows:
-        for activations, values in row["accuracy"].items():
-            mean, half = summarize(values)
-            against = ternary.get(activations, [])
-            difference, spread = summarize([a - b for a, b in zip(values, against, strict=True)] if against else [0.0])
+        cells = [row["kind"], f"{row['bits_per_weight']:.2f}"]
+        for activations in ACTIVATIONS:
+            values, against = (accuracy.get(activations, []) for accuracy in (row["accuracy"], ternary))
+            differences = [a - b for a, b in zip(values, against, strict=False)]
             ms = row.get("ms", {}).get(activations)
-            star = " *" if (row["kind"], activations) in front else ""
-            table.add_row(
-                row["kind"],
-                f"{row['bits_per_weight']:.2f}",
-                activations,
-                f"{100 * mean:.2f} ± {100 * half:.2f}",
-                f"{100 * difference:+.2f} ± {100 * spread:.2f}" if against else "",
-                f"{ms:.3f}{star}" if ms is not None else "",
-            )
+            star = "*" if (row["kind"], activations) in front else ""
+            cells += [show_percent(values), show_percent(differences, "+"), "" if ms is None else f"{ms:.3f}{star}"]
+        lines.append(cells)
+    return lines
+
+
+def show_percent(values: list[float], sign: str = "") -> str:
+    if not values:
+        return ""
+    mean, half = summarize([100 * value for value in values])
+    return f"{mean:{sign}.2f} ± {half:.2f}"
+
+
+def show(rows: list[dict[str, Any]], console: Console) -> None:
+    table = Table(box=box.MARKDOWN)
+    for column in ("weights", "bits", *("accuracy", "above ternary", "ms") * 2):
+        table.add_column(column, justify="left" if column == "weights" else "right")
+    for cells in format_rows(rows):
+        table.add_row(*cells)
     console.print(table)
+    console.print(
+        "float32 activations, then uint8; % of test images with 95 % intervals; * on the front", highlight=False
+    )
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -270,12 +283,12 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     points = list_points(rows)
     if not points:
         raise click.ClickException("no milliseconds among the results: run with --time first")
-    spreads = {(row["kind"], a): summarize(values)[1] for row in rows for a, values in row["accuracy"].items()}
+    halves = {(row["kind"], a): summarize(values)[1] for row in rows for a, values in row["accuracy"].items()}
     figure, axes = pyplot.subplots(figsize=(8, 5))
     for activations, color in zip(ACTIVATIONS, ("tab:blue", "tab:orange"), strict=True):
         own = [key for key in points if key[1] == activations]
         ms, accuracy = zip(*(points[key] for key in own), strict=True)
-        bars = [100 * spreads[key] for key in own]
+        bars = [100 * halves[key] for key in own]
         label = f"{activations} activations"
         axes.errorbar(ms, 100 * np.array(accuracy), bars, fmt="o", color=color, elinewidth=0.7, label=label)
     for (kind, _), (ms, accuracy) in points.items():
@@ -283,6 +296,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     front = np.array([points[key] for key in find_front(points)])
     axes.step(front[:, 0], 100 * front[:, 1], where="post", color="gray", zorder=0, label="front")
     axes.set(xscale="log", xlabel="milliseconds an image, batch 1", ylabel="test accuracy in %, 95 % interval")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.legend()
     figure.tight_layout()
     figure.savefig(path)
@@ -327,7 +342,9 @@ def read_kinds(_: click.Context, __: click.Parameter, text: str) -> list[str]:
 )
 @click.option("--time", "only_time", is_flag=True, help="Measure milliseconds only, and put them into the results.")
 @click.option("--rounds", type=click.IntRange(min=1), default=300, help="Of timing; the median counts.")
-@click.option("--plot", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw the results, no more.")
+@click.option(
+    "--plot", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw the results, and print them."
+)
 @click.option(
     "--json",
     "path",
@@ -374,7 +391,7 @@ def main(
         result = json.loads(path.read_text())
     if picture:
         plot(result["rows"], picture)
-        click.echo(f"wrote {picture}")
+        show(result["rows"], console)
         return
     try:
         images = load_images(data)

@@ -148,8 +148,26 @@ def test_a_run_on_few_images(example: ModuleType, folder: Path) -> None:
     assert (
         again["ternary"]["accuracy"] == rows["ternary"]["accuracy"] and again["ternary"]["ms"] != rows["ternary"]["ms"]
     )
+    before = path.read_bytes()
     drawn = invoke(example, "--json", path, "--plot", picture)
     assert drawn.exit_code == 0 and picture.read_bytes().startswith(b"\x89PNG")
+    assert path.read_bytes() == before and "| sign 8 " in drawn.output
+
+
+def test_table(example: ModuleType) -> None:
+    rows = [
+        {"kind": kind, "bits_per_weight": bits, "accuracy": {"float32": accuracy}, "ms": ms}
+        for kind, bits, accuracy, ms in (
+            ("float32", 32.0, [0.97, 0.96], {"float32": 2.0}),
+            ("ternary", 2.03, [0.95, 0.96], {"float32": 1.0, "uint8": 0.5}),
+            ("sign 8", 0.96, [0.96, 0.97], {}),
+        )
+    ]
+    assert example.format_rows(rows) == [
+        ["float32", "32.00", "96.50 ± 6.36", "+1.00 ± 12.71", "2.000*", "", "", ""],
+        ["ternary", "2.03", "95.50 ± 6.36", "+0.00 ± 0.00", "1.000*", "", "", "0.500"],
+        ["sign 8", "0.96", "96.50 ± 6.36", "+1.00 ± 0.00", "", "", "", ""],
+    ]
 
 
 def test_bad_options(example: ModuleType, tmp_path: Path) -> None:

@@ -230,7 +230,8 @@ def test_training_learns_weights_kernels_and_scales_and_converts_exactly(pretrai
         assert "codebook" in rows["2"].runs
         return
     eight = pycodesign.nn.convert(model, activations="uint8", example_inputs=x, skip=["0", "10"])
-    assert all(row.converted for row in pycodesign.nn.report(eight) if row.layer in names)
+    rows = {row.layer: row for row in pycodesign.nn.report(eight)}
+    assert all(rows[name].converted and "rounded" not in rows[name].why for name in names)
     with torch.no_grad():
         torch.testing.assert_close(eight(x), expected, rtol=0, atol=0.1 * float(expected.abs().max()))
 

@@ -212,6 +212,7 @@ def gather_facts() -> dict[str, Any]:
         Values that JSON can hold; None for what could not be found.
     """
     config = pycodesign.show_config()
+    config["team"] = re.sub(r"/\S*/", "", config["team"])  # the library without its folder
     known = set(_search(r"^flags\s*:\s*(.*)$", "/proc/cpuinfo").split())
     memory = _search(r"^MemTotal:\s*(\d+) kB", "/proc/meminfo")
     return {

@@ -188,11 +188,11 @@ def explain_layer(layer: StoredLayer, input_dtype: str = "float32", method: str 
     -------
     dict
         ``layer``, ``kind``, ``shape``; ``levels`` (a list; of the first output where each has its own; None if there
-        are too many, or real kernels); ``algorithm``, None where there is none, and ``why``; ``gains``: whether that algorithm does less
-        than dense sums; ``adds``, ``multiplies``, ``dense_ops`` for each output pixel, ``removed`` (a share); ``bytes``
-        of the packed weights and machine code, ``float32_bytes``; ``pixels``, and ``macs`` = weights times pixels;
-        ``predicted_ns`` for each output pixel, ``dense_ns`` of our dense sums, ``predicted_ms`` for all pixels, where
-        they are known.
+        are too many, or real kernels); ``algorithm``, None where there is none, and ``why``; ``gains``: whether that
+        algorithm does less than dense sums; ``adds``, ``multiplies``, ``dense_ops`` for each output pixel, ``removed``
+        (a share); ``bytes`` of the packed weights and machine code, ``float32_bytes``; ``pixels``, and ``macs`` =
+        weights times pixels; ``predicted_ns`` for each output pixel, ``dense_ns`` of our dense sums, ``predicted_ms``
+        for all pixels, where they are known.
     """
     size = math.prod(layer.shape)
     row: dict[str, Any] = {"layer": layer.name, "kind": layer.kind, "shape": list(layer.shape)}

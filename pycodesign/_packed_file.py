@@ -12,17 +12,19 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from pycodesign._arguments import to_integer
+from pycodesign._quantized import FewValued, from_arrays, to_arrays
 from pycodesign.quantize import KernelCodebook, QuantizedTensor
 
 KEY = "pycodesign"  # the only one of the metadata: safetensors writes several in a random order
 FORMAT = "pycodesign packed layer 1"
 
 
-def encode(q: QuantizedTensor | KernelCodebook, bias: NDArray[np.float32] | None, options: dict[str, Any]) -> bytes:
+def encode(q: FewValued, bias: NDArray[np.float32] | None, options: dict[str, Any]) -> bytes:
     """Write a layer's weights, bias and options."""
     tensors: dict[str, NDArray[Any]] = {"scale": q.scale}
     if isinstance(q, KernelCodebook):
-        tensors |= {"index": q.index, "negative": pack_bits((q.sign < 0).view(np.uint8), 1), "kernels": q.kernels}
+        codes, kernels, _ = to_arrays(q)
+        tensors |= {"codes": codes, "kernels": kernels}
     else:
         tensors |= {"codes": pack_bits(q.codes, code_bits(q.Q)), "levels": q.levels}
     if bias is not None:
@@ -30,7 +32,7 @@ def encode(q: QuantizedTensor | KernelCodebook, bias: NDArray[np.float32] | None
     return seal(tensors, options | {"shape": q.shape})
 
 
-def decode(data: bytes) -> tuple[QuantizedTensor | KernelCodebook, NDArray[np.float32] | None, dict[str, Any]]:
+def decode(data: bytes) -> tuple[FewValued, NDArray[np.float32] | None, dict[str, Any]]:
     """Read what `encode` wrote; other data raise one of many exceptions, of safetensors, JSON or Python."""
     tensors = safetensors.numpy.load(data)
     size = int.from_bytes(data[:8], "little")
@@ -42,9 +44,8 @@ def decode(data: bytes) -> tuple[QuantizedTensor | KernelCodebook, NDArray[np.fl
         raise ValueError("its checksum does not match its contents")
     shape = tuple(to_integer("shape", n, 1) for n in options.pop("shape"))
     if "kernels" in tensors:
-        index = tensors["index"]
-        sign = 1 - 2 * unpack_bits(tensors["negative"], 1, index.shape).astype(np.int8)
-        return KernelCodebook(index, sign, tensors["kernels"], tensors["scale"]), tensors.get("bias"), options
+        q = from_arrays(*(tensors[name] for name in ("codes", "kernels", "scale")))
+        return q, tensors.get("bias"), options
     codes = unpack_bits(tensors["codes"], code_bits(tensors["levels"].shape[-1]), shape)
     return QuantizedTensor(codes, tensors["levels"], tensors["scale"]), tensors.get("bias"), options
 

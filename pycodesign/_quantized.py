@@ -246,6 +246,39 @@ class KernelCodebook:
         return f"KernelCodebook({self.shape}, U={self.U}{codebooks}, kernels: {self.values})"
 
 
+FewValued: TypeAlias = QuantizedTensor | KernelCodebook
+
+
+def index_type(kernels: int) -> type[np.signedinteger[Any]]:
+    """Return the type of codes that name so many kernels and their negatives."""
+    return np.int8 if kernels <= 128 else np.int16
+
+
+def to_arrays(q: FewValued) -> tuple[NDArray[Any], Floats, Floats]:
+    """Return weights as codes, levels and scale, from which `from_arrays` makes them again.
+
+    A `KernelCodebook` has its kernels as levels, (C, U, p, kH, kW) or (C, U, p), and as codes (O, J) i for kernel i and
+    ~i for its negative: int8 for up to 128 kernels, int16 for more.
+    """
+    if isinstance(q, QuantizedTensor):
+        return q.codes.astype(np.uint8), q.levels, q.scale
+    index = q.index.astype(index_type(q.U))
+    return np.where(q.sign < 0, ~index, index), q.kernels, q.scale
+
+
+def from_arrays(codes: Any, levels: Any, scale: Any) -> FewValued:
+    """Return the weights of such arrays or tensors."""
+    if levels.ndim < 3:
+        return QuantizedTensor(codes, levels, scale)
+    codes, kernels = np.asarray(codes), levels.shape[1]
+    dtype, lowest, highest = index_type(kernels), codes.min(initial=0), codes.max(initial=0)
+    if codes.dtype != dtype or lowest < -kernels or highest >= kernels:
+        wanted = f"{np.dtype(dtype)} from {-kernels} to {kernels - 1} for {kernels} kernels"
+        raise ValueError(f"codes: expected {wanted}, got {codes.dtype} from {lowest} to {highest}")
+    index, sign = np.where(codes < 0, ~codes, codes), np.where(codes < 0, -1, 1)
+    return KernelCodebook(index.astype(np.uint8), sign.astype(np.int8), levels, scale)
+
+
 def to_numpy(name: str, array: Any) -> NDArray[Any]:
     if hasattr(array, "detach"):  # a torch tensor
         array = array.detach().cpu()

@@ -19,6 +19,7 @@ import safetensors
 from numpy.typing import NDArray
 
 from pycodesign import _core, _packed_file, demo, ops
+from pycodesign._quantized import FewValued, from_arrays
 from pycodesign.quantize import REPETITION_LEVELS, KernelCodebook, QuantizedTensor, from_fake_quantized, ternary
 from pycodesign.repetition import factor
 
@@ -36,7 +37,7 @@ class StoredLayer:
     name: str
     kind: str  # "conv2d" or "linear"
     shape: tuple[int, ...]  # of the weights, outputs first
-    read: Callable[[], QuantizedTensor]  # TypeError or ValueError if the weights are not of few values
+    read: Callable[[], FewValued]  # TypeError or ValueError if the weights are not of few values
     options: Mapping[str, Any] = field(default_factory=dict)  # stride, padding, dilation, groups
     pixels: int | None = None  # of the output, for each of which all weights are used; None: the file does not say
 
@@ -89,7 +90,7 @@ def read_model(path: str | Path, shape: Sequence[int] | None = None) -> list[Sto
         raise ValueError(f"{path}: expected {FORMATS}; got another file: {error}") from error
 
 
-def _hold(name: str, q: QuantizedTensor) -> StoredLayer:
+def _hold(name: str, q: FewValued) -> StoredLayer:
     return StoredLayer(name, KINDS[len(q.shape)], q.shape, lambda: q)
 
 
@@ -97,9 +98,7 @@ def _read_packed(path: Path) -> StoredLayer:
     packed = ops.load_packed(path)
     geometry = ("stride", "padding", "dilation", "groups") if packed.kind == "conv2d" else ()
     options = {name: packed._options[name] for name in geometry}
-    q = packed.weights()
-    read = q.to_quantized if isinstance(q, KernelCodebook) else lambda: q
-    return StoredLayer(path.stem, packed.kind, packed._shape, read, options)
+    return StoredLayer(path.stem, packed.kind, packed._shape, packed.weights, options)
 
 
 def _read_tensors(path: Path, file: Any) -> Iterator[StoredLayer]:
@@ -107,9 +106,7 @@ def _read_tensors(path: Path, file: Any) -> Iterator[StoredLayer]:
     for name in sorted(names):
         prefix, _, part = name.rpartition(".")
         if part == "codes" and {f"{prefix}.levels", f"{prefix}.scale"} <= names:
-            yield _hold(
-                prefix, QuantizedTensor(*(file.get_tensor(f"{prefix}.{p}") for p in ("codes", "levels", "scale")))
-            )
+            yield _hold(prefix, from_arrays(*(file.get_tensor(f"{prefix}.{p}") for p in ("codes", "levels", "scale"))))
         elif part == "weight" and len(shape := file.get_slice(name).get_shape()) in KINDS:
             yield StoredLayer(prefix, KINDS[len(shape)], tuple(shape), _Tensor(path, name))
 
@@ -133,9 +130,7 @@ def _read_pickled(path: Path) -> Iterator[StoredLayer]:
     for name in sorted(tensors):
         prefix, _, part = name.rpartition(".")
         if part == "codes" and {f"{prefix}.levels", f"{prefix}.scale"} <= tensors.keys():
-            yield _hold(
-                prefix, QuantizedTensor(*(tensors[f"{prefix}.{p}"].numpy() for p in ("codes", "levels", "scale")))
-            )
+            yield _hold(prefix, from_arrays(*(tensors[f"{prefix}.{p}"].numpy() for p in ("codes", "levels", "scale"))))
         elif part == "weight" and tensors[name].ndim in KINDS:
             yield StoredLayer(prefix, KINDS[tensors[name].ndim], tuple(tensors[name].shape), _Floats(tensors[name]))
 
@@ -196,11 +191,11 @@ def explain_layer(layer: StoredLayer, input_dtype: str = "float32", method: str 
     -------
     dict
         ``layer``, ``kind``, ``shape``; ``levels`` (a list; of the first output where each has its own; None if there
-        are too many); ``algorithm``, None where there is none, and ``why``; ``gains``: whether that algorithm does less
-        than dense sums; ``adds``, ``multiplies``, ``dense_ops`` for each output pixel, ``removed`` (a share); ``bytes``
-        of the packed weights and machine code, ``float32_bytes``; ``pixels``, and ``macs`` = weights times pixels;
-        ``predicted_ns`` for each output pixel, ``dense_ns`` of our dense sums, ``predicted_ms`` for all pixels, where
-        they are known.
+        are too many, or real kernels); ``algorithm``, None where there is none, and ``why``; ``gains``: whether that
+        algorithm does less than dense sums; ``adds``, ``multiplies``, ``dense_ops`` for each output pixel, ``removed``
+        (a share); ``bytes`` of the packed weights and machine code, ``float32_bytes``; ``pixels``, and ``macs`` =
+        weights times pixels; ``predicted_ns`` for each output pixel, ``dense_ns`` of our dense sums, ``predicted_ms``
+        for all pixels, where they are known.
     """
     size = math.prod(layer.shape)
     row: dict[str, Any] = {"layer": layer.name, "kind": layer.kind, "shape": list(layer.shape)}
@@ -210,9 +205,12 @@ def explain_layer(layer: StoredLayer, input_dtype: str = "float32", method: str 
     row |= dict.fromkeys(("predicted_ns", "dense_ns", "predicted_ms"))
     try:
         q = layer.read()
-        if q.Q > REPETITION_LEVELS and (q.levels != np.rint(q.levels)).any():
-            raise ValueError(f"w: {q.Q} distinct values on no common grid, expected at most {REPETITION_LEVELS}")
-        row["levels"] = np.atleast_2d(q.levels)[0].tolist()
+        codes = q.to_quantized() if isinstance(q, KernelCodebook) and q.values != "real" else q
+        if isinstance(codes, QuantizedTensor):
+            if codes.Q > REPETITION_LEVELS and (codes.levels != np.rint(codes.levels)).any():
+                wanted = f"expected at most {REPETITION_LEVELS}"
+                raise ValueError(f"w: {codes.Q} distinct values on no common grid, {wanted}")
+            row["levels"] = np.atleast_2d(codes.levels)[0].tolist()
         prepack = ops.prepack_conv2d if layer.kind == "conv2d" else ops.prepack_linear
         packed = prepack(q, input_dtype=input_dtype, **layer.options).explain()
     except (TypeError, ValueError) as error:
@@ -227,9 +225,11 @@ def explain_layer(layer: StoredLayer, input_dtype: str = "float32", method: str 
     row |= predict_time(row, input_dtype)
     if method is not None:
         try:
+            if isinstance(codes, KernelCodebook):
+                raise ValueError(f"method: expected weights of few levels, got {codes!r}")
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always", RuntimeWarning)
-                program = factor(q, method, groups=layer.options.get("groups", 1))
+                program = factor(codes, method, groups=layer.options.get("groups", 1))
         except ValueError as error:  # too large for the method, or too many levels
             return row | {"adds": None, "multiplies": None, "removed": 0.0, "why": str(error)}
         row |= {"adds": program.adds, "multiplies": program.multiplies, "removed": program.removed}
@@ -351,7 +351,7 @@ def _give_hints(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     many = [row["layer"] for row in dense if len(row["levels"]) > FEW_LEVELS]
     narrow = [row["layer"] for row in dense if len(row["levels"]) <= FEW_LEVELS]
     refused = [row["layer"] for row in held if row["algorithm"] is None]
-    floats = [row["layer"] for row in rows if row["levels"] is None]
+    floats = [row["layer"] for row in rows if row["levels"] is None and row["algorithm"] is None]
     if noisy:
         yield (
             f"{_join(noisy)}: some values differ by rounding errors alone. A straight-through estimator written "

@@ -122,6 +122,7 @@ def test_facts_fit_json_and_name_the_machine() -> None:
     assert {"cpu", "flags", "caches", "cores", "packages", "pycodesign", "commit", "load", "date"} <= set(facts)
     assert facts["packages"]["numpy"] == np.__version__
     assert facts["cores"] == len(os.sched_getaffinity(0))
+    assert facts["pycodesign"]["team"] and "/" not in facts["pycodesign"]["team"]
 
 
 def test_results_survive_the_file(tmp_path: Path) -> None:

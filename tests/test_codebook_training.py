@@ -225,17 +225,21 @@ def test_training_learns_weights_kernels_and_scales_and_converts_exactly(pretrai
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
     assert rows["2"].converted and rows["5"].converted
     q = find_weight(model[2])
-    assert np.array_equal(q.dequantize(), model[2].weight.detach().numpy())
+    assert isinstance(q, KernelCodebook) and np.array_equal(q.dequantize(), model[2].weight.detach().numpy())
     if values == "real":
-        assert isinstance(q, KernelCodebook) and "codebook" in rows["2"].runs
-    else:
-        assert np.array_equal(q.levels, [-1, 1] if values == "sign" else [-1, 0, 1])
+        assert "codebook" in rows["2"].runs
+        return
+    eight = pycodesign.nn.convert(model, activations="uint8", example_inputs=x, skip=["0", "10"])
+    rows = {row.layer: row for row in pycodesign.nn.report(eight)}
+    assert all(rows[name].converted and "rounded" not in rows[name].why for name in names)
+    with torch.no_grad():
+        torch.testing.assert_close(eight(x), expected, rtol=0, atol=0.1 * float(expected.abs().max()))
 
 
 def test_convert_fits_codebooks_to_float_weights():
     model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 12, 1)).eval()
     x = torch.randn(2, 16, 6, 6)
-    converted = pycodesign.nn.convert(model, weights=kernel_codebook)
+    converted = pycodesign.nn.convert(model, weights="kernel_codebook")
     assert [row.converted for row in pycodesign.nn.report(converted)] == [True, False]
     assert "kernels: expected at most 24" in pycodesign.nn.report(converted)[1].why
     model[0].weight.data = torch.from_numpy(kernel_codebook(model[0].weight).dequantize())
@@ -271,9 +275,10 @@ def test_convert_keeps_real_kernels():
 
 @pytest.mark.parametrize("size", [(12, 8, 3, 3), (12, 16, 1, 1), (10, 32)])
 @pytest.mark.parametrize("codebooks", [1, 2])
-def test_operators_take_real_kernels(size, codebooks):
+@pytest.mark.parametrize("values", VALUES)
+def test_operators_take_codebooks(size, codebooks, values):
     w = torch.randn(size, generator=torch.Generator().manual_seed(2))
-    q = kernel_codebook(w, 5, "real", codebooks=codebooks)
+    q = kernel_codebook(w, 5, values, codebooks=codebooks)
     kind = pycodesign.nn.Linear if len(size) == 2 else pycodesign.nn.Conv2d
     layer = kind.from_quantized(q)
     assert "kernels=5" in repr(layer)
@@ -286,8 +291,25 @@ def test_operators_take_real_kernels(size, codebooks):
     w = torch.from_numpy(q.dequantize())
     expected = x @ w.T if len(size) == 2 else torch.nn.functional.conv2d(x, w)
     torch.testing.assert_close(operator(*arguments), expected, rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="codes: expected int16 from -256 to 255"):
-        operator(x.detach(), layer.codes + 300, *arguments[2:])
+    for codes, got in ((layer.codes + 20, "int8 from 0 to 2[0-4]"), (layer.codes.short(), "int16 from ")):
+        with pytest.raises(ValueError, match=f"codes: expected int8 from -5 to 4 for 5 kernels, got {got}"):
+            operator(x.detach(), codes, *arguments[2:])
+
+
+@pytest.mark.parametrize(("kernels", "dtype"), [(128, torch.int8), (129, torch.int16)])
+def test_modules_hold_one_byte_a_pattern_up_to_128_kernels(kernels, dtype):
+    q = kernel_codebook(torch.randn(24, 24, 3, 3), kernels)
+    layer = pycodesign.nn.Conv2d.from_quantized(q)
+    assert layer.codes.dtype == dtype and layer.codes.shape == (24, 24)
+    assert np.array_equal(layer.quantized().dequantize(), q.dequantize())
+    model = nn.Sequential(nn.Conv2d(24, 24, 3, bias=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1)).eval()
+    segment = pycodesign.nn.convert(model, weights=lambda w: q)
+    (codes,) = (value for name, value in segment.state_dict().items() if name.endswith("codes"))
+    assert codes.numel() * codes.itemsize == 576 * layer.codes.itemsize
+    with torch.no_grad():
+        model[0].weight.copy_(torch.from_numpy(q.dequantize()))
+        x = torch.randn(2, 24, 6, 6)
+        torch.testing.assert_close(segment(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("item", [Codebook, use_codebooks])

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+import pycodesign.nn
 from pycodesign import demo, explain, ops, quantize
 from pycodesign.explain import StoredLayer, explain_layer, explain_model, read_model
 from pycodesign.quantize import QuantizedTensor
@@ -373,6 +374,28 @@ def test_state_dict(tmp_path: Path) -> None:
     for name, expected in {"conv": ternary, "half": binary, "brain": binary, "packed": ternary}.items():
         np.testing.assert_array_equal(layers[name].read().dequantize(), expected.dequantize())
     assert explain_layer(layers["eight"])["why"] == "w: expected F16, BF16 or F32, got I8"
+
+
+@pytest.mark.parametrize("values", ["sign", "real"])
+def test_codebooks(tmp_path: Path, values: str) -> None:
+    q = quantize.kernel_codebook(normal(64, 32, 3, 3), 8, values)
+    layer = pycodesign.nn.Conv2d.from_quantized(q, padding=1)
+    packed, state, pickled = (tmp_path / name for name in ("layer.safetensors", "model.safetensors", "model.pt"))
+    ops.prepack_conv2d(q, padding=1, algorithm="codebook").save(packed)
+    tensors = {f"part.{name}": tensor for name, tensor in layer.state_dict().items()}
+    safetensors.torch.save_file(tensors, state)
+    torch.save(tensors, pickled)
+    for path in (packed, state, pickled):
+        (stored,) = read_model(path)
+        np.testing.assert_array_equal(stored.read().dequantize(), q.dequantize())
+        row = explain_layer(stored)
+        assert stored.shape == (64, 32, 3, 3) and row["gains"] and row["adds"] > 0
+        assert row["levels"] == (None if values == "real" else [-1, 1])
+        assert values == "sign" or row["algorithm"] == "codebook"
+        assert "hints" in explain_model([stored]) and not explain_model([stored])["hints"]
+        counted = explain_layer(stored, method="pair")
+        assert counted["adds"] is None if values == "real" else 0 < counted["adds"]
+        assert ("method: expected weights of few levels" in counted["why"]) == (values == "real")
 
 
 # Conclusions

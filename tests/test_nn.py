@@ -611,7 +611,11 @@ def test_report_of_a_network_that_was_not_converted(resnet):
         ({"skip": ["fd"]}, ValueError, "skip: expected names of convolutions and linear layers, got 'fd'"),
         ({"skip": ["bn1"]}, ValueError, "skip: expected names of convolutions and linear layers, got 'bn1'"),
         ({"weights": {"fd": "binary"}}, ValueError, "weights: expected names of convolutions .* got 'fd'"),
-        ({"weights": "uniform"}, ValueError, "weights: expected 'binary', 'from_fake_quantized' or 'ternary', or a"),
+        (
+            {"weights": "uniform"},
+            ValueError,
+            "weights: expected 'binary', 'from_fake_quantized', 'kernel_codebook' or 'ternary', or a",
+        ),
         ({"weights": 2}, TypeError, "weights: expected a name or a function, got int"),
     ],
 )

@@ -57,7 +57,7 @@ def test_kinds_and_their_bits(example: ModuleType, kind: str) -> None:
     float_weights = {name: layer.weight.detach() for name, layer in example.quantized_layers(model).items()}
     example.set_kind(model, kind)
     layers = example.quantized_layers(model)
-    assert list(layers) == ["3.conv1", "3.conv2", "3.shortcut.0", "4.conv1", "4.conv2", "4.shortcut.0"]
+    assert list(layers) == ["3.conv1", "3.conv2", "4.conv1", "4.conv2", "4.shortcut.0"]
     assert not any(module.training for module in model.modules())
     assert not torch.nn.utils.parametrize.is_parametrized(model[0])
     bits = 0.0
@@ -133,24 +133,66 @@ def test_a_run_on_few_images(example: ModuleType, folder: Path) -> None:
     assert rows["float32"]["ms"].keys() == {"float32"} and rows["real 4"]["ms"].keys() == {"float32"}
     assert rows["sign 8"]["bits_per_weight"] < rows["ternary"]["bits_per_weight"] < rows["float32"]["bits_per_weight"]
 
-    timed = invoke(example, *options, "--float-epochs", 0, "--time")
+    networks = example.load_networks(lambda: example.ResNet20(3, 10, width=8), path.with_suffix(".pt"))
+    images = example.load_images(folder)
+    for kind, row in rows.items():
+        accuracy = example.measure_all(networks[kind], images, kind)
+        assert {a: values[0] for a, values in row["accuracy"].items()} == {a: round(v, 6) for a, v in accuracy.items()}
+        assert row["bits_per_weight"] == round(example.count_bits(networks[kind]), 4)
+
+    timed = invoke(example, *options, "--time")
     assert timed.exit_code == 0, timed.output
-    again = {row["kind"]: row for row in json.loads(path.read_text())["rows"]}
+    result = json.loads(path.read_text())
+    assert result["facts"]["cpu"] and result["threads"] == 1 and result["command"].startswith("python examples/")
+    again = {row["kind"]: row for row in result["rows"]}
     assert (
         again["ternary"]["accuracy"] == rows["ternary"]["accuracy"] and again["ternary"]["ms"] != rows["ternary"]["ms"]
     )
+    before = path.read_bytes()
     drawn = invoke(example, "--json", path, "--plot", picture)
     assert drawn.exit_code == 0 and picture.read_bytes().startswith(b"\x89PNG")
+    assert path.read_bytes() == before and "| sign 8 " in drawn.output
+
+
+def test_table(example: ModuleType) -> None:
+    rows = [
+        {"kind": kind, "bits_per_weight": bits, "accuracy": {"float32": accuracy}, "ms": ms}
+        for kind, bits, accuracy, ms in (
+            ("float32", 32.0, [0.97, 0.96], {"float32": 2.0}),
+            ("ternary", 2.03, [0.95, 0.96], {"float32": 1.0, "uint8": 0.5}),
+            ("sign 8", 0.96, [0.96, 0.97], {}),
+        )
+    ]
+    assert example.format_rows(rows) == [
+        ["float32", "32.00", "96.50 ± 6.36", "+1.00 ± 12.71", "2.000*", "", "", ""],
+        ["ternary", "2.03", "95.50 ± 6.36", "+0.00 ± 0.00", "1.000*", "", "", "0.500"],
+        ["sign 8", "0.96", "96.50 ± 6.36", "+1.00 ± 0.00", "", "", "", ""],
+    ]
+
+
+def test_the_readme_shows_the_recorded_results(example: ModuleType) -> None:
+    root = EXAMPLES.parent
+    rows = json.loads((root / "bench" / "results" / "codebook-digits.json").read_text())["rows"]
+    lines = (root / "README.md").read_text().splitlines()
+    shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    assert [row["kind"] for row in rows] == list(example.KINDS)
+    assert all(len(values) == 5 for row in rows for values in row["accuracy"].values())
+    assert all(cells in shown for cells in example.format_rows(rows))
 
 
 def test_bad_options(example: ModuleType, tmp_path: Path) -> None:
     run = invoke(example, "--kinds", "binary,sine 8")
     assert run.exit_code == 2 and "got 'sine 8'" in run.stderr
     run = invoke(example, "--json", tmp_path / "none.json", "--plot", "p.png")
-    assert run.exit_code == 2 and "train first" in run.stderr
+    assert run.exit_code == 1 and "none.json: train first" in run.stderr
     (tmp_path / "empty.json").write_text(json.dumps({"rows": []}))
     run = invoke(example, "--json", tmp_path / "empty.json", "--plot", "p.png")
     assert run.exit_code == 1 and "run with --time first" in run.stderr
+    run = invoke(example, "--json", tmp_path / "empty.json", "--time")
+    assert run.exit_code == 1 and "empty.pt: train first" in run.stderr
+    run = invoke(example, "--data", tmp_path)
+    assert run.exit_code == 1 and "expected data_batch_*.bin" in run.stderr
+    assert not (tmp_path / "none.json").exists()
 
 
 def test_the_helps_examples_name_real_options(example: ModuleType) -> None:

@@ -28,7 +28,7 @@ class Codebook(nn.Module):
     optimizer trains everything. A learning rate for `log_scale` of a tenth of the others' does well.
 
     The attribute `share`, 1 from the start, is how much of the result the codebook makes; the float weight makes the
-    rest. To anneal, set it to 0 and raise it, step by step, to 1.
+    rest. To anneal, set it to 0 in every `Codebook` among `model.modules()`, and raise it, step by step, to 1.
 
     Parameters
     ----------

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import fx
 
+from pycodesign._quantized import FewValued
 from pycodesign.nn.graph import find_rank, match, read_norm
-from pycodesign.nn.weights import FewValued
 from pycodesign.quantize import QuantizedTensor
 
 Floats: TypeAlias = "NDArray[np.float32]"

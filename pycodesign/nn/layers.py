@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from pycodesign import quantize
+from pycodesign._quantized import FewValued
 from pycodesign.nn.calibration import CALIBRATIONS
 from pycodesign.nn.fusion import Weights
 from pycodesign.nn.graph import KEEPS, has_hooks
 from pycodesign.nn.modules import Quantizer, find_quantizer, quantize_weight, read_geometry
 from pycodesign.nn.reports import Row, describe_kind, is_layer
 from pycodesign.nn.sources import find_weight
-from pycodesign.nn.weights import FewValued
 from pycodesign.quantize import REPETITION_LEVELS, KernelCodebook
 
 Quantizers: TypeAlias = "Quantizer | Mapping[str, Quantizer]"
@@ -90,7 +90,7 @@ def _find_weights(name: str, module: Any, quantizer: Quantizer, activations: str
 def check_levels(q: FewValued, activations: str) -> None:
     """Raise ValueError if no kernel gains from these levels, or none can hold them."""
     if isinstance(q, KernelCodebook):
-        if activations == "uint8":
+        if activations == "uint8" and (q.kernels != np.rint(q.kernels)).any():
             raise ValueError("its kernels are no integers, which uint8 activations need")
         return
     integers = bool((q.levels == np.rint(q.levels)).all())

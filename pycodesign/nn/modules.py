@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from pycodesign import quantize
 from pycodesign._arguments import Array, join_names, to_numpy
+from pycodesign._quantized import FewValued, from_arrays, to_arrays
 from pycodesign.nn import ops
 from pycodesign.nn.program import LayerWeights, Program, find_chain, join_weights, parse_program
 from pycodesign.nn.sources import find_weight
-from pycodesign.nn.weights import FewValued, from_arrays, to_arrays, to_integers, weight_shape
+from pycodesign.nn.weights import weight_shape
 from pycodesign.ops import Packed
 from pycodesign.quantize import KernelCodebook, QuantizedTensor
 
@@ -24,7 +25,7 @@ __all__ = ["Conv2d", "Linear"]
 Quantizer: TypeAlias = str | Callable[[Any], FewValued]
 L = TypeVar("L", bound="Layer")
 
-QUANTIZERS = ("binary", "from_fake_quantized", "ternary")  # those of `quantize` that take nothing but the weights
+QUANTIZERS = ("binary", "from_fake_quantized", "kernel_codebook", "ternary")  # they need the weights alone
 
 
 class Layer(nn.Module):
@@ -33,8 +34,8 @@ class Layer(nn.Module):
     Parameters
     ----------
     codes, levels, scale, bias : Tensor
-        Become buffers; as in `QuantizedTensor`, or as `pycodesign.nn.weights` holds codebooks. Where one is written
-        to, by `load_state_dict` for instance, the layer is packed anew at its next call.
+        Become buffers; as in `QuantizedTensor`, or of a `KernelCodebook` as `pycodesign._quantized.to_arrays` says.
+        Where one is written to, by `load_state_dict` for instance, the layer is packed anew at its next call.
     **options
         As for `from_quantized`.
     """
@@ -81,7 +82,7 @@ class Layer(nn.Module):
         """
         if not isinstance(q, (QuantizedTensor, KernelCodebook)):
             raise TypeError(f"q: expected QuantizedTensor or KernelCodebook, got {type(q).__name__}")
-        arrays = [*to_arrays(to_integers(q))]
+        arrays = [*to_arrays(q)]
         if bias is not None:
             arrays.append(to_numpy("bias", bias)[0])
         layer = cls(*(torch.from_numpy(np.array(array)) for array in arrays), **options)
@@ -100,7 +101,7 @@ class Layer(nn.Module):
         return ops.find_packed(self.kind, weights, self.options_json, given)
 
     def quantized(self) -> FewValued:
-        """Return the weights; a `KernelCodebook` where its kernels are real numbers."""
+        """Return the weights that the layer was made of."""
         return from_arrays(self.codes, self.levels, self.scale)
 
     def extra_repr(self) -> str:
@@ -250,7 +251,7 @@ def quantize_weight(module: nn.Module, weights: Quantizer) -> FewValued:
         raise TypeError(f"weights: expected {wanted}, got {type(q).__name__}")
     if q.shape != tuple(weight.shape):
         raise ValueError(f"weights: expected a {type(q).__name__} {tuple(weight.shape)}, got {q.shape}")
-    return to_integers(q)
+    return q
 
 
 def find_quantizer(weights: Quantizer) -> Callable[[Any], FewValued]:

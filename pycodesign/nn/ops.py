@@ -34,8 +34,9 @@ from pycodesign._arguments import (
     join_names,
     to_pair,
 )
+from pycodesign._quantized import from_arrays
 from pycodesign.nn.cache import TensorCache, Weights
-from pycodesign.nn.weights import dequantize, from_arrays, weight_shape
+from pycodesign.nn.weights import dequantize, weight_shape
 from pycodesign.ops import Packed, prepack_conv2d, prepack_linear
 
 # A packed layer, its native call and the epilogue for it, and whether `input_bits` promises something.

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from pycodesign._arguments import join_names, to_pair
 from pycodesign._packed_file import code_bits, pack_bits, unpack_bits
+from pycodesign._quantized import FewValued, from_arrays, index_type, to_arrays
 from pycodesign.nn.cache import TensorCache, Weights
 from pycodesign.nn.ops import (
     DTYPES,
@@ -34,7 +35,6 @@ from pycodesign.nn.ops import (
     refuse_weight_gradients,
     to_array,
 )
-from pycodesign.nn.weights import FewValued, from_arrays, to_arrays
 from pycodesign.ops import Packed, prepack_conv2d, prepack_linear
 from pycodesign.repetition.chain import Chain
 
@@ -128,7 +128,7 @@ def split_weights(program: Program, weights: Weights) -> list[LayerWeights]:
         if len(layer["levels"]) < 3:
             codes = unpack_bits(codes, code_bits(layer["levels"][-1]), shape)
         else:
-            codes = np.frombuffer(codes.tobytes(), np.int16).reshape(shape[0], -1)
+            codes = np.frombuffer(codes.tobytes(), index_type(layer["levels"][1])).reshape(shape[0], -1)
         q = from_arrays(codes, levels.reshape(layer["levels"]), scale.reshape(layer["scale"]))
         split.append((q, bias if layer["bias"] else None))
     return split
@@ -139,7 +139,7 @@ def _flat_sizes(layer: dict[str, Any]) -> tuple[int, ...]:
     if len(levels) < 3:
         codes = -(-math.prod(shape) * code_bits(levels[-1]) // 8)
     else:
-        codes = 2 * shape[0] * (shape[1] // levels[2])
+        codes = np.dtype(index_type(levels[1])).itemsize * shape[0] * (shape[1] // levels[2])
     return codes, math.prod(layer["levels"]), math.prod(layer["scale"]), layer["bias"] * layer["shape"][0]
 
 

@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from pycodesign._quantized import FewValued
 from pycodesign.nn.codebooks import find_codebook
-from pycodesign.nn.weights import FewValued, to_integers
 from pycodesign.quantize import QuantizedTensor, from_fake_quantized
 
 __all__ = ["find_weight"]
@@ -37,7 +37,7 @@ def find_weight(module: nn.Module) -> FewValued | None:
 
     Returns
     -------
-    QuantizedTensor, KernelCodebook of real kernels, or None
+    QuantizedTensor, KernelCodebook, or None
         ``dequantize()`` equals the weights that the module computes with. Levels are integers where the library's are.
         None for any other module: its ``weight`` is all there is.
 
@@ -67,7 +67,7 @@ def find_weight(module: nn.Module) -> FewValued | None:
     """
     codebook = find_codebook(module)
     if codebook is not None:
-        return to_integers(codebook)
+        return codebook
     for read in (_read_brevitas, _read_torchao_tensor, _read_torchao_fake_quantizer, _read_parametrization):
         with torch.no_grad():
             found = read(module)

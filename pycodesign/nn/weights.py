@@ -1,46 +1,14 @@
-"""Weights of a layer as the tensors that operators and modules hold.
+"""Shape and values of the weights in the tensors that operators and modules hold: codes, levels and scale.
 
-Those of a `QuantizedTensor` are its codes, levels and scale. A `KernelCodebook` of real kernels has its kernels as
-levels, (C, U, p, kH, kW) or (C, U, p), and as codes int16 (O, J): i for kernel i, and ~i for its negative.
+`pycodesign._quantized.to_arrays` makes these of weights, `from_arrays` weights of these.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeAlias
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-
-from pycodesign.quantize import KernelCodebook, QuantizedTensor
-
-FewValued: TypeAlias = "QuantizedTensor | KernelCodebook"
-
-
-def to_integers(q: FewValued) -> FewValued:
-    """Return codes and levels instead of a codebook, where its kernels are integers."""
-    return q.to_quantized() if isinstance(q, KernelCodebook) and q.values != "real" else q
-
-
-def to_arrays(q: FewValued) -> tuple[NDArray[Any], NDArray[np.float32], NDArray[np.float32]]:
-    """Return codes, levels and scale."""
-    if isinstance(q, QuantizedTensor):
-        return q.codes.astype(np.uint8), q.levels, q.scale
-    index = q.index.astype(np.int16)
-    return np.where(q.sign < 0, ~index, index), q.kernels, q.scale
-
-
-def from_arrays(codes: Any, levels: Any, scale: Any) -> FewValued:
-    """Return the weights of such arrays or tensors."""
-    if levels.ndim < 3:
-        return QuantizedTensor(codes, levels, scale)
-    codes = np.asarray(codes)
-    if codes.dtype != np.int16 or codes.min(initial=0) < -256 or codes.max(initial=0) > 255:
-        found = f"{codes.dtype}, {codes.min(initial=0)} to {codes.max(initial=0)}"
-        raise ValueError(f"codes: expected int16 from -256 to 255 for a codebook, got {found}")
-    index, sign = np.where(codes < 0, ~codes, codes), np.where(codes < 0, -1, 1)
-    return KernelCodebook(index.astype(np.uint8), sign.astype(np.int8), levels, scale)
 
 
 def weight_shape(codes: Tensor, levels: Tensor) -> tuple[Any, ...]:

@@ -10,24 +10,23 @@ namespace {
 
 // Fitted on the layers of ResNet-18, run cold. Zen 4 has vector units of 256 bits, Zen 5 of 512. Those of other
 // processors are reckoned from two units of 512 bits that add and multiply.
-struct Machine {
-  Costs avx512, avx2;
-};
-constexpr Machine zen4{{1.74, 0.87, 2.2, 2.5, 5, 20, 8, 1.1, 1.1}, {1.25, 0.63, 2.2, 2.5, 5, 40, 8, 1.1, 1.1}},
-    zen5{{3.1, 2, 1.1, 4, 10, 20, 8, 0.6, 0.5}, {1.6, 1, 2.2, 4, 10, 40, 8, 1.25, 1}},
-    other{{2, 2, 1.1, 4, 10, 20, 8, 0.6, 0.6}, {1.1, 1, 2.2, 4, 10, 40, 8, 1.2, 1.2}};
-
-const Machine& machine() {
-  switch (core::core_kind()) {
-    case core::CoreKind::zen4: return zen4;
-    case core::CoreKind::zen5: return zen5;
-    default: return other;
-  }
-}
+// instructions, loads, store, keep_f32, keep_words, call, memory, multiply_add, dot4
+constexpr Costs zen4_avx512{1.74, 0.87, 2.2, 2.5, 5, 20, 8, 1.1, 1.1};
+constexpr Costs zen4_avx2{1.25, 0.63, 2.2, 2.5, 5, 40, 8, 1.1, 1.1};
+constexpr Costs zen5_avx512{3.1, 2, 1.1, 4, 10, 20, 8, 0.6, 0.5};
+constexpr Costs zen5_avx2{1.6, 1, 2.2, 4, 10, 40, 8, 1.25, 1};
+constexpr Costs other_avx512{2, 2, 1.1, 4, 10, 20, 8, 0.6, 0.6};
+constexpr Costs other_avx2{1.1, 1, 2.2, 4, 10, 40, 8, 1.2, 1.2};
 
 }  // namespace
 
-const Costs& costs(bool avx512) { return avx512 ? machine().avx512 : machine().avx2; }
+const Costs& costs(bool avx512) {
+  switch (core::core_kind()) {
+    case core::CoreKind::zen4: return avx512 ? zen4_avx512 : zen4_avx2;
+    case core::CoreKind::zen5: return avx512 ? zen5_avx512 : zen5_avx2;
+    default: return avx512 ? other_avx512 : other_avx2;
+  }
+}
 
 double dense_cycles(int64_t outputs, int64_t inputs, const Activations& a) {
   constexpr double without_vnni = 2.8;  // times as long

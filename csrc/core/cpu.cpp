@@ -229,7 +229,7 @@ CoreKind core_kind() {
   }();
   return kind;
 #else
-  return kind;
+  return CoreKind::other;
 #endif
 }
 

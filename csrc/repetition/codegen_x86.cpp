@@ -182,10 +182,7 @@ void Generator::emit(const Step& s) {
   const Vector to = entry(s.to), from = entry(s.from);
   switch (s.kind) {
     case Step::load: return a.vmovups(to, row(s));
-    case Step::scale: {
-      if (is_float_) --balance_;
-      return a.operate(is_float_ ? A::vmulps : A::vpmullw, to, to, constant(s.coefficient));
-    }
+    case Step::scale: return a.operate(is_float_ ? A::vmulps : A::vpmullw, to, to, constant(s.coefficient));
     case Step::add_row: {
       if (is_float_) ++balance_;
       const A::Opcode op = is_float_ ? (s.minus ? A::vsubps : A::vaddps) : (s.minus ? A::vpsubw : A::vpaddw);
@@ -253,8 +250,8 @@ void Generator::store(int64_t vector, Vector from, bool is_first) {
   assembler_.vmovups(accumulator(vector), from);
 }
 
-// A line for each prefetch_bytes of the segment so far. A processor drops prefetches where too many are on their way,
-// as from sums of columns of integers, whose code runs fastest; reading every second line keeps it to memory's pace.
+// A line for each prefetch_bytes of the segment so far. From sums of columns of integers Zen 5 drops most prefetches
+// (README.md); reading every second line keeps the code to memory's pace.
 void Generator::prefetch(CodeSegment& segment) {
   while (assembler_.size() - segment.begin >= (segment.prefetch_lines + 1) * prefetch_bytes &&
          (segment.prefetch_lines + 1) * 64 <= max_touched_bytes) {

@@ -51,7 +51,7 @@ def set_isa(name: str) -> None:
     Parameters
     ----------
     name : str
-        ``"scalar"``, ``"avx2"``, ``"avx2_vnni"``, ``"avx512"`` or ``"avx512_vbmi"``. The default is the best one this
+        ``"scalar"``, ``"avx2"``, ``"avx2_vnni"``, ``"avx512"``, ``"avx512_vbmi"`` or ``"avx512_amx"``. The default is the best one this
         processor has, or ``PYCODESIGN_ISA``.
 
     Raises

@@ -17,7 +17,7 @@ import pytest
 import pycodesign
 from pycodesign import _core, ops, quantize
 
-LEVELS = ["scalar", "avx2", "avx2_vnni", "avx512", "avx512_vbmi"]
+LEVELS = ["scalar", "avx2", "avx2_vnni", "avx512", "avx512_vbmi", "avx512_amx"]
 BENCH = Path(__file__).parents[1] / "bench" / "bench_threads.py"
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 

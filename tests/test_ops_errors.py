@@ -575,7 +575,7 @@ OTHERS: dict[str, ERRORS] = {
     "instruction set": (
         lambda: pycodesign.set_isa("sse9"),
         ValueError,
-        "name: expected one of scalar, avx2, avx2_vnni, avx512, avx512_vbmi, got 'sse9'",
+        "name: expected one of scalar, avx2, avx2_vnni, avx512, avx512_vbmi, avx512_amx, got 'sse9'",
     ),
     "no threads": (
         lambda: pycodesign.set_num_threads(0),

@@ -15,7 +15,7 @@ import pytest
 import pycodesign
 
 ROOT = Path(__file__).parents[1]
-ISAS = ("avx2", "avx2_vnni", "avx512", "avx512_vbmi")
+ISAS = ("avx2", "avx2_vnni", "avx512", "avx512_vbmi", "avx512_amx")
 
 x86_64 = pytest.mark.skipif(platform.machine() != "x86_64", reason="the ISA files exist on x86-64 only")
 

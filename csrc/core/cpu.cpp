@@ -14,12 +14,14 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
 #endif
 
 namespace pycodesign::core {
 namespace {
 
-constexpr Isa all_isas[] = {Isa::scalar, Isa::avx2, Isa::avx2_vnni, Isa::avx512, Isa::avx512_vbmi};
+constexpr Isa all_isas[] = {Isa::scalar, Isa::avx2, Isa::avx2_vnni, Isa::avx512, Isa::avx512_vbmi,
+                             Isa::avx512_amx};
 
 #if defined(__x86_64__)
 
@@ -38,6 +40,12 @@ unsigned read_saved_state() {
   unsigned eax, edx;
   __asm__ volatile("xgetbv" : "=a"(eax), "=d"(edx) : "c"(0));
   return eax;
+}
+
+// Linux keeps the registers of tiles for processes that ask for them (8 KiB a thread).
+bool may_use_tiles() {
+  constexpr long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, as in asm/prctl.h since 5.16
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 }
 
 std::vector<Isa> detect_isas() {
@@ -63,7 +71,13 @@ std::vector<Isa> detect_isas() {
   if (!all(saved, {opmask, zmm_low, zmm_high}) || !all(extended.ebx, {f, dq, bw, vl}) || !all(extended.ecx, {vnni}))
     return found;
   found.push_back(Isa::avx512);
-  if (all(extended.ecx, {vbmi})) found.push_back(Isa::avx512_vbmi);
+  if (!all(extended.ecx, {vbmi})) return found;
+  found.push_back(Isa::avx512_vbmi);
+
+  constexpr unsigned amx_bf16 = 22, amx_tile = 24, amx_int8 = 25;  // edx
+  constexpr unsigned tile_config = 17, tile_data = 18;
+  if (all(extended.edx, {amx_bf16, amx_tile, amx_int8}) && all(saved, {tile_config, tile_data}) && may_use_tiles())
+    found.push_back(Isa::avx512_amx);
   return found;
 }
 
@@ -163,6 +177,7 @@ const char* isa_name(Isa isa) {
     case Isa::avx2_vnni: return "avx2_vnni";
     case Isa::avx512: return "avx512";
     case Isa::avx512_vbmi: return "avx512_vbmi";
+    case Isa::avx512_amx: return "avx512_amx";
   }
   return "unknown";
 }

@@ -15,6 +15,7 @@ enum class Isa {
   avx2_vnni,    // + AVX-VNNI
   avx512,       // F, BW, VL, DQ, VNNI
   avx512_vbmi,  // + VBMI
+  avx512_amx,   // + AMX tiles of int8 and bfloat16
 };
 
 const char* isa_name(Isa isa);

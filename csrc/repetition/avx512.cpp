@@ -102,5 +102,121 @@ inline void transpose(const char* from, int64_t from_stride, int64_t rows, char*
 #include "repetition/loops.h"
 
 namespace pycodesign::repetition {
-void fill_avx512(Kernels& k) { fill(k); }
+namespace {
+
+// Sums to bytes, four vectors at a time. Clamping and saturating are one where nothing can be NaN, as division by the
+// scale keeps the order; which vectors must be divided after all (see Quantization) is asked once for the four.
+struct Bytes4 {
+  __m512 multiplier, bias, residual_scale, residual_zero, scale, reciprocal, lo, hi;
+  __m512i correction, zero_point;
+  bool is_signed;
+
+  explicit Bytes4(const Finish& f) {
+    const Epilogue& e = *f.epilogue;
+    is_signed = e.out_dtype == DType::i8;
+    const float lowest = static_cast<float>((is_signed ? -128 : 0) - e.out_zero_point);
+    const auto splat = [](float x) { return _mm512_set1_ps(x); };
+    multiplier = splat(*f.multiplier);
+    bias = splat(f.bias ? *f.bias : 0);
+    residual_scale = splat(e.residual_scale);
+    residual_zero = splat(e.residual_zero_point);
+    scale = splat(e.out_scale);
+    reciprocal = splat(1 / e.out_scale);
+    const float from = e.has_lo ? e.lo / e.out_scale : lowest, to = e.has_hi ? e.hi / e.out_scale : lowest + 255;
+    lo = splat(from > lowest ? from < lowest + 255 ? from : lowest + 255 : lowest);
+    hi = splat(to < lowest + 255 ? to > lowest ? to : lowest : lowest + 255);
+    correction = _mm512_set1_epi32(f.correction ? *f.correction : 0);
+    zero_point = _mm512_set1_epi16(static_cast<short>(e.out_zero_point));
+  }
+
+  // Where no step can overflow to infinity, nor a scale's reciprocal be less than normal.
+  static bool serve(const Finish& f) {
+    const Epilogue& e = *f.epilogue;
+    const auto moderate = [](float x) { return x > -1e20f && x < 1e20f; };
+    const auto bound = [](bool has, float x) { return !has || x == x; };
+    return moderate(*f.multiplier) && (!f.bias || moderate(*f.bias)) && moderate(e.residual_scale) &&
+           moderate(e.residual_zero_point) && e.out_scale > 1e-10f && e.out_scale < 1e10f && bound(e.has_lo, e.lo) &&
+           bound(e.has_hi, e.hi) && !(e.has_lo && e.has_hi && e.lo > e.hi);
+  }
+
+  template <class Residual> __m512 value(const char* acc, const char* residual) const {
+    __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_loadu_si512(acc), correction)), multiplier);
+    y = _mm512_add_ps(y, bias);
+    if constexpr (std::is_void_v<Residual>) return y;
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(residual));
+    const __m512i words = std::is_signed_v<Residual> ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes);
+    return _mm512_add_ps(y, _mm512_mul_ps(residual_scale, _mm512_sub_ps(_mm512_cvtepi32_ps(words), residual_zero)));
+  }
+  __m512 limit(__m512 v) const { return _mm512_min_ps(_mm512_max_ps(v, lo), hi); }
+
+  // acc: of four vectors; residual and out: side by side.
+  template <class Residual> void operator()(const char* const* acc, const char* residual, char* out) const {
+    __m512 y[4], v[4];
+    __m512 farthest = _mm512_setzero_ps();  // from the nearest integer
+    for (int i = 0; i < 4; ++i) {
+      y[i] = value<Residual>(acc[i], residual + i * lanes);
+      v[i] = limit(_mm512_mul_ps(y[i], reciprocal));
+      farthest = _mm512_range_ps(farthest, _mm512_reduce_ps(v[i], 0), 0b1011);  // magnitudes
+    }
+    if (__builtin_expect(_mm512_cmp_ps_mask(farthest, _mm512_set1_ps(0.4999f), _CMP_GT_OQ) != 0, 0))
+      for (int i = 0; i < 4; ++i) v[i] = limit(_mm512_div_ps(y[i], scale));
+    const auto shorts = [&](int i) {
+      return _mm512_adds_epi16(_mm512_packs_epi32(_mm512_cvtps_epi32(v[i]), _mm512_cvtps_epi32(v[i + 1])), zero_point);
+    };
+    const __m512i bytes =
+        is_signed ? _mm512_packs_epi16(shorts(0), shorts(2)) : _mm512_packus_epi16(shorts(0), shorts(2));
+    constexpr auto order = [](int i) { return i % 4 * 4 + i / 4; };  // of words of each vector, within 128 bits
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi32(
+                                 _mm512_setr_epi32(order(0), order(1), order(2), order(3), order(4), order(5), order(6),
+                                                   order(7), order(8), order(9), order(10), order(11), order(12),
+                                                   order(13), order(14), order(15)),
+                                 bytes));
+  }
+};
+
+template <class Residual> void finish_bytes(Finish f) {
+  const Bytes4 finish4(f);
+  const int64_t run = f.run ? f.run * 4 : vector_bytes, stride = f.run ? f.run_stride : vector_bytes;
+  const char* acc[4];
+  int64_t at = 0;  // within a run
+  const auto next = [&] {
+    const char* here = f.acc + at;
+    at += vector_bytes;
+    if (at == run) at = 0, f.acc += stride;
+    return here;
+  };
+  for (; f.count >= 4 * lanes; f.count -= 4 * lanes, f.residual += 4 * lanes, f.out += 4 * lanes) {
+    for (const char*& vector : acc) vector = next();
+    finish4.template operator()<Residual>(acc, f.residual, f.out);
+  }
+  if (f.count == 0) return;
+  // Fewer vectors than four, by way of copies.
+  alignas(64) char sums[4 * vector_bytes] = {};
+  char residual[4 * lanes] = {}, out[4 * lanes];
+  for (int64_t i = 0; i < f.count; i += lanes) {
+    const int64_t count = f.count - i < lanes ? f.count - i : lanes;
+    std::memcpy(sums + i * 4, next(), static_cast<size_t>(count) * 4);
+  }
+  for (int i = 0; i < 4; ++i) acc[i] = sums + i * vector_bytes;
+  if constexpr (!std::is_void_v<Residual>) std::memcpy(residual, f.residual, static_cast<size_t>(f.count));
+  finish4.template operator()<Residual>(acc, residual, out);
+  std::memcpy(f.out, out, static_cast<size_t>(f.count));
+}
+
+void finish_avx512(const Finish& f) {
+  const Epilogue& e = *f.epilogue;
+  const bool bytes = e.acc_dtype == DType::i32 && (e.out_dtype == DType::u8 || e.out_dtype == DType::i8) &&
+                     !f.per_element && f.out_stride == 1 && f.run % lanes == 0 && Bytes4::serve(f);
+  if (bytes && !e.has_residual) return finish_bytes<void>(f);
+  if (bytes && e.residual_dtype != DType::f32 && f.residual_stride == 1)
+    return e.residual_dtype == DType::u8 ? finish_bytes<uint8_t>(f) : finish_bytes<int8_t>(f);
+  finish(f);
+}
+
+}  // namespace
+
+void fill_avx512(Kernels& k) {
+  fill(k);
+  k.finish = finish_avx512;
+}
 }  // namespace pycodesign::repetition

@@ -10,19 +10,10 @@ namespace pycodesign::repetition {
 
 namespace {
 
-// Scratch that outlives a call, one set per calling thread and slot; large ones in huge pages, as planes lie far apart.
-char* scratch(int which, size_t bytes) {
-  thread_local core::AlignedBuffer<char> buffers[4];
-  if (bytes > core::huge_page / 4) bytes = (bytes + core::huge_page - 1) / core::huge_page * core::huge_page;
-  return buffers[which].reserve(bytes);
-}
-
 // Where channel c of this band begins in lifted activations.
 char* lifted_channel(const Tensor& t, const LiftPlan& lift, int64_t c, DType dtype) {
   return t.data + (t.size[1] * lift.vectors_before + c * lift.segment) * lift.lanes * element_bytes(dtype);
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Touches share i of n of the code that a chunk runs first.
 void prefetch(const LayerCode& code, int64_t chunk, int64_t i, int64_t n) {
@@ -33,23 +24,12 @@ void prefetch(const LayerCode& code, int64_t chunk, int64_t i, int64_t n) {
 
 }  // namespace
 
-// One call: what to compute, and with what.
-struct PackedConv2d::Call {
-  const Kernels& k;
-  const LayerCode* code;
-  const Tensor &x, &out;
-  const Tensor* residual;
-  const Epilogue& epilogue;
-
-  int64_t vector_bytes() const { return k.lanes * 4; }
-};
-
-// Sums of neighbouring outputs over one band; strides in bytes.
-struct PackedConv2d::Sums {
-  const char* data;
-  int64_t output_stride, vector_stride;
-  int64_t first_output, outputs;
-};
+// Large ones in huge pages, as planes lie far apart.
+char* scratch(int which, size_t bytes) {
+  thread_local core::AlignedBuffer<char> buffers[4];
+  if (bytes > core::huge_page / 4) bytes = (bytes + core::huge_page - 1) / core::huge_page * core::huge_page;
+  return buffers[which].reserve(bytes);
+}
 
 // Machine code for this kind of vectors; null where none can be made.
 const LayerCode* PackedConv2d::code(const Kernels& k) const {
@@ -181,7 +161,7 @@ void PackedConv2d::stage(const Call& call, const LiftPlan& lift, int64_t index, 
   const int64_t per_group = ceil_div(group_channels_, stage_channels_), group = index / per_group,
                 channel = index % per_group * stage_channels_;
   stage_channels(call, lift, group, channel,
-                 staged + (group * units_ + channel / unit_channels_) * lift.summed_bytes());
+                 staged + (group * units_ + channel / stage_channels_ * stage_planes_) * lift.summed_bytes());
 }
 
 // Channels of a group, stage_channels_ of them from `channel` on.
@@ -224,7 +204,7 @@ void PackedConv2d::stage_phase(const Call& call, const LiftPlan& lift, size_t in
   s.span_count = static_cast<int>(phase.spans.size());
   s.positions = lift.positions;
   s.half = lift.half;
-  s.flat = scratch(1, lift.flat_bytes());
+  s.flat = scratch(1, lift.flat_bytes() * (staging_ == Staging::bf16_terms ? 2 : 1));
   s.channel_stride = lift.unit_bytes;
   s.lifted = planes + static_cast<int64_t>(index) * lift.plane_bytes;
   call.k.stage(s);
@@ -273,10 +253,11 @@ void PackedConv2d::sum(const Call& call, const LiftPlan& lift, const char* stage
   const int64_t per_group = blocks_ / geometry_.groups;
   for (int64_t block = first; block < last;) {  // outputs of one group of the convolution at a time
     const int64_t group = block / per_group, end = std::min(last, (group + 1) * per_group);
-    const int64_t from = block % per_group * dense_outputs,
-                  to = std::min((end - group * per_group) * dense_outputs, group_outputs_);
+    const int64_t from = block % per_group * block_size(),
+                  to = std::min((end - group * per_group) * block_size(), group_outputs_);
     const char* x = staged + group * units_ * lift.unit_bytes;
-    if (algorithm_ == Algorithm::dense) sum_dense(call, lift, x, group, from, to);
+    if (matrix_) sum_matrix(call, lift, x, group, from, to);
+    else if (algorithm_ == Algorithm::dense) sum_dense(call, lift, x, group, from, to);
     else sum_tables(call, lift, x, group, from, to);
     block = end;
   }

@@ -18,7 +18,9 @@ enum class Staging : uint8_t {
   halves_i16,  // four 8-bit channels -> a plane each of int16, minus the center: position p in the low half of word p,
                // p + half in the high half
   bytes4,      // four 8-bit channels -> one word of four uint8 (int8 inputs gain 128)
+  bf16_terms,  // two float channels -> three planes of pairs of bfloat16, whose sum they are
 };
+inline constexpr int bf16_terms = 3;
 
 // One axis of one phase (padded input modulo stride): `data` input elements from `first` on, behind `lead` elements of
 // padding.
@@ -31,7 +33,7 @@ struct Span {
   int64_t first, count, at;
 };
 
-// Stage one phase of 1 channel, or of 4 8-bit ones: images to the spans of a lifted plane, vector j holding the
+// Stage one phase of 1 channel, 2 in bfloat16, or 4 8-bit ones: images to the spans of a lifted plane, vector j holding the
 // flat positions j + l * segment of its lanes l.
 struct Stage {
   const char* source[4];  // channels of the unit, at the phase's first element
@@ -46,9 +48,9 @@ struct Stage {
   const Span* spans;  // ascending
   int span_count;
   int64_t positions, half;  // words of flat, and of the high halves behind them
-  char* flat;               // scratch
+  char* flat;               // scratch; twice as many with bf16_terms
   char* lifted;
-  int64_t channel_stride;  // halves_i16: bytes between the planes
+  int64_t channel_stride;  // halves_i16, bf16_terms: bytes between the planes
 };
 
 // Some elements of a row that another band holds: they lie one vector apart in both.
@@ -143,6 +145,37 @@ struct DenseTile {
   int outputs, vectors;  // vectors <= max_dense_vectors
 };
 
+// Weights for a matrix unit: blocks of 16 outputs by 16 words (four int8, or two bfloat16), a row of 64 bytes for each
+// output.
+inline constexpr int64_t block_outputs = 16, block_words = 16, block_bytes = 1024;
+
+// Blocks from codes: rows of 64 bytes, each holding the codes of 8 / bits rows of 64 weights from the lowest bits on. A
+// row of bfloat16 codes is two rows of a block, eight of the first, eight of the second, and so on.
+struct BlockCodes {
+  const char* codes;
+  int bits;              // 1, 2 or 4
+  int64_t count;         // blocks
+  const char* levels;    // of the block's first output: 16 bytes by code; bfloat16: low bytes, then high ones
+  int64_t level_stride;  // bytes from those of one output to those of the next
+  char* to;
+};
+
+// acc[o][v] = sum over the words of `steps` blocks of weights * x[word][v], all outputs rounded up to whole blocks.
+struct MatrixSum {
+  const char* x;          // staged plane of the group's first unit
+  const int64_t* source;  // bytes from x: of the first word of each step, or, gathered, of each word
+  int64_t rows;           // of `source`
+  bool gathered;          // words lie anywhere; behind the last are zeros
+  int64_t row_stride;     // bytes between the words of a step
+  int64_t term_stride;    // bfloat16: bytes between the planes of terms
+  int64_t steps;
+  const char* weights;  // [blocks of outputs][steps]
+  char* scratch;        // gathered: [steps][terms][2] blocks
+  char* acc;
+  int64_t acc_stride;  // bytes between outputs
+  int64_t outputs, vectors;
+};
+
 // Linear layers: lanes are outputs, a panel is 64 of them.
 inline constexpr int panel_outputs = 64;
 struct LinearTile {
@@ -217,6 +250,7 @@ struct MaxPool {
 
 struct Kernels {
   int lanes;
+  bool has_matrix_unit;
   bool generates_code;  // for algorithm `codegen`: 16 registers of 32 bytes, or 32 of 64
   int max_table_vectors, max_dense_vectors;
   void (*stage)(const Stage&);
@@ -233,6 +267,10 @@ struct Kernels {
   void (*dense_f32)(const DenseTile&);
   void (*dense_i8)(const DenseTile&);
   void (*dense_i32)(const DenseTile&);
+  void (*expand_i8)(const BlockCodes&);
+  void (*expand_bf16)(const BlockCodes&);
+  void (*multiply_i8)(const MatrixSum&);
+  void (*multiply_bf16)(const MatrixSum&);
   void (*linear_f32)(const LinearTile&);
   void (*linear_i8)(const LinearTile&);
   void (*build_lookup)(const LookupBuild&);
@@ -245,6 +283,7 @@ void fill_scalar(Kernels&);
 void fill_avx2(Kernels&);
 void fill_avx2_vnni(Kernels&);
 void fill_avx512(Kernels&);
+void fill_avx512_amx(Kernels&);
 
 const Kernels& kernels();  // of the active instruction set
 

@@ -18,11 +18,6 @@ int64_t code_shift(int64_t code, int bits) {
 }
 int64_t panel_count(int64_t outputs) { return (outputs + panel_outputs - 1) / panel_outputs; }
 
-char* scratch(int which, size_t bytes) {
-  thread_local core::AlignedBuffer<char> buffers[3];
-  return buffers[which].reserve(bytes);
-}
-
 }  // namespace
 
 PackedLinear::PackedLinear(const Weights& w, const Activations& a, Algorithm algorithm)

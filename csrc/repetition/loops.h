@@ -96,6 +96,7 @@ template <class T, class Put> inline void for_elements(const char* source, int64
 #include "repetition/loops_finish.h"
 #include "repetition/loops_layout.h"
 #include "repetition/loops_linear.h"
+#include "repetition/loops_matrix.h"
 #include "repetition/loops_sums.h"
 
 namespace pycodesign::repetition {
@@ -103,6 +104,7 @@ namespace {
 
 void fill(Kernels& k) {
   k = {lanes,
+       false,
        generates_code,
        max_table_vectors,
        max_dense_vectors,
@@ -120,6 +122,10 @@ void fill(Kernels& k) {
        dense<Float>,
        dense<Byte>,
        dense<Int>,
+       expand_i8,
+       expand_bf16,
+       multiply<BytesOfFour, 1>,
+       multiply<Bf16Pairs, bf16_terms>,
        linear<Float>,
        linear<Byte>,
        build_lookup,

@@ -42,6 +42,7 @@ void stage_row(const Stage& s, const char* const* source, uint32_t flip, uint32_
   const auto center = [=](int64_t i, int32_t x) { row[i] = static_cast<uint32_t>(x - s.center); };
   switch (s.staging) {
     case Staging::f32:
+    case Staging::bf16_terms:
       if (stride == 4) return static_cast<void>(std::memcpy(row, source[0], static_cast<size_t>(count) * 4));
       return for_elements<uint32_t>(source[0], stride, count, [=](int64_t i, uint32_t x) { row[i] = x; });
     case Staging::centered_i32:
@@ -70,12 +71,42 @@ void split_halves(const Stage& s, int64_t position, int64_t at, int64_t count) {
     }
 }
 
+// The three bfloat16, in the upper halves of words, whose sum a float is: each the leading bits of what is left.
+// Infinity is one term; the last terms of magnitudes below 2^-103 may be lost.
+struct Terms {
+  u32v term[bf16_terms];
+  explicit Terms(u32v x) {
+    const u32v infinite = reinterpret_cast<u32v>((x & 0x7fffffffu) == 0x7f800000u);
+    term[0] = x & 0xffff0000u;
+    const u32v rest = reinterpret_cast<u32v>(reinterpret_cast<f32v>(x) - reinterpret_cast<f32v>(term[0])) & ~infinite;
+    term[1] = rest & 0xffff0000u;
+    term[2] = reinterpret_cast<u32v>(reinterpret_cast<f32v>(rest) - reinterpret_cast<f32v>(term[1]));
+  }
+};
+
+void store_pairs(const Terms& first, const Terms& second, char* to, int64_t stride) {
+  for (int t = 0; t < bf16_terms; ++t, to += stride)
+    *reinterpret_cast<u32v*>(to) = first.term[t] >> 16 | (second.term[t] & 0xffff0000u);
+}
+
+// Blocks of two channels to planes of pairs of terms.
+void split_terms(const Stage& s, int64_t position, int64_t at, int64_t count) {
+  u32v first[lanes], second[lanes];
+  const char* from = s.flat + position * 4;
+  transpose(from, s.segment * 4, lanes, reinterpret_cast<char*>(first), vector_bytes, count);
+  transpose(from + s.positions * 4, s.segment * 4, lanes, reinterpret_cast<char*>(second), vector_bytes, count);
+  for (int64_t i = 0; i < count && i < lanes; ++i)
+    store_pairs(Terms(first[i]), Terms(second[i]), s.lifted + (at + i) * vector_bytes, s.channel_stride);
+}
+
 void stage(const Stage& s) {
-  const bool halves = s.staging == Staging::halves_i16, bytes = halves || s.staging == Staging::bytes4;
+  const bool halves = s.staging == Staging::halves_i16, bytes = halves || s.staging == Staging::bytes4,
+             terms = s.staging == Staging::bf16_terms;
+  const int images_of_channels = terms ? 2 : 1;
   const uint32_t flip = s.dtype == DType::i8 ? 0x80808080u : 0u;
   const uint32_t padding = bytes ? (static_cast<uint32_t>(s.zero_point) & 0xff) * 0x01010101u ^ flip : 0;
   uint32_t* flat = reinterpret_cast<uint32_t*>(s.flat);
-  for (int64_t i = 0; i < s.positions + s.half; ++i) flat[i] = padding;
+  for (int64_t i = 0; i < s.positions * images_of_channels + s.half; ++i) flat[i] = padding;
 
   for (int64_t n = 0; n < s.images; ++n)
     for (int64_t r = 0; r < s.rows.data; ++r) {
@@ -83,12 +114,14 @@ void stage(const Stage& s) {
       const char* p[4];
       for (int c = 0; c < 4; ++c) p[c] = s.source[c < s.channels ? c : 0] + n * s.stride_n + r * s.stride_h;
       stage_row(s, p, flip, row);
+      if (terms && s.channels > 1) stage_row(s, p + 1, flip, row + s.positions);
     }
 
   for (int i = 0; i < s.span_count; ++i) {  // vectors side by side
     const Span& span = s.spans[i];
     for (int64_t j = 0; j < span.count; j += lanes)
       if (halves) split_halves(s, span.first + j, span.at + j, span.count - j);
+      else if (terms) split_terms(s, span.first + j, span.at + j, span.count - j);
       else
         transpose(s.flat + (span.first + j) * 4, s.segment * 4, lanes, s.lifted + (span.at + j) * vector_bytes,
                   vector_bytes, span.count - j);
@@ -128,6 +161,20 @@ void restage(const Restage& s) {
         return x;
       });
       return put_halos<uint32_t>(s, [&](int64_t at, int lane, int, uint32_t x) { word(s.lifted + at + lane * 4) = x; });
+    case Staging::bf16_terms:
+      for (int64_t v = 0; v < s.vectors; ++v) {
+        const u32v mask = *reinterpret_cast<const u32v*>(s.mask + v * vector_bytes);
+        u32v x[2] = {};
+        for (int c = 0; c < s.channels; ++c) std::memcpy(&x[c], s.source[c] + s.first[v] * 4, sizeof x[c]);
+        store_pairs(Terms(x[0] & mask), Terms(x[1] & mask), s.lifted + v * vector_bytes, s.channel_stride);
+      }
+      return put_halos<uint32_t>(s, [&](int64_t at, int lane, int c, uint32_t x) {
+        const Terms terms(splat_bits(x));
+        for (int t = 0; t < bf16_terms; ++t) {
+          const auto upper = static_cast<uint16_t>(terms.term[t][0] >> 16);
+          std::memcpy(s.lifted + t * s.channel_stride + at + lane * 4 + c * 2, &upper, 2);
+        }
+      });
     case Staging::centered_i32:
       restage_vectors(s, s.lifted, splat_bits(zero_point - static_cast<uint32_t>(s.center)),
                       [&](int64_t at) { return (widen_bytes(bytes[0] + at) ^ flip) - center; });

@@ -108,11 +108,15 @@ void PackedConv2d::pack(const Weights& w) {
   unit_channels_ = algorithm_ == Algorithm::dense && integers ? 4 : 1;
   units_ = (group_channels_ + unit_channels_ - 1) / unit_channels_;
   stage_channels_ = integers && (algorithm_ == Algorithm::codegen || algorithm_ == Algorithm::dense) ? 4 : 1;
+  stage_planes_ = stage_channels_ / unit_channels_;
   blocks_ = geometry_.groups * block_count(group_outputs_);
   switch (algorithm_) {
     case Algorithm::codegen: return pack_codes(w);
     case Algorithm::tables: return pack_tables(w);
-    case Algorithm::dense: return pack_dense(w);
+    case Algorithm::dense:
+      if (matrix_cycles(w, geometry_, activations_) < dense_cycles(outputs_, inputs_, activations_))
+        return pack_matrix(w);
+      return pack_dense(w);
     case Algorithm::codebook: return pack_codebook(w);
     case Algorithm::packed:
       throw std::invalid_argument("algorithm: expected 'codegen', 'tables' or 'dense' for a convolution, got 'packed'");
@@ -318,6 +322,7 @@ std::vector<uint8_t> PackedConv2d::codes() const {
                                       ((1 << code_bits_) - 1));
     return codes;
   }
+  if (matrix_) return matrix_codes();
   if (algorithm_ == Algorithm::codebook)
     throw std::invalid_argument("codes: expected another algorithm than 'codebook', whose weights are indices");
   const int64_t blocks = block_count(group_outputs_);
@@ -356,7 +361,7 @@ std::vector<uint8_t> PackedConv2d::codes() const {
 
 Counts PackedConv2d::counts() const {
   Counts c;
-  c.bytes = static_cast<int64_t>(weights_size_ + steps_.size() * sizeof(TableStep)) + level_bytes();
+  c.bytes = static_cast<int64_t>(weights_size_ + steps_.size() * sizeof(TableStep) + level_bytes_.size()) + level_bytes();
   if (algorithm_ == Algorithm::dense) {
     c.multiplies = outputs_ * inputs_;
     c.adds = outputs_ * (inputs_ - 1);

@@ -17,7 +17,7 @@ namespace pycodesign::repetition {
 
 const Kernels& kernels() {
   static const auto table = [] {
-    std::array<Kernels, 5> all{};
+    std::array<Kernels, 6> all{};
     for (auto& k : all) fill_scalar(k);
 #if defined(__x86_64__)
     for (const core::Isa isa : core::supported_isas()) {
@@ -25,6 +25,7 @@ const Kernels& kernels() {
       if (isa >= core::Isa::avx2) fill_avx2(k);
       if (isa == core::Isa::avx2_vnni) fill_avx2_vnni(k);
       if (isa >= core::Isa::avx512) fill_avx512(k);
+      if (isa >= core::Isa::avx512_amx) fill_avx512_amx(k);
     }
 #endif
     return all;
@@ -127,7 +128,8 @@ Choice choose_conv2d(const Weights& w, const Geometry& g, const Activations& a) 
   const int64_t outputs =
       g.groups * (group_outputs < dense_outputs ? group_outputs : block_count(group_outputs) * dense_outputs);
   const int64_t words = (g.channels / g.groups + 3) / 4;  // of four 8-bit channels
-  const double dense = dense_cycles(outputs, integers ? words * 4 * g.kernel[0] * g.kernel[1] : w.inputs, a);
+  const double by_vectors = dense_cycles(outputs, integers ? words * 4 * g.kernel[0] * g.kernel[1] : w.inputs, a),
+               by_matrices = matrix_cycles(w, g, a), dense = std::min(by_vectors, by_matrices);
   const auto predicted = [&](double cycles) {
     return "predicted " + std::to_string(cycles / dense).substr(0, 4) + " of the time of dense sums";
   };
@@ -135,7 +137,10 @@ Choice choose_conv2d(const Weights& w, const Geometry& g, const Activations& a) 
   if (generates_code()) {
     const double code = code_cost(code_layer(w, g, a), kernels().lanes == 16).cold / (integers ? 2 : 1);
     if (code < dense && code <= book) return {Algorithm::codegen, predicted(code)};
-    if (book >= dense) return {Algorithm::dense, "too few outputs share a pattern for machine code to pay"};
+    if (book >= dense)
+      return {Algorithm::dense, by_matrices < by_vectors
+                                    ? "a matrix unit (AMX) multiplies faster than shared sums are added"
+                                    : "too few outputs share a pattern for machine code to pay"};
   }
   if (book < dense) return {Algorithm::codebook, predicted(book)};
   if (integers) return {Algorithm::dense, "8-bit dot products beat tables for 8-bit inputs"};

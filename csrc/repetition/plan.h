@@ -8,6 +8,8 @@
 
 namespace pycodesign::repetition {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 inline int64_t element_bytes(DType d) { return d == DType::f32 || d == DType::i32 ? 4 : 1; }
 
 inline int64_t block_count(int64_t outputs) {
@@ -45,6 +47,15 @@ struct TapSegment {
   int64_t last() const { return offset + taps.back().shift; }
 };
 
+// How the words of a layer make blocks for a matrix unit.
+struct MatrixShape {
+  MatrixShape(const Geometry&, const Activations&);
+  bool gathered;  // words of all channels and taps in one row; else steps of 16 units at one tap
+  int64_t steps;
+};
+// Cycles per vector of pixels; infinite where there is no such unit, or weights are not exact in its words.
+double matrix_cycles(const Weights&, const Geometry&, const Activations&);
+
 // Machine code sums x - center, at most `range` in magnitude, padding included.
 int32_t code_center(const Activations&);
 CodeLayer code_layer(const Weights&, const Geometry&, const Activations&);
@@ -65,6 +76,27 @@ struct TablePlan {
   std::vector<int> segment_shift;
   std::vector<int64_t> slot_offset;  // bytes, as in TableSum
 };
+
+// One call: what to compute, and with what.
+struct PackedConv2d::Call {
+  const Kernels& k;
+  const LayerCode* code;
+  const Tensor &x, &out;
+  const Tensor* residual;
+  const Epilogue& epilogue;
+
+  int64_t vector_bytes() const { return k.lanes * 4; }
+};
+
+// Sums of neighbouring outputs over one band; strides in bytes.
+struct PackedConv2d::Sums {
+  const char* data;
+  int64_t output_stride, vector_stride;
+  int64_t first_output, outputs;
+};
+
+// Scratch that outlives a call, one set per calling thread and slot.
+char* scratch(int which, size_t bytes);
 
 // Output pixels that are staged, summed and finished together: whole images, or some rows of one.
 struct Band {

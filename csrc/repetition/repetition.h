@@ -151,13 +151,21 @@ class PackedConv2d final : public PackedLayer {
   void pack(const Weights&);
   void pack_tables(const Weights&);
   void pack_dense(const Weights&);
+  void pack_matrix(const Weights&);
   void pack_codes(const Weights&);
   void pack_codebook(const Weights&);
+  struct MatrixPlace {
+    int64_t byte;
+    int shift;
+  };
+  MatrixPlace matrix_place(int64_t o, int64_t i) const;
+  std::vector<uint8_t> matrix_codes() const;
   int64_t stream_at(int64_t output, int64_t unit) const;
   Weights weights_of(const std::vector<uint8_t>& codes) const;  // as packed, for another form
   const LayerCode* code(const Kernels&) const;                  // null where none can be made
   const PackedConv2d& without_code() const;
   std::shared_ptr<const ConvPlan> plan(const Kernels&, int64_t images, int64_t height, int64_t width) const;
+  int64_t block_size() const { return matrix_ ? 2 * block_outputs : dense_outputs; }
   int halves() const { return staging_ == Staging::halves_i16 ? 2 : 1; }
 
   struct Call;
@@ -173,20 +181,27 @@ class PackedConv2d final : public PackedLayer {
   void build_kernels(const Kernels&, const LiftPlan&, const char* x, int64_t first, int64_t units, int vectors,
                      char* tables) const;
   void sum_dense(const Call&, const LiftPlan&, const char* x, int64_t group, int64_t first, int64_t last) const;
+  void sum_matrix(const Call&, const LiftPlan&, const char* x, int64_t group, int64_t first, int64_t last) const;
   void finish_outputs(const Call&, const LiftPlan&, const Sums&) const;
 
   Geometry geometry_;
   int64_t taps_, group_channels_, group_outputs_;
-  int64_t unit_channels_;              // channels per staged plane: 1, or 4 as bytes
+  int64_t unit_channels_;              // channels per word: 1, 2 as bfloat16, or 4 as bytes
   int64_t units_;                      // staged planes per group of the convolution
-  int64_t stage_channels_;             // channels staged at a time
+  int64_t stage_channels_;             // channels staged at a time,
+  int64_t stage_planes_;               // into so many planes
   core::AlignedBuffer<char> weights_;  // dense: [group][block of outputs][unit][tap][dense_outputs] words; tables:
-                                       // [group][block][output][slot] bytes; codegen: codes of code_bits_
+                                       // [group][block][output][slot] bytes; codegen: codes of code_bits_;
+                                       // dense for a matrix unit: blocks of codes of code_bits_, 0: of weights
   size_t weights_size_ = 0;
-  int64_t blocks_ = 0;  // of dense_outputs outputs, that threads can share
+  int64_t blocks_ = 0;  // of block_size() outputs, that threads can share
   double cycles_ = 0;   // predicted, for one vector of sums
   Staging staging_ = Staging::f32;
   int32_t center_ = 0;  // what staging subtracts from integers
+
+  // dense for a matrix unit
+  bool matrix_ = false;
+  std::vector<char> level_bytes_;  // as in BlockCodes
 
   // tables: channels in groups of group_size_, `block_units_` tables alive at a time
   int group_size_ = 0, max_entries_ = 0, block_units_ = 0;

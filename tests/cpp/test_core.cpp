@@ -40,7 +40,7 @@ namespace {
 void test_isa_from_environment() {  // first: nothing has asked for the level yet
   setenv("PYCODESIGN_ISA", "sse9", 1);
   CHECK_THROWS(core::active_isa(), std::invalid_argument,
-               "PYCODESIGN_ISA: expected one of scalar, avx2, avx2_vnni, avx512, avx512_vbmi, got 'sse9'");
+               "PYCODESIGN_ISA: expected one of scalar, avx2, avx2_vnni, avx512, avx512_vbmi, avx512_amx, got 'sse9'");
   CHECK_THROWS(core::active_isa(), std::invalid_argument, "PYCODESIGN_ISA");
   setenv("PYCODESIGN_ISA", "scalar", 1);
   CHECK(core::active_isa() == core::Isa::scalar);
@@ -50,7 +50,7 @@ void test_isa() {
   const std::vector<core::Isa> supported = core::supported_isas();
   CHECK(supported.front() == core::Isa::scalar);
   using enum core::Isa;
-  for (core::Isa isa : {scalar, avx2, avx2_vnni, avx512, avx512_vbmi}) {
+  for (core::Isa isa : {scalar, avx2, avx2_vnni, avx512, avx512_vbmi, avx512_amx}) {
     const bool is_supported = std::find(supported.begin(), supported.end(), isa) != supported.end();
     if (is_supported) {
       core::set_isa(core::isa_name(isa));

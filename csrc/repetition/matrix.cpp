@@ -1,0 +1,215 @@
+// Dense sums of convolutions by a matrix unit: weights in blocks of 16 outputs x 16 words, kept as codes and expanded
+// block by block, times 16 words of 16 pixels. See README.md.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "repetition/costs.h"
+#include "repetition/plan.h"
+
+namespace pycodesign::repetition {
+
+namespace {
+
+constexpr int max_codes = 16;
+
+int words_channels(const Activations& a) { return a.dtype == DType::f32 ? 2 : 4; }
+int terms_of(const Activations& a) { return a.dtype == DType::f32 ? bf16_terms : 1; }
+
+uint16_t bf16_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return static_cast<uint16_t>(bits >> 16);
+}
+
+bool is_bf16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return (bits & 0xffff) == 0;
+}
+
+}  // namespace
+
+MatrixShape::MatrixShape(const Geometry& g, const Activations& a) {
+  const int64_t units = ceil_div(g.channels / g.groups, words_channels(a)), taps = g.kernel[0] * g.kernel[1];
+  gathered = units % block_words != 0;
+  steps = gathered ? ceil_div(units * taps, block_words) : units / block_words * taps;
+}
+
+double matrix_cycles(const Weights& w, const Geometry& g, const Activations& a) {
+  const bool exact = a.dtype != DType::f32 || std::all_of(w.levels, w.levels + w.level_rows * w.level_count, is_bf16);
+  if (!kernels().has_matrix_unit || w.level_count == 0 || !exact) return std::numeric_limits<double>::infinity();
+  constexpr double product = 16 * 1.25, gathered_row = 1.5;  // cycles; some wait for the second-level cache
+  const MatrixShape shape(g, a);
+  const auto blocks = static_cast<double>(ceil_div(w.outputs / g.groups, block_outputs)),
+             steps = static_cast<double>(g.groups * shape.steps * terms_of(a));
+  return steps * (blocks * product + (shape.gathered ? block_words * gathered_row : 0));
+}
+
+// Where the weight of input i of output o lies: [group][block of outputs][step] blocks; whole weights as the matrix unit
+// reads them, [output][word][channel], or codes, several of these rows in the bits of one.
+PackedConv2d::MatrixPlace PackedConv2d::matrix_place(int64_t o, int64_t i) const {
+  const int64_t c = i / taps_, t = i % taps_, unit = c / unit_channels_, q = c % unit_channels_;
+  const MatrixShape shape(geometry_, activations_);
+  const int64_t flat = unit * taps_ + t;
+  const int64_t step = shape.gathered ? flat / block_words : unit / block_words * taps_ + t,
+                word = shape.gathered ? flat % block_words : unit % block_words;
+  const int64_t row = o % group_outputs_ % block_outputs,
+                block = (o / group_outputs_ * ceil_div(group_outputs_, block_outputs) +
+                         o % group_outputs_ / block_outputs) *
+                            shape.steps +
+                        step;
+  if (!code_bits_) return {block * block_bytes + row * 64 + (word * unit_channels_ + q) * (4 / unit_channels_), 0};
+  const int64_t rows_together = 8 / code_bits_;  // rows of codes in the bits of one row of bytes
+  if (unit_channels_ == 4)
+    return {block * block_bytes / rows_together + row / rows_together * 64 + word * 4 + q,
+            static_cast<int>(row % rows_together) * code_bits_};
+  // A row of codes is two of bfloat16, as bytes interleave: eight of the first, eight of the second, and so on.
+  const int64_t pair = row / 2, k = word * 2 + q;
+  return {block * block_bytes / 2 / rows_together + pair / rows_together * 64 + k / 8 * 16 + row % 2 * 8 + k % 8,
+          static_cast<int>(pair % rows_together) * code_bits_};
+}
+
+void PackedConv2d::pack_matrix(const Weights& w) {
+  const bool is_float = activations_.dtype == DType::f32;
+  matrix_ = true;
+  unit_channels_ = words_channels(activations_);
+  stage_channels_ = unit_channels_;
+  stage_planes_ = terms_of(activations_);
+  units_ = ceil_div(group_channels_, unit_channels_) * stage_planes_;
+  blocks_ = geometry_.groups * ceil_div(group_outputs_, 2 * block_outputs);
+  staging_ = is_float ? Staging::bf16_terms : Staging::bytes4;
+  set_correction(w, activations_.dtype == DType::i8 ? -128 : 0);
+  cycles_ = matrix_cycles(w, geometry_, activations_);
+
+  // Words of fewer than four channels repeat the first: their weights are zeros.
+  const bool needs_zero = group_channels_ % unit_channels_ != 0;
+  const int64_t count = level_count_ + needs_zero;
+  code_bits_ = count <= 2 ? 1 : count <= 4 ? 2 : count <= max_codes ? 4 : 0;
+  const MatrixShape shape(geometry_, activations_);
+  const int64_t blocks = geometry_.groups * ceil_div(group_outputs_, block_outputs) * shape.steps;
+  const int64_t bytes = block_bytes * (code_bits_ ? code_bits_ : 8) / 8 / (is_float && code_bits_ ? 2 : 1);
+  weights_size_ = static_cast<size_t>(blocks * bytes);
+  char* to = weights_.reserve(weights_size_);
+  std::memset(to, 0, weights_size_);
+  if (code_bits_ && needs_zero) {  // everywhere first
+    for (size_t i = 0; i < weights_size_; ++i)
+      for (int bit = 0; bit < 8; bit += code_bits_) to[i] = static_cast<char>(to[i] | level_count_ << bit);
+  }
+  const int mask = (1 << code_bits_) - 1;
+  for (int64_t o = 0; o < outputs_; ++o)
+    for (int64_t i = 0; i < inputs_; ++i) {
+      const auto [at, shift] = matrix_place(o, i);
+      const float level = w.level(o, i);
+      if (code_bits_) {
+        const int code = w.codes ? w.codes[o * inputs_ + i] : code_of(o, level);
+        to[at] = static_cast<char>((to[at] & ~(mask << shift)) | code << shift);
+      } else if (is_float) {
+        const uint16_t bits = bf16_bits(level);
+        std::memcpy(to + at, &bits, 2);
+      } else {
+        to[at] = static_cast<char>(static_cast<int>(level));
+      }
+    }
+
+  // What codes stand for, sixteen for every output, or for all alike: bytes, or the low bytes of bfloat16 and the high.
+  const int64_t table = is_float ? 32 : 16;
+  for (int64_t r = 0; code_bits_ && r < level_rows_; ++r)
+    for (int64_t i = 0; i < table; ++i) {
+      const int64_t code = i % 16 & mask;
+      const float level = code < level_count_ ? levels_[static_cast<size_t>(r * level_count_ + code)] : 0;
+      const int bits = is_float ? bf16_bits(level) >> (i < 16 ? 0 : 8) : static_cast<int>(level);
+      level_bytes_.push_back(static_cast<char>(bits));
+    }
+  // Rows of outputs that do not exist are expanded too.
+  if (level_rows_ > 1) level_bytes_.resize(level_bytes_.size() + static_cast<size_t>(table * block_outputs));
+}
+
+std::vector<uint8_t> PackedConv2d::matrix_codes() const {
+  std::vector<uint8_t> codes;
+  for (int64_t o = 0; o < outputs_; ++o)
+    for (int64_t i = 0; i < inputs_; ++i) {
+      const auto [at, shift] = matrix_place(o, i);
+      const char* from = weights_.data() + at;
+      if (code_bits_) {
+        codes.push_back(static_cast<uint8_t>(static_cast<uint8_t>(*from) >> shift & ((1 << code_bits_) - 1)));
+      } else if (activations_.dtype == DType::f32) {
+        uint32_t bits = 0;
+        std::memcpy(reinterpret_cast<char*>(&bits) + 2, from, 2);
+        float level;
+        std::memcpy(&level, &bits, 4);
+        codes.push_back(code_of(o, level));
+      } else {
+        codes.push_back(code_of(o, static_cast<float>(static_cast<signed char>(*from))));
+      }
+    }
+  return codes;
+}
+
+// A few blocks of outputs after the other: their weights are expanded once and stay in the second-level cache. The
+// rows of small groups of channels are gathered for all outputs that fit there.
+void PackedConv2d::sum_matrix(const Call& call, const LiftPlan& lift, const char* x, int64_t group, int64_t first,
+                              int64_t last) const {
+  const Kernels& k = call.k;
+  const bool is_float = activations_.dtype == DType::f32;
+  const MatrixShape shape(geometry_, activations_);
+  const int64_t terms = stage_planes_, vector_bytes = call.vector_bytes();
+  const int64_t plane = (lift.segment | 1) * vector_bytes, output_block_bytes = shape.steps * block_bytes;
+  const int64_t expanded_bytes = shape.gathered ? 256 << 10 : 0;
+  const int64_t together = std::clamp<int64_t>(expanded_bytes / output_block_bytes, 2,
+                                               ceil_div(group_outputs_, block_outputs));  // blocks of outputs
+  thread_local std::vector<int64_t> source;
+  source.clear();
+  if (shape.gathered) {
+    for (int64_t u = 0; u < units_; u += terms)
+      for (int64_t t = 0; t < taps_; ++t)
+        source.push_back(u * lift.unit_bytes + lift.tap_source[static_cast<size_t>(t)]);
+  } else {
+    for (int64_t u = 0; u < units_; u += block_words * terms)
+      for (int64_t t = 0; t < taps_; ++t)
+        source.push_back(u * lift.unit_bytes + lift.tap_source[static_cast<size_t>(t)]);
+  }
+  MatrixSum m{};
+  m.x = x;
+  m.source = source.data();
+  m.rows = static_cast<int64_t>(source.size());
+  m.gathered = shape.gathered;
+  m.row_stride = terms * lift.unit_bytes;
+  m.term_stride = lift.unit_bytes;
+  m.steps = shape.steps;
+  m.acc_stride = plane;
+  m.vectors = lift.segment;
+  const int64_t gathered_bytes = shape.gathered ? shape.steps * terms * block_words * 2 * vector_bytes : 0;
+  const int64_t weights_bytes = code_bits_ ? together * output_block_bytes : 0;
+  char* const expanded = scratch(3, static_cast<size_t>(gathered_bytes + weights_bytes));
+  m.scratch = expanded + weights_bytes;
+  char* const sums = scratch(2, static_cast<size_t>(together * block_outputs * plane));
+  m.acc = sums;
+  const int64_t code_bytes = output_block_bytes * code_bits_ / 8 / (is_float ? 2 : 1),
+                level_stride = level_rows_ == 1 ? 0 : is_float ? 32 : 16;
+  const int64_t group_blocks = ceil_div(group_outputs_, block_outputs);
+  for (int64_t o = first; o < last; o += together * block_outputs) {
+    m.outputs = std::min(together * block_outputs, last - o);
+    const int64_t block = group * group_blocks + o / block_outputs, blocks = ceil_div(m.outputs, block_outputs);
+    if (code_bits_) {
+      BlockCodes codes{};
+      codes.bits = code_bits_;
+      codes.count = shape.steps;
+      codes.level_stride = level_stride;
+      for (int64_t b = 0; b < blocks; ++b) {
+        codes.codes = weights_.data() + (block + b) * code_bytes;
+        codes.levels = level_bytes_.data() + (group * group_outputs_ + o + b * block_outputs) * level_stride;
+        codes.to = expanded + b * output_block_bytes;
+        (is_float ? k.expand_bf16 : k.expand_i8)(codes);
+      }
+      m.weights = expanded;
+    } else {
+      m.weights = weights_.data() + block * output_block_bytes;
+    }
+    (is_float ? k.multiply_bf16 : k.multiply_i8)(m);
+    finish_outputs(call, lift, {sums, plane, vector_bytes, group * group_outputs_ + o, m.outputs});
+  }
+}
+
+}  // namespace pycodesign::repetition

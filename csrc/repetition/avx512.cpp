@@ -109,7 +109,7 @@ namespace {
 struct Bytes4 {
   __m512 multiplier, bias, residual_scale, residual_zero, scale, reciprocal, lo, hi;
   __m512i correction, zero_point;
-  bool is_signed;
+  bool is_signed, limited;
 
   explicit Bytes4(const Finish& f) {
     const Epilogue& e = *f.epilogue;
@@ -125,6 +125,12 @@ struct Bytes4 {
     const float from = e.has_lo ? e.lo / e.out_scale : lowest, to = e.has_hi ? e.hi / e.out_scale : lowest + 255;
     lo = splat(from > lowest ? from < lowest + 255 ? from : lowest + 255 : lowest);
     hi = splat(to < lowest + 255 ? to > lowest ? to : lowest : lowest + 255);
+    // Without clamping, conversions to shorter integers saturate, if nothing leaves int32 before.
+    const auto magnitude = [](float x) { return x < 0 ? -x : x; };
+    const float largest = (2147483648.0f * magnitude(*f.multiplier) + magnitude(f.bias ? *f.bias : 0) +
+                           (e.has_residual ? magnitude(e.residual_scale) * (256 + magnitude(e.residual_zero_point)) : 0)) /
+                          e.out_scale;
+    limited = from > lowest || to < lowest + 255 || !(largest < 1e9f);
     correction = _mm512_set1_epi32(f.correction ? *f.correction : 0);
     zero_point = _mm512_set1_epi16(static_cast<short>(e.out_zero_point));
   }
@@ -147,19 +153,21 @@ struct Bytes4 {
     const __m512i words = std::is_signed_v<Residual> ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes);
     return _mm512_add_ps(y, _mm512_mul_ps(residual_scale, _mm512_sub_ps(_mm512_cvtepi32_ps(words), residual_zero)));
   }
-  __m512 limit(__m512 v) const { return _mm512_min_ps(_mm512_max_ps(v, lo), hi); }
+  template <bool limited> __m512 limit(__m512 v) const {
+    return limited ? _mm512_min_ps(_mm512_max_ps(v, lo), hi) : v;
+  }
 
   // acc: of four vectors; residual and out: side by side.
-  template <class Residual> void operator()(const char* const* acc, const char* residual, char* out) const {
+  template <class Residual, bool limited> void operator()(const char* const* acc, const char* residual, char* out) const {
     __m512 y[4], v[4];
     __m512 farthest = _mm512_setzero_ps();  // from the nearest integer
     for (int i = 0; i < 4; ++i) {
       y[i] = value<Residual>(acc[i], residual + i * lanes);
-      v[i] = limit(_mm512_mul_ps(y[i], reciprocal));
+      v[i] = limit<limited>(_mm512_mul_ps(y[i], reciprocal));
       farthest = _mm512_range_ps(farthest, _mm512_reduce_ps(v[i], 0), 0b1011);  // magnitudes
     }
     if (__builtin_expect(_mm512_cmp_ps_mask(farthest, _mm512_set1_ps(0.4999f), _CMP_GT_OQ) != 0, 0))
-      for (int i = 0; i < 4; ++i) v[i] = limit(_mm512_div_ps(y[i], scale));
+      for (int i = 0; i < 4; ++i) v[i] = limit<limited>(_mm512_div_ps(y[i], scale));
     const auto shorts = [&](int i) {
       return _mm512_adds_epi16(_mm512_packs_epi32(_mm512_cvtps_epi32(v[i]), _mm512_cvtps_epi32(v[i + 1])), zero_point);
     };
@@ -174,8 +182,7 @@ struct Bytes4 {
   }
 };
 
-template <class Residual> void finish_bytes(Finish f) {
-  const Bytes4 finish4(f);
+template <class Residual, bool limited> void finish_four(const Bytes4& finish4, Finish f) {
   const int64_t run = f.run ? f.run * 4 : vector_bytes, stride = f.run ? f.run_stride : vector_bytes;
   const char* acc[4];
   int64_t at = 0;  // within a run
@@ -187,7 +194,7 @@ template <class Residual> void finish_bytes(Finish f) {
   };
   for (; f.count >= 4 * lanes; f.count -= 4 * lanes, f.residual += 4 * lanes, f.out += 4 * lanes) {
     for (const char*& vector : acc) vector = next();
-    finish4.template operator()<Residual>(acc, f.residual, f.out);
+    finish4.template operator()<Residual, limited>(acc, f.residual, f.out);
   }
   if (f.count == 0) return;
   // Fewer vectors than four, by way of copies.
@@ -199,8 +206,13 @@ template <class Residual> void finish_bytes(Finish f) {
   }
   for (int i = 0; i < 4; ++i) acc[i] = sums + i * vector_bytes;
   if constexpr (!std::is_void_v<Residual>) std::memcpy(residual, f.residual, static_cast<size_t>(f.count));
-  finish4.template operator()<Residual>(acc, residual, out);
+  finish4.template operator()<Residual, limited>(acc, residual, out);
   std::memcpy(f.out, out, static_cast<size_t>(f.count));
+}
+
+template <class Residual> void finish_bytes(const Finish& f) {
+  const Bytes4 finish4(f);
+  finish4.limited ? finish_four<Residual, true>(finish4, f) : finish_four<Residual, false>(finish4, f);
 }
 
 void finish_avx512(const Finish& f) {

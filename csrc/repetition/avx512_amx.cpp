@@ -26,40 +26,31 @@ inline __m512i codes_of(__m512i bytes, int shift) {
   return _mm512_and_si512(_mm512_srl_epi16(bytes, _mm_cvtsi32_si128(shift)), _mm512_set1_epi8(15));
 }
 
-void expand_i8(const BlockCodes& b) {
+// One block from its codes.
+template <bool bf16> inline void expand(const char* codes, const BlockCodes& b, const char* levels, char* to) {
+  constexpr int lines = bf16 ? block_outputs / 2 : block_outputs;
   const int together = 8 / b.bits;
-  const char* codes = b.codes;
-  char* to = b.to;
-  for (int64_t i = 0; i < b.count; ++i)
-    for (int row = 0; row < block_outputs; row += together, codes += 64) {
-      const __m512i bytes = load(codes);
-      _mm_prefetch(codes + 4096, _MM_HINT_T1);
-      for (int r = 0; r < together; ++r, to += row_bytes)
-        store(to, _mm512_shuffle_epi8(table(b.levels + (row + r) * b.level_stride), codes_of(bytes, r * b.bits)));
-    }
-}
-
-void expand_bf16(const BlockCodes& b) {
-  const int together = 8 / b.bits;
-  const char* codes = b.codes;
-  char* to = b.to;
-  for (int64_t i = 0; i < b.count; ++i)
-    for (int pair = 0; pair < block_outputs / 2; pair += together, codes += 64) {
-      const __m512i bytes = load(codes);
-      _mm_prefetch(codes + 4096, _MM_HINT_T1);
-      for (int r = 0; r < together; ++r, to += 2 * row_bytes) {
-        const __m512i c = codes_of(bytes, r * b.bits);
-        const char *first = b.levels + 2 * (pair + r) * b.level_stride, *second = first + b.level_stride;
+  for (int line = 0; line < lines; line += together, codes += row_bytes) {
+    const __m512i bytes = load(codes);
+    _mm_prefetch(codes + 4096, _MM_HINT_T1);
+    for (int r = 0; r < together; ++r, to += bf16 ? 2 * row_bytes : row_bytes) {
+      const __m512i c = codes_of(bytes, r * b.bits);
+      const char* first = levels + (line + r) * (bf16 ? 2 : 1) * b.level_stride;
+      if constexpr (!bf16) {
+        store(to, _mm512_shuffle_epi8(table(first), c));
+      } else {
+        const char* second = first + b.level_stride;
         store(to, _mm512_unpacklo_epi8(_mm512_shuffle_epi8(table(first), c), _mm512_shuffle_epi8(table(first + 16), c)));
         store(to + row_bytes,
               _mm512_unpackhi_epi8(_mm512_shuffle_epi8(table(second), c), _mm512_shuffle_epi8(table(second + 16), c)));
       }
     }
+  }
 }
 
 // Rows of two vectors of pixels one after another, [step][term][vector][row], with zeros behind the last.
 template <int terms, int vectors> void gather(const MatrixSum& m, const char* x) {
-  char* to = m.scratch;
+  char* to = m.words;
   for (int64_t s = 0; s < m.steps; ++s, to += terms * 2 * block_bytes)
     for (int64_t r = 0; r < block_words; ++r) {
       const int64_t row = s * block_words + r;
@@ -93,19 +84,30 @@ struct Words {
   const char* x;
   const int64_t* source;
   int64_t step, term, vector, row;  // bytes from each to the next
+  int64_t at;                       // of the first vector
 };
 
-template <bool bf16, int blocks, int vectors>
-void multiply_block(const MatrixSum& m, const Words& words, const char* weights, char* acc) {
-  const char* next_weights = weights + m.steps * block_bytes;
+// `expands`: codes become weights a step before they are multiplied, while the matrix unit is busy with that step.
+template <bool bf16, int blocks, int vectors, bool expands>
+void multiply_block(const MatrixSum& m, const Words& words, int64_t block) {
+  const char *const weights = (m.codes.bits ? m.expanded : m.weights) + block * m.steps * block_bytes,
+                    *const next_weights = weights + m.steps * block_bytes;
+  const int64_t code_bytes = block_bytes / (bf16 ? 16 : 8) * m.codes.bits;
+  const auto expand_step = [&](int64_t s) {
+    for (int64_t b = block; b < block + blocks; ++b)
+      expand<bf16>(m.codes.codes + (b * m.steps + s) * code_bytes, m.codes,
+                   m.codes.levels + b * block_outputs * m.codes.level_stride,
+                   m.expanded + (b * m.steps + s) * block_bytes);
+  };
+  if constexpr (expands) expand_step(0);
   _tile_zero(0);
   if constexpr (vectors > 1) _tile_zero(1);
   if constexpr (blocks > 1) _tile_zero(2);
   if constexpr (blocks > 1 && vectors > 1) _tile_zero(3);
-  for (int64_t s = 0; s < m.steps; ++s, weights += block_bytes, next_weights += block_bytes) {
+  for (int64_t s = 0; s < m.steps; ++s) {
     const char* x = words.source ? words.x + words.source[s] : words.x + s * words.step;
-    _tile_loadd(4, weights, row_bytes);
-    if constexpr (blocks > 1) _tile_loadd(5, next_weights, row_bytes);
+    _tile_loadd(4, weights + s * block_bytes, row_bytes);
+    if constexpr (blocks > 1) _tile_loadd(5, next_weights + s * block_bytes, row_bytes);
     for (int t = 0; t < (bf16 ? bf16_terms : 1); ++t, x += words.term) {
       _tile_loadd(6, x, words.row);
       if constexpr (vectors > 1) _tile_loadd(7, x + words.vector, words.row);
@@ -114,38 +116,40 @@ void multiply_block(const MatrixSum& m, const Words& words, const char* weights,
       if constexpr (blocks > 1) multiply_10<bf16>();
       if constexpr (blocks > 1 && vectors > 1) multiply_11<bf16>();
     }
+    if constexpr (expands)
+      if (s + 1 < m.steps) expand_step(s + 1);
   }
-  char* next_acc = acc + block_outputs * m.acc_stride;
+  char *const acc = m.acc + block * block_outputs * m.acc_stride + words.at,
+              *const next_acc = acc + block_outputs * m.acc_stride;
   _tile_stored(0, acc, m.acc_stride);
   if constexpr (vectors > 1) _tile_stored(1, acc + row_bytes, m.acc_stride);
   if constexpr (blocks > 1) _tile_stored(2, next_acc, m.acc_stride);
   if constexpr (blocks > 1 && vectors > 1) _tile_stored(3, next_acc + row_bytes, m.acc_stride);
 }
 
-template <bool bf16, int vectors> void multiply_vectors(const MatrixSum& m, int64_t v) {
+template <bool bf16, int vectors, bool expands> void multiply_vectors(const MatrixSum& m, int64_t v) {
   constexpr int terms = bf16 ? bf16_terms : 1;
-  const char* x = m.x + v * row_bytes;
-  Words words{x, m.source, 0, m.term_stride, row_bytes, m.row_stride};
+  const int64_t at = v * row_bytes;
+  Words words{m.x + at, m.source, 0, m.term_stride, row_bytes, m.row_stride, at};
   if (m.gathered) {
-    gather<terms, vectors>(m, x);
-    words = {m.scratch, nullptr, terms * 2 * block_bytes, 2 * block_bytes, block_bytes, row_bytes};
+    gather<terms, vectors>(m, words.x);
+    words = {m.words, nullptr, terms * 2 * block_bytes, 2 * block_bytes, block_bytes, row_bytes, at};
   }
-  const char* weights = m.weights;
-  char* acc = m.acc + v * row_bytes;
   const int64_t blocks = (m.outputs + block_outputs - 1) / block_outputs;
-  for (int64_t b = 0; b < blocks; b += 2) {
-    if (b + 1 < blocks) multiply_block<bf16, 2, vectors>(m, words, weights, acc);
-    else multiply_block<bf16, 1, vectors>(m, words, weights, acc);
-    weights += 2 * m.steps * block_bytes;
-    acc += 2 * block_outputs * m.acc_stride;
-  }
+  int64_t b = 0;
+  for (; b + 2 <= blocks; b += 2) multiply_block<bf16, 2, vectors, expands>(m, words, b);
+  if (b < blocks) multiply_block<bf16, 1, vectors, expands>(m, words, b);
 }
 
 template <bool bf16> void multiply(const MatrixSum& m) {
   _tile_loadconfig(&whole_tiles);
   int64_t v = 0;
-  for (; v + 2 <= m.vectors; v += 2) multiply_vectors<bf16, 2>(m, v);
-  if (v < m.vectors) multiply_vectors<bf16, 1>(m, v);
+  for (; v + 2 <= m.vectors; v += 2)
+    if (v == 0 && m.codes.bits) multiply_vectors<bf16, 2, true>(m, v);
+    else multiply_vectors<bf16, 2, false>(m, v);
+  if (v < m.vectors)
+    if (v == 0 && m.codes.bits) multiply_vectors<bf16, 1, true>(m, v);
+    else multiply_vectors<bf16, 1, false>(m, v);
   _tile_release();
 }
 
@@ -153,8 +157,6 @@ template <bool bf16> void multiply(const MatrixSum& m) {
 
 void fill_avx512_amx(Kernels& k) {
   k.has_matrix_unit = true;
-  k.expand_i8 = expand_i8;
-  k.expand_bf16 = expand_bf16;
   k.multiply_i8 = multiply<false>;
   k.multiply_bf16 = multiply<true>;
 }

@@ -149,15 +149,13 @@ struct DenseTile {
 // output.
 inline constexpr int64_t block_outputs = 16, block_words = 16, block_bytes = 1024;
 
-// Blocks from codes: rows of 64 bytes, each holding the codes of 8 / bits rows of 64 weights from the lowest bits on. A
-// row of bfloat16 codes is two rows of a block, eight of the first, eight of the second, and so on.
+// Weights as codes: rows of 64 bytes, each holding those of 8 / bits rows of 64 weights from the lowest bits on. A row of
+// bfloat16 codes is two rows of a block, eight of the first, eight of the second, and so on.
 struct BlockCodes {
-  const char* codes;
-  int bits;              // 1, 2 or 4
-  int64_t count;         // blocks
-  const char* levels;    // of the block's first output: 16 bytes by code; bfloat16: low bytes, then high ones
+  const char* codes;     // of the first block
+  int bits;              // 1, 2 or 4; 0: weights are whole
+  const char* levels;    // of the first output: 16 bytes by code; bfloat16: low bytes, then high ones
   int64_t level_stride;  // bytes from those of one output to those of the next
-  char* to;
 };
 
 // acc[o][v] = sum over the words of `steps` blocks of weights * x[word][v], all outputs rounded up to whole blocks.
@@ -169,8 +167,10 @@ struct MatrixSum {
   int64_t row_stride;     // bytes between the words of a step
   int64_t term_stride;    // bfloat16: bytes between the planes of terms
   int64_t steps;
-  const char* weights;  // [blocks of outputs][steps]
-  char* scratch;        // gathered: [steps][terms][2] blocks
+  BlockCodes codes;     // [blocks of outputs][steps]
+  const char* weights;  // the same blocks whole, or
+  char* expanded;       // where codes become so
+  char* words;          // scratch, gathered: [steps][terms][2] blocks
   char* acc;
   int64_t acc_stride;  // bytes between outputs
   int64_t outputs, vectors;
@@ -267,8 +267,6 @@ struct Kernels {
   void (*dense_f32)(const DenseTile&);
   void (*dense_i8)(const DenseTile&);
   void (*dense_i32)(const DenseTile&);
-  void (*expand_i8)(const BlockCodes&);
-  void (*expand_bf16)(const BlockCodes&);
   void (*multiply_i8)(const MatrixSum&);
   void (*multiply_bf16)(const MatrixSum&);
   void (*linear_f32)(const LinearTile&);

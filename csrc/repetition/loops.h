@@ -122,8 +122,6 @@ void fill(Kernels& k) {
        dense<Float>,
        dense<Byte>,
        dense<Int>,
-       expand_i8,
-       expand_bf16,
        multiply<BytesOfFour, 1>,
        multiply<Bf16Pairs, bf16_terms>,
        linear<Float>,

@@ -4,34 +4,28 @@
 namespace pycodesign::repetition {
 namespace {
 
-// Rows of bytes that hold codes, to rows of levels. The bits above a code are another's: tables repeat.
-void expand_i8(const BlockCodes& b) {
-  const int together = 8 / b.bits;
+// The blocks of all outputs from rows of codes. The bits above a code are another's: tables repeat.
+template <bool bf16> void expand(const MatrixSum& m) {
+  const BlockCodes& b = m.codes;
+  const int together = 8 / b.bits, lines = bf16 ? block_outputs / 2 : block_outputs;
   const uint8_t* codes = reinterpret_cast<const uint8_t*>(b.codes);
-  char* to = b.to;
-  for (int64_t i = 0; i < b.count; ++i)
-    for (int row = 0; row < block_outputs; row += together, codes += 64)
-      for (int r = 0; r < together; ++r, to += 64) {
-        const char* levels = b.levels + (row + r) * b.level_stride;
-        for (int at = 0; at < 64; ++at) to[at] = levels[codes[at] >> (r * b.bits) & 15];
-      }
-}
-
-void expand_bf16(const BlockCodes& b) {
-  const int together = 8 / b.bits;
-  const uint8_t* codes = reinterpret_cast<const uint8_t*>(b.codes);
-  char* to = b.to;
-  for (int64_t i = 0; i < b.count; ++i)
-    for (int pair = 0; pair < block_outputs / 2; pair += together, codes += 64)
-      for (int r = 0; r < together; ++r)
-        for (int odd = 0; odd < 2; ++odd, to += 64) {
-          const char* levels = b.levels + (2 * (pair + r) + odd) * b.level_stride;
-          for (int k = 0; k < 32; ++k) {
-            const int code = codes[k / 8 * 16 + odd * 8 + k % 8] >> (r * b.bits) & 15;
-            to[2 * k] = levels[code];
-            to[2 * k + 1] = levels[16 + code];
-          }
+  char* to = m.expanded;
+  for (int64_t o = 0; o < m.outputs; o += block_outputs)
+    for (int64_t s = 0; s < m.steps; ++s)
+      for (int line = 0; line < lines; ++line, codes += line % together == 0 ? 64 : 0) {
+        const int shift = line % together * b.bits;
+        const auto levels = [&](int row) { return b.levels + (o + row) * b.level_stride; };
+        if constexpr (!bf16) {
+          for (int at = 0; at < 64; ++at) *to++ = levels(line)[codes[at] >> shift & 15];
+        } else {
+          for (int odd = 0; odd < 2; ++odd)
+            for (int k = 0; k < 32; ++k) {
+              const int code = codes[k / 8 * 16 + odd * 8 + k % 8] >> shift & 15;
+              *to++ = levels(2 * line + odd)[code];
+              *to++ = levels(2 * line + odd)[16 + code];
+            }
         }
+      }
 }
 
 struct Bf16Pairs {
@@ -50,11 +44,13 @@ struct BytesOfFour {
 
 template <class Products, int terms> void multiply(const MatrixSum& m) {
   constexpr int together = 8;  // outputs
+  if (m.codes.bits) expand<(terms > 1)>(m);
+  const char* const weights = m.codes.bits ? m.expanded : m.weights;
   using vec = typename Products::vec;
   for (int64_t v = 0; v < m.vectors; ++v)
     for (int64_t o = 0; o < m.outputs; o += together) {
       vec acc[together] = {};
-      const char* w = m.weights + (o / block_outputs * m.steps * block_outputs + o % block_outputs) * 64;
+      const char* w = weights + (o / block_outputs * m.steps * block_outputs + o % block_outputs) * 64;
       for (int64_t s = 0; s < m.steps; ++s, w += block_bytes)
         for (int word = 0; word < block_words; ++word) {
           if (m.gathered && s * block_words + word >= m.rows) break;

@@ -47,28 +47,31 @@ double matrix_cycles(const Weights& w, const Geometry& g, const Activations& a) 
   return steps * (blocks * product + (shape.gathered ? block_words * gathered_row : 0));
 }
 
-// Where the weight of input i of output o lies: [group][block of outputs][step] blocks; whole weights as the matrix unit
-// reads them, [output][word][channel], or codes, several of these rows in the bits of one.
-PackedConv2d::MatrixPlace PackedConv2d::matrix_place(int64_t o, int64_t i) const {
-  const int64_t c = i / taps_, t = i % taps_, unit = c / unit_channels_, q = c % unit_channels_;
+// Where the weight of input i of output o lies, in blocks [group][block of outputs][step]: whole as the matrix unit reads
+// them, [output][word][channel], or as codes, several of these rows in the bits of one.
+struct PackedConv2d::MatrixPlaces {
+  std::vector<int64_t> input, output;  // their sum: byte
+  std::vector<int> shift;              // by output
+};
+
+PackedConv2d::MatrixPlaces PackedConv2d::matrix_places() const {
   const MatrixShape shape(geometry_, activations_);
-  const int64_t flat = unit * taps_ + t;
-  const int64_t step = shape.gathered ? flat / block_words : unit / block_words * taps_ + t,
-                word = shape.gathered ? flat % block_words : unit % block_words;
-  const int64_t row = o % group_outputs_ % block_outputs,
-                block = (o / group_outputs_ * ceil_div(group_outputs_, block_outputs) +
-                         o % group_outputs_ / block_outputs) *
-                            shape.steps +
-                        step;
-  if (!code_bits_) return {block * block_bytes + row * 64 + (word * unit_channels_ + q) * (4 / unit_channels_), 0};
-  const int64_t rows_together = 8 / code_bits_;  // rows of codes in the bits of one row of bytes
-  if (unit_channels_ == 4)
-    return {block * block_bytes / rows_together + row / rows_together * 64 + word * 4 + q,
-            static_cast<int>(row % rows_together) * code_bits_};
-  // A row of codes is two of bfloat16, as bytes interleave: eight of the first, eight of the second, and so on.
-  const int64_t pair = row / 2, k = word * 2 + q;
-  return {block * block_bytes / 2 / rows_together + pair / rows_together * 64 + k / 8 * 16 + row % 2 * 8 + k % 8,
-          static_cast<int>(pair % rows_together) * code_bits_};
+  const bool pairs = code_bits_ && unit_channels_ == 2;  // a row of bfloat16 codes is two of a block
+  const int64_t together = code_bits_ ? 8 / code_bits_ : 1, bytes = block_bytes / together / (pairs ? 2 : 1);
+  MatrixPlaces places;
+  for (int64_t i = 0; i < inputs_; ++i) {
+    const int64_t c = i / taps_, t = i % taps_, unit = c / unit_channels_, flat = unit * taps_ + t;
+    const int64_t step = shape.gathered ? flat / block_words : unit / block_words * taps_ + t,
+                  word = (shape.gathered ? flat : unit) % block_words, k = word * unit_channels_ + c % unit_channels_;
+    places.input.push_back(step * bytes + (pairs ? k / 8 * 16 + k % 8 : k * (code_bits_ ? 1 : 4 / unit_channels_)));
+  }
+  for (int64_t o = 0; o < outputs_; ++o) {
+    const int64_t in_group = o % group_outputs_, row = in_group % block_outputs, line = pairs ? row / 2 : row;
+    const int64_t block = o / group_outputs_ * ceil_div(group_outputs_, block_outputs) + in_group / block_outputs;
+    places.output.push_back(block * shape.steps * bytes + line / together * 64 + (pairs ? row % 2 * 8 : 0));
+    places.shift.push_back(static_cast<int>(line % together) * code_bits_);
+  }
+  return places;
 }
 
 void PackedConv2d::pack_matrix(const Weights& w) {
@@ -98,9 +101,11 @@ void PackedConv2d::pack_matrix(const Weights& w) {
       for (int bit = 0; bit < 8; bit += code_bits_) to[i] = static_cast<char>(to[i] | level_count_ << bit);
   }
   const int mask = (1 << code_bits_) - 1;
+  const MatrixPlaces places = matrix_places();
   for (int64_t o = 0; o < outputs_; ++o)
     for (int64_t i = 0; i < inputs_; ++i) {
-      const auto [at, shift] = matrix_place(o, i);
+      const int64_t at = places.output[static_cast<size_t>(o)] + places.input[static_cast<size_t>(i)];
+      const int shift = places.shift[static_cast<size_t>(o)];
       const float level = w.level(o, i);
       if (code_bits_) {
         const int code = w.codes ? w.codes[o * inputs_ + i] : code_of(o, level);
@@ -128,10 +133,12 @@ void PackedConv2d::pack_matrix(const Weights& w) {
 
 std::vector<uint8_t> PackedConv2d::matrix_codes() const {
   std::vector<uint8_t> codes;
+  const MatrixPlaces places = matrix_places();
   for (int64_t o = 0; o < outputs_; ++o)
     for (int64_t i = 0; i < inputs_; ++i) {
-      const auto [at, shift] = matrix_place(o, i);
-      const char* from = weights_.data() + at;
+      const char* from =
+          weights_.data() + places.output[static_cast<size_t>(o)] + places.input[static_cast<size_t>(i)];
+      const int shift = places.shift[static_cast<size_t>(o)];
       if (code_bits_) {
         codes.push_back(static_cast<uint8_t>(static_cast<uint8_t>(*from) >> shift & ((1 << code_bits_) - 1)));
       } else if (activations_.dtype == DType::f32) {
@@ -183,30 +190,18 @@ void PackedConv2d::sum_matrix(const Call& call, const LiftPlan& lift, const char
   const int64_t gathered_bytes = shape.gathered ? shape.steps * terms * block_words * 2 * vector_bytes : 0;
   const int64_t weights_bytes = code_bits_ ? together * output_block_bytes : 0;
   char* const expanded = scratch(3, static_cast<size_t>(gathered_bytes + weights_bytes));
-  m.scratch = expanded + weights_bytes;
+  m.expanded = expanded;
+  m.words = expanded + weights_bytes;
   char* const sums = scratch(2, static_cast<size_t>(together * block_outputs * plane));
   m.acc = sums;
-  const int64_t code_bytes = output_block_bytes * code_bits_ / 8 / (is_float ? 2 : 1),
+  const int64_t whole_bytes = code_bits_ ? output_block_bytes * code_bits_ / (is_float ? 16 : 8) : output_block_bytes,
                 level_stride = level_rows_ == 1 ? 0 : is_float ? 32 : 16;
   const int64_t group_blocks = ceil_div(group_outputs_, block_outputs);
   for (int64_t o = first; o < last; o += together * block_outputs) {
     m.outputs = std::min(together * block_outputs, last - o);
-    const int64_t block = group * group_blocks + o / block_outputs, blocks = ceil_div(m.outputs, block_outputs);
-    if (code_bits_) {
-      BlockCodes codes{};
-      codes.bits = code_bits_;
-      codes.count = shape.steps;
-      codes.level_stride = level_stride;
-      for (int64_t b = 0; b < blocks; ++b) {
-        codes.codes = weights_.data() + (block + b) * code_bytes;
-        codes.levels = level_bytes_.data() + (group * group_outputs_ + o + b * block_outputs) * level_stride;
-        codes.to = expanded + b * output_block_bytes;
-        (is_float ? k.expand_bf16 : k.expand_i8)(codes);
-      }
-      m.weights = expanded;
-    } else {
-      m.weights = weights_.data() + block * output_block_bytes;
-    }
+    const char* const weights = weights_.data() + (group * group_blocks + o / block_outputs) * whole_bytes;
+    m.weights = weights;
+    m.codes = {weights, code_bits_, level_bytes_.data() + (group * group_outputs_ + o) * level_stride, level_stride};
     (is_float ? k.multiply_bf16 : k.multiply_i8)(m);
     finish_outputs(call, lift, {sums, plane, vector_bytes, group * group_outputs_ + o, m.outputs});
   }

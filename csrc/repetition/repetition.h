@@ -154,11 +154,8 @@ class PackedConv2d final : public PackedLayer {
   void pack_matrix(const Weights&);
   void pack_codes(const Weights&);
   void pack_codebook(const Weights&);
-  struct MatrixPlace {
-    int64_t byte;
-    int shift;
-  };
-  MatrixPlace matrix_place(int64_t o, int64_t i) const;
+  struct MatrixPlaces;
+  MatrixPlaces matrix_places() const;
   std::vector<uint8_t> matrix_codes() const;
   int64_t stream_at(int64_t output, int64_t unit) const;
   Weights weights_of(const std::vector<uint8_t>& codes) const;  // as packed, for another form

@@ -49,7 +49,8 @@ template <bool bf16> inline void expand(const char* codes, const BlockCodes& b, 
 }
 
 // Rows of two vectors of pixels one after another, [step][term][vector][row], with zeros behind the last.
-template <int terms, int vectors> void gather(const MatrixSum& m, const char* x) {
+template <int terms, int vectors> void gather(const MatrixSum& m, int64_t first) {
+  const char* x = m.x + first * row_bytes;
   char* to = m.words;
   for (int64_t s = 0; s < m.steps; ++s, to += terms * 2 * block_bytes)
     for (int64_t r = 0; r < block_words; ++r) {
@@ -87,25 +88,48 @@ struct Words {
   int64_t at;                       // of the first vector
 };
 
+// Steps [first, last) of two blocks of outputs from `block` on.
+struct Part {
+  int64_t block, first, last;
+  char* expanded;        // of its first step
+  int64_t block_stride;  // bytes there from one block of outputs to the next
+};
+
+// So many steps of weights and of pixels stay in the first-level cache; reading both from the second takes longer than
+// multiplying them.
+template <bool bf16> constexpr int64_t part_steps = bf16 ? 6 : 9;
+
 // `expands`: codes become weights a step before they are multiplied, while the matrix unit is busy with that step.
 template <bool bf16, int blocks, int vectors, bool expands>
-void multiply_block(const MatrixSum& m, const Words& words, int64_t block) {
-  const char *const weights = (m.codes.bits ? m.expanded : m.weights) + block * m.steps * block_bytes,
-                    *const next_weights = weights + m.steps * block_bytes;
-  const int64_t code_bytes = block_bytes / (bf16 ? 16 : 8) * m.codes.bits;
+void multiply_part(const MatrixSum& m, const Words& words, const Part& part) {
+  const bool coded = m.codes.bits != 0;
+  const int64_t code_bytes = block_bytes / (bf16 ? 16 : 8) * m.codes.bits,
+                stride = coded ? part.block_stride : m.steps * block_bytes;
+  const char *const weights = coded ? part.expanded : m.weights + part.block * stride + part.first * block_bytes,
+                    *const next_weights = weights + stride;
+  const int64_t steps = part.last - part.first;
   const auto expand_step = [&](int64_t s) {
-    for (int64_t b = block; b < block + blocks; ++b)
-      expand<bf16>(m.codes.codes + (b * m.steps + s) * code_bytes, m.codes,
-                   m.codes.levels + b * block_outputs * m.codes.level_stride,
-                   m.expanded + (b * m.steps + s) * block_bytes);
+    for (int64_t b = 0; b < blocks; ++b)
+      expand<bf16>(m.codes.codes + ((part.block + b) * m.steps + part.first + s) * code_bytes, m.codes,
+                   m.codes.levels + (part.block + b) * block_outputs * m.codes.level_stride,
+                   part.expanded + b * stride + s * block_bytes);
   };
+  char *const acc = m.acc + part.block * block_outputs * m.acc_stride + words.at,
+              *const next_acc = acc + block_outputs * m.acc_stride;
   if constexpr (expands) expand_step(0);
-  _tile_zero(0);
-  if constexpr (vectors > 1) _tile_zero(1);
-  if constexpr (blocks > 1) _tile_zero(2);
-  if constexpr (blocks > 1 && vectors > 1) _tile_zero(3);
-  for (int64_t s = 0; s < m.steps; ++s) {
-    const char* x = words.source ? words.x + words.source[s] : words.x + s * words.step;
+  if (part.first == 0) {
+    _tile_zero(0);
+    if constexpr (vectors > 1) _tile_zero(1);
+    if constexpr (blocks > 1) _tile_zero(2);
+    if constexpr (blocks > 1 && vectors > 1) _tile_zero(3);
+  } else {
+    _tile_loadd(0, acc, m.acc_stride);
+    if constexpr (vectors > 1) _tile_loadd(1, acc + row_bytes, m.acc_stride);
+    if constexpr (blocks > 1) _tile_loadd(2, next_acc, m.acc_stride);
+    if constexpr (blocks > 1 && vectors > 1) _tile_loadd(3, next_acc + row_bytes, m.acc_stride);
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+    const char* x = words.x + (words.source ? words.source[part.first + s] : s * words.step);
     _tile_loadd(4, weights + s * block_bytes, row_bytes);
     if constexpr (blocks > 1) _tile_loadd(5, next_weights + s * block_bytes, row_bytes);
     for (int t = 0; t < (bf16 ? bf16_terms : 1); ++t, x += words.term) {
@@ -117,39 +141,50 @@ void multiply_block(const MatrixSum& m, const Words& words, int64_t block) {
       if constexpr (blocks > 1 && vectors > 1) multiply_11<bf16>();
     }
     if constexpr (expands)
-      if (s + 1 < m.steps) expand_step(s + 1);
+      if (s + 1 < steps) expand_step(s + 1);
   }
-  char *const acc = m.acc + block * block_outputs * m.acc_stride + words.at,
-              *const next_acc = acc + block_outputs * m.acc_stride;
   _tile_stored(0, acc, m.acc_stride);
   if constexpr (vectors > 1) _tile_stored(1, acc + row_bytes, m.acc_stride);
   if constexpr (blocks > 1) _tile_stored(2, next_acc, m.acc_stride);
   if constexpr (blocks > 1 && vectors > 1) _tile_stored(3, next_acc + row_bytes, m.acc_stride);
 }
 
-template <bool bf16, int vectors, bool expands> void multiply_vectors(const MatrixSum& m, int64_t v) {
-  constexpr int terms = bf16 ? bf16_terms : 1;
+template <bool bf16, int blocks, int vectors> void multiply_vectors(const MatrixSum& m, int64_t v, const Part& part) {
   const int64_t at = v * row_bytes;
-  Words words{m.x + at, m.source, 0, m.term_stride, row_bytes, m.row_stride, at};
-  if (m.gathered) {
-    gather<terms, vectors>(m, words.x);
-    words = {m.words, nullptr, terms * 2 * block_bytes, 2 * block_bytes, block_bytes, row_bytes, at};
-  }
-  const int64_t blocks = (m.outputs + block_outputs - 1) / block_outputs;
-  int64_t b = 0;
-  for (; b + 2 <= blocks; b += 2) multiply_block<bf16, 2, vectors, expands>(m, words, b);
-  if (b < blocks) multiply_block<bf16, 1, vectors, expands>(m, words, b);
+  constexpr int64_t terms = bf16 ? bf16_terms : 1;
+  const Words words =
+      m.gathered
+          ? Words{m.words, nullptr, terms * 2 * block_bytes, 2 * block_bytes, block_bytes, row_bytes, at}
+          : Words{m.x + at, m.source, 0, m.term_stride, row_bytes, m.row_stride, at};
+  if (v == 0 && m.codes.bits) multiply_part<bf16, blocks, vectors, true>(m, words, part);
+  else multiply_part<bf16, blocks, vectors, false>(m, words, part);
+}
+
+template <bool bf16> void multiply_pair(const MatrixSum& m, int64_t v, const Part& part) {
+  const bool two_blocks = part.block + 1 < (m.outputs + block_outputs - 1) / block_outputs;
+  if (v + 2 <= m.vectors)
+    two_blocks ? multiply_vectors<bf16, 2, 2>(m, v, part) : multiply_vectors<bf16, 1, 2>(m, v, part);
+  else two_blocks ? multiply_vectors<bf16, 2, 1>(m, v, part) : multiply_vectors<bf16, 1, 1>(m, v, part);
 }
 
 template <bool bf16> void multiply(const MatrixSum& m) {
   _tile_loadconfig(&whole_tiles);
-  int64_t v = 0;
-  for (; v + 2 <= m.vectors; v += 2)
-    if (v == 0 && m.codes.bits) multiply_vectors<bf16, 2, true>(m, v);
-    else multiply_vectors<bf16, 2, false>(m, v);
-  if (v < m.vectors)
-    if (v == 0 && m.codes.bits) multiply_vectors<bf16, 1, true>(m, v);
-    else multiply_vectors<bf16, 1, false>(m, v);
+  const int64_t blocks = (m.outputs + block_outputs - 1) / block_outputs;
+  if (m.gathered) {
+    const int64_t bytes = m.steps * block_bytes;
+    for (int64_t v = 0; v < m.vectors; v += 2) {
+      v + 2 <= m.vectors ? gather<bf16 ? bf16_terms : 1, 2>(m, v) : gather<bf16 ? bf16_terms : 1, 1>(m, v);
+      for (int64_t b = 0; b < blocks; b += 2)
+        multiply_pair<bf16>(m, v, {b, 0, m.steps, m.expanded + b * bytes, bytes});
+    }
+  } else {
+    for (int64_t b = 0; b < blocks; b += 2)
+      for (int64_t s = 0; s < m.steps; s += part_steps<bf16>) {
+        const int64_t last = s + part_steps<bf16> < m.steps ? s + part_steps<bf16> : m.steps;
+        for (int64_t v = 0; v < m.vectors; v += 2)
+          multiply_pair<bf16>(m, v, {b, s, last, m.expanded, part_steps<bf16> * block_bytes});
+      }
+  }
   _tile_release();
 }
 

@@ -215,6 +215,69 @@ template <class Residual> void finish_bytes(const Finish& f) {
   finish4.limited ? finish_four<Residual, true>(finish4, f) : finish_four<Residual, false>(finish4, f);
 }
 
+inline void copy_bytes(const char* from, char* to, int64_t count) {
+  for (; count > 64; count -= 64, from += 64, to += 64) _mm512_storeu_si512(to, _mm512_loadu_si512(from));
+  const auto rest = static_cast<__mmask64>(~uint64_t{0} >> (64 - count));
+  _mm512_mask_storeu_epi8(to, rest, _mm512_maskz_loadu_epi8(rest, from));
+}
+template <class Copy> void for_rows(const ByteRows& b, Copy copy) {
+  if (b.columns == 0) return;
+  for (int64_t n = 0; n < b.images; ++n)
+    for (int64_t r = 0; r < b.rows; ++r)
+      copy(b.flat + n * b.image_pitch + r * b.row_pitch, b.data + n * b.stride_n + r * b.stride_h);
+}
+
+// Four vectors of 16 bytes <-> 16 words of a byte of each.
+inline __m512i transpose_words(__m512i v) {
+  return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), v);
+}
+inline __m512i transpose_bytes(__m512i v) {
+  return _mm512_shuffle_epi8(
+      v, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
+}
+
+// 64 vectors at a time, as 16 x 16 words of four.
+void unlift_bytes(const ByteRows& b) {
+  alignas(64) char words[16 * 64];
+  const bool halves = b.lanes > lanes;
+  for (int64_t j = (b.segment - 1) / 64 * 64; j >= 0; j -= 64)  // as unlift: the owner of a byte writes it last
+    for (int h = 0; h < b.lanes / lanes; ++h) {
+      for (int i = 0; i < 16; ++i) {
+        const char* from = b.lifted + (j + 4 * i) * b.lanes;
+        __m512i four = _mm512_loadu_si512(from);
+        if (halves) {
+          const __m512i next = _mm512_loadu_si512(from + 64);
+          four = h == 0 ? _mm512_shuffle_i32x4(four, next, 0x88) : _mm512_shuffle_i32x4(four, next, 0xdd);
+        }
+        _mm512_store_si512(words + i * 64, transpose_bytes(transpose_words(four)));
+      }
+      transpose(words, 64, 16, b.flat + h * lanes * b.segment + j, b.segment, 16);
+    }
+  for_rows(b, [&](const char* flat, char* row) { copy_bytes(flat, row, b.columns); });
+}
+
+void lift_bytes(const ByteRows& b) {
+  for_rows(b, [&](char* flat, const char* row) { copy_bytes(row, flat, b.columns); });
+  alignas(64) char words[16 * 64];
+  const bool halves = b.lanes > lanes;
+  for (int64_t j = 0; j < b.segment; j += 64)
+    for (int h = 0; h < b.lanes / lanes; ++h) {
+      transpose(b.flat + h * lanes * b.segment + j, b.segment, 16, words, 64, 16);
+      for (int i = 0; i < 16; ++i) {
+        const __m512i four = transpose_words(transpose_bytes(_mm512_load_si512(words + i * 64)));
+        char* to = b.lifted + (j + 4 * i) * b.lanes + h * lanes;
+        if (!halves) {
+          _mm512_storeu_si512(to, four);
+          continue;
+        }
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_castsi512_si128(four));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 32), _mm512_extracti32x4_epi32(four, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 64), _mm512_extracti32x4_epi32(four, 2));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 96), _mm512_extracti32x4_epi32(four, 3));
+      }
+    }
+}
+
 void finish_avx512(const Finish& f) {
   const Epilogue& e = *f.epilogue;
   const bool bytes = e.acc_dtype == DType::i32 && (e.out_dtype == DType::u8 || e.out_dtype == DType::i8) &&
@@ -230,5 +293,7 @@ void finish_avx512(const Finish& f) {
 void fill_avx512(Kernels& k) {
   fill(k);
   k.finish = finish_avx512;
+  k.lift_bytes = lift_bytes;
+  k.unlift_bytes = unlift_bytes;
 }
 }  // namespace pycodesign::repetition

@@ -276,21 +276,45 @@ void PackedConv2d::finish_outputs(const Call& call, const LiftPlan& lift, const 
     f.correction = correction_.empty() ? nullptr : &correction_[static_cast<size_t>(o)];
     return f;
   };
+  const DType out_dtype = call.epilogue.out_dtype, residual_dtype = call.epilogue.residual_dtype;
+  const auto finish_lanes = [&](int64_t i, const char* residual_lanes, char* to) {
+    Finish f = finish_of(sums.first_output + i);
+    f.acc = sums.data + i * sums.output_stride;
+    f.run = lift.lanes;
+    f.run_stride = sums.vector_stride;
+    f.count = lift.segment * lift.lanes;
+    f.out = to;
+    f.out_stride = element_bytes(out_dtype);
+    f.residual = residual_lanes;
+    f.residual_stride = element_bytes(residual_dtype);
+    call.k.finish(f);
+  };
   if (out.lifted) {
     for (int64_t i = 0; i < sums.outputs; ++i) {
       const int64_t o = sums.first_output + i;
-      Finish f = finish_of(o);
-      f.acc = sums.data + i * sums.output_stride;
-      f.run = lift.lanes;
-      f.run_stride = sums.vector_stride;
-      f.count = lift.segment * lift.lanes;
-      f.out = lifted_channel(out, lift, o, call.epilogue.out_dtype);
-      f.out_stride = element_bytes(call.epilogue.out_dtype);
-      if (residual) {
-        f.residual = lifted_channel(*residual, lift, o, call.epilogue.residual_dtype);
-        f.residual_stride = element_bytes(call.epilogue.residual_dtype);
-      }
-      call.k.finish(f);
+      finish_lanes(i, residual ? lifted_channel(*residual, lift, o, residual_dtype) : nullptr,
+                   lifted_channel(out, lift, o, out_dtype));
+    }
+    return;
+  }
+  if (call.k.unlift_bytes && element_bytes(out_dtype) == 1 && out.stride[3] == 1 &&
+      (!residual || (element_bytes(residual_dtype) == 1 && residual->stride[3] == 1))) {
+    const int64_t lane_bytes = (lift.segment + 64) * lift.lanes;  // as much for flat bytes
+    char* const bytes = scratch(1, static_cast<size_t>(3 * lane_bytes));
+    ByteRows rows{bytes, static_cast<int>(lift.lanes), lift.segment, bytes + 2 * lane_bytes, band.images, band.rows,
+                  columns, lift.image_pitch, lift.row_pitch, nullptr, 0, 0};
+    const auto at = [&](const Tensor& t, int64_t o, char* lanes) {
+      rows.lifted = lanes;
+      rows.data = t.data + band.image * t.stride[0] + o * t.stride[1] + band.row * t.stride[2];
+      rows.stride_n = t.stride[0];
+      rows.stride_h = t.stride[2];
+      return rows;
+    };
+    for (int64_t i = 0; i < sums.outputs; ++i) {
+      const int64_t o = sums.first_output + i;
+      if (residual) call.k.lift_bytes(at(*residual, o, bytes + lane_bytes));
+      finish_lanes(i, residual ? bytes + lane_bytes : nullptr, bytes);
+      call.k.unlift_bytes(at(out, o, bytes));
     }
     return;
   }

@@ -236,6 +236,17 @@ struct Unlift {
   char* out;
 };
 
+// Bytes in lanes, [vector][lane], and the same in rows.
+struct ByteRows {
+  char* lifted;  // room for 64 vectors more
+  int lanes;     // 16, or 32 of halves
+  int64_t segment;
+  char* flat;  // scratch, lanes * segment bytes and 64 more
+  int64_t images, rows, columns, image_pitch, row_pitch;
+  char* data;
+  int64_t stride_n, stride_h;  // bytes
+};
+
 // A row of the largest of `rows` x `columns` elements, `stride` elements apart; NaN wins.
 struct MaxPool {
   DType dtype;
@@ -256,6 +267,8 @@ struct Kernels {
   void (*stage)(const Stage&);
   void (*restage)(const Restage&);
   void (*unlift)(const Unlift&);
+  void (*lift_bytes)(const ByteRows&);    // or null, as the next
+  void (*unlift_bytes)(const ByteRows&);  // so that epilogues run in lanes and transpose a quarter
   void (*finish)(const Finish&);
   void (*max_pool)(const MaxPool&);
   void (*sum_columns_f32)(const ColumnSums&);

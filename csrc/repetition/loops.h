@@ -111,6 +111,8 @@ void fill(Kernels& k) {
        stage,
        restage,
        unlift,
+       nullptr,
+       nullptr,
        finish,
        max_pool,
        sum_columns<Float>,

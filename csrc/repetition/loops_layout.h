@@ -164,9 +164,10 @@ void restage(const Restage& s) {
     case Staging::bf16_terms:
       for (int64_t v = 0; v < s.vectors; ++v) {
         const u32v mask = *reinterpret_cast<const u32v*>(s.mask + v * vector_bytes);
-        u32v x[2] = {};
-        for (int c = 0; c < s.channels; ++c) std::memcpy(&x[c], s.source[c] + s.first[v] * 4, sizeof x[c]);
-        store_pairs(Terms(x[0] & mask), Terms(x[1] & mask), s.lifted + v * vector_bytes, s.channel_stride);
+        u32v first, second{};
+        std::memcpy(&first, s.source[0] + s.first[v] * 4, sizeof first);
+        if (s.channels > 1) std::memcpy(&second, s.source[1] + s.first[v] * 4, sizeof second);
+        store_pairs(Terms(first & mask), Terms(second & mask), s.lifted + v * vector_bytes, s.channel_stride);
       }
       return put_halos<uint32_t>(s, [&](int64_t at, int lane, int c, uint32_t x) {
         const Terms terms(splat_bits(x));

@@ -51,8 +51,8 @@ def set_isa(name: str) -> None:
     Parameters
     ----------
     name : str
-        ``"scalar"``, ``"avx2"``, ``"avx2_vnni"``, ``"avx512"``, ``"avx512_vbmi"`` or ``"avx512_amx"``. The default is the best one this
-        processor has, or ``PYCODESIGN_ISA``.
+        ``"scalar"``, ``"avx2"``, ``"avx2_vnni"``, ``"avx512"``, ``"avx512_vbmi"`` or ``"avx512_amx"``. The default
+        is the best one this processor has, or ``PYCODESIGN_ISA``.
 
     Raises
     ------

@@ -229,6 +229,15 @@ CONVOLUTIONS = {
     "200 kernels": Case((1, 12, 7, 9), (40, 12, 3, 3), {"padding": 1}, QUATERNARY, kernels=200),
     "12 kernels, 7x7": Case((1, 5, 16, 15), (30, 5, 7, 7), {"padding": 3}, kernels=12),
     "8 kernels, groups": Case((1, 12, 9, 9), (34, 6, 2, 3), {"groups": 2, "dilation": 2}, BINARY, kernels=8),
+    # matrix units: 64 bytes or 32 bfloat16 at a tap; 16 and 32 outputs, 16 and 32 pixels at a time
+    "64 channels": Case((1, 64, 9, 11), (33, 64, 3, 3), {"padding": 1}),
+    "128 channels, stride 2": Case((2, 128, 7, 9), (48, 128, 3, 3), {"padding": 1, "stride": 2}, BINARY),
+    "64 channels, 1x1": Case((1, 64, 3, 5), (15, 64, 1, 1), levels=QUATERNARY),
+    "64 channels, 12 levels": Case((1, 64, 4, 4), (40, 64, 3, 2), {"dilation": (1, 2)}, levels=tuple(range(-6, 6))),
+    "64 channels, 40 levels": Case((1, 64, 6, 5), (31, 64, 2, 2), levels=tuple(range(-20, 20))),
+    "65 channels, binary": Case((1, 65, 5, 7), (17, 65, 3, 3), {"padding": 1}, BINARY),
+    "2 groups of 64 channels": Case((1, 128, 5, 6), (50, 64, 3, 3), {"padding": 1, "groups": 2}),
+    "64 channels, per-output levels": Case((1, 64, 5, 6), (37, 64, 3, 3), {"padding": 1}, TERNARY, own_levels=True),
     # levels
     "per-output levels": Case((2, 6, 5, 7), (11, 6, 3, 3), {"padding": 1}, TERNARY, own_levels=True),
     "many patterns": Case((1, 6, 3, 5), (300, 6, 1, 1), levels=QUATERNARY),
@@ -236,7 +245,8 @@ CONVOLUTIONS = {
 
 
 @cache
-def packed_conv2d(name: str, dtype: str, algorithm: str) -> ops.Packed:
+def packed_conv2d(name: str, dtype: str, algorithm: str, isa: str) -> ops.Packed:
+    pycodesign.set_isa(isa)
     return pack(CONVOLUTIONS[name], dtype, algorithm)
 
 
@@ -246,16 +256,26 @@ def packed_conv2d(name: str, dtype: str, algorithm: str) -> ops.Packed:
 def test_conv2d(name: str, algorithm: str, isa: str, record: Record) -> None:
     case = CONVOLUTIONS[name]
     if not case.fits(algorithm):
-        with pytest.raises(ValueError, match=r"^algorithm: expected a KernelCodebook"):
+        with pytest.raises(ValueError, match=r"^algorithm: expected (a KernelCodebook|at most 16 distinct levels)"):
             pack(case, "float32", algorithm)
         return
     for dtype in INPUT_DTYPES:
-        packed = packed_conv2d(name, dtype, algorithm)
+        packed = packed_conv2d(name, dtype, algorithm, isa)
         assert packed.algorithm == algorithm
         x = make_input(case.x, dtype)
         check(case, x, packed, record, isa)
         if dtype != "float32":
             check(case, x, packed, record, isa, out_dtype="int32")
+
+
+@pytest.mark.parametrize("packed_on", ISAS)
+@pytest.mark.parametrize("name", ["3x3 padded", "64 channels", "65 channels, binary", "32 kernels, stride 2"])
+def test_layers_run_where_they_were_not_packed(name: str, packed_on: str, record: Record) -> None:
+    for algorithm in ("codegen", "dense"):
+        for dtype in INPUT_DTYPES:
+            packed = packed_conv2d(name, dtype, algorithm, packed_on)
+            for isa in ISAS:
+                check(CONVOLUTIONS[name], make_input(CONVOLUTIONS[name].x, dtype), packed, record, isa)
 
 
 @each_isa
@@ -610,6 +630,18 @@ def test_empty_linear(shape: tuple[int, ...], algorithm: str) -> None:
 
 
 # ---- NaN and Inf -----------------------------------------------------------------------------------------------------
+
+
+@each_isa
+@pytest.mark.parametrize("algorithm", ["codegen", "tables", "dense"])
+def test_floats_of_any_magnitude(algorithm: str, isa: str) -> None:
+    pycodesign.set_isa(isa)
+    case = Case((1, 33, 1, 400), (17, 33, 1, 1), bias=False)
+    packed = pack(case, "float32", algorithm)
+    exponents = np.linspace(-100, 120, 400, dtype=int)
+    x = np.ldexp(make_input(case.x, "float32"), exponents).astype(F32)
+    assert_near(run(x, packed), case, x)
+    assert_near(run(x[:, ::-1, :, ::-1], packed), case, x[:, ::-1, :, ::-1])
 
 
 @each_isa

@@ -20,8 +20,7 @@
 namespace pycodesign::core {
 namespace {
 
-constexpr Isa all_isas[] = {Isa::scalar, Isa::avx2, Isa::avx2_vnni, Isa::avx512, Isa::avx512_vbmi,
-                             Isa::avx512_amx};
+constexpr Isa all_isas[] = {Isa::scalar, Isa::avx2, Isa::avx2_vnni, Isa::avx512, Isa::avx512_vbmi, Isa::avx512_amx};
 
 #if defined(__x86_64__)
 

@@ -127,9 +127,10 @@ struct Bytes4 {
     hi = splat(to < lowest + 255 ? to > lowest ? to : lowest : lowest + 255);
     // Without clamping, conversions to shorter integers saturate, if nothing leaves int32 before.
     const auto magnitude = [](float x) { return x < 0 ? -x : x; };
-    const float largest = (2147483648.0f * magnitude(*f.multiplier) + magnitude(f.bias ? *f.bias : 0) +
-                           (e.has_residual ? magnitude(e.residual_scale) * (256 + magnitude(e.residual_zero_point)) : 0)) /
-                          e.out_scale;
+    const float largest =
+        (2147483648.0f * magnitude(*f.multiplier) + magnitude(f.bias ? *f.bias : 0) +
+         (e.has_residual ? magnitude(e.residual_scale) * (256 + magnitude(e.residual_zero_point)) : 0)) /
+        e.out_scale;
     limited = from > lowest || to < lowest + 255 || !(largest < 1e9f);
     correction = _mm512_set1_epi32(f.correction ? *f.correction : 0);
     zero_point = _mm512_set1_epi16(static_cast<short>(e.out_zero_point));
@@ -153,12 +154,11 @@ struct Bytes4 {
     const __m512i words = std::is_signed_v<Residual> ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes);
     return _mm512_add_ps(y, _mm512_mul_ps(residual_scale, _mm512_sub_ps(_mm512_cvtepi32_ps(words), residual_zero)));
   }
-  template <bool limited> __m512 limit(__m512 v) const {
-    return limited ? _mm512_min_ps(_mm512_max_ps(v, lo), hi) : v;
-  }
+  template <bool limited> __m512 limit(__m512 v) const { return limited ? _mm512_min_ps(_mm512_max_ps(v, lo), hi) : v; }
 
   // acc: of four vectors; residual and out: side by side.
-  template <class Residual, bool limited> void operator()(const char* const* acc, const char* residual, char* out) const {
+  template <class Residual, bool limited>
+  void operator()(const char* const* acc, const char* residual, char* out) const {
     __m512 y[4], v[4];
     __m512 farthest = _mm512_setzero_ps();  // from the nearest integer
     for (int i = 0; i < 4; ++i) {
@@ -174,11 +174,11 @@ struct Bytes4 {
     const __m512i bytes =
         is_signed ? _mm512_packs_epi16(shorts(0), shorts(2)) : _mm512_packus_epi16(shorts(0), shorts(2));
     constexpr auto order = [](int i) { return i % 4 * 4 + i / 4; };  // of words of each vector, within 128 bits
-    _mm512_storeu_si512(out, _mm512_permutexvar_epi32(
-                                 _mm512_setr_epi32(order(0), order(1), order(2), order(3), order(4), order(5), order(6),
-                                                   order(7), order(8), order(9), order(10), order(11), order(12),
-                                                   order(13), order(14), order(15)),
-                                 bytes));
+    _mm512_storeu_si512(
+        out, _mm512_permutexvar_epi32(_mm512_setr_epi32(order(0), order(1), order(2), order(3), order(4), order(5),
+                                                        order(6), order(7), order(8), order(9), order(10), order(11),
+                                                        order(12), order(13), order(14), order(15)),
+                                      bytes));
   }
 };
 

@@ -40,7 +40,8 @@ template <bool bf16> inline void expand(const char* codes, const BlockCodes& b, 
         store(to, _mm512_shuffle_epi8(table(first), c));
       } else {
         const char* second = first + b.level_stride;
-        store(to, _mm512_unpacklo_epi8(_mm512_shuffle_epi8(table(first), c), _mm512_shuffle_epi8(table(first + 16), c)));
+        store(to,
+              _mm512_unpacklo_epi8(_mm512_shuffle_epi8(table(first), c), _mm512_shuffle_epi8(table(first + 16), c)));
         store(to + row_bytes,
               _mm512_unpackhi_epi8(_mm512_shuffle_epi8(table(second), c), _mm512_shuffle_epi8(table(second + 16), c)));
       }
@@ -114,8 +115,9 @@ void multiply_part(const MatrixSum& m, const Words& words, const Part& part) {
                    m.codes.levels + (part.block + b) * block_outputs * m.codes.level_stride,
                    part.expanded + b * stride + s * block_bytes);
   };
-  char *const acc = m.acc + part.block * block_outputs * m.acc_stride + words.at,
-              *const next_acc = acc + block_outputs * m.acc_stride;
+  char *const acc = m.acc + part.block * block_outputs * m.acc_stride + words.at, *const next_acc =
+                                                                                      acc +
+                                                                                      block_outputs * m.acc_stride;
   if constexpr (expands) expand_step(0);
   if (part.first == 0) {
     _tile_zero(0);
@@ -153,9 +155,8 @@ template <bool bf16, int blocks, int vectors> void multiply_vectors(const Matrix
   const int64_t at = v * row_bytes;
   constexpr int64_t terms = bf16 ? bf16_terms : 1;
   const Words words =
-      m.gathered
-          ? Words{m.words, nullptr, terms * 2 * block_bytes, 2 * block_bytes, block_bytes, row_bytes, at}
-          : Words{m.x + at, m.source, 0, m.term_stride, row_bytes, m.row_stride, at};
+      m.gathered ? Words{m.words, nullptr, terms * 2 * block_bytes, 2 * block_bytes, block_bytes, row_bytes, at}
+                 : Words{m.x + at, m.source, 0, m.term_stride, row_bytes, m.row_stride, at};
   if (v == 0 && m.codes.bits) multiply_part<bf16, blocks, vectors, true>(m, words, part);
   else multiply_part<bf16, blocks, vectors, false>(m, words, part);
 }
@@ -174,8 +175,7 @@ template <bool bf16> void multiply(const MatrixSum& m) {
     const int64_t bytes = m.steps * block_bytes;
     for (int64_t v = 0; v < m.vectors; v += 2) {
       v + 2 <= m.vectors ? gather<bf16 ? bf16_terms : 1, 2>(m, v) : gather<bf16 ? bf16_terms : 1, 1>(m, v);
-      for (int64_t b = 0; b < blocks; b += 2)
-        multiply_pair<bf16>(m, v, {b, 0, m.steps, m.expanded + b * bytes, bytes});
+      for (int64_t b = 0; b < blocks; b += 2) multiply_pair<bf16>(m, v, {b, 0, m.steps, m.expanded + b * bytes, bytes});
     }
   } else {
     for (int64_t b = 0; b < blocks; b += 2)

@@ -301,8 +301,18 @@ void PackedConv2d::finish_outputs(const Call& call, const LiftPlan& lift, const 
       (!residual || (element_bytes(residual_dtype) == 1 && residual->stride[3] == 1))) {
     const int64_t lane_bytes = (lift.segment + 64) * lift.lanes;  // as much for flat bytes
     char* const bytes = scratch(1, static_cast<size_t>(3 * lane_bytes));
-    ByteRows rows{bytes, static_cast<int>(lift.lanes), lift.segment, bytes + 2 * lane_bytes, band.images, band.rows,
-                  columns, lift.image_pitch, lift.row_pitch, nullptr, 0, 0};
+    ByteRows rows{bytes,
+                  static_cast<int>(lift.lanes),
+                  lift.segment,
+                  bytes + 2 * lane_bytes,
+                  band.images,
+                  band.rows,
+                  columns,
+                  lift.image_pitch,
+                  lift.row_pitch,
+                  nullptr,
+                  0,
+                  0};
     const auto at = [&](const Tensor& t, int64_t o, char* lanes) {
       rows.lifted = lanes;
       rows.data = t.data + band.image * t.stride[0] + o * t.stride[1] + band.row * t.stride[2];

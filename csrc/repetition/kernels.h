@@ -33,8 +33,8 @@ struct Span {
   int64_t first, count, at;
 };
 
-// Stage one phase of 1 channel, 2 in bfloat16, or 4 8-bit ones: images to the spans of a lifted plane, vector j holding the
-// flat positions j + l * segment of its lanes l.
+// Stage one phase of 1 channel, 2 in bfloat16, or 4 8-bit ones: images to the spans of a lifted plane, vector j holding
+// the flat positions j + l * segment of its lanes l.
 struct Stage {
   const char* source[4];  // channels of the unit, at the phase's first element
   int channels;           // how many of them exist
@@ -149,8 +149,8 @@ struct DenseTile {
 // output.
 inline constexpr int64_t block_outputs = 16, block_words = 16, block_bytes = 1024;
 
-// Weights as codes: rows of 64 bytes, each holding those of 8 / bits rows of 64 weights from the lowest bits on. A row of
-// bfloat16 codes is two rows of a block, eight of the first, eight of the second, and so on.
+// Weights as codes: rows of 64 bytes, each holding those of 8 / bits rows of 64 weights from the lowest bits on. A row
+// of bfloat16 codes is two rows of a block, eight of the first, eight of the second, and so on.
 struct BlockCodes {
   const char* codes;     // of the first block
   int bits;              // 1, 2 or 4; 0: weights are whole

@@ -31,7 +31,8 @@ template <bool bf16> void expand(const MatrixSum& m) {
 struct Bf16Pairs {
   using vec = f32v;
   static f32v multiply_add(f32v acc, u32v x, uint32_t w) {
-    const f32v first = reinterpret_cast<f32v>(splat_bits(w << 16)), second = reinterpret_cast<f32v>(splat_bits(w & 0xffff0000u));
+    const f32v first = reinterpret_cast<f32v>(splat_bits(w << 16)),
+               second = reinterpret_cast<f32v>(splat_bits(w & 0xffff0000u));
     return fma(reinterpret_cast<f32v>(x & 0xffff0000u), second, fma(reinterpret_cast<f32v>(x << 16), first, acc));
   }
 };

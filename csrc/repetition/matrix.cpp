@@ -47,8 +47,8 @@ double matrix_cycles(const Weights& w, const Geometry& g, const Activations& a) 
   return steps * (blocks * product + (shape.gathered ? block_words * gathered_row : 0));
 }
 
-// Where the weight of input i of output o lies, in blocks [group][block of outputs][step]: whole as the matrix unit reads
-// them, [output][word][channel], or as codes, several of these rows in the bits of one.
+// Where the weight of input i of output o lies, in blocks [group][block of outputs][step]: whole as the matrix unit
+// reads them, [output][word][channel], or as codes, several of these rows in the bits of one.
 struct PackedConv2d::MatrixPlaces {
   std::vector<int64_t> input, output;  // their sum: byte
   std::vector<int> shift;              // by output
@@ -136,8 +136,7 @@ std::vector<uint8_t> PackedConv2d::matrix_codes() const {
   const MatrixPlaces places = matrix_places();
   for (int64_t o = 0; o < outputs_; ++o)
     for (int64_t i = 0; i < inputs_; ++i) {
-      const char* from =
-          weights_.data() + places.output[static_cast<size_t>(o)] + places.input[static_cast<size_t>(i)];
+      const char* from = weights_.data() + places.output[static_cast<size_t>(o)] + places.input[static_cast<size_t>(i)];
       const int shift = places.shift[static_cast<size_t>(o)];
       if (code_bits_) {
         codes.push_back(static_cast<uint8_t>(static_cast<uint8_t>(*from) >> shift & ((1 << code_bits_) - 1)));
@@ -195,7 +194,9 @@ void PackedConv2d::sum_matrix(const Call& call, const LiftPlan& lift, const char
   char* const sums = scratch(2, static_cast<size_t>(together * block_outputs * plane));
   m.acc = sums;
   const int64_t whole_bytes = code_bits_ ? output_block_bytes * code_bits_ / (is_float ? 16 : 8) : output_block_bytes,
-                level_stride = level_rows_ == 1 ? 0 : is_float ? 32 : 16;
+                level_stride = level_rows_ == 1 ? 0
+                               : is_float       ? 32
+                                                : 16;
   const int64_t group_blocks = ceil_div(group_outputs_, block_outputs);
   for (int64_t o = first; o < last; o += together * block_outputs) {
     m.outputs = std::min(together * block_outputs, last - o);

@@ -361,7 +361,8 @@ std::vector<uint8_t> PackedConv2d::codes() const {
 
 Counts PackedConv2d::counts() const {
   Counts c;
-  c.bytes = static_cast<int64_t>(weights_size_ + steps_.size() * sizeof(TableStep) + level_bytes_.size()) + level_bytes();
+  c.bytes =
+      static_cast<int64_t>(weights_size_ + steps_.size() * sizeof(TableStep) + level_bytes_.size()) + level_bytes();
   if (algorithm_ == Algorithm::dense) {
     c.multiplies = outputs_ * inputs_;
     c.adds = outputs_ * (inputs_ - 1);

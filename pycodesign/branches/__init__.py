@@ -1,0 +1,46 @@
+"""Branches: networks whose branches run in parallel, found and executed.
+
+`profile` measures what layers, waits and transfers cost on this machine, `search` finds a network under a target
+latency, `place` says which team of cores, or which device, runs which body, `Executor` does so.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from pycodesign.branches.graph import Body, Graph, Placement, Slice, Value, to_graph
+
+if TYPE_CHECKING:
+    from pycodesign.branches.nets import build_inception, build_parnet
+    from pycodesign.branches.network import Network, Part
+
+__all__ = [
+    "Body",
+    "Graph",
+    "Network",
+    "Part",
+    "Placement",
+    "Slice",
+    "Value",
+    "build_inception",
+    "build_parnet",
+    "to_graph",
+]
+
+_MODULES = {  # loaded when first used: they need torch
+    "Network": "network",
+    "Part": "network",
+    "build_inception": "nets",
+    "build_parnet": "nets",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"pycodesign.branches.{_MODULES[name]}"), name)
+    raise AttributeError(f"module 'pycodesign.branches' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

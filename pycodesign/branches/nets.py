@@ -76,8 +76,9 @@ def build_inception(
 ) -> Network:
     """Build an Inception-like network: modules of four branches, each of which writes its slice of a concatenation.
 
-    The branches are a 1x1 convolution; a 1x1 and a 3x3 one; a 1x1 and two 3x3 ones; and an average pooling with a 1x1
-    one. The second takes about as long as the third and the others together.
+    The branches are a 1x1 convolution; a 1x1 and a 3x3 one; a 1x1 and two 3x3 ones; and a 1x1 one with an average pooling
+    behind it, where it has fewer channels to work on. The first and the second together take about as long as the third
+    and the fourth.
 
     Parameters
     ----------
@@ -102,7 +103,7 @@ def build_inception(
     """
     if width % 4:
         raise ValueError(f"width: expected a multiple of 4, got {width}")
-    quarter, half = width // 4, width // 2
+    quarter, most = width // 4, 3 * width // 4
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts: list[tuple[Part, nn.Module]] = [
@@ -111,9 +112,9 @@ def build_inception(
         for m in range(modules):
             branches = [
                 _unit(width, quarter, 1),
-                nn.Sequential(_unit(width, half, 1), _unit(half, quarter, 3)),
+                nn.Sequential(_unit(width, most, 1), _unit(most, quarter, 3)),
                 nn.Sequential(_unit(width, quarter, 1), _unit(quarter, quarter, 3), _unit(quarter, quarter, 3)),
-                nn.Sequential(nn.AvgPool2d(3, 1, 1), _unit(width, quarter, 1)),
+                nn.Sequential(_unit(width, quarter, 1), nn.AvgPool2d(3, 1, 1)),
             ]
             for b, branch in enumerate(branches):
                 name = f"module.{m}.{b}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pycodesign.branches.executor import Executor
 from pycodesign.branches.graph import Body, Graph, Placement, Slice, Value, to_graph
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Body",
+    "Executor",
     "Graph",
     "Network",
     "Part",

@@ -7,7 +7,7 @@ from torch import nn
 
 from pycodesign.branches.network import Network, Part
 from pycodesign.branches.operators import BranchBody, Head, Stem, build_gate, build_operator
-from pycodesign.branches.space import Architecture, Space
+from pycodesign.branches.space import BODY, Architecture, Space
 
 __all__ = ["build"]
 
@@ -23,13 +23,13 @@ def build(space: Space, architecture: Architecture, seed: int = 0) -> Network:
         for branch in range(space.branches if recomputed else 1):
             writes, place = (f"map.-1.{branch}" if recomputed else "stem", 0), branch if recomputed else -1
             name = f"stem.{branch}" if recomputed else "stem"
-            part = Part(name, ("x",), (writes,), place, -1, (space.stem_key(),), may_recompute=not recomputed)
+            part = Part(name, ("x",), (writes,), place, -1, (BODY, space.stem_key()), may_recompute=not recomputed)
             parts.append((part, stem))
         for segment in range(space.segments):
             for branch in range(space.branches):
                 parts.append(_build_body(space, architecture, segment, branch))
         head = Head(space.branches * space.shape(space.segments - 1)[0], space.classes)
-        parts.append((Part("head", ("features",), (("y", 0),), costs=(space.head_key(),)), head))
+        parts.append((Part("head", ("features",), (("y", 0),), costs=(BODY, space.head_key())), head))
     return Network(parts, space.input_shape())
 
 

@@ -303,6 +303,8 @@ class Placement:
         Who made it.
     seconds : float
         What that took.
+    bound : float, optional
+        Seconds of bodies that no placement stays under, where that is known.
     """
 
     teams: tuple[tuple[str, ...], ...]
@@ -310,6 +312,7 @@ class Placement:
     latency: float | None = None
     method: str = ""
     seconds: float = 0.0
+    bound: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "teams", tuple(tuple(team) for team in self.teams))

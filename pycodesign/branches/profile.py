@@ -3,28 +3,76 @@
 from __future__ import annotations
 
 import statistics
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor, nn
+from torch import nn
 
 import pycodesign
 from pycodesign._arguments import to_integer
-from pycodesign.branches.build import build_stem
 from pycodesign.branches.executor import Executor
 from pycodesign.branches.graph import Body, Graph, Placement, Slice, Value
-from pycodesign.branches.operators import BranchBody, build_gate, build_operator, convert_body
-from pycodesign.branches.space import Space
+from pycodesign.branches.native import build_chain, simplify
+from pycodesign.branches.operators import BranchBody, Head, Stem, build_gate, build_operator
+from pycodesign.branches.space import BODY, NATIVE_GATES, NATIVE_OPERATORS, Space
 from pycodesign.branches.table import LatencyTable, describe_machine
 
-__all__ = ["list_steps", "profile"]
+__all__ = ["Probe", "list_probes", "profile"]
 
-SECONDS = 1e-3  # of a timing: a step is repeated until it takes as long
-Step = Callable[[], object]
+REPEATS = 5  # runs of a timing
+LENGTH = 8  # bodies in a line
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Something to time: a body on each of some teams, or a line of bodies that hand an array on.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+    inputs, outputs : tuple of shapes
+    native : bool
+        Whether it runs as a chain.
+    line : int
+        How many bodies follow one another.
+    in_turns : bool
+        Whether those of a line take turns on two teams.
+    """
+
+    module: nn.Module
+    inputs: tuple[Shape, ...]
+    outputs: tuple[Shape, ...]
+    native: bool = True
+    line: int = 1
+    in_turns: bool = False
+
+    def build(self, copies: int) -> tuple[Graph, Placement]:
+        """Return a graph of so many copies, each on a team of its own."""
+        values, bodies, inputs, ends = {}, [], [], []
+        for copy in range(copies):
+            sources = [f"x{copy}.{i}" for i in range(len(self.inputs))]
+            values |= {name: Value(shape) for name, shape in zip(sources, self.inputs, strict=True)}
+            inputs += sources
+            for index in range(self.line):
+                made = [f"y{copy}.{index}.{i}" for i in range(len(self.outputs))]
+                values |= {name: Value(shape) for name, shape in zip(made, self.outputs, strict=True)}
+                reads, writes = (tuple(Slice(name) for name in names) for names in (sources, made))
+                run = build_chain(self.module, len(self.inputs)) if self.native else simplify(self.module)
+                arrays = "numpy" if self.native else "torch"
+                bodies.append(Body(f"b{copy}.{index}", run, reads, writes, arrays))
+                sources = made[: len(sources)]
+            ends += made
+        names = [body.name for body in bodies]
+        teams = [names[::2], names[1::2]]
+        if not self.in_turns:
+            teams = [names[c * self.line : (c + 1) * self.line] for c in range(copies)]
+        return Graph(values, bodies, inputs, ends), Placement(tuple(map(tuple, teams)))
 
 
 def profile(
@@ -33,13 +81,14 @@ def profile(
     *,
     threads: Sequence[int] = (1,),
     rounds: int = 15,
-    convert: Callable[[nn.Module], nn.Module] = convert_body,
+    spin: float | None = None,
 ) -> LatencyTable:
     """Measure what a space's layers, gates, waits and transfers cost.
 
-    Each layer and gate is timed alone, and while all workers do the same; each round times everything once, so that
-    drift of the machine meets all alike; medians count. Calls of bodies, waits and transfers are those of the
-    `Executor`, by graphs of bodies that do nothing.
+    Everything is timed as it will run, by the `Executor`: small graphs of bodies with one layer, with two, with a gate.
+    What a layer adds is a difference: behind another layer it may cost less than alone, since activations stay where they
+    are. Each is timed alone, and on all workers at the same time. A round times everything once, so that drift of the
+    machine meets all alike; medians count.
 
     Parameters
     ----------
@@ -49,8 +98,8 @@ def profile(
     threads : sequence of int
         Numbers of threads of a team.
     rounds : int
-    convert : callable
-        As in `Network.to_graph`: what makes of a part's module the one that runs.
+    spin : float, optional
+        As the `Executor` takes it.
 
     Returns
     -------
@@ -58,7 +107,7 @@ def profile(
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         For more workers or threads than cores.
     """
     if not isinstance(space, Space):
@@ -70,160 +119,155 @@ def profile(
         if not 1 <= to_integer("threads", count) <= cores:
             raise ValueError(f"threads: expected 1 to {cores}, the cores of this process, got {count}")
     to_integer("rounds", rounds, 1)
-    steps = list_steps(space, workers, convert)
-    times: dict[str, dict[str, list[float]]] = {key: {} for key in steps}
-    before = torch.get_num_threads(), pycodesign.get_num_threads()
-    try:
-        with Progress(console=Console(stderr=True), transient=True) as progress, torch.inference_mode():
-            for _ in progress.track(range(rounds), description="layers"):
-                for count in dict.fromkeys((1, *threads)):
-                    torch.set_num_threads(count)
-                    pycodesign.set_num_threads(count)
-                    for key, copies in steps.items():
-                        alone = time_together(copies[:1])
-                        times[key].setdefault(f"solo/{count}", []).append(alone)
-                        if workers > 1 and workers * count <= cores:
-                            times[key].setdefault(f"together/{count}", []).append(time_together(copies))
-    finally:
-        torch.set_num_threads(before[0])
-        pycodesign.set_num_threads(before[1])
-    entries = {key: {name: statistics.median(found) for name, found in row.items()} for key, row in times.items()}
-    body, sync, transfer = measure_waits(space, workers, rounds)
-    return LatencyTable(describe_machine(), entries, body, sync, transfer, workers)
+    probes = list_probes(space, workers)
+    with _open(probes, workers, dict.fromkeys((1, *threads)), cores, spin) as timed:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            for _ in progress.track(range(rounds), description="rounds"):
+                for run in timed:
+                    run.time()
+    seconds: dict[str, dict[str, float]] = {name: {} for name in probes}
+    for run in timed:
+        seconds[run.name][run.column] = statistics.median(run.seconds)
+    return make_table(space, seconds, workers)
 
 
-def list_steps(
-    space: Space, copies: int, convert: Callable[[nn.Module], nn.Module] = convert_body
-) -> dict[str, list[Step]]:
-    """Return a function for each layer and gate of a space, `copies` times, each with arrays of its own."""
-    made: dict[str, Callable[[], tuple[nn.Module, tuple[Tensor, ...]]]] = {}
-    n = space.batch
+@dataclass
+class _Run:
+    name: str
+    column: str
+    run: Executor
+    inputs: list[torch.Tensor]
+    seconds: list[float] = field(default_factory=list)
 
-    def maps(*shape: int) -> Tensor:
-        return torch.rand(n, *shape)
-
-    made[space.stem_key()] = lambda: (convert(build_stem(space).eval()), (maps(*space.input_shape()[1:]),))
-    for segment in range(space.segments):
-        for layer in range(space.layers):
-            (c, h, w), outputs, stride = space.layer_shape(segment, layer)
-            for name in space.operators:
-                made[space.layer_key(name, segment, layer)] = lambda a=(name, c, outputs, stride), s=(c, h, w): (  # type: ignore[misc]
-                    convert(build_operator(*a).eval()),
-                    (maps(*s),),
-                )
-        shape = space.shape(segment)
-        made[space.means_key(segment)] = lambda s=shape: (_Means(), (maps(*s),))  # type: ignore[misc]
-        for gate in space.gates if segment < space.segments - 1 else ():
-            if gate != "none":
-                other = shape[:1] if gate == "pooled" else shape
-                made[space.gate_key(gate, segment)] = lambda g=gate, s=shape, o=other: (  # type: ignore[misc]
-                    _Gate(convert(BranchBody([build_gate(g, s[0])], []).eval())),
-                    (maps(*s), maps(*o)),
-                )
-    features = space.branches * space.shape(space.segments - 1)[0]
-    made[space.head_key()] = lambda: (nn.Linear(features, space.classes).eval(), (maps(features),))
-
-    def bind(module: nn.Module, inputs: tuple[Tensor, ...]) -> Step:
-        return lambda: module(*inputs)
-
-    return {key: [bind(*make()) for _ in range(copies)] for key, make in made.items()}
-
-
-class _Means(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean((2, 3))
-
-
-class _Gate(nn.Module):
-    """A gate and the addition of what it makes."""
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.gate = body.gates[0]  # type: ignore[index]
-
-    def forward(self, x: Tensor, other: Tensor) -> Tensor:
-        added: Tensor = x + self.gate(x, other)
-        return added
-
-
-def time_together(steps: Sequence[Step]) -> float:
-    """Return the seconds of a step, each repeated on a thread of its own while the others are repeated, too."""
-    first = steps[0]
-    first()
-    begin = time.perf_counter()
-    first()
-    count = max(3, round(SECONDS / max(time.perf_counter() - begin, 1e-7)))
-    if len(steps) == 1:
+    def time(self) -> None:
+        self.run(*self.inputs)
         begin = time.perf_counter()
-        for _ in range(count):
-            first()
-        return (time.perf_counter() - begin) / count
-    start, stop = threading.Barrier(len(steps)), threading.Event()
+        for _ in range(REPEATS):
+            self.run(*self.inputs)
+        self.seconds.append((time.perf_counter() - begin) / REPEATS)
 
-    def keep_busy(step: Step) -> None:
-        with torch.inference_mode():
-            step()
-            start.wait()
-            while not stop.is_set():
-                step()
 
-    others = [threading.Thread(target=keep_busy, args=(step,)) for step in steps[1:]]
-    for thread in others:
-        thread.start()
-    start.wait()
+@contextmanager
+def _open(
+    probes: Mapping[str, Probe], workers: int, threads: Mapping[int, None], cores: int, spin: float | None
+) -> Iterator[list[_Run]]:
+    options = {} if spin is None else {"spin": spin}
+    runs = []
     try:
-        begin = time.perf_counter()
-        for _ in range(count):
-            first()
-        return (time.perf_counter() - begin) / count
+        for name, probe in probes.items():
+            for count in threads:
+                for copies in (1, workers) if workers > 1 and not probe.in_turns else (1,):
+                    if copies * count > cores:
+                        continue
+                    graph, place = probe.build(copies)
+                    place = Placement(place.teams, (count,) * len(place.teams))
+                    if len(place.teams) * count > cores:
+                        continue
+                    column = f"{'together' if copies > 1 else 'solo'}/{count}"
+                    inputs = [torch.rand(graph.values[x].shape) for x in graph.inputs]
+                    runs.append(_Run(name, column, Executor(graph, place, backend="threads", **options), inputs))
+        yield runs
     finally:
-        stop.set()
-        for thread in others:
-            thread.join()
+        for run in runs:
+            run.run.close()
 
 
-def measure_waits(space: Space, workers: int, rounds: int) -> tuple[float, float, float]:
-    """Return the seconds of calling a body, of waiting for another team, and of a byte that another team made."""
-    small, large = (space.batch, 1, 1, 1), (space.batch, *space.shape(0))
-    length = 16
-    runs: dict[str, Executor] = {}
-    for name, shape in (("small", small), ("large", large)):
-        graph = _make_line(shape, length)
-        bodies = tuple(graph.bodies)
-        runs[f"{name} alone"] = Executor(graph, Placement.sequential(graph), backend="threads")
-        if workers > 1:
-            place = Placement((bodies[::2], bodies[1::2]))
-            runs[f"{name} in turns"] = Executor(graph, place, backend="threads")
-    inputs = {"small": torch.zeros(small), "large": torch.zeros(large)}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(max(rounds, 10)):
-        for name, run in runs.items():
-            x = inputs[name.split()[0]]
-            run(x)
-            begin = time.perf_counter()
-            for _ in range(5):
-                run(x)
-            times[name].append((time.perf_counter() - begin) / 5 / length)
-    for run in runs.values():
-        run.close()
-    middle = {name: statistics.median(found) for name, found in times.items()}
-    return estimate_waits(middle, 4 * torch.zeros(large).numel())
+def list_probes(space: Space, workers: int = 2) -> dict[str, Probe]:
+    """Return what is timed: a probe for each key of the table, for what its cost is compared with, and for waits."""
+    n, found = space.batch, {}
+    worlds = (True,) if space.all_native else (True, False)
+    tiny = ((n, 1, 1, 1),)
+    for native in worlds:
+        suffix = "" if native else "@torch"
+        empty = BranchBody([], []).eval()
+        found[f"one{suffix}"] = Probe(empty, tiny, tiny, native)
+        found[f"line{suffix}"] = Probe(empty, tiny, tiny, native, LENGTH)
+        for segment in range(space.segments):
+            _list_layers(found, space, segment, native)
+            own = (n, *space.shape(segment))
+            for gate in space.gates if segment < space.segments - 1 else ():
+                if gate == "none" or (native and gate not in NATIVE_GATES):
+                    continue
+                other = (n, own[1], 1, 1) if gate == "pooled" else own
+                module = BranchBody([build_gate(gate, own[1])], []).eval()
+                found[space.gate_key(gate, segment, native=native)] = Probe(module, (own, other), (own,), native)
+            sends, outputs = ("features", ((n, own[1], 1, 1),))
+            if segment < space.segments - 1:
+                sends, outputs = "both", (own, (n, own[1], 1, 1))
+            module = BranchBody([], [], sends).eval()
+            found[space.means_key(segment, native=native)] = Probe(module, (own,), outputs, native)
+            found[f"copy/{segment}{suffix}"] = Probe(empty, (own,), (own,), native)
+    stem, channels = Stem(space.channels, space.width).eval(), space.branches * space.shape(space.segments - 1)[0]
+    found[space.stem_key()] = Probe(stem, (space.input_shape(),), ((n, *space.shape(-1)),))
+    found[space.head_key()] = Probe(
+        Head(channels, space.classes).eval(), ((n, channels, 1, 1),), ((n, space.classes),)
+    )
+    if workers > 1:
+        large = ((n, *space.shape(0)),)
+        found["turns"] = Probe(BranchBody([], []).eval(), tiny, tiny, True, LENGTH, True)
+        found["large line"] = Probe(BranchBody([], []).eval(), large, large, True, LENGTH)
+        found["large turns"] = Probe(BranchBody([], []).eval(), large, large, True, LENGTH, True)
+    return found
 
 
-def estimate_waits(seconds: Mapping[str, float], bytes_: int) -> tuple[float, float, float]:
-    """Split seconds of a body in a line into those of the call, the wait, and each byte."""
-    body = seconds["small alone"]
-    if "small in turns" not in seconds:
-        return body, 0.0, 0.0
-    sync = max(0.0, seconds["small in turns"] - body)
-    more = seconds["large in turns"] - seconds["large alone"] - sync
-    return body, sync, max(0.0, more / bytes_)
+def _list_layers(found: dict[str, Probe], space: Space, segment: int, native: bool) -> None:
+    for layer in range(space.layers):
+        (c, h, w), outputs, stride = space.layer_shape(segment, layer)
+        after = (space.batch, *space.shape(segment))
+        for name in space.operators:
+            for before in space.operators if layer else (None,):
+                if native and not {name, before or "skip"} <= NATIVE_OPERATORS:
+                    continue
+                key = space.layer_key(name, segment, layer, before, native=native)
+                if key in found:
+                    continue
+                layers = [build_operator(before, c, c)] if before else []
+                layers.append(build_operator(name, c, outputs, stride))
+                module = BranchBody([], layers).eval()
+                found[key] = Probe(module, ((space.batch, c, h, w),), (after,), native)
+                if before:
+                    base = Probe(BranchBody([], layers[:1]).eval(), ((space.batch, c, h, w),), (after,), native)
+                    found.setdefault(f"before {key}", base)
 
 
-def _make_line(shape: tuple[int, ...], length: int) -> Graph:
-    """Make a graph of bodies that hand an array on."""
-    values = {f"v{i}": Value(shape) for i in range(length + 1)}
-    run = BranchBody([], []).eval()
-    bodies = [Body(f"b{i}", run, (Slice(f"v{i}"),), (Slice(f"v{i + 1}"),)) for i in range(length)]
-    return Graph(values, bodies, ["v0"], [f"v{length}"])
+def make_table(space: Space, seconds: Mapping[str, Mapping[str, float]], workers: int) -> LatencyTable:
+    """Make the table of what probes took: differences between them.
 
+    Parameters
+    ----------
+    space : Space
+    seconds : mapping
+        By name of `list_probes`, and column of a table.
+    workers : int
+    """
+
+    def subtract(a: Mapping[str, float], b: Mapping[str, float]) -> dict[str, float]:
+        return {column: max(0.0, value - b[column]) for column, value in a.items() if column in b}
+
+    helpers = ("one", "line", "turns", "large", "copy", "before")
+    entries, bodies = {}, {}
+    for suffix in ("", "@torch"):
+        if f"one{suffix}" in seconds:
+            one, line = seconds[f"one{suffix}"], seconds[f"line{suffix}"]
+            bodies[suffix] = {column: value / (LENGTH - 1) for column, value in subtract(line, one).items()}
+            entries[BODY + suffix] = bodies[suffix]
+    for key, row in seconds.items():
+        if key.split(" ")[0].split("/")[0].removesuffix("@torch") in helpers:
+            continue
+        suffix = "@torch" if key.endswith("@torch") else ""
+        base = seconds[f"one{suffix}"]
+        if f"before {key}" in seconds:
+            base = seconds[f"before {key}"]
+        elif key.startswith(("gate:", "means/")):
+            segment = next(s for s in range(space.segments) if space.means_key(s).split("/")[1] in key)
+            base = seconds[f"copy/{segment}{suffix}"]
+        entries[key] = subtract(row, base)
+    run = subtract(seconds["one"], entries[BODY])
+    line = seconds["line"]["solo/1"]
+    sync = transfer = 0.0
+    if "turns" in seconds:
+        sync = max(0.0, seconds["turns"]["solo/1"] - line) / (LENGTH - 1)
+        more = seconds["large turns"]["solo/1"] - seconds["large line"]["solo/1"] - (LENGTH - 1) * sync
+        size = Value((space.batch, *space.shape(0))).bytes
+        transfer = max(0.0, more) / (LENGTH - 1) / size
+    return LatencyTable(describe_machine(), entries, run, sync, transfer, workers)

@@ -26,9 +26,10 @@ __all__ = ["Found", "search"]
 METHODS = ("differentiable", "random", "optuna")
 LATENCIES = ("max_plus", "sum")
 WARM_UP = 0.25  # share of the supernet's steps in which its weights alone learn
+SMOOTHNESS = 0.1  # of the maximum at the beginning, in targets; 0 at the end
 COOLED = 0.3  # temperature of the Gumbel-softmax at the end; 3 at the beginning
 DRAWN = 400  # samples of the final distribution among which the network is chosen
-COMPARED = 16  # likeliest of them under the target, compared by the supernet's own accuracy
+COMPARED = 32  # likeliest of them under the target, compared by the supernet's own accuracy
 
 
 @dataclass
@@ -72,7 +73,7 @@ def search(
     candidates: int | None = None,
     budget: float | None = None,
     batch: int = 64,
-    strength: float = 2.0,
+    strength: float = 1.0,
     warm_start: Callable[[Network], object] | None = None,
     seed: int = 0,
 ) -> Network:
@@ -221,7 +222,7 @@ def _search_choices(
     generator = torch.Generator().manual_seed(seed)
     logits = [net.operator_logits, net.gate_logits]
     weights_optimizer = torch.optim.AdamW(net.weights(), 3e-3, weight_decay=1e-2)
-    choices_optimizer = torch.optim.Adam(logits, 0.1, betas=(0.5, 0.999))
+    choices_optimizer = torch.optim.Adam(logits, 0.05, betas=(0.5, 0.999))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(weights_optimizer, steps, 1e-4)
     batches = weights_data.batches(min(batch, len(weights_data)), seed)
     others = choices_data.batches(min(batch, len(choices_data)), seed + 1)
@@ -243,7 +244,7 @@ def _search_choices(
                 continue
             images, labels = next(others)
             choices = net.sample(temperature, generator)
-            seconds = guide(choices, target * 0.2 * (1 - done))
+            seconds = guide(net.expected(), target * SMOOTHNESS * (1 - done))
             loss = F.cross_entropy(net(images, choices), labels) + strength * (seconds / target).log().relu()
             gradients = torch.autograd.grad(loss, logits, allow_unused=True)
             for parameter, gradient in zip(logits, gradients, strict=True):
@@ -279,8 +280,8 @@ def _choose(
             return _sample_under(net.space, model, target, rng)
         losses = []
         for architecture, choices in fitting[:COMPARED]:
-            outputs = net(data.images[:1000], choices)
-            losses.append((float(F.cross_entropy(outputs, data.labels[:1000])), len(losses), architecture))
+            outputs = net(data.images[:400], choices)
+            losses.append((float(F.cross_entropy(outputs, data.labels[:400])), len(losses), architecture))
     return min(losses)[2]
 
 

@@ -75,7 +75,10 @@ def predict(graph: Graph, place: Placement, table: LatencyTable) -> float:
     place.check(graph)
     problem = make_problem(graph, table, place.threads)
     index = {name: i for i, name in enumerate(problem.names)}
-    return simulate(problem, [[index[name] for name in team] for team in place.teams])
+    busy = sum(1 for team in place.teams if team)
+    return table.run_cost(place.threads[0], busy > 1) + simulate(
+        problem, [[index[name] for name in team] for team in place.teams]
+    )
 
 
 def simulate(problem: Problem, teams: Sequence[Sequence[int]]) -> float:

@@ -18,6 +18,9 @@ OPERATORS = (
 )
 GATES = ("none", "add", "concatenate", "pooled")
 STEMS = ("shared", "recomputed")
+NATIVE_OPERATORS = frozenset(name for name in OPERATORS if name.endswith(":ternary")) | {"skip", "pool"}
+NATIVE_GATES = frozenset({"none", "add", "concatenate"})
+BODY = "body"  # what calling a body takes, in a latency table
 Shape = tuple[int, int, int]  # C, H, W
 
 
@@ -103,18 +106,21 @@ class Space:
         shrinks = segment > 0 and layer == 0
         return self.shape(segment - 1 if shrinks else segment), self.shape(segment)[0], 2 if shrinks else 1
 
-    def layer_key(self, operator: str, segment: int, layer: int) -> str:
-        """Name a layer in a latency table."""
+    def layer_key(
+        self, operator: str, segment: int, layer: int, before: str | None = None, *, native: bool = True
+    ) -> str:
+        """Name a layer in a latency table: what it adds to a body behind another layer, or as the first."""
         (c, h, w), outputs, stride = self.layer_shape(segment, layer)
-        return f"{operator}/{self.batch}x{c}x{h}x{w}/{outputs}/{stride}"
+        behind = f"<{before}" if before else ""
+        return f"{operator}/{self.batch}x{c}x{h}x{w}/{outputs}/{stride}{behind}" + _world(native)
 
-    def gate_key(self, gate: str, segment: int) -> str:
-        """Name in a latency table what a branch does with what came through a gate behind a segment."""
-        return f"gate:{gate}/" + "x".join(map(str, (self.batch, *self.shape(segment))))
+    def gate_key(self, gate: str, segment: int, *, native: bool = True) -> str:
+        """Name what a branch does with what came through a gate behind a segment."""
+        return f"gate:{gate}/{self._map(segment)}" + _world(native)
 
-    def means_key(self, segment: int) -> str:
-        """Name the means of a branch's channels."""
-        return "means/" + "x".join(map(str, (self.batch, *self.shape(segment))))
+    def means_key(self, segment: int, *, native: bool = True) -> str:
+        """Name the means of a branch's channels, beside its map or instead of it."""
+        return f"means/{self._map(segment)}" + _world(native)
 
     def stem_key(self) -> str:
         return f"stem/{'x'.join(map(str, self.input_shape()))}/{self.width}"
@@ -122,16 +128,30 @@ class Space:
     def head_key(self) -> str:
         return f"head/{self.batch}x{self.branches * self.shape(self.segments - 1)[0]}/{self.classes}"
 
+    def _map(self, segment: int) -> str:
+        return "x".join(map(str, (self.batch, *self.shape(segment))))
+
+    @property
+    def all_native(self) -> bool:
+        """Whether every body of every network can be a native chain."""
+        return set(self.operators) <= NATIVE_OPERATORS and set(self.gates) <= NATIVE_GATES
+
+    def is_native(self, architecture: Architecture, segment: int, branch: int) -> bool:
+        """Whether a segment of a branch can be a native chain."""
+        gates = {gate for _, gate in self.sources(architecture, segment, branch)}
+        return set(architecture.operators[segment][branch]) <= NATIVE_OPERATORS and gates <= NATIVE_GATES
+
     def body_keys(self, architecture: Architecture, segment: int, branch: int) -> tuple[str, ...]:
         """Name everything that a segment of a branch does."""
-        keys = []
-        if segment:
-            gates = [gate for pair, gate in self._joined(architecture, segment - 1) if branch in pair]
-            keys += [self.gate_key(gate, segment - 1) for gate in gates]
+        native = self.is_native(architecture, segment, branch)
+        keys = [BODY + _world(native)]
+        for _, gate in self.sources(architecture, segment, branch):
+            keys.append(self.gate_key(gate, segment - 1, native=native))
         names = architecture.operators[segment][branch]
-        keys += [self.layer_key(name, segment, layer) for layer, name in enumerate(names)]
+        for layer, (before, name) in enumerate(zip([None, *names], names, strict=False)):
+            keys.append(self.layer_key(name, segment, layer, before, native=native))
         if segment == self.segments - 1 or self.sends_means(architecture, segment, branch):
-            keys.append(self.means_key(segment))
+            keys.append(self.means_key(segment, native=native))
         return tuple(keys)
 
     def sends_means(self, architecture: Architecture, segment: int, branch: int) -> bool:
@@ -208,6 +228,10 @@ class Space:
         from pycodesign.branches.build import build
 
         return build(self, architecture, seed)
+
+
+def _world(native: bool) -> str:
+    return "" if native else "@torch"
 
 
 @dataclass(frozen=True)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pycodesign.branches.operators import Head, Stem, build_gate, build_operator
-from pycodesign.branches.space import Architecture, Space
+from pycodesign.branches.space import BODY, NATIVE_GATES, NATIVE_OPERATORS, Architecture, Space
 from pycodesign.branches.table import LatencyTable
 
 __all__ = ["Choices", "LatencyModel", "Supernet"]
@@ -73,6 +74,10 @@ class Supernet(nn.Module):
         return Choices(
             _draw(self.operator_logits, temperature, generator), _draw(self.gate_logits, temperature, generator)
         )
+
+    def expected(self) -> Choices:
+        """Return how likely each choice is."""
+        return Choices(self.operator_logits.softmax(-1), self.gate_logits.softmax(-1))
 
     def log_probability(self, choices: Choices) -> float:
         """Return how likely a sample is."""
@@ -166,25 +171,43 @@ class LatencyModel:
 
     def __init__(self, space: Space, table: LatencyTable, workers: int = 2, *, summed: bool = False) -> None:
         self.space, self.table, self.workers, self.summed = space, table, workers, summed
-        together = min(workers, space.branches) > 1 and not summed
-
-        def cost(key: str) -> float:
-            return table.cost(key, 1, together)
-
-        self.layer_costs = torch.tensor(
-            [
-                [[cost(space.layer_key(name, s, layer)) for name in space.operators] for layer in range(space.layers)]
-                for s in range(space.segments)
+        self.together = min(workers, space.branches) > 1 and not summed
+        self.worlds = (True,) if space.all_native else (True, False)
+        segments, operators = range(space.segments), space.operators
+        self.firsts, self.others, self.gate_costs, self.means = {}, {}, {}, {}
+        for native in self.worlds:
+            key = {"native": native}
+            rows = [[self._cost(space.layer_key(o, s, 0, **key), o, native) for o in operators] for s in segments]
+            self.firsts[native] = torch.tensor(rows)  # (S, operators)
+            cubes = [
+                [
+                    [
+                        [self._cost(space.layer_key(o, s, n, b, **key), o, native, b) for o in operators]
+                        for b in operators
+                    ]
+                    for n in range(1, space.layers)
+                ]
+                for s in segments
+            ]  # (S, L - 1, operators before, operators)
+            self.others[native] = torch.tensor(cubes).reshape(space.segments, -1, len(operators), len(operators))
+            gates = [
+                [0.0 if g == "none" else self._cost(space.gate_key(g, s, **key), g, native) for g in space.gates]
+                for s in segments[:-1]
             ]
-        )  # (S, L, operators)
-        self.gate_costs = torch.tensor(
-            [
-                [0.0 if gate == "none" else cost(space.gate_key(gate, s)) for gate in space.gates]
-                for s in range(space.segments - 1)
-            ]
-        ).reshape(space.segments - 1, len(space.gates))
-        self.means = [cost(space.means_key(s)) for s in range(space.segments)]
-        self.ends = table.cost(space.stem_key()), table.cost(space.head_key())
+            self.gate_costs[native] = torch.tensor(gates).reshape(-1, len(space.gates))
+            self.means[native] = [self._cost(space.means_key(s, **key)) for s in segments]
+        self.body = {native: self._cost(BODY if native else f"{BODY}@torch") for native in self.worlds}
+        self.ends = (table.cost(BODY) + table.cost(space.stem_key()), table.cost(BODY) + table.cost(space.head_key()))
+        self.run = table.run_cost(1, self.together)
+        self.is_native = torch.tensor([float(name in NATIVE_OPERATORS) for name in operators])
+        self.is_native_gate = torch.tensor([float(name in NATIVE_GATES) for name in space.gates])
+
+    def _cost(self, key: str, name: str = "", native: bool = False, before: str = "") -> float:
+        """Look up a cost; 0 for what a native chain cannot do, which then is no native one."""
+        known = NATIVE_OPERATORS | NATIVE_GATES | {""}
+        if native and not (name in known and before in known):
+            return 0.0
+        return self.table.cost(key, 1, self.together)
 
     def waits(self, segment: int) -> Tensor:
         """Return the seconds until a branch has what another sends, by gate."""
@@ -213,57 +236,80 @@ class LatencyModel:
         -------
         Tensor ()
         """
-        space, table = self.space, self.table
-        layers = (choices.operators * self.layer_costs[:, None]).sum((-1, -2)) + table.body  # (S, B)
+        space, sync = self.space, self.table.sync
         silent = space.gates.index("none") if "none" in space.gates else None
-        stem, head = self.ends
-        ready = [torch.tensor(stem + table.body + (table.sync if b else 0.0)) for b in range(space.branches)]
+        ready = [torch.tensor(self.ends[0] + (sync if b else 0.0)) for b in range(space.branches)]
         work = sum(ready, torch.tensor(0.0)) if space.stem == "recomputed" else ready[0]
         for segment in range(space.segments):
-            if segment:
-                gates, costs = choices.gates[segment - 1], self.gate_costs[segment - 1]
-                ready, added = self._meet(ready, segment - 1, gates, costs, silent, smoothness)
+            gates = choices.gates[segment - 1] if segment else None
+            native = [self._find_native(choices.operators[segment, b], gates, b) for b in range(space.branches)]
+            layers = [self._sum_layers(choices.operators[segment, b], segment, native[b]) for b in range(space.branches)]
+            if gates is not None:
+                ready, added = self._meet(ready, segment - 1, gates, native, silent, smoothness)
                 work = work + added
-            ready = [time + layers[segment, branch] for branch, time in enumerate(ready)]
-            work = work + layers[segment].sum()
-        last = self.means[-1]
-        ready = [time + last + (table.sync if branch else 0.0) for branch, time in enumerate(ready)]
-        work = work + last * space.branches
+            ready = [time + seconds for time, seconds in zip(ready, layers, strict=True)]
+            if segment < space.segments - 1:
+                sends = choices.gates[segment][:, [g == "pooled" for g in space.gates]].sum(-1)
+                for branch in range(space.branches):
+                    asked = [p for p, pair in enumerate(space.pairs) if branch in pair]
+                    silence = torch.stack([1 - sends[p] for p in asked]).prod() if asked else torch.tensor(1.0)
+                    ready[branch] = ready[branch] + (1 - silence) * self._mix(self.means, native[branch], segment)
+            else:
+                ready = [time + self._mix(self.means, native[b], segment) for b, time in enumerate(ready)]
+            work = work + sum(layers, torch.tensor(0.0))
         if self.summed:
-            return work + head + table.body
-        total = _smooth_maximum(ready, smoothness)
+            return work + self.ends[1] + self.run
+        total = _smooth_maximum([time + (sync if b else 0.0) for b, time in enumerate(ready)], smoothness)
         if self.workers < space.branches:
             total = _smooth_maximum([total, work / self.workers], smoothness)
-        return total + head + table.body
+        return total + self.ends[1] + self.run
+
+    def _find_native(self, operators: Tensor, gates: Tensor | None, branch: int) -> Tensor:
+        """Return how much of a body is native: 1 or 0 of a sample."""
+        share = (operators * self.is_native).sum(-1).prod()
+        for pair, branches in enumerate(self.space.pairs) if gates is not None else ():
+            if branch in branches:
+                share = share * (gates[pair] * self.is_native_gate).sum()  # type: ignore[index]
+        return share
+
+    def _mix(self, costs: Mapping[bool, list[Any] | Tensor], native: Tensor, segment: int) -> Tensor:
+        """Return native costs and those of torch, each by its share."""
+        if False not in costs:
+            return torch.as_tensor(costs[True][segment])
+        return native * costs[True][segment] + (1 - native) * costs[False][segment]
+
+    def _sum_layers(self, operators: Tensor, segment: int, native: Tensor) -> Tensor:
+        """Return the seconds of a body's layers, each behind the one before it."""
+        total = torch.tensor(0.0)
+        for world in self.worlds:
+            seconds = self.body[world] + (operators[0] * self.firsts[world][segment]).sum()
+            for layer in range(1, self.space.layers):
+                seconds = seconds + operators[layer - 1] @ self.others[world][segment, layer - 1] @ operators[layer]
+            total = total + (native if world else 1 - native) * seconds
+        return total
 
     def _meet(
         self,
         ready: list[Tensor],
         segment: int,
         gates: Tensor,
-        costs: Tensor,
+        native: list[Tensor],
         silent: int | None,
         smoothness: float,
     ) -> tuple[list[Tensor], Tensor]:
         """Return when each branch has passed its gates, and what all gates compute."""
         waits = self.waits(segment)
-        means = torch.tensor([self.means[segment] if gate == "pooled" else 0.0 for gate in self.space.gates])
-        sent = list(ready)
-        added = torch.tensor(0.0)
-        for pair, branches in enumerate(self.space.pairs):
-            for branch in branches:  # means are computed once, however many ask for them; counted once a pair here
-                sent[branch] = sent[branch] + (gates[pair] * means).sum()
-            added = added + 2 * (gates[pair] * (costs + means)).sum()
-        found = list(sent)
+        found, added = list(ready), torch.tensor(0.0)
         for pair, (first, second) in enumerate(self.space.pairs):
             silence = gates[pair, silent] if silent is not None else torch.tensor(0.0)
             for branch, other in ((first, second), (second, first)):
-                arrival = sent[other] + (gates[pair] * waits).sum()
+                arrival = ready[other] + (gates[pair] * waits).sum()
                 met = _smooth_maximum([found[branch], arrival], smoothness)
                 found[branch] = silence * found[branch] + (1 - silence) * met
         for pair, branches in enumerate(self.space.pairs):
             for branch in branches:
-                found[branch] = found[branch] + (gates[pair] * costs).sum()
+                cost = (gates[pair] * self._mix(self.gate_costs, native[branch], segment)).sum()
+                found[branch], added = found[branch] + cost, added + cost
         return found, added
 
     def architecture_choices(self, architecture: Architecture) -> Choices:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from pycodesign.branches.graph import Body
 __all__ = ["LatencyTable", "describe_machine"]
 
 SCHEMA = "pycodesign latency table 1"
-NUMBERS = ("body", "sync", "transfer")
+NUMBERS = ("sync", "transfer")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -35,8 +35,8 @@ class LatencyTable:
     entries : mapping of str to mapping of str to float
         For each layer or gate its seconds, by ``"solo/n"``: on n threads, all else idle, and ``"together/n"``: while as
         many other teams as were measured do the same.
-    body : float
-        Seconds that calling a body takes.
+    run : mapping of str to float
+        Seconds that a run takes beside its bodies, as entries have them.
     sync : float
         Seconds from a team's result to the start of another team that waited for it.
     transfer : float
@@ -47,14 +47,14 @@ class LatencyTable:
     Examples
     --------
     >>> from pycodesign.branches import LatencyTable
-    >>> table = LatencyTable({}, {"conv": {"solo/1": 2e-5, "together/1": 3e-5}}, body=1e-6)
+    >>> table = LatencyTable({}, {"conv": {"solo/1": 2e-5, "together/1": 3e-5}})
     >>> table.cost("conv"), table.cost("conv", together=True)
     (2e-05, 3e-05)
     """
 
     machine: Mapping[str, Any]
     entries: Mapping[str, Mapping[str, float]]
-    body: float = 0.0
+    run: Mapping[str, float] = field(default_factory=dict)
     sync: float = 0.0
     transfer: float = 0.0
     teams: int = 2
@@ -77,8 +77,13 @@ class LatencyTable:
         return row.get(f"together/{threads}", row[name]) if together else row[name]
 
     def body_cost(self, body: Body, threads: int = 1, together: bool = False) -> float:
-        """Return the seconds of a body: its layers' and gates', or its own entry's, and those of calling it."""
-        return self.body + sum(self.cost(key, threads, together) for key in body.costs or (body.name,))
+        """Return the seconds of a body: the sum of what it does, or, where that is not known, its own entry's."""
+        return sum(self.cost(key, threads, together) for key in body.costs or (body.name,))
+
+    def run_cost(self, threads: int = 1, together: bool = False) -> float:
+        """Return the seconds that a run takes beside its bodies, of one team or of several."""
+        alone = self.run.get(f"solo/{threads}", 0.0)
+        return self.run.get(f"together/{threads}", alone) if together else alone
 
     def save(self, path: Path | str) -> None:
         """Write the table as JSON."""
@@ -108,16 +113,17 @@ class LatencyTable:
             raise ValueError(f"path: expected a latency table ({SCHEMA}), got {path}")
         numbers = [found.get(name) for name in NUMBERS]
         entries, teams, machine = found.get("entries"), found.get("teams"), found.get("machine")
+        run = found.get("run")
         if not isinstance(entries, dict) or not isinstance(machine, dict) or not isinstance(teams, int):
             raise ValueError(f"path: expected entries, teams and a machine, got {sorted(found)} in {path}")
-        for key, row in entries.items():
-            if not isinstance(row, dict) or not row:
+        for key, row in [*entries.items(), ("run", run)]:
+            if not isinstance(row, dict) or not (row or key == "run"):
                 raise ValueError(f"path: expected seconds by threads for {key!r}, got {row!r} in {path}")
             numbers += row.values()
         for number in numbers:
             if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < math.inf:
                 raise ValueError(f"path: expected seconds, got {number!r} in {path}")
-        table = cls(machine, entries, *map(float, numbers[:3]), teams)  # type: ignore[arg-type]
+        table = cls(machine, entries, run, *map(float, numbers[:2]), teams)  # type: ignore[arg-type]
         if not any_machine:
             table.check_machine()
         return table

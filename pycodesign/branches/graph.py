@@ -210,10 +210,16 @@ class Graph:
             )
         return found
 
-    def recompute(self, body: str) -> Graph:
+    def recompute(self, body: str, groups: Mapping[str, int] | None = None) -> Graph:
         """Return the graph in which each branch that reads a body's results has its own copy of it.
 
         The copies are named ``body.branch``, and have values of their own.
+
+        Parameters
+        ----------
+        body : str
+        groups : mapping of str to int, optional
+            For each body that reads the results, which copy it reads; by default that of its branch.
 
         Raises
         ------
@@ -227,7 +233,8 @@ class Graph:
         whole = all(self._is_whole(piece) for piece in source.outputs)
         if not source.may_recompute or not whole or written & set(self.outputs):
             raise ValueError(f"body: expected one that may run more than once, got {body!r}")
-        branches = sorted({other.branch for name, other in self.bodies.items() if body in self.before[name]})
+        groups = {name: other.branch for name, other in self.bodies.items()} if groups is None else groups
+        branches = sorted({groups[name] for name in self.bodies if body in self.before[name]})
 
         def rename(pieces: tuple[Slice, ...], branch: int) -> tuple[Slice, ...]:
             return tuple(replace(p, value=f"{p.value}.{branch}") if p.value in written else p for p in pieces)
@@ -240,7 +247,7 @@ class Graph:
         ]
         for name, other in self.bodies.items():
             if name != body:
-                bodies.append(replace(other, inputs=rename(other.inputs, other.branch)))
+                bodies.append(replace(other, inputs=rename(other.inputs, groups.get(name, -1))))
         return Graph(values, bodies, self.inputs, self.outputs)
 
     def _is_whole(self, piece: Slice) -> bool:

@@ -133,7 +133,7 @@ class Network(nn.Module):
                 )
             )
         if native:
-            from pycodesign.branches.native import lower_body
+            from pycodesign.branches.lowering import lower_body
 
             bodies = [lower_body(body) for body in bodies]
         return Graph(values, bodies, ["x"], ["y"])

@@ -130,11 +130,11 @@ def measure_placement(graph: Graph, place: Placement, *, rounds: int = 50) -> fl
 
     inputs = [np.zeros(graph.values[name].shape, graph.values[name].dtype) for name in graph.inputs]
     seconds = []
-    with Executor(graph, place, backend="threads") as run:
-        for _ in range(5):
-            run(*inputs)
-        for _ in range(rounds):
-            begin = time.perf_counter()
-            run(*inputs)
-            seconds.append(time.perf_counter() - begin)
+    run = Executor(graph, place, backend="threads")
+    for _ in range(5):
+        run(*inputs)
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        run(*inputs)
+        seconds.append(time.perf_counter() - begin)
     return float(np.median(seconds))

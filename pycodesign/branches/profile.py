@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +16,7 @@ import pycodesign
 from pycodesign._arguments import to_integer
 from pycodesign.branches.executor import Executor
 from pycodesign.branches.graph import Body, Graph, Placement, Slice, Value
-from pycodesign.branches.native import build_chain, simplify
+from pycodesign.branches.lowering import build_chain, simplify
 from pycodesign.branches.operators import BranchBody, Head, Stem, build_gate, build_operator
 from pycodesign.branches.space import BODY, NATIVE_GATES, NATIVE_OPERATORS, Space
 from pycodesign.branches.table import LatencyTable, describe_machine
@@ -120,11 +119,11 @@ def profile(
             raise ValueError(f"threads: expected 1 to {cores}, the cores of this process, got {count}")
     to_integer("rounds", rounds, 1)
     probes = list_probes(space, workers)
-    with _open(probes, workers, dict.fromkeys((1, *threads)), cores, spin) as timed:
-        with Progress(console=Console(stderr=True), transient=True) as progress:
-            for _ in progress.track(range(rounds), description="rounds"):
-                for run in timed:
-                    run.time()
+    timed = _open(probes, workers, dict.fromkeys((1, *threads)), cores, spin)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for _ in progress.track(range(rounds), description="rounds"):
+            for run in timed:
+                run.time()
     seconds: dict[str, dict[str, float]] = {name: {} for name in probes}
     for run in timed:
         seconds[run.name][run.column] = statistics.median(run.seconds)
@@ -147,29 +146,22 @@ class _Run:
         self.seconds.append((time.perf_counter() - begin) / REPEATS)
 
 
-@contextmanager
 def _open(
     probes: Mapping[str, Probe], workers: int, threads: Mapping[int, None], cores: int, spin: float | None
-) -> Iterator[list[_Run]]:
+) -> list[_Run]:
     options = {} if spin is None else {"spin": spin}
     runs = []
-    try:
-        for name, probe in probes.items():
-            for count in threads:
-                for copies in (1, workers) if workers > 1 and not probe.in_turns else (1,):
-                    if copies * count > cores:
-                        continue
-                    graph, place = probe.build(copies)
-                    place = Placement(place.teams, (count,) * len(place.teams))
-                    if len(place.teams) * count > cores:
-                        continue
-                    column = f"{'together' if copies > 1 else 'solo'}/{count}"
-                    inputs = [torch.rand(graph.values[x].shape) for x in graph.inputs]
-                    runs.append(_Run(name, column, Executor(graph, place, backend="threads", **options), inputs))
-        yield runs
-    finally:
-        for run in runs:
-            run.run.close()
+    for name, probe in probes.items():
+        for count in threads:
+            for copies in (1, workers) if workers > 1 and not probe.in_turns else (1,):
+                graph, place = probe.build(copies)
+                place = Placement(place.teams, (count,) * len(place.teams))
+                if len(place.teams) * count > cores:
+                    continue
+                column = f"{'together' if copies > 1 else 'solo'}/{count}"
+                inputs = [torch.rand(graph.values[x].shape) for x in graph.inputs]
+                runs.append(_Run(name, column, Executor(graph, place, backend="threads", **options), inputs))
+    return runs
 
 
 def list_probes(space: Space, workers: int = 2) -> dict[str, Probe]:

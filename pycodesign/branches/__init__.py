@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from pycodesign.branches.executor import Executor
 from pycodesign.branches.graph import Body, Graph, Placement, Slice, Value, to_graph
 from pycodesign.branches.simulate import predict
 from pycodesign.branches.space import Architecture, Space
@@ -17,13 +18,14 @@ from pycodesign.branches.table import LatencyTable, describe_machine
 if TYPE_CHECKING:
     from pycodesign.branches.nets import build_inception, build_parnet
     from pycodesign.branches.network import Network, Part
-    from pycodesign.branches.place import place
-    from pycodesign.branches.profile import profile
-    from pycodesign.branches.search import Found, search
+    from pycodesign.branches.placing import place
+    from pycodesign.branches.profiling import profile
+    from pycodesign.branches.searching import Found, search
 
 __all__ = [
     "Architecture",
     "Body",
+    "Executor",
     "Found",
     "Graph",
     "LatencyTable",
@@ -44,14 +46,14 @@ __all__ = [
 ]
 
 _MODULES = {  # loaded when first used: they need torch
-    "Found": "search",
+    "Found": "searching",
     "Network": "network",
     "Part": "network",
     "build_inception": "nets",
     "build_parnet": "nets",
-    "place": "place",
-    "profile": "profile",
-    "search": "search",
+    "place": "placing",
+    "profile": "profiling",
+    "search": "searching",
 }
 
 

@@ -12,6 +12,7 @@ from pycodesign.branches.simulate import Problem, simulate
 
 __all__ = ["Solution", "solve"]
 
+MOST_KNOWN = 500  # partial schedules of the same bodies that are remembered
 EPSILON = 1e-12  # relative: rounding of sums
 Teams = tuple[tuple[int, ...], ...]
 
@@ -73,6 +74,10 @@ class _Search:
         self.tail = list(self.least)  # seconds from a body's start to the end of all behind it, at best
         for body in reversed(range(n)):
             self.tail[body] += max((self.tail[other] for other in self.after[body]), default=0.0)
+        ancestors: list[set[int]] = []
+        for row in problem.before:
+            ancestors.append({other for other, _ in row}.union(*(ancestors[other] for other, _ in row)))
+        self.joins = [(body, sorted(others)) for body, others in enumerate(ancestors) if len(problem.before[body]) > 1]
         columns = list(zip(*problem.costs, strict=True))
         self.alike = [columns.index(column) for column in columns]
         self.seen: dict[tuple[bool, ...], list[tuple[float, ...]]] = {}
@@ -96,10 +101,15 @@ class _Search:
             self.pool = sorted([*self.pool, (latency, teams)])[: self.keep]
 
     def _bound(self, state: _State) -> float:
-        """Return seconds that no completion of a partial schedule stays under."""
-        soonest = max(min(state.free), state.last)
-        bound = max(max(state.free), (sum(max(t, state.last) for t in state.free) + state.work) / self.devices)
+        """Return seconds that no completion of a partial schedule stays under.
+
+        A body comes behind all that it depends on, however many devices there are; and a body that waits for others comes
+        behind their work, shared evenly by devices that begin when they can.
+        """
+        free = [max(time, state.last) for time in state.free]
+        bound, soonest = max(state.free), min(free)
         earliest = list(state.finish)  # of bodies to come: when they can be done at best
+        starts = [math.inf] * self.devices  # when a device can begin anything that is left
         for body, device in enumerate(state.device_of):
             if device >= 0:
                 continue
@@ -108,6 +118,21 @@ class _Search:
                 start = max(start, earliest[other])
             earliest[body] = start + self.least[body]
             bound = max(bound, start + self.tail[body])
+            for d in range(self.devices):
+                begin = max(free[d], start)
+                for other, delay in self.problem.before[body]:
+                    if state.device_of[other] not in (-1, d):
+                        begin = max(begin, state.finish[other] + delay)
+                starts[d] = min(starts[d], begin)
+        if starts[0] == math.inf:
+            return bound
+        starts.sort()
+        bound = max(bound, _fill(starts, state.work))
+        for body, others in self.joins:
+            if state.device_of[body] < 0:
+                work = sum(self.least[other] for other in others if state.device_of[other] < 0)
+                if work:
+                    bound = max(bound, _fill(starts, work) + self.tail[body])
         return bound
 
     def _visit(self, state: _State) -> None:
@@ -167,9 +192,19 @@ class _Search:
         known = self.seen.setdefault(tuple(device >= 0 for device in state.device_of), [])
         if any(all(a <= b for a, b in zip(other, vector, strict=True)) for other in known):
             return True
-        if len(known) < 200:
+        if len(known) < MOST_KNOWN:
             known.append(vector)
         return False
+
+
+def _fill(starts: list[float], work: float) -> float:
+    """Return when so much work can be done at best, by devices that begin at these times, ascending."""
+    total = work
+    for count, start in enumerate(starts, 1):
+        total += start
+        if count == len(starts) or total / count <= starts[count]:
+            break
+    return total / count
 
 
 @dataclass(frozen=True)

@@ -268,7 +268,7 @@ def test_one_core_allowed() -> None:
     ("branches", "options", "error", "message"),
     [
         (3, {}, TypeError, "branches: expected a sequence of callables, got int"),
-        ("ab", {}, TypeError, "branches: expected a sequence of callables, got str"),
+        ("ab", {}, TypeError, "branches: expected callables, chains or packed layers, got str"),
         ([len, 3], {}, TypeError, "branches: expected callables, chains or packed layers, got int"),
         ([len], {"timeout": 0}, ValueError, "timeout: expected a positive finite number of seconds, got 0"),
         ([len], {"timeout": float("nan")}, ValueError, "timeout: expected a positive finite number"),

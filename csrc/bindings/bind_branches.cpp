@@ -30,12 +30,11 @@ core::Nanoseconds parse_time(const char* name, double microseconds) {
 // of microseconds to wake up: so it spins a little first, while another of the run is in Python.
 class InPython {
  public:
-  explicit InPython(std::atomic<int>& inside) : inside_(inside) {
-    int nobody = 0;
-    const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(5);
-    while (!(counted_ = inside_.compare_exchange_strong(nobody, 1)) && std::chrono::steady_clock::now() < end) {
-      core::relax_cpu();
-      nobody = 0;
+  explicit InPython(std::atomic<bool>& inside) : inside_(inside) {
+    if (inside_.exchange(true)) {
+      const auto end = std::chrono::steady_clock::now() + std::chrono::microseconds(5);
+      while (!(is_counted_ = !inside_.load() && !inside_.exchange(true)) && std::chrono::steady_clock::now() < end)
+        core::relax_cpu();
     }
     // A thread of a team keeps the state that it gets.
     if (PyThreadState* state = PyGILState_GetThisThreadState()) PyEval_RestoreThread(state);
@@ -43,14 +42,14 @@ class InPython {
   }
   ~InPython() {
     PyEval_SaveThread();
-    if (counted_) inside_ = 0;
+    if (is_counted_) inside_ = false;
   }
   InPython(const InPython&) = delete;
   InPython& operator=(const InPython&) = delete;
 
  private:
-  std::atomic<int>& inside_;
-  bool counted_ = false;
+  std::atomic<bool>& inside_;
+  bool is_counted_ = true;
 };
 
 // A body: a chain, which needs no Python, or a callable.
@@ -87,7 +86,7 @@ class Runner {
     const branches::Options options{parse_time("spin", spin), parse_time("patience", patience), pin};
     for (const Body& body : bodies_)
       if (body.chain) body.chain->check_complete();
-    std::atomic<int> inside = 0;
+    std::atomic<bool> inside = false;
     const auto run_body = [&](int task) {
       const Body& body = bodies_[static_cast<size_t>(task)];
       if (body.chain) return body.chain->chain.run();
@@ -159,8 +158,8 @@ class Parallel {
   std::vector<py::object> results_;
   PyObject* arguments_;
   std::exception_ptr error_;
-  std::atomic<int> inside_ = 0, next_ = 1;
-  std::atomic<bool> failed_ = false;
+  std::atomic<int> next_ = 1;
+  std::atomic<bool> inside_ = false, failed_ = false;
 };
 
 }  // namespace

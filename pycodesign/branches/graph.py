@@ -181,6 +181,8 @@ class Graph:
             raise TypeError(f"inputs: expected {len(self.inputs)} arrays, got {len(inputs)}")
         for name, x in zip(self.inputs, inputs, strict=True):
             value = self.values[name]
+            if isinstance(x, np.ndarray) and x.dtype == value.dtype and x.shape == value.shape:
+                continue  # the text costs microseconds
             wanted = f"{value.dtype} {value.shape}"
             if not hasattr(x, "shape") or not hasattr(x, "dtype"):
                 raise TypeError(f"{name}: expected {wanted}, got {type(x).__name__}")

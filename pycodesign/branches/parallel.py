@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextvars
 import functools
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextvars import copy_context
+from functools import partial
 from typing import Any
 
 from pycodesign import _core
@@ -69,19 +70,24 @@ def run_branches(
     spin, timeout = check_spin(spin), check_timeout(timeout)
     bodies: list[Any] = []
     bound: list[tuple[int, _Bound]] = []
-    if isinstance(branches, (str, bytes)) or not isinstance(branches, Iterable):
-        raise TypeError(f"branches: expected a sequence of callables, got {type(branches).__name__}")
+    try:
+        given = list(branches)
+    except TypeError:
+        raise TypeError(f"branches: expected a sequence of callables, got {type(branches).__name__}") from None
     chain_type, packed_type = _native_types()
-    for branch in branches:
-        chain = branch.to_chain() if isinstance(branch, packed_type) else branch
-        if isinstance(chain, chain_type) and timeout is None:
-            bound.append((len(bodies), _Bound(chain, inputs)))
-            bodies.append(bound[-1][1].native)
-        elif callable(chain):
-            bodies.append(carry_modes(chain))
-        else:
+    modes = _find_modes()
+    for branch in given:
+        body = branch.to_chain() if isinstance(branch, packed_type) else branch
+        if timeout is None and isinstance(body, chain_type):
+            bound.append((len(bodies), _Bound(body, inputs)))
+            body = bound[-1][1].native
+        elif not callable(body):
             wanted = "callables, chains or packed layers"
             raise TypeError(f"branches: expected {wanted}, got {type(branch).__name__}")
+        elif bodies or timeout is not None:  # on another thread
+            body = body if modes is None else partial(_call_in_modes, modes, body)
+            body = partial(copy_context().run, body)
+        bodies.append(body)
     if timeout is not None:
         results: list[Any] = [None] * len(bodies)
         run_timed([Team([_Store(results, i, body, inputs)]) for i, body in enumerate(bodies)], timeout)
@@ -125,34 +131,29 @@ class _Store:
         self.results[self.index] = self.body(*self.inputs)
 
 
-def carry_modes(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function as another thread has to call it: in this thread's context, and in its modes of torch."""
+def _find_modes() -> tuple[bool, bool, bool, Any] | None:
+    """Return torch's grad, inference and autocast modes, and autocast's dtype; None where all are as in a new thread."""
     torch = sys.modules.get("torch")
-    if torch is not None and hasattr(torch, "is_grad_enabled"):
-        grad, inference, autocast = (
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-            torch.is_autocast_enabled("cpu"),
-        )
-        if inference or autocast or not grad:
-            function = _in_modes(torch, function, grad, inference, autocast)
-    return functools.partial(contextvars.copy_context().run, function)
+    if torch is None or not hasattr(torch, "is_autocast_enabled"):  # still being imported
+        return None
+    grad, inference, autocast = (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+    )
+    if grad and not inference and not autocast:
+        return None
+    return grad, inference, autocast, torch.get_autocast_dtype("cpu")
 
 
-def _in_modes(
-    torch: Any, function: Callable[..., Any], grad: bool, inference: bool, autocast: bool
-) -> Callable[..., Any]:
-    dtype = torch.get_autocast_dtype("cpu")
-
-    def call(*arguments: Any) -> Any:
-        with torch.inference_mode(inference), torch.set_grad_enabled(grad), torch.autocast("cpu", dtype, autocast):
-            return function(*arguments)
-
-    return call
+def _call_in_modes(modes: tuple[bool, bool, bool, Any], function: Callable[..., Any], *arguments: Any) -> Any:
+    torch, (grad, inference, autocast, dtype) = sys.modules["torch"], modes
+    with torch.inference_mode(inference), torch.set_grad_enabled(grad), torch.autocast("cpu", dtype, autocast):
+        return function(*arguments)
 
 
 @functools.cache
-def _native_types() -> tuple[type, type]:
+def _native_types() -> tuple[Any, Any]:
     from pycodesign.ops import Packed
     from pycodesign.repetition.chain import Chain
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -44,10 +44,11 @@ class Runner:
             raise TypeError(f"pin: expected a bool, got {type(pin).__name__}")
         self._pin, self._graph, self._place = pin, graph, place
         self._threads = _count_threads(graph, place, dict(widths or {}))
+        self._outputs = [(name, graph.values[name].shape, np.dtype(graph.values[name].dtype)) for name in graph.outputs]
         self._lock = threading.Lock()
         self._has_torch = any(body.arrays == "torch" for body in graph.bodies.values())
         self._arrays: Arrays = {}  # of each value; inputs and outputs are those of the run
-        self._free: list[tuple[_core.BoundChain, bool, int, Slice, tuple[int, ...]]] = []  # bound anew in every run
+        self._free: list[tuple[Callable[..., None], int, Slice, tuple[int, ...]]] = []  # bound anew in every run
         if self._timeout is None:
             self._arrays = {name: _allocate(graph, name) for name in graph.values}
             self._compile()
@@ -71,25 +72,31 @@ class Runner:
         if found is None:
             return PythonBody(body, self._arrays)
         bound = found.chain.bind(found.input_shapes, self._threads[body.name])
-        pieces = [(False, *each) for each in enumerate(zip(body.inputs, found.input_shapes, strict=True))]
-        pieces += [(True, *each) for each in enumerate(zip(body.outputs, bound.output_shapes, strict=True))]
-        for is_output, i, (piece, shape) in pieces:
-            self._set(bound, is_output, i, piece, shape)
-            if piece.value in (*self._graph.inputs, *self._graph.outputs):
-                self._free.append((bound, is_output, i, piece, shape))
+        for bind, pieces, shapes in (
+            (bound.set_input, body.inputs, found.input_shapes),
+            (bound.set_output, body.outputs, bound.output_shapes),
+        ):
+            for i, (piece, shape) in enumerate(zip(pieces, shapes, strict=True)):
+                self._bind(bind, i, piece, tuple(shape))
+                if piece.value in (*self._graph.inputs, *self._graph.outputs):
+                    self._free.append((bind, i, piece, tuple(shape)))
         return bound
 
-    def _set(self, bound: _core.BoundChain, is_output: bool, index: int, piece: Slice, shape: Sequence[int]) -> None:
-        array = view(self._arrays, piece)
-        if array.shape != tuple(shape[: array.ndim]) or math.prod(shape) != array.size:
-            array = reshape(array, shape)
-        (bound.set_output if is_output else bound.set_input)(index, array)
+    def _bind(self, bind: Callable[..., None], index: int, piece: Slice, shape: tuple[int, ...]) -> None:
+        """Let a chain read or write a slice of a value, of 2 dimensions or as the chain has it."""
+        array = self._arrays[piece.value]
+        if piece.begin or piece.end != array.shape[1]:
+            array = array[:, piece.begin : piece.end]
+        if array.ndim == 4 or shape[2:] in ((), (1, 1)):
+            bind(index, array)
+        else:
+            bind(index, reshape(array, shape))
 
     def __call__(self, *inputs: Any) -> list[Any]:
         graph = self._graph
         as_torch = graph.check_inputs(inputs)
         given = {name: to_numpy(name, x)[0] for name, x in zip(graph.inputs, inputs, strict=True)}
-        made = {name: np.empty(graph.values[name].shape, graph.values[name].dtype) for name in graph.outputs}
+        made = {name: np.empty(shape, dtype) for name, shape, dtype in self._outputs}
         if self._timeout is not None:
             self._run_timed(given, made, self._timeout)
         else:
@@ -97,9 +104,9 @@ class Runner:
                 self._arrays.update(given)
                 self._arrays.update(made)
                 for free in self._free:
-                    self._set(*free)
+                    self._bind(*free)
                 self._run()
-        found = [made[name] for name in graph.outputs]
+        found = [made[name] for name in graph.outputs]  # one may be asked for twice
         return [sys.modules["torch"].from_numpy(array) for array in found] if as_torch else found
 
     def _run(self) -> None:

@@ -62,7 +62,8 @@ def run_timed(teams: Sequence[Team], timeout: float) -> None:
         try:
             for step, before in zip(team.steps, team.before or [()] * len(team.steps), strict=True):
                 with changed:
-                    changed.wait_for(lambda before=before: errors or done.issuperset(before))
+                    while not errors and not done.issuperset(before):
+                        changed.wait()
                     if errors:
                         return
                     running[index] = step.name

@@ -1,8 +1,8 @@
 """What latency tables, placements and processes of `pycodesign.branches` are worth, as results for bench/results.
 
-    python bench/bench_placement.py predict --json predicted.json    # predicted against measured latency of random plans
-    python bench/bench_placement.py place --json placed.json         # methods of placement: gap and time of each
-    python bench/bench_placement.py delay --json delays.json         # latency of two processes against link delay
+python bench/bench_placement.py predict --json predicted.json    # predicted against measured latency of random plans
+python bench/bench_placement.py place --json placed.json         # methods of placement: gap and time of each
+python bench/bench_placement.py delay --json delays.json         # latency of two processes against link delay
 """
 
 from __future__ import annotations

@@ -84,7 +84,9 @@ def test_a_stem_is_recomputed_where_that_is_cheaper():
     names = [*graph.bodies, *moved.bodies]
 
     def make_table(sync):
-        return LatencyTable(describe_machine(), {name: {"solo/1": 1e-4, "together/1": 2e-4} for name in names}, {}, sync)
+        return LatencyTable(
+            describe_machine(), {name: {"solo/1": 1e-4, "together/1": 2e-4} for name in names}, {}, sync
+        )
 
     assert recompute_bodies(graph, place, "auto", make_table(1e-6)) == (graph, place)  # two stems slow each other
     assert recompute_bodies(graph, place, "auto", make_table(1e-3))[1].teams == placed.teams

@@ -170,7 +170,7 @@ def test_what_place_refuses():
     with pytest.raises(ValueError, match="with 3 threads, got solo/1, solo/2"):
         place(graph, table, (3,))
     other = LatencyTable({**describe_machine(), "cpu": "another"}, {})
-    with pytest.raises(ValueError, match="measured on this machine.*got another"):
+    with pytest.raises(ValueError, match=r"measured on this machine.*got another"):
         place(graph, other)
     bodies = [
         Body("a", abs, (Slice("b"),), (Slice("a"),), "numpy"),

@@ -336,8 +336,8 @@ def recompute_bodies(
     graph : Graph
     place : Placement
     choice : {"auto", "always", "never"}
-        ``"auto"``: by `table`, where there is one; else where a stem reads inputs of the graph alone, which every process
-        has.
+        ``"auto"``: by `table`, where there is one; else where a stem reads inputs of the graph alone, which every
+        process has.
     table : LatencyTable, optional
 
     Returns

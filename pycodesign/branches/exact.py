@@ -87,9 +87,11 @@ class _Search:
 
     def run(self) -> Solution:
         n = len(self.problem.names)
-        sequences = [[[*range(n)] if d == device else [] for d in range(self.devices)] for device in range(self.devices)]
-        for teams in [place_by_rank(self.problem), *sequences]:
-            self._offer(simulate(self.problem, teams), tuple(map(tuple, teams)))
+        sequences = [
+            [[*range(n)] if d == device else [] for d in range(self.devices)] for device in range(self.devices)
+        ]
+        for rows in [place_by_rank(self.problem), *sequences]:
+            self._offer(simulate(self.problem, rows), tuple(map(tuple, rows)))
         state = _State((0.0,) * self.devices, (-1.0,) * n, (-1,) * n, (), 0.0, sum(self.least))
         root = self._bound(state)
         self._visit(state)
@@ -103,8 +105,8 @@ class _Search:
     def _bound(self, state: _State) -> float:
         """Return seconds that no completion of a partial schedule stays under.
 
-        A body comes behind all that it depends on, however many devices there are; and a body that waits for others comes
-        behind their work, shared evenly by devices that begin when they can.
+        A body comes behind all that it depends on, however many devices there are; and a body that waits for others
+        comes behind their work, shared evenly by devices that begin when they can.
         """
         free = [max(time, state.last) for time in state.free]
         bound, soonest = max(state.free), min(free)

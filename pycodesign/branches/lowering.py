@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
-import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pycodesign import ops, quantize
 from pycodesign.branches.graph import Body
-from pycodesign.branches.operators import Add, BranchBody, Concatenate, Head, Repeat
+from pycodesign.branches.operators import Add, BranchBody, Concatenate, Repeat
 from pycodesign.quantize import QuantizedTensor
 from pycodesign.repetition.chain import Chain, Value
 
@@ -89,7 +90,7 @@ def _add_layers(chain: Chain, module: nn.Module, y: Value) -> Value:
             if isinstance(layer, nn.Linear):
                 y = chain.linear(y, ops.prepack_linear(q, bias), clamp=clamp)
                 continue
-            options = {"stride": layer.stride, "padding": layer.padding, "groups": layer.groups}
+            options: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "groups": layer.groups}
             y = chain.conv2d(y, ops.prepack_conv2d(q, bias, **options), clamp=clamp)
         elif isinstance(layer, nn.AvgPool2d):
             y = chain.avg_pool2d(y, layer.kernel_size, layer.stride, layer.padding, count_include_pad=False)
@@ -103,7 +104,7 @@ def _add_layers(chain: Chain, module: nn.Module, y: Value) -> Value:
 def _make_repetition(channels: int, times: int) -> QuantizedTensor:
     """Return the weights, 0 and 1, of the 1x1 convolution that repeats channels."""
     codes = np.tile(np.eye(channels, dtype=np.uint8), (times, 1))[:, :, None, None]
-    return QuantizedTensor(codes, np.float32([0, 1]), np.ones(times * channels, np.float32))
+    return QuantizedTensor(codes, np.array([0, 1], np.float32), np.ones(times * channels, np.float32))
 
 
 def _add_concatenation(chain: Chain, gate: Concatenate, x: Value, other: Value) -> Value:
@@ -117,7 +118,7 @@ def _add_concatenation(chain: Chain, gate: Concatenate, x: Value, other: Value) 
     return chain.conv2d(other, ops.prepack_conv2d(second), residual=y)
 
 
-def read_weights(layer: nn.Module, norm: nn.Module | None) -> tuple[QuantizedTensor, np.ndarray | None]:
+def read_weights(layer: nn.Module, norm: nn.Module | None) -> tuple[QuantizedTensor, NDArray[np.float32] | None]:
     """Return a layer's weights as they are, and its bias, with the batch normalization behind it folded into both.
 
     Raises
@@ -127,9 +128,11 @@ def read_weights(layer: nn.Module, norm: nn.Module | None) -> tuple[QuantizedTen
     """
     if not parametrize.is_parametrized(layer):
         raise CannotChain(f"module: expected weights of few values, got float ones in {type(layer).__name__}")
+    assert isinstance(layer, (nn.Conv2d, nn.Linear))
     q = quantize.from_fake_quantized(layer.weight)
-    bias = None if layer.bias is None else layer.bias.detach().double()
+    bias: Tensor | None = None if layer.bias is None else layer.bias.detach().double()
     if isinstance(norm, nn.BatchNorm2d):
+        assert norm.running_mean is not None and norm.running_var is not None
         factor = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
         shift = (0.0 if bias is None else bias) - norm.running_mean.double()
         bias = norm.bias.detach().double() + shift * factor
@@ -148,7 +151,9 @@ def _fold(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
         setattr(module, name, _fold(child))
     if isinstance(module, Concatenate):
-        module.conv, module.norm = nn.utils.fusion.fuse_conv_bn_eval(module.conv, module.norm), nn.Identity()
+        assert isinstance(module.norm, nn.BatchNorm2d)
+        module.conv = nn.utils.fusion.fuse_conv_bn_eval(module.conv, module.norm)
+        module.norm = nn.Identity()
     if not isinstance(module, nn.Sequential):
         return module
     layers: list[nn.Module] = []
@@ -165,8 +170,9 @@ def _make_plain(layer: nn.Module) -> nn.Module:
     if isinstance(layer, nn.Linear):
         plain: nn.Module = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
     elif isinstance(layer, nn.Conv2d):
-        geometry = layer.kernel_size, layer.stride, layer.padding, layer.dilation, layer.groups
-        plain = nn.Conv2d(layer.in_channels, layer.out_channels, *geometry, bias=layer.bias is not None)
+        names = ("kernel_size", "stride", "padding", "dilation", "groups")
+        options: dict[str, Any] = {name: getattr(layer, name) for name in names}
+        plain = nn.Conv2d(layer.in_channels, layer.out_channels, bias=layer.bias is not None, **options)
     else:
         raise CannotChain(f"module: expected convolutions and linear layers, got {type(layer).__name__}")
     plain.weight = nn.Parameter(layer.weight.detach())

@@ -137,4 +137,3 @@ class Network(nn.Module):
 
             bodies = [lower_body(body) for body in bodies]
         return Graph(values, bodies, ["x"], ["y"])
-

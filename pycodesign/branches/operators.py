@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 try:
     import torch
@@ -17,7 +18,6 @@ from pycodesign.branches.space import GATES, OPERATORS
 __all__ = ["BranchBody", "FourBits", "Head", "Stem", "Ternary", "build_gate", "build_operator", "quantize"]
 
 QUANTIZED = ":ternary"  # behind the name of an operator whose weights take three values
-
 
 
 class FourBits(nn.Module):
@@ -102,8 +102,8 @@ class Concatenate(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = quantize(nn.Conv2d(2 * channels, channels, 1, bias=False), FourBits())
-        self.norm = nn.BatchNorm2d(channels)
+        self.conv: Any = quantize(nn.Conv2d(2 * channels, channels, 1, bias=False), FourBits())
+        self.norm: nn.Module = nn.BatchNorm2d(channels)
 
     def forward(self, x: Tensor, other: Tensor) -> Tensor:
         found: Tensor = self.norm(self.conv(torch.cat([x, other], 1)))

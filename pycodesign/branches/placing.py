@@ -35,8 +35,8 @@ def place(
 ) -> Placement:
     """Place a network.
 
-    All methods are judged by one simulator, `simulate`, in which bodies take as long as beside others; running everything
-    on one team, where they take as long as alone, is always a candidate.
+    All methods are judged by one simulator, `simulate`, in which bodies take as long as beside others; running
+    everything on one team, where they take as long as alone, is always a candidate.
 
     Parameters
     ----------
@@ -47,8 +47,8 @@ def place(
         Number of teams of one thread, or the threads of each team.
     method : {"exact", "list", "reinforce"}
         ``"exact"``: branch and bound over devices and orders, for up to some ten bodies at a time that could run
-        anywhere; ``"list"``: HEFT, for graphs of any size; ``"reinforce"``: a policy learned by REINFORCE, as published,
-        to compare with.
+        anywhere; ``"list"``: HEFT, for graphs of any size; ``"reinforce"``: a policy learned by REINFORCE, as
+        published, to compare with.
     limit : float
         Seconds after which ``"exact"`` returns the best so far; `Placement.bound` then is less than its latency.
     measure : bool or callable

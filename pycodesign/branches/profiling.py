@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from rich.console import Console
@@ -18,6 +19,7 @@ from pycodesign.branches.executor import Executor
 from pycodesign.branches.graph import Body, Graph, Placement, Slice, Value
 from pycodesign.branches.lowering import build_chain, simplify
 from pycodesign.branches.operators import BranchBody, Head, Stem, build_gate, build_operator
+from pycodesign.branches.simulate import predict
 from pycodesign.branches.space import BODY, NATIVE_GATES, NATIVE_OPERATORS, Space
 from pycodesign.branches.table import LatencyTable, describe_machine
 
@@ -53,7 +55,10 @@ class Probe:
 
     def build(self, copies: int) -> tuple[Graph, Placement]:
         """Return a graph of so many copies, each on a team of its own."""
-        values, bodies, inputs, ends = {}, [], [], []
+        values: dict[str, Value] = {}
+        bodies: list[Body] = []
+        inputs: list[str] = []
+        ends: list[str] = []
         for copy in range(copies):
             sources = [f"x{copy}.{i}" for i in range(len(self.inputs))]
             values |= {name: Value(shape) for name, shape in zip(sources, self.inputs, strict=True)}
@@ -80,14 +85,15 @@ def profile(
     *,
     threads: Sequence[int] = (1,),
     rounds: int = 15,
+    calibration: int = 16,
     spin: float | None = None,
 ) -> LatencyTable:
     """Measure what a space's layers, gates, waits and transfers cost.
 
     Everything is timed as it will run, by the `Executor`: small graphs of bodies with one layer, with two, with a gate.
-    What a layer adds is a difference: behind another layer it may cost less than alone, since activations stay where they
-    are. Each is timed alone, and on all workers at the same time. A round times everything once, so that drift of the
-    machine meets all alike; medians count.
+    What a layer adds is a difference: behind another layer it may cost less than alone, since activations stay where
+    they are. Each is timed alone, and on all workers at the same time. A round times everything once, so that drift of
+    the machine meets all alike; medians count.
 
     Parameters
     ----------
@@ -97,6 +103,8 @@ def profile(
     threads : sequence of int
         Numbers of threads of a team.
     rounds : int
+    calibration : int
+        Random networks by which the table is scaled at the end: see `calibrate`.
     spin : float, optional
         As the `Executor` takes it.
 
@@ -127,7 +135,45 @@ def profile(
     seconds: dict[str, dict[str, float]] = {name: {} for name in probes}
     for run in timed:
         seconds[run.name][run.column] = statistics.median(run.seconds)
-    return make_table(space, seconds, workers)
+    table = make_table(space, seconds, workers)
+    return calibrate(space, table, workers, calibration, rounds, spin) if calibration else table
+
+
+def calibrate(
+    space: Space, table: LatencyTable, workers: int, networks: int, rounds: int, spin: float | None = None
+) -> LatencyTable:
+    """Scale a table so that whole networks, drawn at random, take as long as it predicts, in the median.
+
+    One factor is for what runs alone, by networks on one team, and one for what runs beside others, by networks of
+    which each branch has a team.
+    """
+    rng, options = random.Random(-1), {} if spin is None else {"spin": spin}
+    runs: list[tuple[str, float, _Run]] = []
+    for index in range(networks):
+        graph = space.build(space.sample(rng), seed=index).to_graph(native=True)
+        places = {"solo": Placement.sequential(graph)}
+        if min(workers, space.branches) > 1:
+            teams: list[list[str]] = [[] for _ in range(workers)]
+            for name, body in graph.bodies.items():
+                teams[max(body.branch, 0) % workers].append(name)
+            places["together"] = Placement(tuple(map(tuple, teams)))
+        for column, place in places.items():
+            x = [torch.rand(space.input_shape())]
+            run = _Run(str(index), column, Executor(graph, place, backend="threads", **options), x)
+            runs.append((column, predict(graph, place, table), run))
+    for _ in range(rounds):
+        for _, _, run in runs:
+            run.time()
+    factors = {}
+    for column in ("solo", "together"):
+        ratios = [statistics.median(run.seconds) / expected for kind, expected, run in runs if kind == column]
+        factors[column] = statistics.median(ratios) if ratios else 1.0
+
+    def scale(row: Mapping[str, float]) -> dict[str, float]:
+        return {column: value * factors[column.split("/")[0]] for column, value in row.items()}
+
+    entries = {key: scale(row) for key, row in table.entries.items()}
+    return replace(table, entries=entries, run=scale(table.run))
 
 
 @dataclass
@@ -183,17 +229,15 @@ def list_probes(space: Space, workers: int = 2) -> dict[str, Probe]:
                 other = (n, own[1], 1, 1) if gate == "pooled" else own
                 module = BranchBody([build_gate(gate, own[1])], []).eval()
                 found[space.gate_key(gate, segment, native=native)] = Probe(module, (own, other), (own,), native)
-            sends, outputs = ("features", ((n, own[1], 1, 1),))
+            sends, outputs = "features", [(n, own[1], 1, 1)]
             if segment < space.segments - 1:
-                sends, outputs = "both", (own, (n, own[1], 1, 1))
+                sends, outputs = "both", [own, *outputs]
             module = BranchBody([], [], sends).eval()
-            found[space.means_key(segment, native=native)] = Probe(module, (own,), outputs, native)
+            found[space.means_key(segment, native=native)] = Probe(module, (own,), tuple(outputs), native)
             found[f"copy/{segment}{suffix}"] = Probe(empty, (own,), (own,), native)
     stem, channels = Stem(space.channels, space.width).eval(), space.branches * space.shape(space.segments - 1)[0]
     found[space.stem_key()] = Probe(stem, (space.input_shape(),), ((n, *space.shape(-1)),))
-    found[space.head_key()] = Probe(
-        Head(channels, space.classes).eval(), ((n, channels, 1, 1),), ((n, space.classes),)
-    )
+    found[space.head_key()] = Probe(Head(channels, space.classes).eval(), ((n, channels, 1, 1),), ((n, space.classes),))
     if workers > 1:
         large = ((n, *space.shape(0)),)
         found["turns"] = Probe(BranchBody([], []).eval(), tiny, tiny, True, LENGTH, True)
@@ -255,10 +299,10 @@ def make_table(space: Space, seconds: Mapping[str, Mapping[str, float]], workers
             base = seconds[f"copy/{segment}{suffix}"]
         entries[key] = subtract(row, base)
     run = subtract(seconds["one"], entries[BODY])
-    line = seconds["line"]["solo/1"]
+    alone = seconds["line"]["solo/1"]
     sync = transfer = 0.0
     if "turns" in seconds:
-        sync = max(0.0, seconds["turns"]["solo/1"] - line) / (LENGTH - 1)
+        sync = max(0.0, seconds["turns"]["solo/1"] - alone) / (LENGTH - 1)
         more = seconds["large turns"]["solo/1"] - seconds["large line"]["solo/1"] - (LENGTH - 1) * sync
         size = Value((space.batch, *space.shape(0))).bytes
         transfer = max(0.0, more) / (LENGTH - 1) / size

@@ -65,8 +65,8 @@ def place_by_policy(
 
     References
     ----------
-    Mirhoseini et al., Device Placement Optimization with Reinforcement Learning (ICML 2017); the third phase of ColocNAS
-    (Fu et al., IEEE Micro 2020) does so for branches.
+    Mirhoseini et al., Device Placement Optimization with Reinforcement Learning (ICML 2017); the third phase of
+    ColocNAS (Fu et al., IEEE Micro 2020) does so for branches.
     """
     n, devices = len(problem.names), problem.devices
     scale = sum(min(row) for row in problem.costs) or 1.0
@@ -97,6 +97,6 @@ def place_by_policy(
             baseline = reward.mean() if baseline is None else 0.9 * baseline + 0.1 * reward.mean()
             loss = -((reward - baseline) * log_probability).mean()
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
     return best[1]

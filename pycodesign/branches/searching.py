@@ -70,6 +70,7 @@ def search(
     latency: str = "max_plus",
     steps: int = 600,
     train_steps: int = 400,
+    finalists: int = 2,
     candidates: int | None = None,
     budget: float | None = None,
     batch: int = 64,
@@ -99,6 +100,8 @@ def search(
         Of the supernet.
     train_steps : int
         Of each network that is trained.
+    finalists : int
+        Networks that the differentiable search trains at the end, the most promising first.
     candidates : int, optional
         Networks that the other two methods train; by default as many as the supernet's steps pay for.
     budget : float, optional
@@ -124,16 +127,18 @@ def search(
 
     References
     ----------
-    Fu et al., ColocNAS (IEEE Micro 2020): the three phases. Jang et al. (ICLR 2017): Gumbel-softmax. Dong and Yang, GDAS
-    (CVPR 2019): only what was sampled is computed. Akiba et al., Optuna (KDD 2019).
+    Fu et al., ColocNAS (IEEE Micro 2020): the three phases. Jang et al. (ICLR 2017): Gumbel-softmax. Dong and Yang,
+    GDAS (CVPR 2019): only what was sampled is computed. Akiba et al., Optuna (KDD 2019).
     """
     check_search(space, table, method, latency)
     data = to_data(data)
     target = to_number("target_ms", target_ms) / 1e3
     if not 0 < target < math.inf:
         raise ValueError(f"target_ms: expected a positive number, got {target_ms}")
-    for name, value in (("workers", workers), ("steps", steps), ("train_steps", train_steps), ("batch", batch)):
+    for name, value in (("workers", workers), ("steps", steps), ("train_steps", train_steps)):
         to_integer(name, value, 1)
+    to_integer("batch", batch, 2)
+    to_integer("finalists", finalists, 1)
     model = LatencyModel(space, table, workers)
     begin = time.process_time()
     weights_data, choices_data = split_data(data, 0.8, seed)
@@ -141,10 +146,11 @@ def search(
     history: list[dict[str, float]] = []
     if method == "differentiable":
         guide = model if latency == "max_plus" else LatencyModel(space, table, workers, summed=True)
-        architecture, history = _search_choices(
+        architectures, history = _search_choices(
             space, model, guide, weights_data, choices_data, target, steps, batch, strength, seed
         )
-        trainer.train(architecture)
+        for architecture in architectures[:finalists]:
+            trainer.train(architecture)
     else:
         count = candidates or max(1, round(steps / train_steps) + 1)
         limit = math.inf if budget is None else budget
@@ -214,8 +220,8 @@ def _search_choices(
     batch: int,
     strength: float,
     seed: int,
-) -> tuple[Architecture, list[dict[str, float]]]:
-    """Train weights and choices in turns, and return the best of the likely networks under the target."""
+) -> tuple[list[Architecture], list[dict[str, float]]]:
+    """Train weights and choices in turns, and return the best of the likely networks under the target first."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = Supernet(space)
@@ -237,7 +243,7 @@ def _search_choices(
             fixed = Choices(choices.operators.detach(), choices.gates.detach())
             loss = F.cross_entropy(net(images, fixed), labels)
             weights_optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             weights_optimizer.step()
             schedule.step()
             if done < WARM_UP:
@@ -261,8 +267,8 @@ def _choose(
     data: Data,
     target: float,
     generator: torch.Generator,
-) -> Architecture:
-    """Return, of the likeliest networks under the target, the one of the smallest loss with the shared weights."""
+) -> list[Architecture]:
+    """Return the likeliest networks under the target, those with the smallest loss with the shared weights first."""
     drawn: dict[Architecture, Choices] = {}
     with torch.no_grad():
         best = net.best()
@@ -276,16 +282,18 @@ def _choose(
             rng = random.Random(0)
             seconds, architecture = min((model.seconds(a), i, a) for i, a in enumerate(drawn))[::2]
             if seconds <= target:
-                return architecture
-            return _sample_under(net.space, model, target, rng)
-        losses = []
+                return [architecture]
+            return [_sample_under(net.space, model, target, rng)]
+        losses: list[tuple[float, int, Architecture]] = []
         for architecture, choices in fitting[:COMPARED]:
             outputs = net(data.images[:400], choices)
             losses.append((float(F.cross_entropy(outputs, data.labels[:400])), len(losses), architecture))
-    return min(losses)[2]
+    return [architecture for _, _, architecture in sorted(losses, key=lambda item: item[:2])]
 
 
-def _sample_under(space: Space, model: LatencyModel, target: float, rng: random.Random, tries: int = 2000) -> Architecture:
+def _sample_under(
+    space: Space, model: LatencyModel, target: float, rng: random.Random, tries: int = 2000
+) -> Architecture:
     """Draw architectures until one is under the target.
 
     Raises

@@ -29,9 +29,9 @@ class Space:
     """Networks of B branches, S segments, and L layers in each segment of each branch.
 
     Between two segments each pair of branches has a gate: ``"none"``, ``"add"`` (of each other's maps),
-    ``"concatenate"`` (a 1x1 convolution of both), ``"pooled"`` (of each other's means). Each segment but the first halves
-    the side of the maps and doubles the channels. At the end each branch writes the means of its channels into its
-    slice of what the head reads.
+    ``"concatenate"`` (a 1x1 convolution of both), ``"pooled"`` (of each other's means). Each segment but the first
+    halves the side of the maps and doubles the channels. At the end each branch writes the means of its channels into
+    its slice of what the head reads.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""All networks of a space at once: shared weights, a distribution over choices, and their latency as a function of it."""
+"""All networks of a space at once: shared weights, a distribution over choices, and their latency by it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class Supernet(nn.Module):
         return [p for name, p in self.named_parameters() if not name.endswith("_logits")]
 
     def sample(self, temperature: float, generator: torch.Generator | None = None) -> Choices:
-        """Draw one choice everywhere; gradients are those of the Gumbel-softmax (Jang et al., 2017), straight through."""
+        """Draw one choice everywhere; gradients are those of the Gumbel-softmax, straight through."""
         return Choices(
             _draw(self.operator_logits, temperature, generator), _draw(self.gate_logits, temperature, generator)
         )
@@ -155,9 +155,9 @@ def _draw(logits: Tensor, temperature: float, generator: torch.Generator | None)
 class LatencyModel:
     """Latency of choices, in seconds, with a gradient: ready times of branches, and a maximum where they meet.
 
-    Each branch is ready when it is done; a gate waits for both of its branches, and costs a wait, a transfer and what it
-    computes; the head waits for all. Where there are fewer workers than branches, it takes at least its work over the
-    number of workers.
+    Each branch is ready when it is done; a gate waits for both of its branches, and costs a wait, a transfer and what
+    it computes; the head waits for all. Where there are fewer workers than branches, it takes at least its work over
+    the number of workers.
 
     Parameters
     ----------
@@ -176,7 +176,7 @@ class LatencyModel:
         segments, operators = range(space.segments), space.operators
         self.firsts, self.others, self.gate_costs, self.means = {}, {}, {}, {}
         for native in self.worlds:
-            key = {"native": native}
+            key: dict[str, Any] = {"native": native}
             rows = [[self._cost(space.layer_key(o, s, 0, **key), o, native) for o in operators] for s in segments]
             self.firsts[native] = torch.tensor(rows)  # (S, operators)
             cubes = [
@@ -215,9 +215,7 @@ class LatencyModel:
         sizes = {"none": 0, "pooled": 4 * channels}
         most = 4 * channels * height * width
         seconds = [
-            0.0
-            if gate == "none"
-            else self.table.sync + self.table.transfer * self.space.batch * sizes.get(gate, most)
+            0.0 if gate == "none" else self.table.sync + self.table.transfer * self.space.batch * sizes.get(gate, most)
             for gate in self.space.gates
         ]
         return torch.tensor(seconds)
@@ -229,8 +227,8 @@ class LatencyModel:
         ----------
         choices : Choices
         smoothness : float
-            Seconds within which two ready times count as close: the maximum is ``s * log(sum exp(t / s))``, and the exact
-            one for 0.
+            Seconds within which two ready times count as close: the maximum is ``s * log(sum exp(t / s))``, and the
+            exact one for 0.
 
         Returns
         -------
@@ -243,7 +241,9 @@ class LatencyModel:
         for segment in range(space.segments):
             gates = choices.gates[segment - 1] if segment else None
             native = [self._find_native(choices.operators[segment, b], gates, b) for b in range(space.branches)]
-            layers = [self._sum_layers(choices.operators[segment, b], segment, native[b]) for b in range(space.branches)]
+            layers = [
+                self._sum_layers(choices.operators[segment, b], segment, native[b]) for b in range(space.branches)
+            ]
             if gates is not None:
                 ready, added = self._meet(ready, segment - 1, gates, native, silent, smoothness)
                 work = work + added

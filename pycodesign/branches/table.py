@@ -113,7 +113,7 @@ class LatencyTable:
             raise ValueError(f"path: expected a latency table ({SCHEMA}), got {path}")
         numbers = [found.get(name) for name in NUMBERS]
         entries, teams, machine = found.get("entries"), found.get("teams"), found.get("machine")
-        run = found.get("run")
+        run: Any = found.get("run")
         if not isinstance(entries, dict) or not isinstance(machine, dict) or not isinstance(teams, int):
             raise ValueError(f"path: expected entries, teams and a machine, got {sorted(found)} in {path}")
         for key, row in [*entries.items(), ("run", run)]:
@@ -123,7 +123,7 @@ class LatencyTable:
         for number in numbers:
             if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < math.inf:
                 raise ValueError(f"path: expected seconds, got {number!r} in {path}")
-        table = cls(machine, entries, run, *map(float, numbers[:2]), teams)  # type: ignore[arg-type]
+        table = cls(machine, entries, run, float(found["sync"]), float(found["transfer"]), teams)
         if not any_machine:
             table.check_machine()
         return table

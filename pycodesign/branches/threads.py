@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from pycodesign import _core
 from pycodesign._arguments import to_integer, to_numpy
-from pycodesign.branches.graph import Body, Graph, Placement, Slice, run_body, view
 from pycodesign.branches.converted import find_chain
+from pycodesign.branches.graph import Body, Graph, Placement, Slice, run_body, view
 from pycodesign.branches.parallel import SPIN, check_spin, check_timeout
 from pycodesign.branches.timed import Team, hold_torch_threads, run_timed
 

@@ -88,7 +88,7 @@ def fit(net: nn.Module, data: Data, steps: int, *, batch: int = 64, rate: float 
         images, labels = next(batches)
         loss = F.cross_entropy(net(images), labels)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
     net.eval()

@@ -11,30 +11,49 @@ from typing import TYPE_CHECKING, Any
 
 from pycodesign.branches.executor import Executor
 from pycodesign.branches.graph import Body, Graph, Placement, Slice, Value, to_graph
+from pycodesign.branches.simulate import predict
+from pycodesign.branches.space import Architecture, Space
+from pycodesign.branches.table import LatencyTable, describe_machine
 
 if TYPE_CHECKING:
     from pycodesign.branches.nets import build_inception, build_parnet
     from pycodesign.branches.network import Network, Part
+    from pycodesign.branches.placing import place
+    from pycodesign.branches.profiling import profile
+    from pycodesign.branches.searching import Found, search
 
 __all__ = [
+    "Architecture",
     "Body",
     "Executor",
+    "Found",
     "Graph",
+    "LatencyTable",
     "Network",
     "Part",
     "Placement",
     "Slice",
+    "Space",
     "Value",
     "build_inception",
     "build_parnet",
+    "describe_machine",
+    "place",
+    "predict",
+    "profile",
+    "search",
     "to_graph",
 ]
 
 _MODULES = {  # loaded when first used: they need torch
+    "Found": "searching",
     "Network": "network",
     "Part": "network",
     "build_inception": "nets",
     "build_parnet": "nets",
+    "place": "placing",
+    "profile": "profiling",
+    "search": "searching",
 }
 
 

@@ -212,10 +212,16 @@ class Graph:
             )
         return found
 
-    def recompute(self, body: str) -> Graph:
+    def recompute(self, body: str, groups: Mapping[str, int] | None = None) -> Graph:
         """Return the graph in which each branch that reads a body's results has its own copy of it.
 
         The copies are named ``body.branch``, and have values of their own.
+
+        Parameters
+        ----------
+        body : str
+        groups : mapping of str to int, optional
+            For each body that reads the results, which copy it reads; by default that of its branch.
 
         Raises
         ------
@@ -229,7 +235,8 @@ class Graph:
         whole = all(self._is_whole(piece) for piece in source.outputs)
         if not source.may_recompute or not whole or written & set(self.outputs):
             raise ValueError(f"body: expected one that may run more than once, got {body!r}")
-        branches = sorted({other.branch for name, other in self.bodies.items() if body in self.before[name]})
+        groups = {name: other.branch for name, other in self.bodies.items()} if groups is None else groups
+        branches = sorted({groups[name] for name in self.bodies if body in self.before[name]})
 
         def rename(pieces: tuple[Slice, ...], branch: int) -> tuple[Slice, ...]:
             return tuple(replace(p, value=f"{p.value}.{branch}") if p.value in written else p for p in pieces)
@@ -242,7 +249,7 @@ class Graph:
         ]
         for name, other in self.bodies.items():
             if name != body:
-                bodies.append(replace(other, inputs=rename(other.inputs, other.branch)))
+                bodies.append(replace(other, inputs=rename(other.inputs, groups.get(name, -1))))
         return Graph(values, bodies, self.inputs, self.outputs)
 
     def _is_whole(self, piece: Slice) -> bool:
@@ -305,6 +312,8 @@ class Placement:
         Who made it.
     seconds : float
         What that took.
+    bound : float, optional
+        Seconds of bodies that no placement stays under, where that is known.
     """
 
     teams: tuple[tuple[str, ...], ...]
@@ -312,6 +321,7 @@ class Placement:
     latency: float | None = None
     method: str = ""
     seconds: float = 0.0
+    bound: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "teams", tuple(tuple(team) for team in self.teams))

@@ -76,9 +76,9 @@ def build_inception(
 ) -> Network:
     """Build an Inception-like network: modules of four branches, each of which writes its slice of a concatenation.
 
-    The branches are a 1x1 convolution; a 1x1 and a 3x3 one; a 1x1 and two 3x3 ones; and a 1x1 one with an average pooling
-    behind it, where it has fewer channels to work on. The first and the second together take about as long as the third
-    and the fourth.
+    The branches are a 1x1 convolution; a 1x1 and a 3x3 one; a 1x1 and two 3x3 ones; and a 1x1 one with an average
+    pooling behind it, where it has fewer channels to work on. The first and the second together take about as long as
+    the third and the fourth.
 
     Parameters
     ----------

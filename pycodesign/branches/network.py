@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any
 
 try:
     import torch
@@ -60,12 +61,18 @@ class Network(nn.Module):
         In an order in which they can run.
     shape : tuple of int
         (N, C, H, W) of the input that `to_graph` takes by default.
+
+    Attributes
+    ----------
+    found : Found or None
+        How `search` found it.
     """
 
     def __init__(self, parts: Sequence[tuple[Part, nn.Module]], shape: tuple[int, ...]) -> None:
         super().__init__()
         self.parts = [part for part, _ in parts]
         self.shape = shape
+        self.found: Any = None
         self.bodies = nn.ModuleDict({part.name.replace(".", "_"): module for part, module in parts})
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,6 +92,7 @@ class Network(nn.Module):
         shape: tuple[int, ...] | None = None,
         *,
         convert: Callable[[nn.Module], nn.Module] | None = None,
+        native: bool = False,
     ) -> Graph:
         """Return the graph of this network for inputs of one shape; it is not changed by further training.
 
@@ -94,6 +102,8 @@ class Network(nn.Module):
             (N, C, H, W); by default `shape`.
         convert : callable, optional
             Makes of each part's module, in evaluation mode, the one that runs: `pycodesign.nn.convert`, for example.
+        native : bool
+            Make native chains of all parts that can be, and simplify the others, as a latency table expects it.
         """
         shape = tuple(shape or self.shape)
         net = copy.deepcopy(self).eval()
@@ -122,30 +132,8 @@ class Network(nn.Module):
                     may_recompute=part.may_recompute,
                 )
             )
+        if native:
+            from pycodesign.branches.lowering import lower_body
+
+            bodies = [lower_body(body) for body in bodies]
         return Graph(values, bodies, ["x"], ["y"])
-
-
-def fold_norms(graph: Graph) -> Graph:
-    """Return the graph with batch normalization folded into the convolutions before it, in every Sequential."""
-
-    def fold(body: Body) -> Body:
-        if not isinstance(body.run, nn.Module):
-            return body
-        return replace(body, run=_fold(copy.deepcopy(body.run)))
-
-    return graph.replace_runs(fold)
-
-
-def _fold(module: nn.Module) -> nn.Module:
-    for name, child in module.named_children():
-        setattr(module, name, _fold(child))
-    if type(module) is not nn.Sequential:
-        return module
-    layers: list[nn.Module] = []
-    for layer in module:
-        last = layers[-1] if layers else None
-        if type(layer) is nn.BatchNorm2d and type(last) is nn.Conv2d:
-            layers[-1] = nn.utils.fusion.fuse_conv_bn_eval(last, layer)
-        else:
-            layers.append(layer)
-    return nn.Sequential(*layers)

@@ -18,7 +18,8 @@ __all__ = ["measure_latencies"]
 
 STEPS = 200  # forks and joins, or barriers, in one run
 NEVER = 1e6  # microseconds of patience: no team does another's work
-REST = 0.02  # seconds until every thread sleeps, an OpenMP runtime's too
+SPIN = 500.0  # microseconds: a caller that spins meets a thread that wakes up
+RESTS = {"pool": 0.003, "openmp": 0.02}  # seconds until every thread sleeps; an OpenMP runtime's spin for some ms
 
 
 def measure_latencies(rounds: int = 300, parked_rounds: int = 100) -> list[dict[str, Any]]:
@@ -35,7 +36,8 @@ def measure_latencies(rounds: int = 300, parked_rounds: int = 100) -> list[dict[
         ``what``, ``state`` (spinning or parked), ``team`` (whose threads), ``p10``, ``p50`` and ``p99`` in
         microseconds, ``rounds``.
     """
-    fork = _core.BranchRunner([0, 1], [1, 1], [[], []], 2, [None, None])
+    fork = _core.BranchRunner([0, 1, 0], [1] * 3, [[], [0], [1]], 2, [None] * 3)  # the caller waits for the other team
+    rest = RESTS[_team()]
     ladder, barriers = _make_ladder(), _make_barriers()
 
     def nothing() -> None:
@@ -47,18 +49,17 @@ def measure_latencies(rounds: int = 300, parked_rounds: int = 100) -> list[dict[
         spinning: dict[str, tuple[Callable[[], object], int]] = {
             f"fork and join within a plan{pinned}": (lambda pin=pin: ladder.run(NEVER, NEVER, pin), STEPS),
             f"barrier within a plan{pinned}": (lambda pin=pin: barriers.run(NEVER, NEVER, pin), STEPS),
-            f"call of a plan of two bodies{pinned}": (lambda pin=pin: fork.run(NEVER, NEVER, pin), 1),
+            f"call of a plan that forks and joins{pinned}": (lambda pin=pin: fork.run(NEVER, NEVER, pin), 1),
         }
         for what, (run, steps) in spinning.items():
             rows.append(_row(what, "spinning", _time(run, rounds * (1 if steps > 1 else 10), 0.0, steps)))
-        for name, spin in (("caller spins", NEVER), ("caller parks, too", 0.0)):
+        for name, spin in (("the caller spins", SPIN), ("the caller parks, too", 0.0)):
             run = lambda pin=pin, spin=spin: fork.run(spin, NEVER, pin)  # noqa: E731
-            rows.append(
-                _row(f"call of a plan of two bodies{pinned}, {name}", "parked", _time(run, parked_rounds, REST, 1))
-            )
+            seconds = _time(run, parked_rounds, rest, 1)
+            rows.append(_row(f"call of a plan that forks and joins{pinned}, {name}", "parked", seconds))
     call = lambda: ops.run_branches([nothing, nothing])  # noqa: E731
     rows.append(_row("run_branches of two empty functions", "spinning", _time(call, 10 * rounds, 0.0, 1)))
-    rows.append(_row("run_branches of two empty functions", "parked", _time(call, parked_rounds, REST, 1)))
+    rows.append(_row("run_branches of two empty functions", "parked", _time(call, parked_rounds, rest, 1)))
     return rows
 
 
@@ -89,8 +90,11 @@ def _time(run: Callable[[], object], rounds: int, rest: float, steps: int) -> li
 
 def _row(what: str, state: str, seconds: list[float]) -> dict[str, Any]:
     p10, p50, p99 = (round(1e6 * float(s), 3) for s in np.percentile(seconds, [10, 50, 99]))
-    team = _core.thread_backend().split(":")[0]
-    return {"what": what, "state": state, "team": team, "p10": p10, "p50": p50, "p99": p99, "rounds": len(seconds)}
+    return {"what": what, "state": state, "team": _team(), "p10": p10, "p50": p50, "p99": p99, "rounds": len(seconds)}
+
+
+def _team() -> str:
+    return _core.thread_backend().split(":")[0]
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class Executor:
 
     References
     ----------
-    Chen et al., "ColocNAS", IEEE Micro 2020.
+    Fu et al., "ColocNAS", IEEE Micro 2020.
 
     Examples
     --------

@@ -58,7 +58,7 @@ def run_branches(
 
     References
     ----------
-    Chen et al., "ColocNAS", IEEE Micro 2020.
+    Fu et al., "ColocNAS", IEEE Micro 2020.
 
     Examples
     --------

@@ -354,7 +354,7 @@ class BoundChain(metaclass=_Type):
 
 @final
 class BranchRunner(metaclass=_Type):
-    """Bodies, chains and callables without arguments, and the instructions of the teams that run them."""
+    """Bodies (chains, callables without arguments, None: nothing) and the instructions of the teams that run them."""
 
     def __init__(
         self,
@@ -362,7 +362,7 @@ class BranchRunner(metaclass=_Type):
         threads: Sequence[int],
         after: Sequence[Sequence[int]],
         teams: int,
-        bodies: Sequence[BoundChain | Callable[[], object]],
+        bodies: Sequence[BoundChain | Callable[[], object] | None],
     ) -> None: ...
     @property
     def waits(self) -> int:
@@ -372,7 +372,7 @@ class BranchRunner(metaclass=_Type):
         """Run every body; microseconds until a team that waits parks, and until it does the work of an absent one."""
 
 def run_branches(
-    bodies: list[BoundChain | Callable[..., object]], arguments: tuple[Any, ...], spin: float
+    bodies: list[BoundChain | Callable[..., object] | None], arguments: tuple[Any, ...], spin: float
 ) -> list[Any]:
     """Run bodies at the same time; return what the callables return, None for chains."""
 

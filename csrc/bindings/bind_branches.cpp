@@ -52,7 +52,7 @@ class InPython {
   bool is_counted_ = true;
 };
 
-// A body: a chain, which needs no Python, or a callable.
+// A body: a chain, which needs no Python, a callable, or None, which is nothing but a place in the order.
 struct Body {
   py::object object;
   BoundCall* chain;
@@ -60,7 +60,7 @@ struct Body {
   explicit Body(py::object body)
       : object(std::move(body)), chain(py::isinstance<BoundCall>(object) ? object.cast<BoundCall*>() : nullptr) {
     if (chain) chain->check_complete();
-    else if (!PyCallable_Check(object.ptr()))
+    else if (!object.is_none() && !PyCallable_Check(object.ptr()))
       throw py::type_error("bodies: expected chains and callables, got " +
                            py::str(py::type::of(object).attr("__name__")).cast<std::string>());
   }
@@ -90,6 +90,7 @@ class Runner {
     const auto run_body = [&](int task) {
       const Body& body = bodies_[static_cast<size_t>(task)];
       if (body.chain) return body.chain->chain.run();
+      if (body.object.is_none()) return;
       const InPython in(inside);
       Py_DECREF(call(body, nullptr));
     };
@@ -150,6 +151,7 @@ class Parallel {
   void run_body(size_t i) {
     const Body& body = bodies_[i];
     if (body.chain) return body.chain->chain.run();
+    if (body.object.is_none()) return;
     const InPython in(inside_);
     results_[i] = py::reinterpret_steal<py::object>(call(body, arguments_));
   }

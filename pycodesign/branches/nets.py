@@ -103,7 +103,7 @@ def build_inception(
     """
     if width % 4:
         raise ValueError(f"width: expected a multiple of 4, got {width}")
-    quarter, most = width // 4, 3 * width // 4
+    quarter = width // 4
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts: list[tuple[Part, nn.Module]] = [
@@ -112,7 +112,7 @@ def build_inception(
         for m in range(modules):
             branches = [
                 _unit(width, quarter, 1),
-                nn.Sequential(_unit(width, most, 1), _unit(most, quarter, 3)),
+                nn.Sequential(_unit(width, width, 1), _unit(width, quarter, 3)),
                 nn.Sequential(_unit(width, quarter, 1), _unit(quarter, quarter, 3), _unit(quarter, quarter, 3)),
                 nn.Sequential(_unit(width, quarter, 1), nn.AvgPool2d(3, 1, 1)),
             ]

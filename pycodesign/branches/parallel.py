@@ -132,7 +132,7 @@ class _Store:
 
 
 def _find_modes() -> tuple[bool, bool, bool, Any] | None:
-    """Return torch's grad, inference and autocast modes, and autocast's dtype; None where all are as in a new thread."""
+    """Return torch's grad, inference and autocast modes, and autocast's dtype; None for those of a new thread."""
     torch = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "is_autocast_enabled"):  # still being imported
         return None

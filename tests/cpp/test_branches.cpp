@@ -1,10 +1,18 @@
 // Plans with delays in all places, so that a wait that is missing shows as a wrong result; the sanitizers see the rest.
 // `test_branches N` counts N forks and joins instead of some thousands.
 #include <dlfcn.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <sched.h>
+#include <signal.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -346,6 +354,53 @@ struct Branch {
   }
 };
 
+// The kernel ends the process when the calling thread makes any system call but write. False where it cannot.
+bool forbid_system_calls() {
+  sock_filter steps[] = {
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, __NR_write, 0, 1),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_KILL_PROCESS),
+  };
+  const sock_fprog program{4, steps};
+  return prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 && prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) == 0;
+}
+
+// With native bodies a run makes no system call.
+void test_no_system_call() {
+#if !defined(EMULATED)
+  if (cores() < 2) return;
+  int ends[2];
+  CHECK_EQUAL(pipe(ends), 0);
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(60);
+    Branch first(repetition::Algorithm::codegen), second(repetition::Algorithm::tables);
+    std::vector<Task> tasks{{0, 1, {}}, {1, 1, {}}};
+    for (int i = 2; i < 40; ++i) tasks.push_back({i % 2, 1, {i - 1, i - 2}});
+    Plan plan(tasks, 2);
+    const Options options{std::chrono::seconds(50), std::chrono::seconds(50), true};
+    const auto body = [&](int task) { (task % 2 ? first : second).bound->run(); };
+    for (int warm = 0; warm < 3; ++warm) plan.run(body, options);
+    plan.run(
+        [&](int task) {
+          if (task < 2 && !forbid_system_calls()) std::puts("system calls not tested: there is no seccomp here");
+          body(task);
+          if (task + 1 == static_cast<int>(tasks.size())) static_cast<void>(!write(ends[1], "done", 4));
+        },
+        options);
+    _exit(1);
+  }
+  close(ends[1]);
+  char text[5] = {};
+  CHECK_EQUAL(read(ends[0], text, 4), 4);
+  CHECK_EQUAL(std::string(text), "done");
+  close(ends[0]);
+  kill(child, SIGKILL);
+  waitpid(child, nullptr, 0);
+#endif
+}
+
 // With native bodies a run allocates nothing once every thread has run every body.
 void test_no_allocation() {
   if (cores() < 2) return;
@@ -383,6 +438,9 @@ int main(int count, char** arguments) {
   const int64_t forks = count > 1 ? std::atoll(arguments[1]) : 5'000;
   test_waits();
   test_errors();
+#if !defined(SANITIZED)
+  test_no_system_call();  // first: the child of a fork has no other thread
+#endif
   test_all(forks);
 #if !defined(SANITIZED)
   if (dlopen("libgomp.so.1", RTLD_LAZY)) test_all(forks);

@@ -23,8 +23,8 @@ CHANNELS = "channels"  # of the stem; a segment has two, four ... times as many,
 def grow_network(source: Network, target: Network, *, seed: int = 0, inputs: Any = None) -> Any:
     """Fill a network's weights from a trained one of the same architecture and fewer channels, by `growth.grow`.
 
-    With the float weights behind quantized ones both compute the same. Levels and scales are then found anew, so that of
-    quantized networks the function is kept as far as those allow.
+    With the float weights behind quantized ones both compute the same. Levels and scales are then found anew, so that
+    of quantized networks the function is kept as far as those allow.
 
     Parameters
     ----------

@@ -102,7 +102,7 @@ def place(
         from pycodesign.branches.reinforce import place_by_policy
 
         found = [tuple(map(tuple, place_by_policy(problem, seed=seed)))]
-    placements = [_to_placement(problem, teams, threads) for teams in found]
+    placements = [_to_placement(problem, teams, threads) for teams in found if sum(map(bool, teams)) > 1]
     placements += [Placement.sequential(graph, count) for count in dict.fromkeys(threads)]
     placements = [replace(p, latency=predict(graph, p, table)) for p in dict.fromkeys(placements)]
     placements.sort(key=lambda p: p.latency or 0.0)

@@ -260,7 +260,7 @@ def test_what_spaces_refuse():
             space.build(wrong)
     with pytest.raises(TypeError, match="architecture: expected an Architecture, got str"):
         space.build("conv")
-    with pytest.raises(ValueError, match="operator: expected one of .*, got 'conv5x5'"):
+    with pytest.raises(ValueError, match=r"operator: expected one of .*, got 'conv5x5'"):
         build_operator("conv5x5", 4, 4)
     with pytest.raises(ValueError, match=r"gate: expected one of add, concatenate, pooled, got .none."):
         build_gate("none", 4)

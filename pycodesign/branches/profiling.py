@@ -213,9 +213,10 @@ def _open(
                 place = Placement(place.teams, (count,) * len(place.teams))
                 if len(place.teams) * count > cores:
                     continue
-                column = f"{'together' if copies > 1 else 'solo'}/{count}" inputs = [torch.zeros(v.shape,
-                dtype=getattr(torch, v.dtype)) for v in map(graph.values.get, graph.inputs)] runs.append(_Run(name,
-                column, Executor(graph, place, backend="threads", **options), inputs))
+                column = f"{'together' if copies > 1 else 'solo'}/{count}"
+                values = [graph.values[x] for x in graph.inputs]
+                inputs = [torch.zeros(value.shape, dtype=getattr(torch, value.dtype)) for value in values]
+                runs.append(_Run(name, column, Executor(graph, place, backend="threads", **options), inputs))
     return runs
 
 
@@ -251,7 +252,7 @@ def list_probes(space: Space, workers: int = 2) -> dict[str, Probe]:
 
 
 def list_waits(large: Shape, workers: int) -> dict[str, Probe]:
-    """Return the probes of calls, waits and transfers: bodies that hand on next to nothing, or an array of some size."""
+    """Return the probes of calls, waits and transfers: bodies that hand on nothing, or an array of some size."""
     empty, tiny = BranchBody([], []).eval(), ((large[0], 1, 1, 1),)
     found = {"one": Probe(empty, tiny, tiny), "line": Probe(empty, tiny, tiny, True, LENGTH)}
     if workers > 1:

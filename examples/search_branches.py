@@ -156,8 +156,9 @@ def draw(rows: list[Mapping[str, Any]], path: Path) -> None:
 @click.option("--first-seed", default=0)
 @click.option("--share", default=0.1, help="Of random networks that are faster than the target.")
 @click.option("--target-ms", type=float, help="The target, instead.")
-@click.option("--steps", default=400, help="Of the supernet.")
-@click.option("--train-steps", default=300, help="Of each network.")
+@click.option("--steps", default=250, help="Of the supernet.")
+@click.option("--train-steps", default=200, help="Of each network.")
+@click.option("--batch", default=32)
 @click.option("--workers", default=2)
 @click.option("--methods", default=",".join(METHODS))
 @click.option("--table", "table_path", type=click.Path(path_type=Path), help="Measured anew if there is no such file.")
@@ -172,6 +173,7 @@ def main(
     target_ms: float | None,
     steps: int,
     train_steps: int,
+    batch: int,
     workers: int,
     methods: str,
     table_path: Path | None,
@@ -193,16 +195,16 @@ def main(
     target = choose_target(space, table, share, workers) if target_ms is None else target_ms
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path is not None and path.exists() else []
     facts = gather_facts()
-    settings = {"width": width, "steps": steps, "train_steps": train_steps, "workers": workers}
+    options = {"steps": steps, "train_steps": train_steps, "batch": batch, "workers": workers, "target_ms": target}
+    settings = {"width": width, **options}
     for seed in range(first_seed, first_seed + seeds):
         data, test = split(folder, seed)
-        options = {"target_ms": target, "steps": steps, "train_steps": train_steps, "workers": workers, "seed": seed}
         for method in methods.split(","):
             known = {(row["method"], row["seed"]): row for row in rows if row["target_ms"] == target}
             if (method, seed) in known:
                 continue
             budget = known["max_plus", seed]["seconds"] if ("max_plus", seed) in known else None
-            rows.append(run_search(method, space, table, data, test, budget, options))
+            rows.append(run_search(method, space, table, data, test, budget, {**options, "seed": seed}))
             click.echo(f"{seed} {method}: {100 * rows[-1]['test']:.2f} % in {rows[-1]['predicted_ms']:.4f} ms")
             result = {"schema": SCHEMA, "suite": "branches-search", "facts": facts, "settings": settings}
             if path is not None:

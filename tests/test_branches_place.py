@@ -150,8 +150,8 @@ def test_the_fastest_of_those_measured_is_taken():
         measured.append(placement)
         return 1.0 / len(measured)
 
-    found = place(graph, make_table(graph, {}), measure=measure, best=3)
-    assert len(measured) == 3 and found.latency == 1 / 3 and found.teams == measured[2].teams
+    found = place(graph, make_table(graph, {}), measure=measure, best=2)
+    assert len(measured) == 2 and found.latency == 1 / 2 and found.teams == measured[1].teams
 
 
 def test_what_place_refuses():

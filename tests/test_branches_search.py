@@ -31,6 +31,15 @@ NATIVE = ("conv3x3:ternary", "conv1x1:ternary", "separable:ternary", "skip", "po
 SMALL = {"segments": 2, "layers": 2, "width": 4, "size": 8}
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small tensors, and a machine that may be busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def make_table_of(space, seed=0, sync=2e-6):
     """A latency for everything, from dice."""
     rng = random.Random(seed)

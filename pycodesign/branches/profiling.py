@@ -276,7 +276,8 @@ class BodyProbe:
         bodies, inputs, outputs = [], [], []
         source = self.graph.bodies[self.name]
         for copy in range(copies):
-            reads, writes = [], []
+            reads: list[str] = []
+            writes: list[str] = []
             for pieces, names, kind in ((source.inputs, reads, "x"), (source.outputs, writes, "y")):
                 for index, piece in enumerate(pieces):
                     whole = self.graph.values[piece.value]

@@ -270,9 +270,12 @@ class LatencyModel:
                 for branch in range(space.branches):
                     asked = [p for p, pair in enumerate(space.pairs) if branch in pair]
                     silence = torch.stack([1 - sends[p] for p in asked]).prod() if asked else torch.tensor(1.0)
-                    ready[branch] = ready[branch] + (1 - silence) * self._mix(self.means, native[branch], segment)
+                    means = (1 - silence) * self._mix(self.means, native[branch], segment)
+                    ready[branch], work = ready[branch] + means, work + means
             else:
-                ready = [time + self._mix(self.means, native[b], segment) for b, time in enumerate(ready)]
+                last = [self._mix(self.means, share, segment) for share in native]
+                ready = [time + means for time, means in zip(ready, last, strict=True)]
+                work = work + sum(last, torch.tensor(0.0))
             work = work + sum(layers, torch.tensor(0.0))
         if self.summed:
             return work + self.ends[1] + self.run

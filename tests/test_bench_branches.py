@@ -31,7 +31,7 @@ def test_suite() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="networks: expected parnet or inception, got 'resnet18'"):
         run_branch_suite(networks=["resnet18"])
-    with pytest.raises(ValueError, match="contenders: expected torch, torch.compile, onnxruntime, got 'ncnn'"):
+    with pytest.raises(ValueError, match=r"contenders: expected torch, torch.compile, onnxruntime, got 'ncnn'"):
         run_branch_suite(contenders=["ncnn"])
     done = CliRunner().invoke(main, ["bench", "branches", "--batch", "2"])
     assert done.exit_code and "batches: expected none for branches" in done.output

@@ -74,7 +74,7 @@ def place(
     >>> seconds = {"stem": 4e-5, "stream.0": 3e-4, "stream.1": 3e-4, "head": 5e-6}
     >>> table = LatencyTable(describe_machine(), {name: {"solo/1": s} for name, s in seconds.items()}, sync=1e-6)
     >>> place(build_parnet(), table).teams
-    (('stem', 'stream.0', 'head'), ('stream.1',))
+    (('stem', 'stream.0'), ('stream.1', 'head'))
     """
     if not isinstance(table, LatencyTable):
         raise TypeError(f"table: expected a LatencyTable, got {type(table).__name__}")

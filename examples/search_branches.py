@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import random
 import statistics
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from train_resnet20 import load_images
 
 import pycodesign
 from pycodesign.bench.harness import SCHEMA, format_result, gather_facts
-from pycodesign.branches import LatencyTable, Space, place, profile, search
+from pycodesign.branches import Architecture, Executor, LatencyTable, Space, place, profile, search
 from pycodesign.branches.placing import measure_placement
 from pycodesign.branches.supernet import LatencyModel
 from pycodesign.branches.training import Data, measure_accuracy
@@ -88,6 +89,25 @@ def run_search(
     }
 
 
+def measure_rows(space: Space, table: LatencyTable, rows: list[dict[str, Any]], workers: int, rounds: int = 41) -> None:
+    """Time the networks of all rows again, in turns."""
+    runs = []
+    for row in rows:
+        net = space.build(Architecture.from_json(json.dumps(row["architecture"])))
+        placed = place(net, table, workers)
+        row["teams"] = [len(team) for team in placed.teams]
+        runs.append((Executor(net.to_graph(native=True), placed), torch.rand(space.input_shape()), []))
+    for _ in range(rounds):
+        for run, x, seconds in runs:
+            run(x)
+            begin = time.perf_counter()
+            for _ in range(5):
+                run(x)
+            seconds.append((time.perf_counter() - begin) / 5)
+    for row, (_, _, seconds) in zip(rows, runs, strict=True):
+        row["measured_ms"] = round(1e3 * statistics.median(seconds), 5)
+
+
 def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the means over seeds, and in how many seeds `max_plus` was better, by target and method."""
     summary = []
@@ -108,6 +128,12 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             line["max_plus_wins"] = sum(difference > 0 for difference in differences)
             summary.append(line)
     return summary
+
+
+def save(path: Path | None, facts: dict[str, Any], settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    result = {"schema": SCHEMA, "suite": "branches-search", "facts": facts, "settings": settings}
+    if path is not None:
+        path.write_text(format_result({**result, "summary": summarize(rows), "rows": rows}))
 
 
 def print_summary(summary: list[dict[str, Any]]) -> None:
@@ -156,11 +182,13 @@ def draw(rows: list[Mapping[str, Any]], path: Path) -> None:
 @click.option("--first-seed", default=0)
 @click.option("--share", default=0.1, help="Of random networks that are faster than the target.")
 @click.option("--target-ms", type=float, help="The target, instead.")
-@click.option("--steps", default=400, help="Of the supernet.")
-@click.option("--train-steps", default=300, help="Of each network.")
+@click.option("--steps", default=250, help="Of the supernet.")
+@click.option("--train-steps", default=200, help="Of each network.")
+@click.option("--batch", default=32)
 @click.option("--workers", default=2)
 @click.option("--methods", default=",".join(METHODS))
 @click.option("--table", "table_path", type=click.Path(path_type=Path), help="Measured anew if there is no such file.")
+@click.option("--measure", is_flag=True, help="Time all networks in turns at the end.")
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Rows are added to it after every run.")
 @click.option("--plot", type=click.Path(path_type=Path))
 def main(
@@ -172,9 +200,11 @@ def main(
     target_ms: float | None,
     steps: int,
     train_steps: int,
+    batch: int,
     workers: int,
     methods: str,
     table_path: Path | None,
+    measure: bool,
     path: Path | None,
     plot: Path | None,
 ) -> None:
@@ -193,20 +223,21 @@ def main(
     target = choose_target(space, table, share, workers) if target_ms is None else target_ms
     rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path is not None and path.exists() else []
     facts = gather_facts()
-    settings = {"width": width, "steps": steps, "train_steps": train_steps, "workers": workers}
+    options = {"steps": steps, "train_steps": train_steps, "batch": batch, "workers": workers, "target_ms": target}
+    settings = {"width": width, **options}
     for seed in range(first_seed, first_seed + seeds):
         data, test = split(folder, seed)
-        options = {"target_ms": target, "steps": steps, "train_steps": train_steps, "workers": workers, "seed": seed}
         for method in methods.split(","):
             known = {(row["method"], row["seed"]): row for row in rows if row["target_ms"] == target}
             if (method, seed) in known:
                 continue
             budget = known["max_plus", seed]["seconds"] if ("max_plus", seed) in known else None
-            rows.append(run_search(method, space, table, data, test, budget, options))
+            rows.append(run_search(method, space, table, data, test, budget, {**options, "seed": seed}))
             click.echo(f"{seed} {method}: {100 * rows[-1]['test']:.2f} % in {rows[-1]['predicted_ms']:.4f} ms")
-            result = {"schema": SCHEMA, "suite": "branches-search", "facts": facts, "settings": settings}
-            if path is not None:
-                path.write_text(format_result({**result, "summary": summarize(rows), "rows": rows}))
+            save(path, facts, settings, rows)
+    if measure:
+        measure_rows(space, table, rows, workers)
+        save(path, facts, settings, rows)
     print_summary(summarize(rows))
     if plot is not None:
         draw(rows, plot)

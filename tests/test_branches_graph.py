@@ -1,5 +1,8 @@
 """Graphs of bodies and placements: what they refuse, and that networks compute as their graphs do."""
 
+import doctest
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -128,3 +131,9 @@ def test_a_stem_is_recomputed():
 def test_only_networks_become_graphs():
     with pytest.raises(TypeError, match="net: expected a Graph or a network of branches, got Linear"):
         to_graph(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", ["exact", "graph", "growing", "listing", "nets", "placing", "space", "table"])
+def test_examples_of_docstrings(name):
+    found = doctest.testmod(importlib.import_module(f"pycodesign.branches.{name}"))
+    assert found.failed == 0 and found.attempted > 0

@@ -137,7 +137,7 @@ def test_place(method):
 def test_one_team_runs_what_is_not_worth_a_wait():
     graph = build_parnet(width=8, size=8).to_graph()
     table = make_table(graph, {}, sync=1e-3)
-    assert sorted(map(len, place(graph, table).teams)) == [0, 4]
+    assert [len(team) for team in place(graph, table).teams] == [4]
     slower = {name: {"solo/1": 1e-5, "together/1": 1e-4} for name in graph.bodies}
     assert len(place(graph, LatencyTable(describe_machine(), slower)).teams) == 1
 
@@ -150,8 +150,8 @@ def test_the_fastest_of_those_measured_is_taken():
         measured.append(placement)
         return 1.0 / len(measured)
 
-    found = place(graph, make_table(graph, {}), measure=measure, best=3)
-    assert len(measured) == 3 and found.latency == 1 / 3 and found.teams == measured[2].teams
+    found = place(graph, make_table(graph, {}), measure=measure, best=2)
+    assert len(measured) == 2 and found.latency == 1 / 2 and found.teams == measured[1].teams
 
 
 def test_what_place_refuses():

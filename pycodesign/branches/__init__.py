@@ -16,6 +16,7 @@ from pycodesign.branches.space import Architecture, Space
 from pycodesign.branches.table import LatencyTable, describe_machine
 
 if TYPE_CHECKING:
+    from pycodesign.branches.growing import grow_network
     from pycodesign.branches.nets import build_inception, build_parnet
     from pycodesign.branches.network import Network, Part
     from pycodesign.branches.placing import place
@@ -38,6 +39,7 @@ __all__ = [
     "build_inception",
     "build_parnet",
     "describe_machine",
+    "grow_network",
     "place",
     "predict",
     "profile",
@@ -51,6 +53,7 @@ _MODULES = {  # loaded when first used: they need torch
     "Part": "network",
     "build_inception": "nets",
     "build_parnet": "nets",
+    "grow_network": "growing",
     "place": "placing",
     "profile": "profiling",
     "search": "searching",

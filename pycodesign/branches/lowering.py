@@ -147,7 +147,7 @@ def simplify(module: nn.Module) -> nn.Module:
 
 def _fold(module: nn.Module) -> nn.Module:
     if parametrize.is_parametrized(module):
-        return _make_plain(module)
+        return make_plain(module, module.weight)
     for name, child in module.named_children():
         setattr(module, name, _fold(child))
     if isinstance(module, Concatenate):
@@ -165,8 +165,8 @@ def _fold(module: nn.Module) -> nn.Module:
     return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
 
 
-def _make_plain(layer: nn.Module) -> nn.Module:
-    """Return a layer with the weights that its quantizer makes. (Removing it would change the class of all copies.)"""
+def make_plain(layer: nn.Module, weight: Any) -> nn.Module:
+    """Return a layer without its quantizer. (To remove that one would change the class of all copies.)"""
     if isinstance(layer, nn.Linear):
         plain: nn.Module = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
     elif isinstance(layer, nn.Conv2d):
@@ -175,7 +175,7 @@ def _make_plain(layer: nn.Module) -> nn.Module:
         plain = nn.Conv2d(layer.in_channels, layer.out_channels, bias=layer.bias is not None, **options)
     else:
         raise CannotChain(f"module: expected convolutions and linear layers, got {type(layer).__name__}")
-    plain.weight = nn.Parameter(layer.weight.detach())
+    plain.weight = nn.Parameter(weight.detach().clone())
     if layer.bias is not None:
-        plain.bias = nn.Parameter(layer.bias.detach())
+        plain.bias = nn.Parameter(layer.bias.detach().clone())
     return plain.eval()

@@ -74,7 +74,7 @@ def place(
     >>> seconds = {"stem": 4e-5, "stream.0": 3e-4, "stream.1": 3e-4, "head": 5e-6}
     >>> table = LatencyTable(describe_machine(), {name: {"solo/1": s} for name, s in seconds.items()}, sync=1e-6)
     >>> place(build_parnet(), table).teams
-    (('stem', 'stream.0', 'head'), ('stream.1',))
+    (('stem', 'stream.0'), ('stream.1', 'head'))
     """
     if not isinstance(table, LatencyTable):
         raise TypeError(f"table: expected a LatencyTable, got {type(table).__name__}")
@@ -102,7 +102,7 @@ def place(
         from pycodesign.branches.reinforce import place_by_policy
 
         found = [tuple(map(tuple, place_by_policy(problem, seed=seed)))]
-    placements = [_to_placement(problem, teams, threads) for teams in found]
+    placements = [_to_placement(problem, teams, threads) for teams in found if sum(map(bool, teams)) > 1]
     placements += [Placement.sequential(graph, count) for count in dict.fromkeys(threads)]
     placements = [replace(p, latency=predict(graph, p, table)) for p in dict.fromkeys(placements)]
     placements.sort(key=lambda p: p.latency or 0.0)

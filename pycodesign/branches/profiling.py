@@ -80,7 +80,7 @@ class Probe:
 
 
 def profile(
-    space: Space,
+    space: Space | Graph,
     workers: int = 2,
     *,
     threads: Sequence[int] = (1,),
@@ -97,28 +97,30 @@ def profile(
 
     Parameters
     ----------
-    space : Space
+    space : Space or Graph
+        Of a graph, each of its bodies is timed as it is.
     workers : int
         Teams that work together: at most the cores that this process may use.
     threads : sequence of int
         Numbers of threads of a team.
     rounds : int
     calibration : int
-        Random networks by which the table is scaled at the end: see `calibrate`.
+        Random networks of a space by which the table is scaled at the end: see `calibrate`.
     spin : float, optional
         As the `Executor` takes it.
 
     Returns
     -------
     LatencyTable
+        Which `LatencyTable.save` keeps.
 
     Raises
     ------
     TypeError, ValueError
         For more workers or threads than cores.
     """
-    if not isinstance(space, Space):
-        raise TypeError(f"space: expected a Space, got {type(space).__name__}")
+    if not isinstance(space, (Space, Graph)):
+        raise TypeError(f"space: expected a Space or a Graph, got {type(space).__name__}")
     cores = pycodesign.show_config()["cores"]
     if not 1 <= to_integer("workers", workers) <= cores:
         raise ValueError(f"workers: expected 1 to {cores}, the cores of this process, got {workers}")
@@ -126,7 +128,8 @@ def profile(
         if not 1 <= to_integer("threads", count) <= cores:
             raise ValueError(f"threads: expected 1 to {cores}, the cores of this process, got {count}")
     to_integer("rounds", rounds, 1)
-    probes = list_probes(space, workers)
+    probes: Mapping[str, Probe | BodyProbe]
+    probes = list_probes(space, workers) if isinstance(space, Space) else list_body_probes(space, workers)
     timed = _open(probes, workers, dict.fromkeys((1, *threads)), cores, spin)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for _ in progress.track(range(rounds), description="rounds"):
@@ -136,7 +139,9 @@ def profile(
     for run in timed:
         seconds[run.name][run.column] = statistics.median(run.seconds)
     table = make_table(space, seconds, workers)
-    return calibrate(space, table, workers, calibration, rounds, spin) if calibration else table
+    if isinstance(space, Graph) or not calibration:
+        return table
+    return calibrate(space, table, workers, calibration, rounds, spin)
 
 
 def calibrate(
@@ -193,7 +198,11 @@ class _Run:
 
 
 def _open(
-    probes: Mapping[str, Probe], workers: int, threads: Mapping[int, None], cores: int, spin: float | None
+    probes: Mapping[str, Probe | BodyProbe],
+    workers: int,
+    threads: Mapping[int, None],
+    cores: int,
+    spin: float | None,
 ) -> list[_Run]:
     options = {} if spin is None else {"spin": spin}
     runs = []
@@ -205,7 +214,8 @@ def _open(
                 if len(place.teams) * count > cores:
                     continue
                 column = f"{'together' if copies > 1 else 'solo'}/{count}"
-                inputs = [torch.rand(graph.values[x].shape) for x in graph.inputs]
+                values = [graph.values[x] for x in graph.inputs]
+                inputs = [torch.zeros(value.shape, dtype=getattr(torch, value.dtype)) for value in values]
                 runs.append(_Run(name, column, Executor(graph, place, backend="threads", **options), inputs))
     return runs
 
@@ -238,12 +248,54 @@ def list_probes(space: Space, workers: int = 2) -> dict[str, Probe]:
     stem, channels = Stem(space.channels, space.width).eval(), space.branches * space.shape(space.segments - 1)[0]
     found[space.stem_key()] = Probe(stem, (space.input_shape(),), ((n, *space.shape(-1)),))
     found[space.head_key()] = Probe(Head(channels, space.classes).eval(), ((n, channels, 1, 1),), ((n, space.classes),))
+    return found | list_waits((n, *space.shape(0)), workers)
+
+
+def list_waits(large: Shape, workers: int) -> dict[str, Probe]:
+    """Return the probes of calls, waits and transfers: bodies that hand on nothing, or an array of some size."""
+    empty, tiny = BranchBody([], []).eval(), ((large[0], 1, 1, 1),)
+    found = {"one": Probe(empty, tiny, tiny), "line": Probe(empty, tiny, tiny, True, LENGTH)}
     if workers > 1:
-        large = ((n, *space.shape(0)),)
-        found["turns"] = Probe(BranchBody([], []).eval(), tiny, tiny, True, LENGTH, True)
-        found["large line"] = Probe(BranchBody([], []).eval(), large, large, True, LENGTH)
-        found["large turns"] = Probe(BranchBody([], []).eval(), large, large, True, LENGTH, True)
+        found["turns"] = Probe(empty, tiny, tiny, True, LENGTH, True)
+        found["large line"] = Probe(empty, (large,), (large,), True, LENGTH)
+        found["large turns"] = Probe(empty, (large,), (large,), True, LENGTH, True)
     return found
+
+
+@dataclass(frozen=True)
+class BodyProbe:
+    """A body of a graph by itself, on each of some teams."""
+
+    graph: Graph
+    name: str
+    in_turns: bool = False
+
+    def build(self, copies: int) -> tuple[Graph, Placement]:
+        """Return a graph of so many copies, which read and write values of their own."""
+        values: dict[str, Value] = {}
+        bodies, inputs, outputs = [], [], []
+        source = self.graph.bodies[self.name]
+        for copy in range(copies):
+            reads: list[str] = []
+            writes: list[str] = []
+            for pieces, names, kind in ((source.inputs, reads, "x"), (source.outputs, writes, "y")):
+                for index, piece in enumerate(pieces):
+                    whole = self.graph.values[piece.value]
+                    n, _, *rest = whole.shape
+                    names.append(f"{kind}{copy}.{index}")
+                    values[names[-1]] = Value((n, (piece.end or 0) - piece.begin, *rest), whole.dtype)
+            pieces_read, pieces_written = (tuple(Slice(name) for name in names) for names in (reads, writes))
+            bodies.append(replace(source, name=f"{copy}", inputs=pieces_read, outputs=pieces_written))
+            inputs += reads
+            outputs += writes
+        return Graph(values, bodies, inputs, outputs), Placement(tuple((body.name,) for body in bodies))
+
+
+def list_body_probes(graph: Graph, workers: int) -> dict[str, Probe | BodyProbe]:
+    """Return what is timed of a graph: its bodies, and waits for values as large as its largest."""
+    largest = max(value.bytes for value in graph.values.values())
+    found: dict[str, Probe | BodyProbe] = {name: BodyProbe(graph, name) for name in graph.bodies}
+    return found | dict(list_waits((1, max(1, largest // 4), 1, 1), workers))
 
 
 def _list_layers(found: dict[str, Probe], space: Space, segment: int, native: bool) -> None:
@@ -266,14 +318,14 @@ def _list_layers(found: dict[str, Probe], space: Space, segment: int, native: bo
                     found.setdefault(f"before {key}", base)
 
 
-def make_table(space: Space, seconds: Mapping[str, Mapping[str, float]], workers: int) -> LatencyTable:
+def make_table(space: Space | Graph, seconds: Mapping[str, Mapping[str, float]], workers: int) -> LatencyTable:
     """Make the table of what probes took: differences between them.
 
     Parameters
     ----------
-    space : Space
+    space : Space or Graph
     seconds : mapping
-        By name of `list_probes`, and column of a table.
+        By name of `list_probes` or `list_body_probes`, and column of a table.
     workers : int
     """
 
@@ -287,7 +339,12 @@ def make_table(space: Space, seconds: Mapping[str, Mapping[str, float]], workers
             one, line = seconds[f"one{suffix}"], seconds[f"line{suffix}"]
             bodies[suffix] = {column: value / (LENGTH - 1) for column, value in subtract(line, one).items()}
             entries[BODY + suffix] = bodies[suffix]
+    run = subtract(seconds["one"], entries[BODY])
     for key, row in seconds.items():
+        if isinstance(space, Graph):
+            if key in space.bodies:
+                entries[key] = subtract(row, run)
+            continue
         if key.split(" ")[0].split("/")[0].removesuffix("@torch") in helpers:
             continue
         suffix = "@torch" if key.endswith("@torch") else ""
@@ -298,12 +355,14 @@ def make_table(space: Space, seconds: Mapping[str, Mapping[str, float]], workers
             segment = next(s for s in range(space.segments) if space.means_key(s).split("/")[1] in key)
             base = seconds[f"copy/{segment}{suffix}"]
         entries[key] = subtract(row, base)
-    run = subtract(seconds["one"], entries[BODY])
     alone = seconds["line"]["solo/1"]
     sync = transfer = 0.0
     if "turns" in seconds:
         sync = max(0.0, seconds["turns"]["solo/1"] - alone) / (LENGTH - 1)
         more = seconds["large turns"]["solo/1"] - seconds["large line"]["solo/1"] - (LENGTH - 1) * sync
-        size = Value((space.batch, *space.shape(0))).bytes
+        if isinstance(space, Graph):
+            size = max(value.bytes for value in space.values.values()) // 4 * 4
+        else:
+            size = Value((space.batch, *space.shape(0))).bytes
         transfer = max(0.0, more) / (LENGTH - 1) / size
     return LatencyTable(describe_machine(), entries, run, sync, transfer, workers)

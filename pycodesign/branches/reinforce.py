@@ -12,6 +12,7 @@ except ImportError as error:
 from torch import Tensor, nn
 
 from pycodesign.branches.simulate import Problem, simulate
+from pycodesign.branches.timed import hold_torch_threads
 
 __all__ = ["place_by_policy"]
 
@@ -78,7 +79,7 @@ def place_by_policy(
     bodies = torch.cat([costs, adjacency, adjacency.T, torch.eye(n)], 1)
     best: tuple[float, list[list[int]]] = (math.inf, [])
     known: dict[tuple[int, ...], float] = {}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), hold_torch_threads(1):  # for tensors of this size
         torch.manual_seed(seed)
         policy = _Policy(bodies.shape[1], devices)
         optimizer = torch.optim.Adam(policy.parameters(), rate)

@@ -93,7 +93,8 @@ def search(
         Teams that branches will run on.
     method : {"differentiable", "random", "optuna"}
         ``"differentiable"`` trains all networks at once (a `Supernet`), one sample a step; weights and choices take
-        turns. ``"random"`` and ``"optuna"`` (the extra `nas`) train one network after another.
+        turns; what it finds goes on from the shared weights. ``"random"`` and ``"optuna"`` (the extra `nas`) train one
+        network after another.
     latency : {"max_plus", "sum"}
         Ready times of branches and a smooth maximum where they meet; or, to compare, the sum of all layers.
     steps : int
@@ -110,7 +111,7 @@ def search(
     strength : float
         Of the latency in the loss: ``cross entropy + strength * relu(log(latency / target))``.
     warm_start : callable, optional
-        ``warm_start(net)`` fills a network before it is trained: `grow_narrow`, for example, from a narrower one.
+        ``warm_start(net)`` fills a network before it is trained, by `grow_network` from a narrower one, for example.
     seed : int
 
     Returns
@@ -146,11 +147,11 @@ def search(
     history: list[dict[str, float]] = []
     if method == "differentiable":
         guide = model if latency == "max_plus" else LatencyModel(space, table, workers, summed=True)
-        architectures, history = _search_choices(
+        supernet, architectures, history = _search_choices(
             space, model, guide, weights_data, choices_data, target, steps, batch, strength, seed
         )
         for architecture in architectures[:finalists]:
-            trainer.train(architecture)
+            trainer.train(architecture, supernet)
     else:
         count = candidates or max(1, round(steps / train_steps) + 1)
         limit = math.inf if budget is None else budget
@@ -195,8 +196,10 @@ class _Trainer:
     trained: list[tuple[Architecture, float, float]] = field(default_factory=list)
     best: Network | None = None
 
-    def train(self, architecture: Architecture) -> float:
+    def train(self, architecture: Architecture, supernet: Supernet | None = None) -> float:
         net: Network = self.space.build(architecture, self.seed)
+        if supernet is not None:
+            supernet.hand_on(net, architecture)
         if self.warm_start is not None:
             self.warm_start(net)
         fit(net, self.weights_data, self.steps, batch=self.batch, seed=self.seed)
@@ -220,7 +223,7 @@ def _search_choices(
     batch: int,
     strength: float,
     seed: int,
-) -> tuple[list[Architecture], list[dict[str, float]]]:
+) -> tuple[Supernet, list[Architecture], list[dict[str, float]]]:
     """Train weights and choices in turns, and return the best of the likely networks under the target first."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -257,7 +260,7 @@ def _search_choices(
                 parameter.grad = gradient
             choices_optimizer.step()
             history.append({"step": step, "loss": float(loss.detach()), "ms": 1e3 * float(seconds.detach())})
-    return _choose(net, model, guide, choices_data, target, generator), history
+    return net, _choose(net, model, guide, choices_data, target, generator), history
 
 
 def _choose(

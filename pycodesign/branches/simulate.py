@@ -117,21 +117,19 @@ def simulate(problem: Problem, teams: Sequence[Sequence[int]]) -> float:
                 else:
                     next_event = min(next_event, ready)
         running = [device for device, seconds in enumerate(left) if seconds is not None]
-        rates = {}
-        for device in running:
-            slow = problem.slowdown and len(running) > 1
-            rates[device] = 1 / problem.slowdown[teams[device][position[device]]] if slow else 1.0
-            next_event = min(next_event, clock + (left[device] or 0.0) / rates[device])
+        slow = problem.slowdown and len(running) > 1
+        rates = {d: 1 / problem.slowdown[teams[d][position[d]]] if slow else 1.0 for d in running}
+        ends = {device: clock + (left[device] or 0.0) / rates[device] for device in running}
+        next_event = min(next_event, *ends.values()) if ends else next_event
         if next_event == math.inf:
             waiting = [problem.names[team[p]] for team, p in zip(teams, position, strict=True) if p < len(team)]
             raise ValueError(f"teams: expected orders that come to an end, got bodies that wait: {waiting}")
         for device in running:
-            seconds = (left[device] or 0.0) - (next_event - clock) * rates[device]
-            if seconds <= 1e-15:
+            if ends[device] <= next_event:
                 finish[teams[device][position[device]]] = next_event
                 position[device] += 1
                 left[device] = None
             else:
-                left[device] = seconds
+                left[device] = (left[device] or 0.0) - (next_event - clock) * rates[device]
         clock = next_event
     return max(finish.values(), default=0.0)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pycodesign.branches.network import Network
 from pycodesign.branches.operators import Head, Stem, build_gate, build_operator
 from pycodesign.branches.space import BODY, NATIVE_GATES, NATIVE_OPERATORS, Architecture, Space
 from pycodesign.branches.table import LatencyTable
@@ -99,6 +100,22 @@ class Supernet(nn.Module):
             tuple(tuple(self.space.gates[g] for g in row) for row in gates),
             self.space.stem,
         )
+
+    def hand_on(self, net: Network, architecture: Architecture) -> None:
+        """Copy the weights of a network's layers and gates to it."""
+        space = self.space
+        for part in net.parts:
+            module: Any = net.bodies[part.name.replace(".", "_")]
+            if part.segment < 0:
+                module.load_state_dict((self.head if part.name == "head" else self.stem).state_dict())
+                continue
+            for layer, name in enumerate(architecture.operators[part.segment][part.branch]):
+                choices: Any = self.layers[(part.segment * space.branches + part.branch) * space.layers + layer]
+                module.layers[layer].load_state_dict(choices[space.operators.index(name)].state_dict())
+            sources = space.sources(architecture, part.segment, part.branch)
+            for gate, (other, name) in zip(module.gates, sources, strict=True):
+                own = self.gates[f"{part.segment - 1}_{part.branch}_{other}_{name}"]
+                gate.load_state_dict(own.state_dict())
 
     def forward(self, x: Tensor, choices: Choices) -> Tensor:
         """Run the network of a sample: what was not chosen is not computed.
@@ -253,9 +270,12 @@ class LatencyModel:
                 for branch in range(space.branches):
                     asked = [p for p, pair in enumerate(space.pairs) if branch in pair]
                     silence = torch.stack([1 - sends[p] for p in asked]).prod() if asked else torch.tensor(1.0)
-                    ready[branch] = ready[branch] + (1 - silence) * self._mix(self.means, native[branch], segment)
+                    means = (1 - silence) * self._mix(self.means, native[branch], segment)
+                    ready[branch], work = ready[branch] + means, work + means
             else:
-                ready = [time + self._mix(self.means, native[b], segment) for b, time in enumerate(ready)]
+                last = [self._mix(self.means, share, segment) for share in native]
+                ready = [time + means for time, means in zip(ready, last, strict=True)]
+                work = work + sum(last, torch.tensor(0.0))
             work = work + sum(layers, torch.tensor(0.0))
         if self.summed:
             return work + self.ends[1] + self.run

@@ -57,8 +57,8 @@ def to_data(data: Any) -> Data:
 def split_data(data: Data, share: float, seed: int) -> tuple[Data, Data]:
     """Split at random into a share and the rest."""
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
-    first = round(share * len(data))
-    return tuple(Data(data.images[part], data.labels[part]) for part in (order[:first], order[first:]))  # type: ignore[return-value]
+    first, rest = order.split([round(share * len(data)), len(data) - round(share * len(data))])
+    return Data(data.images[first], data.labels[first]), Data(data.images[rest], data.labels[rest])
 
 
 def fit(net: nn.Module, data: Data, steps: int, *, batch: int = 64, rate: float = 3e-3, seed: int = 0) -> float:

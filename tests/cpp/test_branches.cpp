@@ -356,7 +356,7 @@ struct Branch {
 };
 
 // The kernel ends the process when the calling thread makes any system call but write. False where it cannot.
-bool forbid_system_calls() {
+[[maybe_unused]] bool forbid_system_calls() {
   sock_filter steps[] = {
       BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
       BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, __NR_write, 0, 1),

@@ -9,6 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -48,17 +49,16 @@ def measure_latencies(rounds: int = 300, parked_rounds: int = 100) -> list[dict[
     for pin in (False, True):
         pinned = ", pinned" if pin else ""
         spinning: dict[str, tuple[Callable[[], object], int]] = {
-            f"fork and join within a plan{pinned}": (lambda pin=pin: ladder.run(NEVER, NEVER, pin), STEPS),
-            f"barrier within a plan{pinned}": (lambda pin=pin: barriers.run(NEVER, NEVER, pin), STEPS),
-            f"call of a plan that forks and joins{pinned}": (lambda pin=pin: fork.run(NEVER, NEVER, pin), 1),
+            f"fork and join within a plan{pinned}": (partial(ladder.run, NEVER, NEVER, pin), STEPS),
+            f"barrier within a plan{pinned}": (partial(barriers.run, NEVER, NEVER, pin), STEPS),
+            f"call of a plan that forks and joins{pinned}": (partial(fork.run, NEVER, NEVER, pin), 1),
         }
         for what, (run, steps) in spinning.items():
             rows.append(_row(what, "spinning", _time(run, rounds * (1 if steps > 1 else 10), 0.0, steps)))
         for name, spin in (("the caller spins", SPIN), ("the caller parks, too", 0.0)):
-            run = lambda pin=pin, spin=spin: fork.run(spin, NEVER, pin)  # noqa: E731
-            seconds = _time(run, parked_rounds, rest, 1)
+            seconds = _time(partial(fork.run, spin, NEVER, pin), parked_rounds, rest, 1)
             rows.append(_row(f"call of a plan that forks and joins{pinned}, {name}", "parked", seconds))
-    call = lambda: ops.run_branches([nothing, nothing])  # noqa: E731
+    call = partial(ops.run_branches, [nothing, nothing])
     rows.append(_row("run_branches of two empty functions", "spinning", _time(call, 10 * rounds, 0.0, 1)))
     rows.append(_row("run_branches of two empty functions", "parked", _time(call, parked_rounds, rest, 1)))
     return rows

@@ -20,6 +20,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -136,7 +137,7 @@ def choose_placement(graph: Graph, x: Any, few: int = 6) -> Placement:
     runs: dict[str, tuple[Run, int]] = {}
     for i, place in enumerate(places):
         executor = Executor(graph, place)
-        runs[str(i)] = (lambda run=executor: run(x), 1)
+        runs[str(i)] = (partial(executor, x), 1)
     lows = {i: float(np.percentile(values, 25)) for i, values in _measure(runs, 15).items()}
     return places[int(min(lows, key=lambda i: lows[i]))]
 
@@ -204,10 +205,10 @@ def _measure_network(name: str, engines: Sequence[str], rounds: int) -> list[dic
     place = choose_placement(graph, x)
     contenders: dict[str, tuple[Run, int]] = {}  # and the threads
     plan = Executor(graph, place)
-    contenders["plan"] = (lambda: plan(x)[0], len(place.teams))
+    contenders["plan"] = (partial(_first, plan, x), len(place.teams))
     for threads in range(1, TEAMS + 1):
         sequential = Executor(graph, Placement.sequential(graph, threads))
-        contenders[f"sequential, {threads}"] = (lambda run=sequential: run(x)[0], threads)
+        contenders[f"sequential, {threads}"] = (partial(_first, sequential, x), threads)
     for engine in engines:
         contenders |= {"torch": _torch, "torch.compile": _compiled, "onnxruntime": _onnxruntime}[engine](net, x)
     with torch.inference_mode():
@@ -256,6 +257,14 @@ def _measure(contenders: dict[str, tuple[Run, int]], rounds: int) -> dict[str, A
     return {name: np.array(values) for name, values in seconds.items()}
 
 
+def _first(run: Callable[..., Any], *arguments: Any) -> Any:
+    return run(*arguments)[0]
+
+
+def _numpy(run: Callable[..., Any], x: Any) -> Any:
+    return run(x).numpy()
+
+
 def _set_threads(threads: int) -> None:
     import torch
 
@@ -277,8 +286,8 @@ def _measure_unbalanced(rounds: int) -> list[dict[str, Any]]:
     runs: dict[str, tuple[Run, int]] = {}
     for name, used in (("the longer one", ["long"]), ("the shorter one", ["short"]), ("both", ["long", "short"])):
         graph = Graph({n: values[n] for n in ("x", *used)}, [bodies[n] for n in used], ["x"], used)
-        executor = Executor(graph, Placement([(n,) for n in used]))
-        runs[name] = (lambda run=executor: run(x), 1)
+        executor = Executor(graph, Placement(tuple((n,) for n in used)))
+        runs[name] = (partial(executor, x), 1)
     seconds = _measure(runs, rounds)
     alone = np.median(seconds["the longer one"], 1)
     return [
@@ -294,7 +303,7 @@ def _to_ternary(module: Any) -> Any:
 
 def _torch(net: Any, x: Any) -> dict[str, tuple[Run, int]]:
     """Float32, as it is: BatchNorm is not folded."""
-    return {f"torch, {threads}": (lambda: net(x).numpy(), threads) for threads in range(1, TEAMS + 1)}
+    return {f"torch, {threads}": (partial(_numpy, net, x), threads) for threads in range(1, TEAMS + 1)}
 
 
 def _compiled(net: Any, x: Any) -> dict[str, tuple[Run, int]]:
@@ -305,10 +314,11 @@ def _compiled(net: Any, x: Any) -> dict[str, tuple[Run, int]]:
     runs: dict[str, tuple[Run, int]] = {}
     for threads in range(1, TEAMS + 1):
         _set_threads(threads)
-        compiled = torch.compile(copy.deepcopy(net), fullgraph=True, dynamic=False)
-        with torch.inference_mode(), config.patch({"freezing": True, "cpp.threads": threads}):
+        compiled: Any = torch.compile(copy.deepcopy(net), fullgraph=True, dynamic=False)
+        patch: Any = config.patch
+        with torch.inference_mode(), patch({"freezing": True, "cpp.threads": threads}):
             compiled(x)
-        runs[f"torch.compile, {threads}"] = (lambda run=compiled: run(x).numpy(), threads)
+        runs[f"torch.compile, {threads}"] = (partial(_numpy, compiled, x), threads)
     return runs
 
 
@@ -317,7 +327,7 @@ def _onnxruntime(net: Any, x: Any) -> dict[str, tuple[Run, int]]:
     import torch
 
     onnxruntime = importlib.import_module("onnxruntime")
-    model = io.BytesIO()
+    model: Any = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces the end of this exporter; the other needs one more package
         torch.onnx.export(net, (x,), model, input_names=["x"], output_names=["y"], dynamo=False)
@@ -331,7 +341,7 @@ def _onnxruntime(net: Any, x: Any) -> dict[str, tuple[Run, int]]:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         session = onnxruntime.InferenceSession(model.getvalue(), options, providers=["CPUExecutionProvider"])
         name = f"onnxruntime{mode}, {f'{parallel} x ' if mode else ''}{threads}"
-        runs[name] = (lambda run=session.run: run(None, {"x": given})[0], 1)
+        runs[name] = (partial(_first, session.run, None, {"x": given}), 1)
     return runs
 
 

@@ -2,7 +2,7 @@
 
 Submodules load when first used: `ops` (packed layers on arrays), `quantize` (weights of few values), `repetition` (the
 compiler behind packing), `reference` (the specification in NumPy), `nn` (torch modules and conversion), `growth`
-(larger models from trained smaller ones).
+(larger models from trained smaller ones), `branches` (networks whose branches run in parallel).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pycodesign._native import __version__, get_num_threads, set_isa, set_num_threads, show_config
 
 if TYPE_CHECKING:
-    from pycodesign import growth, ops, quantize, reference, repetition
+    from pycodesign import branches, growth, ops, quantize, reference, repetition
     from pycodesign import nn as nn
     from pycodesign.quantize import KernelCodebook, QuantizedTensor
 
@@ -21,6 +21,7 @@ __all__ = [
     "KernelCodebook",
     "QuantizedTensor",
     "__version__",
+    "branches",
     "get_num_threads",
     "growth",
     "ops",
@@ -32,7 +33,7 @@ __all__ = [
     "show_config",
 ]
 
-_SUBMODULES = frozenset({"growth", "nn", "ops", "quantize", "reference", "repetition"})
+_SUBMODULES = frozenset({"branches", "growth", "nn", "ops", "quantize", "reference", "repetition"})
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """Compiled kernels, what they were built for and what they run on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, final, type_check_only
 
 import numpy as np
@@ -392,3 +392,51 @@ class Delta(metaclass=_Type):
 
     @property
     def has_bias(self) -> bool: ...
+
+@final
+class BoundChain(metaclass=_Type):
+    """A chain for inputs of fixed sizes and so many threads, with memory of its own."""
+
+    def __init__(self, chain: Chain, inputs: Sequence[Sequence[int]], threads: int) -> None: ...
+    @property
+    def output_shapes(self) -> list[list[int]]:
+        """Shape (N, C, H, W) of each output."""
+
+    def set_input(self, index: int, x: NDArray[Any]) -> None:
+        """Read an input from this array from now on."""
+
+    def set_output(self, index: int, out: NDArray[Any]) -> None:
+        """Write an output to this array from now on; the elements of each image follow one another."""
+
+    def release(self) -> None:
+        """Forget the arrays."""
+
+    def run(self) -> None:
+        """Run every step."""
+
+@final
+class BranchRunner(metaclass=_Type):
+    """Bodies (chains, callables without arguments, None: nothing) and the instructions of the teams that run them."""
+
+    def __init__(
+        self,
+        team: Sequence[int],
+        threads: Sequence[int],
+        after: Sequence[Sequence[int]],
+        teams: int,
+        bodies: Sequence[BoundChain | Callable[[], object] | None],
+    ) -> None: ...
+    @property
+    def waits(self) -> int:
+        """How often a team waits for another."""
+
+    def run(self, spin: float, patience: float, pin: bool) -> None:
+        """Run every body; microseconds until a team that waits parks, and until it does the work of an absent one."""
+
+def run_branches(
+    bodies: list[BoundChain | Callable[..., object] | None], arguments: tuple[Any, ...], spin: float
+) -> list[Any]:
+    """Run bodies at the same time; return what the callables return, None for chains."""
+
+def call_with_threads(function: Callable[[], object], threads: int) -> object:
+    """Call a function, with so many threads for each operation within it."""

@@ -170,7 +170,7 @@ def counts_cells(row: Mapping[str, Any]) -> list[str]:
 
 
 @main.command()
-@click.argument("suite", type=click.Choice(["resnet18", "other", "linear", "models"]))
+@click.argument("suite", type=click.Choice(["resnet18", "other", "linear", "models", "branches"]))
 @click.option("--weights", multiple=True, default=("ternary",), show_default=True, help="Or binary, uniform4, ...")
 @click.option(
     "--dtype",
@@ -195,7 +195,7 @@ def counts_cells(row: Mapping[str, Any]) -> list[str]:
     help="Write the result there, with the machine's facts; - for standard output, without the tables.",
 )
 def bench(suite: str, file: Path | None, **options: Any) -> None:
-    """Time the layers of SUITE, or whole networks (models), beside every engine that is installed.
+    """Time the layers of SUITE, or whole networks (models, branches), beside every engine that is installed.
 
     Each contender is checked against a reference, then timed in turns with the others, with its weights in the caches
     (hot) and with other data there (cold); the tables show the cold timings. An option that may be given several times
@@ -209,6 +209,7 @@ def bench(suite: str, file: Path | None, **options: Any) -> None:
     pycodesign bench resnet18 --layer 3x3 --json resnet18.json
     pycodesign bench other --batch 1 --weights binary --weights ternary --isa avx2
     pycodesign bench models --quick
+    pycodesign bench branches --quick
     """
     from pycodesign.bench import print_table, run_suite
     from pycodesign.bench.harness import format_result
@@ -217,7 +218,16 @@ def bench(suite: str, file: Path | None, **options: Any) -> None:
 
     options = {name: value for name, value in options.items() if value}
     with plain_errors():
-        if suite == "models":
+        if suite == "branches":
+            from pycodesign.bench.branches import print_branches, run_branch_suite
+
+            if options.get("weights") == ("ternary",):
+                del options["weights"]  # the default, and what these networks have
+            for name in options.keys() - {"contenders", "layers", "rounds", "quick"}:
+                raise ValueError(f"{name}: expected none for branches, got {options[name]!r}")
+            options["networks"] = options.pop("layers", None) or ("parnet", "inception")
+            result = run_branch_suite(**options)
+        elif suite == "models":
             for name in options.keys() & {"algorithms", "isa"}:
                 raise ValueError(f"{name}: expected none for whole networks, got {options[name]!r}")
             options["networks"] = options.pop("layers", None)
@@ -228,7 +238,8 @@ def bench(suite: str, file: Path | None, **options: Any) -> None:
         with plain_errors(), click.open_file(file, "w") as stream:
             stream.write(format_result(result))
     if file != Path("-"):
-        (print_models if suite == "models" else print_table)(result, open_console())
+        show = print_branches if suite == "branches" else print_models if suite == "models" else print_table
+        show(result, open_console())
 
 
 @main.command()

@@ -1,5 +1,5 @@
 """Quantized layers on arrays: pack the weights once, run them many times. Weights expanded by index. Many tasks on one
-layer.
+layer. Branches.
 
 An array is a NumPy array or a torch tensor in host memory; the result is of the same kind.
 """
@@ -43,6 +43,7 @@ from pycodesign._arguments import (
     to_scale,
 )
 from pycodesign._deltas import PackedDeltas, delta_linear, prepack_deltas
+from pycodesign.branches.parallel import run_branches
 from pycodesign.quantize import KernelCodebook, QuantizedTensor
 
 __all__ = [
@@ -57,6 +58,7 @@ __all__ = [
     "prepack_conv2d",
     "prepack_deltas",
     "prepack_linear",
+    "run_branches",
 ]
 
 Native: TypeAlias = _core.PackedConv2d | _core.PackedLinear
@@ -103,6 +105,7 @@ class Packed:
         self._source = q if tune else None
         self._native = self._pack(q, algorithm)
         self._seconds = time.perf_counter() - start
+        self._chain: Any = None
 
     def _pack(self, q: QuantizedTensor | KernelCodebook, algorithm: str) -> Native:
         if isinstance(q, KernelCodebook) and algorithm != "codebook":
@@ -205,6 +208,19 @@ class Packed:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+    def to_chain(self) -> Any:
+        """Return the layer, without an epilogue, as a `repetition.chain.Chain`; one to be tuned, as a function."""
+        if self._tune_lock is not None:
+            return functools.partial(conv2d if self.kind == "conv2d" else linear, packed=self)
+        if self._chain is None:
+            from pycodesign.repetition.chain import Chain
+
+            chain, o = Chain(), self._options
+            x = chain.input(o["input_dtype"], o["input_scale"], o["input_zero_point"])
+            chain.output(getattr(chain, self.kind)(x, self))
+            self._chain = chain
+        return self._chain
 
     def _run(self, x: NDArray[Any], call: Callable[[Native], Array]) -> Array:
         """Run, after choosing by time on the first call with something to time where tuning was asked for."""

@@ -5,7 +5,9 @@
 #include <optional>
 
 #include "bindings/arrays.h"
+#include "bindings/bound_call.h"
 #include "bindings/epilogue.h"
+#include "core/thread_pool.h"
 #include "repetition/chain.h"
 
 namespace pycodesign::bindings {
@@ -86,13 +88,47 @@ std::vector<py::array> run(const Chain& chain, const std::vector<py::array>& inp
   return results;
 }
 
+std::string show(const Chain::Shape& s, py::ssize_t dimensions) {
+  std::string text = "(" + std::to_string(s[0]);
+  for (size_t i = 1; i < static_cast<size_t>(dimensions); ++i) text += ", " + std::to_string(s[i]);
+  return text + ")";
+}
+
+// A view of an array that takes the place of a value of this dtype and shape.
+Tensor bind_array(const py::array& a, const char* name, DType dtype, const Chain::Shape& shape) {
+  const py::ssize_t dimensions = a.ndim() == 2 && shape[2] == 1 && shape[3] == 1 ? 2 : 4;
+  check_array(a, name, dtype_name(dtype), holds(a, dtype), {shape.begin(), shape.begin() + dimensions},
+              show(shape, dimensions));
+  return view(a);
+}
+
+void set_input(BoundCall& b, size_t index, const py::array& x) {
+  if (index >= b.inputs.size()) throw py::index_error("index: expected one of the chain's inputs");
+  const int value = b.chain.chain().inputs()[index];
+  b.chain.set_input(index, bind_array(x, "x", b.chain.chain().dtype(value), b.chain.input_shape(index)));
+  b.inputs[index] = x;
+}
+
+void set_output(BoundCall& b, size_t index, const py::array& out) {
+  if (index >= b.outputs.size()) throw py::index_error("index: expected one of the chain's outputs");
+  const int value = b.chain.chain().outputs()[index];
+  const Tensor t = bind_array(out, "out", b.chain.chain().dtype(value), b.chain.output_shape(index));
+  check_writeable(out);
+  int64_t natural = out.itemsize();
+  for (size_t d = 3; d > 0; natural *= t.size[d--])
+    if (t.size[d] > 1 && t.stride[d] != natural)
+      throw py::value_error("out: expected images whose elements follow one another, got other strides");
+  b.chain.set_output(index, t);
+  b.outputs[index] = out;
+}
+
 }  // namespace
 
 void bind_chain(py::module_& m) {
   using repetition::PackedConv2d, repetition::PackedLayer, repetition::Pool;
   using Sizes = std::array<int64_t, 2>;
 
-  py::class_<Chain> chain(m, "Chain");
+  py::class_<Chain, std::shared_ptr<Chain>> chain(m, "Chain");
   chain.def(py::init());
   chain.def(
       "add_input", [](Chain& c, const std::string& dtype) { return c.add_input(parse_dtype(dtype, "dtype", false)); },
@@ -152,6 +188,32 @@ void bind_chain(py::module_& m) {
         return all;
       },
       py::arg("inputs"), py::arg("values"));
+
+  py::class_<BoundCall, std::shared_ptr<BoundCall>> bound(m, "BoundChain");
+  bound.def(py::init([](std::shared_ptr<Chain> chain, const std::vector<Chain::Shape>& inputs, int threads) {
+              if (inputs.size() != chain->inputs().size() || chain->outputs().empty())
+                throw py::value_error("inputs: expected a shape for each input of a chain that has outputs");
+              if (threads < 1) throw py::value_error("threads: expected at least 1");
+              const core::Crew crew{threads};
+              const core::CrewScope scope(crew);
+              return std::make_shared<BoundCall>(std::move(chain), inputs);
+            }),
+            py::arg("chain"), py::arg("inputs"), py::arg("threads"));
+  bound.def_property_readonly("output_shapes", [](const BoundCall& b) {
+    std::vector<Chain::Shape> shapes;
+    for (size_t i = 0; i < b.outputs.size(); ++i) shapes.push_back(b.chain.output_shape(i));
+    return shapes;
+  });
+  bound.def("set_input", &set_input, py::arg("index"), py::arg("x"));
+  bound.def("set_output", &set_output, py::arg("index"), py::arg("out"));
+  bound.def("release", [](BoundCall& b) {
+    for (auto* arrays : {&b.inputs, &b.outputs})
+      for (py::object& array : *arrays) array = py::object();
+  });
+  bound.def("run", [](const BoundCall& b) {
+    b.check_complete();
+    without_gil([&] { b.chain.run(); });
+  });
 }
 
 }  // namespace pycodesign::bindings

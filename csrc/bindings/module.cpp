@@ -1,6 +1,7 @@
 #include <pybind11/pybind11.h>
 
 namespace pycodesign::bindings {
+void bind_branches(pybind11::module_&);
 void bind_chain(pybind11::module_&);
 void bind_core(pybind11::module_&);
 void bind_growth(pybind11::module_&);
@@ -15,6 +16,7 @@ PYBIND11_MODULE(_core, module) {
   pycodesign::bindings::bind_repetition(module);
   pycodesign::bindings::bind_chain(module);
   pycodesign::bindings::bind_growth(module);
+  pycodesign::bindings::bind_branches(module);
   pycodesign::bindings::bind_program(module);
   pycodesign::bindings::bind_sharing(module);
 }

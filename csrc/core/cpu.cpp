@@ -227,8 +227,11 @@ double cgroup_cpu_quota(const std::string& membership, const std::string& mount)
 }
 
 int available_cores() {
-  const int allowed = std::max<int>(1, static_cast<int>(allowed_cpus().size()));
-  const double quota = cgroup_cpu_quota("/proc/self/cgroup", "/sys/fs/cgroup");
+  cpu_set_t few;  // usually enough, and no allocation
+  const int allowed = sched_getaffinity(0, sizeof few, &few) == 0
+                          ? CPU_COUNT(&few)
+                          : std::max(1, static_cast<int>(allowed_cpus().size()));
+  static const double quota = cgroup_cpu_quota("/proc/self/cgroup", "/sys/fs/cgroup");  // of many files, read once
   return quota > 0 && quota < allowed ? std::max(1, static_cast<int>(std::ceil(quota))) : allowed;
 }
 

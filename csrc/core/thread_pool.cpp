@@ -23,53 +23,89 @@
 #endif
 
 namespace pycodesign::core {
+
+// What the threads of a team do together.
+class Job {
+ public:
+  explicit Job(Nanoseconds spin) : spin(spin) {}
+  virtual ~Job() = default;
+  // Any number of threads may call this, at any time until the job's owner has seen them return.
+  virtual void run(int member) noexcept = 0;
+  virtual bool is_over() const { return false; }
+
+  const Nanoseconds spin;  // before a thread that waits parks
+};
+
 namespace {
 
 constexpr int most_threads = 4096;
-constexpr auto spin_time = std::chrono::microseconds(50);
 
 std::atomic<int> requested_threads = 0;  // 0: not yet decided
 std::atomic<bool> team_in_use = false;   // by one caller, whose chunks may call again
 std::atomic<bool> is_forked = false;     // this process is a fork without an exec
 
 // One call of parallel_for, shared by the threads that work on it.
-struct Job {
-  ChunkBody body;
-  void* context;
-  int64_t chunks;
-  int slots;
-  std::atomic<int64_t> next_chunk = 0;
-  std::atomic<int> next_slot = 0;
-  std::atomic<bool> failed = false;
-  std::exception_ptr error = nullptr;
+class Loop final : public Job {
+ public:
+  Loop(ChunkBody body, void* context, int64_t chunks, int slots)
+      : Job(default_spin), body_(body), context_(context), chunks_(chunks), slots_(slots) {}
 
-  // Any number of threads may call this, at any time until the job's owner has seen them return.
-  void run() noexcept {
-    const int slot = next_slot.fetch_add(1, std::memory_order_relaxed);
-    if (slot >= slots) return;
+  void run(int) noexcept override {
+    const int slot = next_slot_.fetch_add(1, std::memory_order_relaxed);
+    if (slot >= slots_) return;
     try {
-      while (!failed.load(std::memory_order_relaxed)) {
-        const int64_t chunk = next_chunk.fetch_add(1, std::memory_order_relaxed);
-        if (chunk >= chunks) break;
-        body(context, chunk, slot);
+      while (!failed_.load(std::memory_order_relaxed)) {
+        const int64_t chunk = next_chunk_.fetch_add(1, std::memory_order_relaxed);
+        if (chunk >= chunks_) break;
+        body_(context_, chunk, slot);
       }
     } catch (...) {
-      if (!failed.exchange(true)) error = std::current_exception();
+      if (!failed_.exchange(true)) error_ = std::current_exception();
     }
   }
+
+  bool is_over() const override {
+    return next_chunk_.load(std::memory_order_relaxed) >= chunks_ ||
+           next_slot_.load(std::memory_order_relaxed) >= slots_ || failed_.load(std::memory_order_relaxed);
+  }
+
+  void rethrow() const {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  ChunkBody body_;
+  void* context_;
+  int64_t chunks_;
+  int slots_;
+  std::atomic<int64_t> next_chunk_ = 0;
+  std::atomic<int> next_slot_ = 0;
+  std::atomic<bool> failed_ = false;
+  std::exception_ptr error_ = nullptr;
 };
 
-void relax_cpu() {
-#if defined(__x86_64__)
-  _mm_pause();
-#elif defined(__aarch64__)
-  __asm__ volatile("yield");
-#endif
-}
+// One call of run_members.
+class alignas(64) Meeting final : public Job {
+ public:
+  Meeting(int members, MemberBody body, void* context, Nanoseconds spin)
+      : Job(spin), members_(members), body_(body), context_(context) {}
+  void run(int member) noexcept override {
+    if (member < members_) body_(context_, member);
+  }
 
-// True when `done` came true within spin_time.
-template <class Done> bool spin_until(Done done) {
-  const auto end = std::chrono::steady_clock::now() + spin_time;
+ private:
+  int members_;
+  MemberBody body_;
+  void* context_;
+};
+
+thread_local const Crew* current_crew = nullptr;
+
+// True when `done` came true within `time`.
+template <class Done> bool spin_until(Nanoseconds time, Done done) {
+  if (done()) return true;
+  if (time <= Nanoseconds::zero()) return false;
+  const auto end = std::chrono::steady_clock::now() + time;
   do {
     for (int i = 0; i < 32; ++i) {
       if (done()) return true;
@@ -82,7 +118,7 @@ template <class Done> bool spin_until(Done done) {
 // A thread and its mailbox, one word that says whose turn it is.
 class alignas(64) Worker {
  public:
-  Worker() { std::thread(&Worker::serve, this).detach(); }
+  explicit Worker(int member) : member_(member) { std::thread(&Worker::serve, this).detach(); }
 
   void post(Job* job) {
     job_ = job;
@@ -92,9 +128,9 @@ class alignas(64) Worker {
   // Returns when the worker is through with the posted job, or has not begun: then it never will, so that
   // nobody waits for a thread that is slow to wake up.
   void finish() {
-    int state = posted;
-    if (state_.compare_exchange_strong(state, idle)) return;
-    if (spin_until([this] { return state_.load(std::memory_order_acquire) == idle; })) return;
+    int state = state_.load(std::memory_order_acquire);
+    if (state == posted && state_.compare_exchange_strong(state, idle)) return;
+    if (spin_until(job_->spin, [this] { return state_.load(std::memory_order_acquire) == idle; })) return;
     state = busy;
     if (state_.compare_exchange_strong(state, awaited)) state_.wait(awaited);
   }
@@ -103,39 +139,41 @@ class alignas(64) Worker {
   enum State : int { idle, parked, posted, busy, awaited };
 
   [[noreturn]] void serve() {
-    for (;;) {
-      if (!spin_until([this] { return state_.load(std::memory_order_relaxed) == posted; })) {
+    for (Nanoseconds spin = default_spin;;) {
+      if (!spin_until(spin, [this] { return state_.load(std::memory_order_relaxed) == posted; })) {
         int state = idle;
         if (state_.compare_exchange_strong(state, parked)) state_.wait(parked);
       }
       int state = posted;
       if (!state_.compare_exchange_strong(state, busy)) continue;
-      job_->run();
+      spin = job_->spin;
+      job_->run(member_);
       if (state_.exchange(idle) == awaited) state_.notify_one();
     }
   }
 
   std::atomic<int> state_ = idle;
   Job* job_ = nullptr;
+  int member_;
 };
 
 // Never destroyed: parked workers outlive main() and end with the process. Used under team_in_use.
 std::vector<Worker*>* workers = nullptr;
 
-void run_on_pool(Job& job) {
+void run_on_pool(Job& job, int members) {
   if (!workers) workers = new std::vector<Worker*>;
-  const size_t others = static_cast<size_t>(job.slots - 1);
+  const size_t others = static_cast<size_t>(members - 1);
   try {
     while (workers->size() < others) {
       workers->reserve(workers->size() + 1);
-      workers->push_back(new Worker);
+      workers->push_back(new Worker(static_cast<int>(workers->size()) + 1));
     }
   } catch (const std::exception&) {
     // No more threads to be had: those there are do the work.
   }
   const size_t posted = std::min(others, workers->size());
   for (size_t i = 0; i < posted; ++i) (*workers)[i]->post(&job);
-  job.run();
+  job.run(0);
   for (size_t i = 0; i < posted; ++i) (*workers)[i]->finish();
 }
 
@@ -144,6 +182,7 @@ struct OpenMp {
   void (*parallel)(void (*body)(void*), void* data, unsigned num_threads, unsigned flags) = nullptr;
   int (*get_max_threads)() = nullptr;
   int (*in_parallel)() = nullptr;
+  int (*get_thread_num)() = nullptr;
   std::string path;
 };
 
@@ -181,6 +220,7 @@ std::unique_ptr<OpenMp> load_runtime(const std::string& path) {
   if (find_function(library, "GOMP_parallel", runtime->parallel) &&
       find_function(library, "omp_get_max_threads", runtime->get_max_threads) &&
       find_function(library, "omp_in_parallel", runtime->in_parallel) &&
+      find_function(library, "omp_get_thread_num", runtime->get_thread_num) &&
       dladdr(reinterpret_cast<void*>(runtime->parallel), &info)) {
     runtime->path = info.dli_fname;
     return runtime;
@@ -224,11 +264,33 @@ const OpenMp* find_runtime() {
   return runtime.load(std::memory_order_relaxed);
 }
 
-void run_on_openmp(const OpenMp& runtime, Job& job) {
+void run_on_openmp(const OpenMp& runtime, Job& job, int members) {
   // A team of another size than before costs the runtime new threads, so ask for the one that others ask for:
-  // threads without a slot return at once.
-  const int size = std::max(num_threads(), runtime.get_max_threads());
-  runtime.parallel([](void* data) { static_cast<Job*>(data)->run(); }, &job, static_cast<unsigned>(size), 0);
+  // threads without a part return at once.
+  struct Call {
+    const OpenMp& runtime;
+    Job& job;
+  } call{runtime, job};
+  const int size = std::max({num_threads(), runtime.get_max_threads(), members});
+  runtime.parallel(
+      [](void* data) {
+        const Call& c = *static_cast<Call*>(data);
+        c.job.run(c.runtime.get_thread_num());
+      },
+      &call, static_cast<unsigned>(size), 0);
+}
+
+// Runs the job on the team, or returns false where the caller has to be alone.
+bool run_on_team(Job& job, int members) {
+  const OpenMp* runtime = find_runtime();
+  if ((runtime && runtime->in_parallel()) || team_in_use.exchange(true, std::memory_order_acquire)) return false;
+  if (runtime) {
+    run_on_openmp(*runtime, job, members);
+  } else {
+    run_on_pool(job, members);
+  }
+  team_in_use.store(false, std::memory_order_release);
+  return true;
 }
 
 // In the child of a fork() only the calling thread lives on.
@@ -242,33 +304,44 @@ void forget_team() {
 
 }  // namespace
 
+void relax_cpu() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
 void parallel_for(int64_t chunks, ChunkBody body, void* context, int max_threads) {
   int64_t width = num_threads();
   if (max_threads > 0) width = std::min<int64_t>(width, max_threads);
   width = std::min(width, chunks);
-
-  const OpenMp* runtime = nullptr;
-  bool alone = width <= 1;
-  if (!alone) {
-    runtime = find_runtime();
-    alone = (runtime && runtime->in_parallel()) || team_in_use.exchange(true, std::memory_order_acquire);
+  if (width > 1) {
+    Loop loop(body, context, chunks, static_cast<int>(width));
+    bool is_run = true;
+    if (current_crew && current_crew->share) current_crew->share(current_crew->context, loop);
+    else is_run = run_on_team(loop, static_cast<int>(width));
+    if (is_run) return loop.rethrow();
   }
-  if (alone) {
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) body(context, chunk, 0);
-    return;
-  }
-
-  Job job{body, context, chunks, static_cast<int>(width)};
-  if (runtime) {
-    run_on_openmp(*runtime, job);
-  } else {
-    run_on_pool(job);
-  }
-  team_in_use.store(false, std::memory_order_release);
-  if (job.error) std::rethrow_exception(job.error);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) body(context, chunk, 0);
 }
 
+bool run_members(int members, MemberBody body, void* context, Nanoseconds spin) {
+  Meeting meeting(members, body, context, spin);
+  return run_on_team(meeting, members);
+}
+
+bool take_part(Job& job) {
+  if (job.is_over()) return false;
+  job.run(0);
+  return true;
+}
+
+CrewScope::CrewScope(const Crew& crew) : before_(current_crew) { current_crew = &crew; }
+CrewScope::~CrewScope() { current_crew = before_; }
+
 int num_threads() {
+  if (current_crew) return current_crew->threads;
   int n = requested_threads.load(std::memory_order_relaxed);
   if (n > 0) return n;
   int initial = std::min(available_cores(), most_threads);

@@ -4,6 +4,7 @@
 // runtime's team, because two teams that spin on the same cores cost milliseconds per call.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -29,9 +30,48 @@ template <class F> void parallel_for(int64_t chunks, F&& body, int max_threads =
       const_cast<void*>(static_cast<const void*>(std::addressof(body))), max_threads);
 }
 
-// Threads within an operation: the last set_num_threads(), else PYCODESIGN_NUM_THREADS, else available_cores().
+using MemberBody = void (*)(void* context, int member);
+using Nanoseconds = std::chrono::nanoseconds;
+inline constexpr Nanoseconds default_spin{50'000};
+
+// Calls body(context, member), which does not throw, on threads of the team; the caller is member 0, and a thread has
+// the same number, below `members`, in every call. Nobody waits for a thread that is slow to come, so a member may not
+// be called at all: the others must be able to do its work. Whoever waits for another spins for `spin`, then parks.
+//
+// False, and nobody is called, inside another parallel region and while another thread uses the team.
+bool run_members(int members, MemberBody body, void* context, Nanoseconds spin = default_spin);
+
+// A parallel loop in which other threads may take part.
+class Job;
+bool take_part(Job&);  // runs chunks until none is left; false when there was none
+
+// Who runs the parallel loops of a thread, instead of the team.
+struct Crew {
+  int threads;  // at most, the thread's own among them; what num_threads() says
+  // Gives the loop to whoever takes part, takes part, and returns when nobody does any more. Null: the team runs it.
+  void (*share)(void* context, Job&) = nullptr;
+  void* context = nullptr;
+};
+
+// The calling thread's crew for as long as it lives.
+class CrewScope {
+ public:
+  explicit CrewScope(const Crew& crew);
+  ~CrewScope();
+  CrewScope(const CrewScope&) = delete;
+  CrewScope& operator=(const CrewScope&) = delete;
+
+ private:
+  const Crew* before_;
+};
+
+// Threads within an operation: the crew's where the thread has one, else the last set_num_threads(), else
+// PYCODESIGN_NUM_THREADS, else available_cores().
 // Throws std::invalid_argument when PYCODESIGN_NUM_THREADS is not a positive number.
 int num_threads();
+
+// Lets the processor know that a thread spins.
+void relax_cpu();
 
 // Throws std::invalid_argument unless 1 <= n <= 4096.
 void set_num_threads(int n);

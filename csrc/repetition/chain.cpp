@@ -275,16 +275,25 @@ void Chain::plan_memory(ChainPlan& plan) const {
   }
 }
 
-void Chain::run(const ChainPlan& plan, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) const {
-  thread_local core::AlignedBuffer<char> buffer, copies[2];
-  char* const arena = buffer.reserve(plan.bytes);
+std::vector<Tensor> Chain::place_values(const ChainPlan& plan, char* arena) const {
   std::vector<Tensor> tensors(values_.size());
   for (size_t v = 0; v < tensors.size(); ++v) {
     tensors[v] = contiguous(arena + plan.at[v], plan.shape[v], values_[v]);
     tensors[v].lifted = plan.lifted[v];
   }
+  return tensors;
+}
+
+void Chain::run(const ChainPlan& plan, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) const {
+  thread_local core::AlignedBuffer<char> buffer;
+  std::vector<Tensor> tensors = place_values(plan, buffer.reserve(plan.bytes));
   for (size_t i = 0; i < inputs.size(); ++i) tensors[static_cast<size_t>(inputs_[i])] = inputs[i];
   for (size_t i = 0; i < outputs.size(); ++i) tensors[static_cast<size_t>(outputs_[i])] = outputs[i];
+  run_steps(plan, tensors);
+}
+
+void Chain::run_steps(const ChainPlan& plan, const std::vector<Tensor>& tensors) const {
+  thread_local core::AlignedBuffer<char> copies[2];
   for (size_t i = 0; i < steps_.size(); ++i) {
     const Step& s = steps_[i];
     const Tensor &x = tensors[static_cast<size_t>(s.x)], &out = tensors[static_cast<size_t>(s.out)];
@@ -298,7 +307,15 @@ void Chain::run(const ChainPlan& plan, const std::vector<Tensor>& inputs, const 
     if (s.kind == Kind::add) {
       std::optional<Tensor> b;
       if (residual) b = residual->lifted ? *residual : make_contiguous(*residual, dtype(s.residual), copies[1]);
-      run_add(plan.kernels, s, from, b ? &*b : nullptr, out, plan.elements[static_cast<size_t>(s.out)]);
+      const bool flat = out.lifted || is_contiguous(out, dtype(s.out));  // else image by image
+      const int64_t images = flat ? 1 : out.size[0], elements = plan.elements[static_cast<size_t>(s.out)] / images;
+      for (int64_t n = 0; n < images; ++n) {
+        Tensor image = out, a = from;
+        image.data += n * out.stride[0];
+        a.data += n * elements * element_bytes(dtype(s.x));
+        if (b && n > 0) b->data += elements * element_bytes(dtype(s.residual));
+        run_add(plan.kernels, s, a, b ? &*b : nullptr, image, elements);
+      }
     } else if (s.kind == Kind::linear) {
       const auto rows = [](const Tensor& t) {  // as the pixels of one image
         return Tensor{t.data, {1, t.size[1] * t.size[2] * t.size[3], 1, t.size[0]}, {0, t.stride[3], 0, t.stride[0]}};
@@ -362,10 +379,10 @@ void Chain::run_pool(const Kernels& k, const Step& s, const Tensor& x, const Ten
   const int64_t R = whole ? H : p.kernel[0], S = whole ? W : p.kernel[1];
   core::parallel_for(x.size[0] * x.size[1], [&](int64_t plane, int) {
     const char* image = x.data + plane * H * W * element_bytes(from);
-    char* to_row = out.data + plane * OH * OW * element_bytes(to);
+    char* to_row = out.data + plane / x.size[1] * out.stride[0] + plane % x.size[1] * OH * OW * element_bytes(to);
     thread_local core::AlignedBuffer<char> buffer;
     if (s.kind == Kind::max_pool2d) {
-      std::vector<const char*> rows;
+      thread_local std::vector<const char*> rows;
       char* scratch = buffer.reserve(static_cast<size_t>(2 * (W + 2 * p.padding[1]) * element_bytes(from) + 3 * 64));
       for (int64_t oh = 0; oh < OH; ++oh, to_row += OW * element_bytes(to)) {
         rows.clear();
@@ -407,6 +424,11 @@ void Chain::run_pool(const Kernels& k, const Step& s, const Tensor& x, const Ten
       k.finish(f);
     }
   });
+}
+
+BoundChain::BoundChain(std::shared_ptr<const Chain> chain, const std::vector<Chain::Shape>& inputs)
+    : chain_(std::move(chain)), plan_(chain_->plan(inputs)), arena_(plan_->bytes) {
+  tensors_ = chain_->place_values(*plan_, arena_.data());
 }
 
 }  // namespace pycodesign::repetition

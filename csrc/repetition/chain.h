@@ -46,10 +46,11 @@ class Chain {
   std::shared_ptr<const ChainPlan> plan(const std::vector<Shape>& inputs) const;
   static const Shape& shape(const ChainPlan&, int value);
   static bool is_lifted(const ChainPlan&, int value);
-  // Outputs overlap neither inputs nor each other.
+  // Outputs overlap neither inputs nor each other; the elements of an image follow one another.
   void run(const ChainPlan&, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) const;
 
  private:
+  friend class BoundChain;
   enum class Kind : uint8_t { conv2d, linear, max_pool2d, avg_pool2d, add };
   struct Step {
     Kind kind;
@@ -66,6 +67,8 @@ class Chain {
   Shape output_shape(const Step&, const Shape& x) const;
   std::shared_ptr<const ChainPlan> make_plan(const Kernels&, const std::vector<Shape>& inputs) const;
   void plan_memory(ChainPlan&) const;
+  std::vector<Tensor> place_values(const ChainPlan&, char* arena) const;
+  void run_steps(const ChainPlan&, const std::vector<Tensor>& tensors) const;
   void run_pool(const Kernels&, const Step&, const Tensor& x, const Tensor& out) const;
   void run_add(const Kernels&, const Step&, const Tensor& a, const Tensor* b, const Tensor& out, int64_t count) const;
 
@@ -75,6 +78,27 @@ class Chain {
 
   mutable std::mutex mutex_;
   mutable std::map<std::vector<int64_t>, std::shared_ptr<const ChainPlan>> plans_;
+};
+
+// A chain for inputs of fixed sizes, under the settings in force when it is made, with memory of its own. Once the
+// threads that run it have their scratch memory, a run takes no lock, allocates nothing and makes no system call.
+class BoundChain {
+ public:
+  BoundChain(std::shared_ptr<const Chain>, const std::vector<Chain::Shape>& inputs);
+
+  const Chain& chain() const { return *chain_; }
+  const Chain::Shape& input_shape(size_t index) const { return Chain::shape(*plan_, chain_->inputs().at(index)); }
+  const Chain::Shape& output_shape(size_t index) const { return Chain::shape(*plan_, chain_->outputs().at(index)); }
+  // Where it reads and writes from now on; of the planned sizes, as for Chain::run.
+  void set_input(size_t index, const Tensor& t) { tensors_[static_cast<size_t>(chain_->inputs().at(index))] = t; }
+  void set_output(size_t index, const Tensor& t) { tensors_[static_cast<size_t>(chain_->outputs().at(index))] = t; }
+  void run() const { chain_->run_steps(*plan_, tensors_); }  // one at a time
+
+ private:
+  std::shared_ptr<const Chain> chain_;
+  std::shared_ptr<const ChainPlan> plan_;
+  core::AlignedBuffer<char> arena_;
+  std::vector<Tensor> tensors_;
 };
 
 }  // namespace pycodesign::repetition

@@ -37,12 +37,14 @@ const LayerCode* PackedConv2d::code(const Kernels& k) const {
 }
 
 const LayerCode& PackedConv2d::machine_code(bool avx512) const {
+  if (const LayerCode* code = made_code_[avx512]) return *code;
   const std::lock_guard lock(mutex_);
   auto& made = code_[avx512];
   if (!made) {
     const std::vector<uint8_t> unpacked = codes();
     const Weights weights = weights_of(unpacked);
     made = std::make_unique<LayerCode>(code_layer(weights, geometry_, activations_), avx512);
+    made_code_[avx512] = made.get();
   }
   return *made;
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -213,6 +214,7 @@ class PackedConv2d final : public PackedLayer {
   // codegen: machine code for each kind of vectors, made when first needed, and tables for where there is none
   int code_bits_ = 0;
   mutable std::unique_ptr<const LayerCode> code_[2];
+  mutable std::atomic<const LayerCode*> made_code_[2] = {};  // the same, without the lock
   mutable std::unique_ptr<const PackedConv2d> without_code_;
 
   mutable std::mutex mutex_;

@@ -28,6 +28,8 @@ from pycodesign.ops import Packed, _check_packed
 
 __all__ = ["Chain", "Value"]
 
+MOST_BOUND = 32  # sizes for which a chain keeps memory
+
 Clamp = tuple[float | None, float | None] | None
 Windows = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # sizes, strides, padding
 
@@ -80,6 +82,7 @@ class Chain:
         self._inputs: list[Value] = []
         self._values: list[Value] = []
         self._outputs: list[Value] | None = None
+        self._bound: dict[tuple[Any, ...], list[_core.BoundChain]] = {}
         self.layers: list[Packed] = []  # in the order of their steps; what they are and cost, their `explain` tells
 
     def input(self, dtype: str = "float32", scale: float = 1.0, zero_point: int = 0) -> Value:
@@ -321,15 +324,20 @@ class Chain:
         TypeError, ValueError
             Naming the argument, what was expected and what came.
         """
+        rows = self.check_inputs(inputs)
+        if out is not None:
+            if not isinstance(out, Sequence) or not all(isinstance(array, np.ndarray) for array in out):
+                raise TypeError(f"out: expected a sequence of NumPy arrays, got {type(out).__name__}")
+            if len(out) != len(rows):
+                raise ValueError(f"out: expected {len(rows)} arrays, got {len(out)}")
+        return self._native.run(list(inputs), None if out is None else list(out), rows)
+
+    def check_inputs(self, inputs: Sequence[NDArray[Any]]) -> list[bool]:
+        """Check the arguments of a call; return which outputs are rows (N, O)."""
         if self._outputs is None:
             raise ValueError("output: expected to be called before the chain is, got a chain without outputs")
         if len(inputs) != len(self._inputs):
             raise TypeError(f"inputs: expected {len(self._inputs)} arrays, got {len(inputs)}")
-        if out is not None:
-            if not isinstance(out, Sequence) or not all(isinstance(array, np.ndarray) for array in out):
-                raise TypeError(f"out: expected a sequence of NumPy arrays, got {type(out).__name__}")
-            if len(out) != len(self._outputs):
-                raise ValueError(f"out: expected {len(self._outputs)} arrays, got {len(out)}")
         for array, value in zip(inputs, self._inputs, strict=True):
             if not isinstance(array, np.ndarray):
                 raise TypeError(f"inputs: expected NumPy arrays, got {type(array).__name__}")
@@ -337,8 +345,28 @@ class Chain:
                 raise TypeError(f"inputs: expected {value.dtype} (N, C, H, W) or (N, I), got {array.dtype}")
             if array.ndim not in (2, 4):
                 raise ValueError(f"inputs: expected {value.dtype} (N, C, H, W) or (N, I), got {array.shape}")
-        rows = [2 == (inputs[value.source].ndim if value.ndim is None else value.ndim) for value in self._outputs]
-        return self._native.run(list(inputs), None if out is None else list(out), rows)
+        return [2 == (inputs[value.source].ndim if value.ndim is None else value.ndim) for value in self._outputs]
+
+    def bind(self, shapes: Sequence[tuple[int, ...]], threads: int) -> _core.BoundChain:
+        """Return this chain with memory of its own, for inputs of these shapes and so many threads."""
+        full = [(*shape, 1, 1)[:4] for shape in shapes]
+        return _core.BoundChain(self._native, full, threads)
+
+    def take_bound(self, shapes: Sequence[tuple[int, ...]]) -> tuple[list[_core.BoundChain], _core.BoundChain]:
+        """Return this chain as `bind` does for one thread, and the list to put it back into, for the next one."""
+        free = self._bound.setdefault((_core.active_isa(), *shapes), [])
+        try:
+            return free, free.pop()
+        except IndexError:
+            if len(self._bound) > MOST_BOUND:
+                self._bound.clear()  # a caller that never repeats a size
+            return free, self.bind(shapes, 1)
+
+    def allocate_outputs(self, bound: _core.BoundChain, rows: Sequence[bool]) -> list[NDArray[Any]]:
+        """Return new arrays for the outputs of a bound chain."""
+        assert self._outputs is not None
+        shapes = zip(bound.output_shapes, rows, self._outputs, strict=True)
+        return [np.empty(shape[: 2 if is_rows else 4], value.dtype) for shape, is_rows, value in shapes]
 
     def plan(self, *shapes: Sequence[int]) -> list[tuple[tuple[int, int, int, int], bool]]:
         """Plan for inputs of these shapes, and tell of every value, in the order of its step, what becomes of it.

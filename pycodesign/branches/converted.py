@@ -1,0 +1,90 @@
+"""Bodies that run without Python: chains, and torch modules that do no more than one."""
+
+from __future__ import annotations
+
+import operator
+import sys
+from typing import Any, NamedTuple
+
+from pycodesign.branches.graph import Body, Graph, Slice
+
+__all__ = ["Found", "find_chain"]
+
+EPILOGUE = ("clamp", "out_dtype", "out_scale", "out_zero_point")
+
+
+class Found(NamedTuple):
+    """The chain that a body is, and the shapes (N, C, H, W) or (N, I) of its inputs."""
+
+    chain: Any
+    input_shapes: list[tuple[int, ...]]
+
+
+def find_chain(graph: Graph, body: Body) -> Found | None:
+    """Return the chain that a body is; None for a body that needs Python."""
+    shapes = [_shape(graph, piece) for piece in body.inputs]
+    if any(len(shape) not in (2, 4) for shape in shapes):
+        return None
+    from pycodesign.repetition.chain import Chain
+
+    if isinstance(body.run, Chain):
+        return Found(body.run, shapes)
+    if body.arrays != "torch" or "pycodesign.nn" not in sys.modules:  # nothing was converted
+        return None
+    chain = _find_in_module(body.run)
+    return None if chain is None else Found(chain, shapes)
+
+
+def _shape(graph: Graph, piece: Slice) -> tuple[int, ...]:
+    images, channels, *size = graph.values[piece.value].shape
+    return images, (channels if piece.end is None else piece.end) - piece.begin, *size
+
+
+def _find_in_module(module: Any) -> Any:
+    from torch import fx
+
+    from pycodesign.nn.modules import Layer, Segment
+    from pycodesign.nn.program import find_chain as chain_of
+
+    if isinstance(module, fx.GraphModule):
+        module = _find_only_module(module)
+    if isinstance(module, Segment):
+        return chain_of(module.weights(), module.program)
+    return _chain_of_layer(module) if isinstance(module, Layer) else None
+
+
+def _find_only_module(traced: Any) -> Any:
+    """Return the module that takes all inputs and whose results, flattened or not, are all that comes out, or None."""
+    nodes = list(traced.graph.nodes)
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    called = [node for node in nodes if node.op == "call_module"]
+    if len(called) != 1 or list(called[0].args) != inputs or called[0].kwargs:
+        return None
+    results = nodes[-1].args[0]
+    results = list(results) if isinstance(results, (list, tuple)) else [results]
+    others = [node for node in nodes if node.op not in ("placeholder", "call_module", "output")]
+    expected = []
+    for position, result in enumerate(results):
+        if result.op == "call_method" and result.target == "flatten" and result.args[1:] == (1,) and not result.kwargs:
+            expected.append(result)
+            result = result.args[0]
+        if len(results) > 1 or result is not called[0]:
+            if result.op != "call_function" or result.target is not operator.getitem or result.args[1] != position:
+                return None
+            expected.append(result)
+            result = result.args[0]
+        if result is not called[0]:
+            return None
+    return traced.get_submodule(called[0].target) if set(others) == set(expected) else None
+
+
+def _chain_of_layer(layer: Any) -> Any:
+    from pycodesign.repetition.chain import Chain
+
+    packed = layer.packed()
+    options = packed._options
+    chain = Chain()
+    x = chain.input(options["input_dtype"], options["input_scale"], options["input_zero_point"])
+    epilogue = {name: layer.options[name] for name in EPILOGUE if name in layer.options}
+    chain.output(getattr(chain, layer.kind)(x, packed, **epilogue))
+    return chain

@@ -1,0 +1,366 @@
+"""One process for each device, over torch.distributed, for `Executor`."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any
+
+try:
+    import torch
+    import torch.distributed as dist
+except ImportError as error:
+    raise ImportError("backend='distributed' needs torch: `pip install 'pycodesign[torch]'`") from error
+
+from torch import Tensor, nn
+
+from pycodesign._arguments import to_number
+from pycodesign.branches.graph import Body, Graph, Placement, Slice, overlap
+from pycodesign.branches.simulate import predict
+from pycodesign.branches.table import LatencyTable
+
+__all__ = ["Runner", "recompute_bodies"]
+
+
+class Runner:
+    """This process's part of a placed graph; `Executor` says what all backends do.
+
+    Every process of the group makes one, of the same graph and placement, and calls it with the same inputs; team n is
+    the process of rank n. All receives are posted before anything is computed, into memory that is allocated once;
+    results are sent as soon as they are there.
+
+    Parameters
+    ----------
+    graph : Graph
+    place : Placement
+    group : torch.distributed.ProcessGroup, optional
+        Of as many processes as there are teams, with gloo on the CPU or nccl on GPUs; by default the default group.
+    device : str or torch.device
+        Where this process computes.
+    timeout : float
+        Seconds to wait for another process.
+    recompute : {"auto", "always", "never"}
+        Whether a stem that several teams need runs on each of them instead of being sent. ``"auto"``: where that is
+        faster by `table`, or, without one, where a stem reads nothing that would have to be sent.
+    table : LatencyTable, optional
+        With the waits and transfers of the links between processes.
+    link_delay : float
+        Seconds by which each message is held back, to try what slower links do.
+
+    Raises
+    ------
+    RuntimeError
+        Without a process group.
+    ValueError
+        If the group has another size, or another process another graph.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        place: Placement,
+        *,
+        group: Any = None,
+        device: str | torch.device = "cpu",
+        timeout: float = 30.0,
+        recompute: str = "auto",
+        table: LatencyTable | None = None,
+        link_delay: float = 0.0,
+    ) -> None:
+        if not dist.is_available() or not dist.is_initialized():
+            raise RuntimeError("group: expected torch.distributed.init_process_group to have been called, got no group")
+        self.group, self.device = group, torch.device(device)
+        self.rank, size = dist.get_rank(group), dist.get_world_size(group)
+        if size != len(place.teams):
+            raise ValueError(f"group: expected {len(place.teams)} processes, one for each team, got {size}")
+        self.timeout = to_number("timeout", timeout)
+        if not 0 < self.timeout < 1e6:
+            raise ValueError(f"timeout: expected a positive number of seconds, got {timeout}")
+        self.delay = to_number("link_delay", link_delay)
+        if not 0 <= self.delay < self.timeout:
+            raise ValueError(f"link_delay: expected seconds, fewer than the timeout, got {link_delay}")
+        self.graph, self.place = recompute_bodies(graph, place, recompute, table)
+        self._check_peers()
+        self._failed: str | None = None
+        self._allocate()
+        self._sender = _Sender(self.delay) if self.delay else None
+
+    def _check_peers(self) -> None:
+        """Compare what all processes are to run."""
+        values = sorted((name, value.shape, value.dtype) for name, value in self.graph.values.items())
+        bodies = [(b.name, b.inputs, b.outputs) for b in self.graph.bodies.values()]
+        mine = repr((values, bodies, self.place.teams))
+        found: list[Any] = [None] * len(self.place.teams)
+        dist.all_gather_object(found, mine, group=self.group)
+        for rank, other in enumerate(found):
+            if other != mine:
+                raise ValueError(f"net: expected the same graph and placement on all ranks, got others on rank {rank}")
+
+    def _allocate(self) -> None:
+        graph, team_of = self.graph, self.place.team_of
+        self.values = {
+            name: torch.empty(value.shape, dtype=getattr(torch, value.dtype), device=self.device)
+            for name, value in graph.values.items()
+        }
+        self.messages = _list_messages(graph, self.place)
+        for message in self.messages:
+            if self.rank in (message.source, message.target):
+                message.allocate(self.values)
+        self.bodies = [_move(graph.bodies[name], self.device) for name in self.place.teams[self.rank]]
+        self.sends: dict[str, list[_Message]] = {}
+        self.waits: dict[str, list[_Message]] = {}
+        for message in self.messages:
+            if message.source == self.rank:
+                self.sends.setdefault(message.body, []).append(message)
+            elif message.target == self.rank:
+                for reader in message.readers:
+                    self.waits.setdefault(reader, []).append(message)
+        self.owners = {
+            name: team_of[next(b.name for b in graph.bodies.values() if any(p.value == name for p in b.outputs))]
+            for name in graph.outputs
+        }
+
+    def __call__(self, *inputs: Any) -> list[Any]:
+        if self._failed:
+            raise RuntimeError(f"run: expected all processes, got an executor that failed before ({self._failed})")
+        as_torch = self.graph.check_inputs(inputs)
+        try:
+            made = self._run(inputs)
+        except Exception as error:
+            self._failed = str(error)
+            raise
+        return made if as_torch else [y.cpu().numpy() for y in made]
+
+    def _run(self, inputs: Sequence[Any]) -> list[Tensor]:
+        for name, x in zip(self.graph.inputs, inputs, strict=True):
+            self.values[name].copy_(torch.as_tensor(x))
+        pending: dict[int, Any] = {}
+        for message in self.messages:  # all of them now: what comes early finds its place
+            if message.target == self.rank:
+                pending[message.index] = self._post(dist.irecv, message, message.source)
+        sent: list[tuple[_Message, Any]] = []
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.place.threads[self.rank])
+        try:
+            for body in self.bodies:
+                for message in self.waits.get(body.name, ()):
+                    self._receive(message, pending)
+                _run(body, self.values)
+                for message in self.sends.get(body.name, ()):
+                    message.fill(self.values)
+                    sent.append((message, self._send(message)))
+            for message in self.messages:  # those that only the outputs need
+                if message.target == self.rank:
+                    self._receive(message, pending)
+            for message, work in sent:
+                self._wait(work, message, message.target)
+        finally:
+            torch.set_num_threads(threads)
+        return [self.values[name].clone() for name in self.graph.outputs]
+
+    def _global(self, rank: int) -> int:
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+    def _send(self, message: _Message) -> Any:
+        def post() -> Any:
+            return self._post(dist.isend, message, message.target)
+
+        return post() if self._sender is None else self._sender.add(post)
+
+    def _post(self, function: Callable[..., Any], message: _Message, peer: int) -> Any:
+        try:
+            return function(message.buffer, self._global(peer), group=self.group, tag=message.index)
+        except RuntimeError as error:
+            raise self._describe(error, message, peer, 0.0) from error
+
+    def _receive(self, message: _Message, pending: dict[int, Any]) -> None:
+        if (work := pending.pop(message.index, None)) is not None:
+            self._wait(work, message, message.source)
+            message.empty(self.values)
+
+    def _wait(self, work: Any, message: _Message, peer: int) -> None:
+        begin = time.monotonic()
+        try:
+            work.wait(datetime.timedelta(seconds=self.timeout))
+        except RuntimeError as error:
+            raise self._describe(error, message, peer, time.monotonic() - begin) from error
+
+    def _describe(self, error: Exception, message: _Message, peer: int, waited: float) -> ConnectionError:
+        action = "receive" if peer == message.source else "send"
+        reason = re.sub(r"^\[\S+\] ", "", str(error)).split(". ")[0].splitlines()[0]
+        return ConnectionError(
+            f"rank {self.rank}: expected to {action} the result of {message.body!r} "
+            f"{'from' if action == 'receive' else 'to'} rank {peer} within {self.timeout:g} s, "
+            f"got none after {waited:.1f} s: {reason}"
+        )
+
+
+@dataclass
+class _Message:
+    """A slice that one process makes and another needs.
+
+    Its index is its tag, and its place in the order in which both sides post what goes between them.
+    """
+
+    index: int
+    body: str
+    piece: Slice
+    source: int
+    target: int
+    readers: list[str] = field(default_factory=list)
+    buffer: Any = None
+    is_view: bool = False
+
+    def allocate(self, values: dict[str, Tensor]) -> None:
+        part = _view(values, self.piece)
+        self.is_view = part.is_contiguous()
+        self.buffer = part if self.is_view else torch.empty_like(part, memory_format=torch.contiguous_format)
+
+    def fill(self, values: dict[str, Tensor]) -> None:
+        if not self.is_view:
+            self.buffer.copy_(_view(values, self.piece))
+
+    def empty(self, values: dict[str, Tensor]) -> None:
+        if not self.is_view:
+            _view(values, self.piece).copy_(self.buffer)
+
+
+class _Sender:
+    """Sends messages later, from a thread of its own."""
+
+    def __init__(self, delay: float) -> None:
+        self.delay = delay
+        self.queue: SimpleQueue[_Later] = SimpleQueue()
+        threading.Thread(target=self._run, name="sender", daemon=True).start()
+
+    def add(self, post: Callable[[], Any]) -> _Later:
+        later = _Later(time.monotonic() + self.delay, post)
+        self.queue.put(later)
+        return later
+
+    def _run(self) -> None:
+        while True:
+            later = self.queue.get()
+            time.sleep(max(0.0, later.due - time.monotonic()))
+            try:
+                later.work = later.post()
+            except Exception as error:
+                later.error = error
+            later.posted.set()
+
+
+class _Later:
+    def __init__(self, due: float, post: Callable[[], Any]) -> None:
+        self.due, self.post, self.posted = due, post, threading.Event()
+        self.work: Any = None
+        self.error: Exception | None = None
+
+    def wait(self, timeout: datetime.timedelta) -> None:
+        if not self.posted.wait(timeout.total_seconds()):
+            raise RuntimeError("not sent in time")
+        if self.error is not None:
+            raise self.error
+        self.work.wait(timeout)
+
+
+def _list_messages(graph: Graph, place: Placement) -> list[_Message]:
+    """List what goes between processes, in the order in which a sequential run would make it.
+
+    Outputs go to every process.
+    """
+    team_of, found = place.team_of, []
+    for body in graph.bodies.values():
+        for piece in body.outputs:
+            for target in range(len(place.teams)):
+                if target == team_of[body.name]:
+                    continue
+                readers = [
+                    name
+                    for name in place.teams[target]
+                    if any(overlap(piece, mine) for mine in graph.bodies[name].inputs)
+                ]
+                if readers or piece.value in graph.outputs:
+                    found.append(_Message(0, body.name, piece, team_of[body.name], target, readers))
+    # Each process sends in the order in which it runs: matters to backends without tags.
+    position = {name: i for team in place.teams for i, name in enumerate(team)}
+    found.sort(key=lambda message: (message.source, position[message.body]))
+    for index, message in enumerate(found):
+        message.index = index
+    return found
+
+
+def _view(values: dict[str, Tensor], piece: Slice) -> Tensor:
+    return values[piece.value][:, piece.begin : piece.end]
+
+
+def _move(body: Body, device: torch.device) -> Body:
+    if device.type == "cpu":
+        return body
+    if body.arrays != "torch":
+        raise ValueError(f"{body.name}: expected a torch module on {device}, got a body of {body.arrays} arrays")
+    run = copy.deepcopy(body.run).to(device) if isinstance(body.run, nn.Module) else body.run
+    return Body(body.name, run, body.inputs, body.outputs)
+
+
+def _run(body: Body, values: dict[str, Tensor]) -> None:
+    inputs = [_view(values, piece) for piece in body.inputs]
+    if body.arrays == "torch":
+        with torch.inference_mode():
+            results = body.run(*inputs)
+    else:
+        results = body.run(*[x.numpy() for x in inputs])
+    results = list(results) if isinstance(results, (list, tuple)) else [results]
+    if len(results) != len(body.outputs):
+        raise ValueError(f"{body.name}: expected {len(body.outputs)} results, got {len(results)}")
+    for piece, result in zip(body.outputs, results, strict=True):
+        part, result = _view(values, piece), torch.as_tensor(result)
+        if result.shape != part.shape or result.dtype != part.dtype:
+            wanted = f"{part.dtype} {tuple(part.shape)}"
+            raise ValueError(f"{body.name}: expected to return {wanted}, got {result.dtype} {tuple(result.shape)}")
+        part.copy_(result)
+
+
+def recompute_bodies(
+    graph: Graph, place: Placement, choice: str = "auto", table: LatencyTable | None = None
+) -> tuple[Graph, Placement]:
+    """Let teams run copies of a stem of their own where that is cheaper than to send it.
+
+    Parameters
+    ----------
+    graph : Graph
+    place : Placement
+    choice : {"auto", "always", "never"}
+        ``"auto"``: by `table`, where there is one; else where a stem reads inputs of the graph alone, which every
+        process has.
+    table : LatencyTable, optional
+
+    Returns
+    -------
+    (Graph, Placement)
+    """
+    if choice not in ("auto", "always", "never"):
+        raise ValueError(f"recompute: expected 'auto', 'always' or 'never', got {choice!r}")
+    for name in [name for name, body in graph.bodies.items() if body.may_recompute and choice != "never"]:
+        team_of = place.team_of
+        readers = [other for other in graph.bodies if name in graph.before[other]]
+        teams = {team_of[reader] for reader in readers}
+        written = {piece.value for piece in graph.bodies[name].outputs}
+        if len(teams) < 2 or written & set(graph.outputs):
+            continue
+        if choice == "auto" and table is None and not {p.value for p in graph.bodies[name].inputs} <= set(graph.inputs):
+            continue
+        changed = graph.recompute(name, team_of)
+        rows = []
+        for team, bodies in enumerate(place.teams):
+            rest = [other for other in bodies if other != name]
+            rows.append((f"{name}.{team}", *rest) if team in teams else tuple(rest))
+        moved = Placement(tuple(rows), place.threads, method=place.method)
+        if choice == "always" or table is None or predict(changed, moved, table) <= predict(graph, place, table):
+            graph, place = changed, moved
+    return graph, place

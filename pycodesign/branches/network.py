@@ -92,7 +92,7 @@ class Network(nn.Module):
         shape: tuple[int, ...] | None = None,
         *,
         convert: Callable[[nn.Module], nn.Module] | None = None,
-        native: bool = False,
+        native: bool | None = None,
     ) -> Graph:
         """Return the graph of this network for inputs of one shape; it is not changed by further training.
 
@@ -102,10 +102,13 @@ class Network(nn.Module):
             (N, C, H, W); by default `shape`.
         convert : callable, optional
             Makes of each part's module, in evaluation mode, the one that runs: `pycodesign.nn.convert`, for example.
-        native : bool
-            Make native chains of all parts that can be, and simplify the others, as a latency table expects it.
+        native : bool, optional
+            Make native chains of all parts that can be, and simplify the others, as a latency table expects it; by
+            default of networks of a `Space`, unless there is `convert`.
         """
         shape = tuple(shape or self.shape)
+        if native is None:
+            native = convert is None and any(part.costs for part in self.parts)
         net = copy.deepcopy(self).eval()
         with torch.no_grad():
             found = net._run(torch.zeros(shape))

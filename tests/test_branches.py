@@ -214,6 +214,19 @@ def test_timeout(position: int) -> None:
 
 
 @two_cores
+def test_body_that_calls_its_executor() -> None:
+    executors: list[Executor] = []
+
+    def call_again(x: Any) -> Any:
+        return executors[0](x)[0]
+
+    values = {"x": Value((1, 4)), "y": Value((1, 4))}
+    graph = Graph(values, [Body("again", call_again, [Slice("x", 0, 4)], [Slice("y", 0, 4)])], ["x"], ["y"])
+    executors.append(Executor(graph, Placement([["again"]])))
+    with pytest.raises(RuntimeError, match=r"^Executor: expected a body that does not call"):
+        executors[0](np.zeros((1, 4), np.float32))
+
+
 def test_timeout_of_a_body() -> None:
     end = threading.Event()
     case = conformance.diamond(0, 0)

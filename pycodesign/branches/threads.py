@@ -46,6 +46,7 @@ class Runner:
         self._threads = _count_threads(graph, place, dict(widths or {}))
         self._outputs = [(name, graph.values[name].shape, np.dtype(graph.values[name].dtype)) for name in graph.outputs]
         self._lock = threading.Lock()
+        self._inside: set[int] = set()  # threads that run a body
         self._has_torch = any(body.arrays == "torch" for body in graph.bodies.values())
         self._arrays: Arrays = {}  # of each value; inputs and outputs are those of the run
         self._free: list[tuple[Callable[..., None], int, Slice, tuple[int, ...]]] = []  # bound anew in every run
@@ -70,7 +71,7 @@ class Runner:
         """Return a bound chain, or a function that needs Python."""
         found = find_chain(self._graph, body)
         if found is None:
-            return PythonBody(body, self._arrays)
+            return PythonBody(body, self._arrays, self._inside)
         bound = found.chain.bind(found.input_shapes, self._threads[body.name])
         for bind, pieces, shapes in (
             (bound.set_input, body.inputs, found.input_shapes),
@@ -100,6 +101,8 @@ class Runner:
         if self._timeout is not None:
             self._run_timed(given, made, self._timeout)
         else:
+            if threading.get_ident() in self._inside:
+                raise RuntimeError("Executor: expected a body that does not call the executor that runs it")
             with self._lock:
                 self._arrays.update(given)
                 self._arrays.update(made)
@@ -122,7 +125,7 @@ class Runner:
         arrays = {**graph.allocate(), **given}
         teams = [
             Team(
-                [PythonBody(graph.bodies[name], arrays) for name in names],
+                [PythonBody(graph.bodies[name], arrays, set()) for name in names],
                 [graph.before[name] for name in names],
                 threads,
             )
@@ -134,14 +137,18 @@ class Runner:
 
 
 class PythonBody:
-    """Calls a body on the arrays of the run."""
+    """Calls a body on the arrays of the run; `inside` holds the threads that are in one."""
 
-    def __init__(self, body: Body, arrays: Arrays) -> None:
-        self.name, self._body, self._arrays = body.name, body, arrays
+    def __init__(self, body: Body, arrays: Arrays, inside: set[int]) -> None:
+        self.name, self._body, self._arrays, self._inside = body.name, body, arrays, inside
 
     def __call__(self) -> None:
-        body, arrays = self._body, self._arrays
-        run_body(body, [view(arrays, p) for p in body.inputs], [view(arrays, p) for p in body.outputs])
+        body, arrays, thread = self._body, self._arrays, threading.get_ident()
+        self._inside.add(thread)
+        try:
+            run_body(body, [view(arrays, p) for p in body.inputs], [view(arrays, p) for p in body.outputs])
+        finally:
+            self._inside.discard(thread)
 
 
 def _count_threads(graph: Graph, place: Placement, widths: Mapping[str, Any]) -> dict[str, int]:

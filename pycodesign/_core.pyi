@@ -89,6 +89,36 @@ def expand(
 ) -> NDArray[Any]:
     """Copy rows and columns of w (2 to 4 dimensions), whose elements are what `dtype` names, with factors."""
 
+def pack_none(outputs: int, inputs: int, bias: NDArray[np.float32] | None) -> Delta:
+    """Pack a task that changes no weights."""
+
+def pack_sparse(
+    outputs: int,
+    inputs: int,
+    row: NDArray[np.int32],
+    column: NDArray[np.int32],
+    value: NDArray[np.float32],
+    bias: NDArray[np.float32] | None,
+    dtype: str,
+) -> Delta:
+    """Pack entries, sorted by row, then column, none twice."""
+
+def pack_low_rank(
+    b: NDArray[np.float32], a: NDArray[np.float32], bias: NDArray[np.float32] | None, dtype: str
+) -> Delta:
+    """Pack b (O, r) times a (r, I)."""
+
+def pack_dense(w: NDArray[np.float32], bias: NDArray[np.float32] | None, dtype: str) -> Delta:
+    """Pack all of a matrix w (O, I)."""
+
+def delta_linear(
+    x: NDArray[np.float32],
+    base: NDArray[np.float32] | None,
+    deltas: Sequence[Delta],
+    out: NDArray[np.float32] | None,
+) -> NDArray[np.float32]:
+    """Add deltas times x (T, I) or (N, T, I) to base (T, O) or (N, T, O), into (N, T, O)."""
+
 @type_check_only
 class _Type(type):
     """Metaclass of classes that pybind11 binds."""
@@ -330,3 +360,35 @@ class Chain(metaclass=_Type):
 
     def plan(self, inputs: Sequence[Sequence[int]], values: int) -> list[tuple[list[int], bool]]:
         """Return the shape of each value, and whether it is lifted."""
+
+@final
+class Delta(metaclass=_Type):
+    """One task's difference of weights and bias, packed."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    @property
+    def kind(self) -> str:
+        """``"none"``, ``"sparse"``, ``"low_rank"`` or ``"dense"``."""
+
+    @property
+    def dtype(self) -> str:
+        """How values are kept: ``"float32"`` or ``"bfloat16"``."""
+
+    @property
+    def outputs(self) -> int: ...
+    @property
+    def inputs(self) -> int: ...
+    @property
+    def entries(self) -> int:
+        """Values of its matrices."""
+
+    @property
+    def rank(self) -> int:
+        """Of a low-rank pair; else 0."""
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the packed form."""
+
+    @property
+    def has_bias(self) -> bool: ...

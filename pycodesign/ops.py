@@ -1,4 +1,5 @@
-"""Quantized layers on arrays: pack the weights once, run them many times. Weights expanded by index.
+"""Quantized layers on arrays: pack the weights once, run them many times. Weights expanded by index. Many tasks on one
+layer.
 
 An array is a NumPy array or a torch tensor in host memory; the result is of the same kind.
 """
@@ -41,9 +42,22 @@ from pycodesign._arguments import (
     to_raw,
     to_scale,
 )
+from pycodesign._deltas import PackedDeltas, delta_linear, prepack_deltas
 from pycodesign.quantize import KernelCodebook, QuantizedTensor
 
-__all__ = ["Explanation", "Packed", "conv2d", "expand", "linear", "load_packed", "prepack_conv2d", "prepack_linear"]
+__all__ = [
+    "Explanation",
+    "Packed",
+    "PackedDeltas",
+    "conv2d",
+    "delta_linear",
+    "expand",
+    "linear",
+    "load_packed",
+    "prepack_conv2d",
+    "prepack_deltas",
+    "prepack_linear",
+]
 
 Native: TypeAlias = _core.PackedConv2d | _core.PackedLinear
 

@@ -6,6 +6,7 @@ void bind_core(pybind11::module_&);
 void bind_growth(pybind11::module_&);
 void bind_program(pybind11::module_&);
 void bind_repetition(pybind11::module_&);
+void bind_sharing(pybind11::module_&);
 }  // namespace pycodesign::bindings
 
 PYBIND11_MODULE(_core, module) {
@@ -15,4 +16,5 @@ PYBIND11_MODULE(_core, module) {
   pycodesign::bindings::bind_chain(module);
   pycodesign::bindings::bind_growth(module);
   pycodesign::bindings::bind_program(module);
+  pycodesign::bindings::bind_sharing(module);
 }

@@ -1,0 +1,70 @@
+// The inner loops of delta_linear, one table of them for each instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "sharing/sharing.h"
+
+namespace pycodesign::sharing {
+
+constexpr int most_panels = 4;  // that a kernel takes at once
+
+// Up to 64 rows of a task's sparse matrix; see SparseRows.
+struct SparseBlock {
+  const uint32_t* count;
+  const uint8_t* order;
+  const uint16_t* index;
+  const void* value;
+  Storage storage;
+  const float* bias;  // (64), or null
+};
+
+// Tokens side by side: x transposed, `width` tokens for each input.
+struct Tile {
+  float* data;    // (inputs, width), on a cache line
+  int64_t width;  // 16, 32 or 64
+};
+
+// sums (rows, width), of one block, to rows of the output: z[t][r] = base[t][r] + sums[r][t].
+struct FinishedBlock {
+  const float* sums;
+  int64_t width, rows, tokens;
+  const float* base;  // or null
+  int64_t base_row;
+  float* z;
+  int64_t z_row;
+};
+
+// Rows of x times up to four panels; out[p][t][o] = base[p][t][o] + (bias[p][o] + sum of panel[p][i][o] * x[t][i]).
+struct PanelProduct {
+  const float* x;
+  int64_t x_row, rows, inputs;
+  Storage storage;
+  int panels;
+  const void* panel[most_panels];
+  const float* bias[most_panels];  // (16), or null
+  const float* base[most_panels];  // or null
+  float* out[most_panels];
+  int64_t base_row[most_panels], out_row[most_panels];
+  int64_t width[most_panels];  // outputs that are wanted, at most 16
+};
+
+struct Kernels {
+  // tile[c][t] = x[t][c] for `inputs` columns; zeros for tokens beyond.
+  void (*stage_tile)(const float* x, int64_t x_row, int64_t tokens, int64_t inputs, const Tile& tile);
+  // sums[r][t] = bias[r] + sum of the entries of row r times tile[column][t]; (64, width).
+  void (*sum_tile)(const SparseBlock& block, const Tile& tile, float* sums);
+  void (*finish_block)(const FinishedBlock& block);
+  // Both for one token, with lanes that are rows: z[r] = base[r] + (bias[r] + sum of entries times x[column]).
+  void (*sum_token)(const SparseBlock& block, const float* x, int64_t rows, const float* base, float* z);
+  void (*multiply_panels)(const PanelProduct& product);
+};
+
+// Each overwrites what it improves; scalar fills everything.
+void fill_scalar(Kernels&);
+void fill_avx2(Kernels&);
+void fill_avx512(Kernels&);
+
+const Kernels& kernels();  // of the active instruction set
+
+}  // namespace pycodesign::sharing

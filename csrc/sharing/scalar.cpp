@@ -1,0 +1,51 @@
+// Four lanes that every compiler knows how to lower: SSE2 on plain x86-64, NEON on aarch64.
+#include <cstdint>
+#include <cstring>
+
+#include "sharing/kernels.h"
+
+namespace pycodesign::sharing {
+namespace {
+
+constexpr int lanes = 4;
+constexpr int tile_vectors = 4;
+constexpr int panel_rows = 2, panel_vectors = 4;
+
+typedef float f32v __attribute__((vector_size(16), may_alias));
+typedef uint32_t u32v __attribute__((vector_size(16), may_alias));
+
+inline f32v load(const float* p) {
+  f32v v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, f32v v) { std::memcpy(p, &v, sizeof v); }
+inline f32v splat(float value) { return f32v{value, value, value, value}; }
+inline f32v load_bf16(const uint16_t* p) {
+  const u32v bits = {p[0], p[1], p[2], p[3]};
+  return reinterpret_cast<f32v>(bits << 16);
+}
+inline f32v fma(f32v a, f32v b, f32v c) { return a * b + c; }
+inline f32v gather(const float* x, const uint16_t* i) { return f32v{x[i[0]], x[i[1]], x[i[2]], x[i[3]]}; }
+inline f32v select_first(int64_t n, f32v a, f32v b) {
+  for (int l = 0; l < lanes; ++l)
+    if (l < n) b[l] = a[l];
+  return b;
+}
+inline void transpose(f32v (&v)[lanes]) {
+  const f32v a = {v[0][0], v[1][0], v[2][0], v[3][0]}, b = {v[0][1], v[1][1], v[2][1], v[3][1]};
+  const f32v c = {v[0][2], v[1][2], v[2][2], v[3][2]}, d = {v[0][3], v[1][3], v[2][3], v[3][3]};
+  v[0] = a;
+  v[1] = b;
+  v[2] = c;
+  v[3] = d;
+}
+
+}  // namespace
+}  // namespace pycodesign::sharing
+
+#include "sharing/loops.h"
+
+namespace pycodesign::sharing {
+void fill_scalar(Kernels& k) { fill(k); }
+}  // namespace pycodesign::sharing

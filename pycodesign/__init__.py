@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pycodesign._native import __version__, get_num_threads, set_isa, set_num_threads, show_config
 
 if TYPE_CHECKING:
-    from pycodesign import growth, ops, quantize, reference, repetition
+    from pycodesign import growth, ops, quantize, reference, repetition, sharing
     from pycodesign import nn as nn
     from pycodesign.quantize import KernelCodebook, QuantizedTensor
 
@@ -32,7 +32,7 @@ __all__ = [
     "show_config",
 ]
 
-_SUBMODULES = frozenset({"growth", "nn", "ops", "quantize", "reference", "repetition"})
+_SUBMODULES = frozenset({"growth", "nn", "ops", "quantize", "reference", "repetition", "sharing"})
 
 
 def __getattr__(name: str) -> Any:

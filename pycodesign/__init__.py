@@ -2,7 +2,7 @@
 
 Submodules load when first used: `ops` (packed layers on arrays), `quantize` (weights of few values), `repetition` (the
 compiler behind packing), `reference` (the specification in NumPy), `nn` (torch modules and conversion), `growth`
-(larger models from trained smaller ones).
+(larger models from trained smaller ones), `sharing` (many tasks on one frozen encoder).
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ __all__ = [
     "repetition",
     "set_isa",
     "set_num_threads",
+    "sharing",
     "show_config",
 ]
 

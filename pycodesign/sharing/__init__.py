@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pycodesign.sharing.adapters import export_adapter, import_adapter
     from pycodesign.sharing.cache import FeatureCache
+    from pycodesign.sharing.choices import Search, search
     from pycodesign.sharing.components import Features, TaskSpec
     from pycodesign.sharing.costs import CostTable, count_operations, measure_costs
     from pycodesign.sharing.encoders import Encoder, read_encoder
     from pycodesign.sharing.engine import Engine
     from pycodesign.sharing.multitask import MultiTask, TaskModel, compute_loss
-    from pycodesign.sharing.choices import Search, search
 
 _MODULES = {  # loaded when first used: they need torch
     "CostTable": "costs",

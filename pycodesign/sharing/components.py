@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from pycodesign.sharing.deltas import Delta
 from pycodesign.sharing.encoders import PROJECTIONS, Activations, Encoder, Layer, attend
 
-__all__ = ["POSITIONS", "Aggregator", "Features", "Frozen", "Task", "TaskSpec", "pool", "read_features", "run_component"]
+__all__ = [
+    "POSITIONS",
+    "Aggregator",
+    "Features",
+    "Frozen",
+    "Task",
+    "TaskSpec",
+    "pool",
+    "read_features",
+    "run_component",
+]
 
 POSITIONS = ("mean", "first", "all")
 LABELS = ("classification", "regression", "tokens")
@@ -250,7 +260,8 @@ class Aggregator(nn.Module):
         """Pool (S, B, P, D) to (B, P, D)."""
         parts = slots.unflatten(-1, self.query.shape)
         scores = (parts * self.query).sum(-1, keepdim=True) + self.bias[:, None, None]
-        return (scores.softmax(0) * parts).sum(0).flatten(-2)
+        pooled: Tensor = (scores.softmax(0) * parts).sum(0).flatten(-2)
+        return pooled
 
 
 class Task(nn.Module):

@@ -43,7 +43,7 @@ class Delta(nn.Module):
     def project(self, linear: Linear, x: Tensor) -> Tensor:
         """Return (W + dW) x + b + db (..., O), or (..., R) with the outputs in `outputs` alone."""
         rows = self.outputs
-        bias = self.bias
+        bias: Tensor = self.bias
         if linear.bias is not None:
             bias = bias + (linear.bias if rows is None else linear.bias[rows])
         return F.linear(x, self.add_to(linear.weight), bias)

@@ -1,4 +1,4 @@
-"""Frozen encoders, seen as what they all are: layers of attention and an MLP, each between a norm and a residual sum."""
+"""Frozen encoders, seen as what they all are: layers of attention and an MLP, with norms and residual sums."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Activations(NamedTuple):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None) -> Tensor:
-    """Return contexts (B, P, D) of queries (B, P, D) over keys and values (B, T, D); mask (B, T), True where a token is."""
+    """Return contexts (B, P, D) of queries (B, P, D) over keys and values (B, T, D); mask (B, T): where a token is."""
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
     visible = None if mask is None else mask[:, None, None, :]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2).flatten(2)
@@ -132,7 +132,7 @@ class Encoder:
             digest.update(f"{layer.heads} {layer.pre_norm} {name_activation(layer.activation)};".encode())
         for name, tensor in self._list_tensors():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-            digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy())
+            digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
     def _list_tensors(self) -> list[tuple[str, Tensor]]:
@@ -293,7 +293,9 @@ def _find_activation(activation: Any) -> Callable[[Tensor], Tensor]:
 
 def _read_linear(module: Any) -> Linear:
     if type(module).__module__.partition(".")[0] == "peft":
-        raise TypeError("backbone: expected plain weights, got adapters in it; sharing.import_adapter reads their files")
+        raise TypeError(
+            "backbone: expected plain weights, got adapters in it; sharing.import_adapter reads their files"
+        )
     if not isinstance(module, nn.Linear):
         raise TypeError(f"backbone: expected Linear projections, got {type(module).__name__}")
     return Linear(module.weight.detach(), None if module.bias is None else module.bias.detach())

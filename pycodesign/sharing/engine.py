@@ -67,9 +67,7 @@ class Engine:
     there are when it starts.
     """
 
-    def __init__(
-        self, encoder: Encoder, check_inputs: Callable[..., tuple[dict[str, Tensor], Tensor | None]]
-    ) -> None:
+    def __init__(self, encoder: Encoder, check_inputs: Callable[..., tuple[dict[str, Tensor], Tensor | None]]) -> None:
         weight = encoder.layers[0].projections["query"].weight
         if weight.dtype != torch.float32 or weight.device.type != "cpu":
             raise TypeError(f"backbone: expected float32 in host memory, got {weight.dtype} on {weight.device}")
@@ -131,9 +129,9 @@ class Engine:
             named, mask = self._check_inputs(inputs, attention_mask)
             first, layers = self.encoder.run(named, mask)
             mask = torch.ones(first.shape[:2], dtype=torch.bool) if mask is None else mask
-            return dict(zip(names, self._run([served[name] for name in names], first, layers, mask), strict=True))
+            return dict(zip(names, self.run_tasks([served[name] for name in names], first, layers, mask), strict=True))
 
-    def _run(
+    def run_tasks(
         self, tasks: Sequence[Served], first: Tensor, layers: Sequence[Activations], mask: Tensor
     ) -> list[Tensor]:
         """Return the tasks' logits on a pass of the backbone, of which nothing is changed."""
@@ -144,7 +142,9 @@ class Engine:
         own_slots = [list(slots[task.spec.positions]) for task in tasks]
         for number, activations in enumerate(layers):
             for positions in slots:
-                chosen = [n for n, task in enumerate(tasks) if number in task.parts and task.spec.positions == positions]
+                chosen = [
+                    n for n, task in enumerate(tasks) if number in task.parts and task.spec.positions == positions
+                ]
                 parts = [tasks[n].parts[number] for n in chosen]
                 if parts:
                     step = Step(self, number, activations, mask, positions, parts)
@@ -279,7 +279,7 @@ def _join(packed: Any) -> PackedDeltas:
 
 
 def _pack(delta: Delta) -> PackedDeltas:
-    bias = delta.bias
+    bias: Tensor = delta.bias
     if delta.outputs is not None:
         bias = torch.zeros(delta.shape[0]).index_copy(0, delta.outputs.cpu(), bias.detach().cpu())
     return ops.prepack_deltas([delta.pack()], bias=[to_array(bias)])

@@ -18,7 +18,7 @@ from pycodesign.sharing.components import Task, TaskSpec
 from pycodesign.sharing.deltas import KINDS, load_checked, make_delta
 from pycodesign.sharing.encoders import PROJECTIONS, Encoder
 
-__all__ = ["read_task", "write_task"]
+__all__ = ["describe", "make_task", "read_task", "read_tensors", "write_task"]
 
 FORMAT = "pycodesign.sharing"
 VERSION = "1"
@@ -29,14 +29,18 @@ def write_task(path: Path, task: Task, backbone: str) -> None:
     if not task.is_selected:
         raise ValueError(f"{path.stem}: expected a mask chosen by select_mask, got deltas without entries")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in task.state_dict().items()}
-    metadata = {"format": FORMAT, "version": VERSION, "backbone": backbone, "spec": json.dumps(asdict(task.spec))}
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        temporary.write_bytes(save(tensors, metadata))
+        temporary.write_bytes(save(tensors, describe(task, backbone)))
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def describe(task: Task, backbone: str) -> dict[str, str]:
+    """Return the metadata of a task's file."""
+    return {"format": FORMAT, "version": VERSION, "backbone": backbone, "spec": json.dumps(asdict(task.spec))}
 
 
 def read_task(path: Path, encoder: Encoder, backbone: str) -> Task:
@@ -45,13 +49,22 @@ def read_task(path: Path, encoder: Encoder, backbone: str) -> Task:
     Raises
     ------
     ValueError
-        Naming the file: if it is damaged, of another backbone, or holds other tensors, shapes, dtypes, or indices out of
-        range.
+        Naming the file: if it is damaged, of another backbone, or holds other tensors, shapes, dtypes, or indices out
+        of range.
     """
+    tensors, spec = read_tensors(path, encoder, backbone)
+    try:
+        return make_task(spec, encoder, tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_tensors(path: Path, encoder: Encoder, backbone: str) -> tuple[dict[str, Tensor], TaskSpec]:
+    """Read a file's tensors, which are not checked yet, and its spec, which is."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: no mapping
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError:
         raise ValueError(f"{path}: expected a task's file, got none") from None
     except (SafetensorError, OSError) as error:
@@ -63,7 +76,7 @@ def read_task(path: Path, encoder: Encoder, backbone: str) -> Task:
         wanted = f"a task of the backbone {backbone[:12]}..."
         raise ValueError(f"{path}: expected {wanted}, got one of {str(metadata.get('backbone'))[:12]}...")
     try:
-        return make_task(read_spec(metadata.get("spec", ""), len(encoder.layers)), encoder, tensors)
+        return tensors, read_spec(metadata.get("spec", ""), len(encoder.layers))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -13,7 +13,7 @@ from pycodesign.sharing.components import Features, Task
 from pycodesign.sharing.deltas import Delta, DenseDelta, RowDelta, SparseDelta
 from pycodesign.sharing.encoders import Encoder
 
-__all__ = ["METHODS", "SCOPES", "select_mask"]
+__all__ = ["METHODS", "SCOPES", "find_rank", "select_mask"]
 
 METHODS = ("gradient", "change")
 SCOPES = ("global", "matrix")
@@ -56,7 +56,14 @@ def select_mask(
     device = task.head.weight.device
     added = {place.replace(".", "_"): delta.to(device) for place, delta in deltas.items()}
     task.deltas = nn.ModuleDict(kept | added)
-    return {place: deltas[place].count_parameters() / scores[place].numel() if place in deltas else 0 for place in places}
+    return {
+        place: deltas[place].count_parameters() / scores[place].numel() if place in deltas else 0 for place in places
+    }
+
+
+def find_rank(shape: tuple[int, int], density: float) -> int:
+    """Return the rank at which a pair of factors has about `density` of the matrix's parameters."""
+    return max(1, round(density * shape[0] * shape[1] / sum(shape)))
 
 
 def _find_shape(encoder: Encoder, place: str) -> tuple[int, int]:
@@ -103,7 +110,9 @@ def _score(
 def _choose(scores: dict[str, Tensor], density: float, scope: str) -> dict[str, Tensor]:
     """Return for each place the flat indices, ascending, of the largest scores."""
     if scope == "matrix":
-        return {p: s.flatten().topk(max(1, round(density * s.numel()))).indices.sort().values for p, s in scores.items()}
+        return {
+            p: s.flatten().topk(max(1, round(density * s.numel()))).indices.sort().values for p, s in scores.items()
+        }
     if not scores:
         return {}
     flat = torch.cat([score.flatten() for score in scores.values()])

@@ -32,8 +32,8 @@ class MultiTask(nn.Module):
 
     A task has, for chosen projections of chosen layers, a difference of weights dW, which reads what the projection
     reads in the frozen model; an attention over all layers' outputs; and a head. With dW = 0, as at the start, layers
-    give what the frozen model gives. Ordinary fine-tuning, and LoRA, change what later layers read, so that N tasks need
-    N passes; here N tasks need one.
+    give what the frozen model gives. Ordinary fine-tuning, and LoRA, change what later layers read, so that N tasks
+    need N passes; here N tasks need one.
 
     Parameters
     ----------
@@ -42,9 +42,9 @@ class MultiTask(nn.Module):
     tasks : dict
         For each name the number of classes, ``"regression"``, or ``("tokens", classes)`` for labels of tokens.
     delta : {"sparse", "rows", "low_rank", "dense", "none"}, or dict
-        Kind of all dW, or of each projection's: ``"query"``, ``"key"``, ``"value"``, ``"output"``, ``"up"``, ``"down"``.
-        Of ``"rows"``, few outputs of a projection differ, each in all of its weights. Sparse deltas and rows are there
-        after `select_mask`.
+        Kind of all dW, or of each projection's: ``"query"``, ``"key"``, ``"value"``, ``"output"``, ``"up"``,
+        ``"down"``. Of ``"rows"``, few outputs of a projection differ, each in all of its weights. Sparse deltas and
+        rows are there after `select_mask`.
     density : float
         Share of the entries, or rows, that may differ; for low-rank ones it sets the rank unless `rank` does.
     rank : int, optional
@@ -127,11 +127,11 @@ class MultiTask(nn.Module):
             weight = self.encoder.layers[int(layer)].projections[projection].weight
             shape = (weight.shape[0], weight.shape[1])
             if what == "low_rank":
-                rank = spec.rank or max(1, round(spec.density * weight.numel() / sum(shape)))
+                rank = spec.rank or masks.find_rank(shape, spec.density)
                 task.deltas[f"{layer}_{projection}"] = LowRankDelta(shape, rank).to(weight.device)
             elif what == "dense":
                 task.deltas[f"{layer}_{projection}"] = DenseDelta(shape).to(weight.device)
-        self.tasks[name] = task
+        self.tasks[name] = task.train(self.training)
 
     def remove_task(self, name: str) -> None:
         """Remove a task."""
@@ -164,8 +164,8 @@ class MultiTask(nn.Module):
         Parameters
         ----------
         inputs : Tensor or dict
-            ``input_ids`` (B, T) of integers, ``pixel_values`` (B, C, H, W), ``inputs_embeds`` (B, T, D), or the backbone's
-            arguments by name, ``attention_mask`` among them.
+            ``input_ids`` (B, T) of integers, ``pixel_values`` (B, C, H, W), ``inputs_embeds`` (B, T, D), or the
+            backbone's arguments by name, ``attention_mask`` among them.
         attention_mask : Tensor (B, T), optional
             1 where a token is.
         tasks : sequence of str, optional
@@ -243,8 +243,8 @@ class MultiTask(nn.Module):
         loss : callable
             Of logits and labels.
         method : {"gradient", "change"}
-            By the sum of gradients' magnitudes at dW = 0 (a saliency of weight times gradient would be zero there), or by
-            the change of weights in a warm-up of Adam over the batches.
+            By the sum of gradients' magnitudes at dW = 0 (a saliency of weight times gradient would be zero there), or
+            by the change of weights in a warm-up of Adam over the batches.
         scope : {"global", "matrix"}
             `density` of all matrices together, or of each.
         lr : float
@@ -308,9 +308,13 @@ class MultiTask(nn.Module):
         """
         source = Path(path)
         name = source.stem if name is None else name
-        self._check_name(name)
-        self.tasks[name] = files.read_task(source, self.encoder, self.hash)
+        self.insert_task(name, files.read_task(source, self.encoder, self.hash))
         return name
+
+    def insert_task(self, name: str, task: Task) -> None:
+        """Add a task that is made already."""
+        self._check_name(name)
+        self.tasks[name] = task.train(self.training)
 
     @classmethod
     def from_pretrained(cls, backbone: nn.Module, path: str | os.PathLike[str], **options: Any) -> MultiTask:
@@ -397,16 +401,29 @@ class TaskModel(nn.Module):
     Its parameters and its state are the task's alone.
     """
 
+    accepts_loss_kwargs = False  # the Trainer passes none then
+
     def __init__(self, tasks: MultiTask, name: str) -> None:
         super().__init__()
         self.task = tasks.get_task(name)
         self._tasks = (tasks,)  # in a tuple: no submodule
         self.name = name
 
-    def forward(self, labels: Tensor | None = None, **inputs: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Return ``logits``, and ``loss`` where labels are given; labels of -100 do not count."""
         tasks = self._tasks[0]
-        logits = tasks.run(self.name, tasks.read(self.name, inputs))
+        named = {"input_ids": input_ids, "token_type_ids": token_type_ids}
+        named |= {"pixel_values": pixel_values, "inputs_embeds": inputs_embeds}
+        given = {name: value for name, value in named.items() if value is not None}
+        logits = tasks.run(self.name, tasks.read(self.name, given, attention_mask))
         if labels is None:
             return {"logits": logits}
         return {"loss": compute_loss(self.task.spec, logits, labels), "logits": logits}

@@ -100,6 +100,7 @@ def draw(rows: list[dict[str, Any]], name: str, path: Path) -> None:
 @click.option("--tokens", type=click.IntRange(min=1), default=128, help="Of the text that costs are measured on.")
 @click.option("--seed", type=int, default=0)
 @click.option("--threads", type=click.IntRange(min=1), default=1)
+@click.option("--costs", type=click.Path(path_type=Path, dir_okay=False), help="Read them there, or write them.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw accuracy against cost.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write all figures.")
 def main(
@@ -111,6 +112,7 @@ def main(
     tokens: int,
     seed: int,
     threads: int,
+    costs: Path | None,
     plot: Path | None,
     json_path: Path | None,
 ) -> None:
@@ -118,7 +120,12 @@ def main(
     torch.set_num_threads(threads)
     pycodesign.set_num_threads(threads)
     body, _ = read_model(find_model(folder))
-    table = sharing.measure_costs(sharing.read_encoder(body), tokens=tokens, density=DENSITY)
+    if costs and costs.exists():
+        table = sharing.CostTable.from_json(costs.read_text())
+    else:
+        table = sharing.measure_costs(sharing.read_encoder(body), tokens=tokens, density=DENSITY)
+        if costs:
+            costs.write_text(table.to_json())
     Console().print(f"{table}\n", highlight=False)
     rows = [search(name, folder, target, table, texts, epochs, seed) for target in targets]
     shown = Table("target", "cost", "shared", "parameters", "accuracy")

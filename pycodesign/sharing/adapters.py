@@ -40,6 +40,20 @@ def export_adapter(tasks: MultiTask, name: str, path: str | os.PathLike[str]) ->
     ------
     KeyError, ValueError
         For an unknown task, one with other deltas, or a backbone whose projections are not modules of their own.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import transformers
+    >>> from pycodesign import sharing
+    >>> sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    >>> backbone = transformers.BertModel(transformers.BertConfig(vocab_size=50, **sizes))
+    >>> tasks = sharing.MultiTask(backbone, {"tone": 2}, delta={"query": "low_rank", "value": "low_rank"})
+    >>> folder = tempfile.mkdtemp()
+    >>> sharing.export_adapter(tasks, "tone", folder)
+    >>> sharing.import_adapter(tasks, folder, "again")
+    >>> list(tasks.tasks)
+    ['tone', 'again']
     """
     task = tasks.get_task(name)
     deltas = task.list_deltas()

@@ -159,6 +159,18 @@ def search(
     References
     ----------
     Fu et al., "LeTS", ICML 2021; Wu et al., "FBNet", CVPR 2019: Gumbel softmax and a table of latencies.
+
+    Examples
+    --------
+    >>> import torch
+    >>> from pycodesign import sharing
+    >>> layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    >>> tasks = sharing.MultiTask(torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), {"tone": 2})
+    >>> batches = [(torch.randn(8, 7, 16), torch.randint(2, (8,))) for _ in range(3)]
+    >>> costs = sharing.measure_costs(tasks.encoder, tokens=7, rounds=3)
+    >>> found = sharing.search(tasks, "tone", batches, torch.nn.functional.cross_entropy, costs=costs, target=0.5)
+    >>> found.cost <= 0.5
+    True
     """
     task = tasks.get_task(name)
     if not batches:

@@ -120,7 +120,11 @@ def _split(name: str, rows: Sequence[tuple[str, str]], test: Sequence[tuple[str,
     seen: set[str] = set()
     parts: list[list[tuple[str, str]]] = []
     for part in (test or (), rows):  # a text of the test is in no other part
-        unique = [seen.add(text) or (text, label) for text, label in part if text.strip() and text not in seen]
+        unique = []
+        for text, label in part:
+            if text.strip() and text not in seen:
+                seen.add(text)
+                unique.append((text, label))
         random.Random(0).shuffle(unique)
         parts.append(unique)
     held, rest = parts

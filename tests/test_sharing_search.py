@@ -74,7 +74,7 @@ def test_operations(backbone):
 def test_search_keeps_the_target(backbone, texts, table, target):
     tasks = sharing.MultiTask(backbone, {"tone": 2}, density=0.1).eval()
     labels = (texts["input_ids"][:, 0] > 25).long()
-    found = sharing.search(tasks, "tone", [(texts, labels)] * 3, F.cross_entropy, costs=table, target=target, epochs=4)
+    found = tasks.search("tone", [(texts, labels)] * 3, F.cross_entropy, costs=table, target=target, epochs=4)
     task = tasks.get_task("tone")
     assert found.choices.keys() == {f"{n}.{p}" for n in range(2) for p in PROJECTIONS}
     assert {place: kind for place, kind in found.choices.items() if kind != "reuse"} == dict(task.spec.deltas)

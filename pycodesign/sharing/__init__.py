@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from pycodesign.sharing.costs import CostTable, count_operations, measure_costs
     from pycodesign.sharing.encoders import Encoder, read_encoder
     from pycodesign.sharing.engine import Engine
-    from pycodesign.sharing.multitask import MultiTask, TaskModel, compute_loss
+    from pycodesign.sharing.multitask import MultiTask
+    from pycodesign.sharing.task_model import TaskModel, compute_loss
 
 _MODULES = {  # loaded when first used: they need torch
     "CostTable": "costs",
@@ -27,9 +28,9 @@ _MODULES = {  # loaded when first used: they need torch
     "Features": "components",
     "MultiTask": "multitask",
     "Search": "choices",
-    "TaskModel": "multitask",
+    "TaskModel": "task_model",
     "TaskSpec": "components",
-    "compute_loss": "multitask",
+    "compute_loss": "task_model",
     "count_operations": "costs",
     "export_adapter": "adapters",
     "import_adapter": "adapters",

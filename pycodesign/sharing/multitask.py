@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pycodesign.sharing import files, masks
@@ -17,11 +16,13 @@ from pycodesign.sharing.cache import FeatureCache
 from pycodesign.sharing.components import Features, Task, TaskSpec, read_features
 from pycodesign.sharing.deltas import KINDS, DenseDelta, LowRankDelta
 from pycodesign.sharing.encoders import PROJECTIONS, Inputs, read_encoder
+from pycodesign.sharing.task_model import TaskModel
 
 if TYPE_CHECKING:
+    from pycodesign.sharing.choices import Search
     from pycodesign.sharing.engine import Engine
 
-__all__ = ["MultiTask", "TaskModel", "compute_loss"]
+__all__ = ["MultiTask"]
 
 Labels: TypeAlias = int | str | tuple[str, int]
 NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -264,6 +265,14 @@ class MultiTask(nn.Module):
         read = ((item if isinstance(item, Features) else self.read(name, item), labels) for item, labels in batches)
         return masks.select_mask(task, self.encoder, read, loss, method, scope, lr)
 
+    def search(
+        self, name: str, batches: Sequence[tuple[Any, Any]], loss: Callable[[Tensor, Any], Tensor], **options: Any
+    ) -> Search:
+        """Choose for each layer and projection of a task whether it differs, and how; see `sharing.search`."""
+        from pycodesign.sharing import choices
+
+        return choices.search(self, name, batches, loss, **options)
+
     def count_parameters(self, name: str) -> dict[str, float]:
         """Count a task's parameters: ``components``, ``head``, and ``share``, components over the backbone's."""
         counts = self.get_task(name).count_parameters()
@@ -393,47 +402,6 @@ class MultiTask(nn.Module):
             raise ValueError(f"name: expected letters, digits, _ and -, got {name!r}")
         if name in self.tasks:
             raise ValueError(f"name: expected a new name, got {name!r}, which is a task's")
-
-
-class TaskModel(nn.Module):
-    """One task, called as Hugging Face's models are: ``model(**inputs, labels=labels)`` returns loss and logits.
-
-    Its parameters and its state are the task's alone.
-    """
-
-    accepts_loss_kwargs = False  # the Trainer passes none then
-
-    def __init__(self, tasks: MultiTask, name: str) -> None:
-        super().__init__()
-        self.task = tasks.get_task(name)
-        self._tasks = (tasks,)  # in a tuple: no submodule
-        self.name = name
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Return ``logits``, and ``loss`` where labels are given; labels of -100 do not count."""
-        tasks = self._tasks[0]
-        named = {"input_ids": input_ids, "token_type_ids": token_type_ids}
-        named |= {"pixel_values": pixel_values, "inputs_embeds": inputs_embeds}
-        given = {name: value for name, value in named.items() if value is not None}
-        logits = tasks.run(self.name, tasks.read(self.name, given, attention_mask))
-        if labels is None:
-            return {"logits": logits}
-        return {"loss": compute_loss(self.task.spec, logits, labels), "logits": logits}
-
-
-def compute_loss(spec: TaskSpec, logits: Tensor, labels: Tensor) -> Tensor:
-    """Return cross entropy, or the mean squared error of a regression."""
-    if spec.kind == "regression":
-        return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
-    return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
 
 def _read_labels(labels: Labels) -> tuple[int, str]:

@@ -89,7 +89,7 @@ def prepack_deltas(
     Parameters
     ----------
     deltas : sequence, one for each task
-        A `scipy.sparse` array or matrix (O, I), in any format, of at most 65,536 inputs; entries that are given twice
+        A `scipy.sparse` array or matrix (O, I), in any format, of at most 65,535 inputs; entries that are given twice
         are added up, zeros that are stored stay entries. A low-rank pair ``(B, A)`` of arrays (O, r) and (r, I). An
         array (O, I): all of a matrix. None: no difference of weights. All values float32 and finite.
     bias : sequence, optional

@@ -7,7 +7,7 @@ namespace pycodesign::sharing {
 namespace {
 
 constexpr int lanes = 8;
-constexpr int tile_vectors = 8;
+constexpr int tile_vectors = 2, joint_rows = 4;
 constexpr int panel_rows = 6, panel_vectors = 2;
 
 typedef __m256 f32v;
@@ -29,22 +29,18 @@ inline f32v select_first(int64_t n, f32v a, f32v b) {
   return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(first));
 }
 
-inline void transpose(f32v (&v)[lanes]) {
-  __m256 a[8], b[8];
-  for (int i = 0; i < 8; i += 2) {
-    b[i] = _mm256_unpacklo_ps(v[i], v[i + 1]);
-    b[i + 1] = _mm256_unpackhi_ps(v[i], v[i + 1]);
-  }
-  for (int i = 0; i < 8; i += 4) {
-    a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
-    a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
-    a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
-    a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; ++i) {
-    v[i] = _mm256_permute2f128_ps(a[i], a[i + 4], 0x20);
-    v[i + 4] = _mm256_permute2f128_ps(a[i], a[i + 4], 0x31);
-  }
+// Rows r and r + 4 as the halves of a vector: what remains is to transpose 4 x 4 in each half.
+inline void load_transposed(const float* p, int64_t step, f32v (&v)[4]) {
+  __m256 a[4];
+  for (int r = 0; r < 4; ++r)
+    a[r] =
+        _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + r * step)), _mm_loadu_ps(p + (r + 4) * step), 1);
+  const __m256 b0 = _mm256_unpacklo_ps(a[0], a[1]), b1 = _mm256_unpackhi_ps(a[0], a[1]);
+  const __m256 b2 = _mm256_unpacklo_ps(a[2], a[3]), b3 = _mm256_unpackhi_ps(a[2], a[3]);
+  v[0] = _mm256_shuffle_ps(b0, b2, 0x44);
+  v[1] = _mm256_shuffle_ps(b0, b2, 0xee);
+  v[2] = _mm256_shuffle_ps(b1, b3, 0x44);
+  v[3] = _mm256_shuffle_ps(b1, b3, 0xee);
 }
 
 }  // namespace

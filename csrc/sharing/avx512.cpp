@@ -7,7 +7,7 @@ namespace pycodesign::sharing {
 namespace {
 
 constexpr int lanes = 16;
-constexpr int tile_vectors = 4;
+constexpr int tile_vectors = 2, joint_rows = 8;
 constexpr int panel_rows = 6, panel_vectors = 4;
 
 typedef __m512 f32v;
@@ -27,28 +27,23 @@ inline f32v select_first(int64_t n, f32v a, f32v b) {
   return _mm512_mask_mov_ps(b, static_cast<__mmask16>((1u << (n < lanes ? n : lanes)) - 1), a);
 }
 
-inline void transpose(f32v (&v)[lanes]) {
-  __m512 a[16], b[16];
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_ps(v[i], v[i + 1]);
-    b[i + 1] = _mm512_unpackhi_ps(v[i], v[i + 1]);
+// Rows r, r + 4, r + 8, r + 12 as the quarters of a vector, which loads can do without the port that shuffles: what
+// remains is to transpose 4 x 4 in each quarter.
+inline void load_transposed(const float* p, int64_t step, f32v (&v)[4]) {
+  __m512 a[4];
+  for (int r = 0; r < 4; ++r) {
+    const float* row = p + r * step;
+    a[r] = _mm512_castps128_ps512(_mm_loadu_ps(row));
+    a[r] = _mm512_insertf32x4(a[r], _mm_loadu_ps(row + 4 * step), 1);
+    a[r] = _mm512_insertf32x4(a[r], _mm_loadu_ps(row + 8 * step), 2);
+    a[r] = _mm512_insertf32x4(a[r], _mm_loadu_ps(row + 12 * step), 3);
   }
-  for (int i = 0; i < 16; i += 4) {
-    a[i] = _mm512_shuffle_ps(b[i], b[i + 2], 0x44);
-    a[i + 1] = _mm512_shuffle_ps(b[i], b[i + 2], 0xee);
-    a[i + 2] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0x44);
-    a[i + 3] = _mm512_shuffle_ps(b[i + 1], b[i + 3], 0xee);
-  }
-  for (int i = 0; i < 4; ++i) {
-    b[i] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0x88);
-    b[i + 4] = _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd);
-    b[i + 8] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0x88);
-    b[i + 12] = _mm512_shuffle_f32x4(a[i + 8], a[i + 12], 0xdd);
-  }
-  for (int i = 0; i < 8; ++i) {
-    v[i] = _mm512_shuffle_f32x4(b[i], b[i + 8], 0x88);
-    v[i + 8] = _mm512_shuffle_f32x4(b[i], b[i + 8], 0xdd);
-  }
+  const __m512 b0 = _mm512_unpacklo_ps(a[0], a[1]), b1 = _mm512_unpackhi_ps(a[0], a[1]);
+  const __m512 b2 = _mm512_unpacklo_ps(a[2], a[3]), b3 = _mm512_unpackhi_ps(a[2], a[3]);
+  v[0] = _mm512_shuffle_ps(b0, b2, 0x44);
+  v[1] = _mm512_shuffle_ps(b0, b2, 0xee);
+  v[2] = _mm512_shuffle_ps(b1, b3, 0x44);
+  v[3] = _mm512_shuffle_ps(b1, b3, 0xee);
 }
 
 }  // namespace

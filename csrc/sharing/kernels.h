@@ -9,24 +9,25 @@ namespace pycodesign::sharing {
 
 constexpr int most_panels = 4;  // that a kernel takes at once
 
-// Up to 64 rows of a task's sparse matrix; see SparseRows.
-struct SparseBlock {
-  const uint32_t* count;
-  const uint8_t* order;
+// Groups of rows of a block of a task's sparse matrix; see SparseRows.
+struct SparseGroups {
+  int64_t rows;           // a multiple of 16
+  const uint32_t* count;  // (rows / 8)
+  const uint8_t* order;   // (rows)
   const uint16_t* index;
   const void* value;
   Storage storage;
-  const float* bias;  // (64), or null
+  const float* bias;  // (256) of the block, or null
 };
 
-// Tokens side by side: x transposed, `width` tokens for each input.
+// Tokens side by side: x transposed, `width` tokens for each input, and zeros for the index behind the last.
 struct Tile {
-  float* data;    // (inputs, width), on a cache line
-  int64_t width;  // 16, 32 or 64
+  float* data;    // (inputs + 1, width), on a cache line
+  int64_t width;  // 16 or 32
 };
 
-// sums (rows, width), of one block, to rows of the output: z[t][r] = base[t][r] + sums[r][t].
-struct FinishedBlock {
+// Sums (rows, width) to rows of the output: z[t][r] = base[t][r] + sums[r][t].
+struct FinishedTile {
   const float* sums;
   int64_t width, rows, tokens;
   const float* base;  // or null
@@ -50,13 +51,15 @@ struct PanelProduct {
 };
 
 struct Kernels {
-  // tile[c][t] = x[t][c] for `inputs` columns; zeros for tokens beyond.
+  // tile[c][t] = x[t][c] for `inputs` columns, not more; zeros for tokens beyond.
   void (*stage_tile)(const float* x, int64_t x_row, int64_t tokens, int64_t inputs, const Tile& tile);
-  // sums[r][t] = bias[r] + sum of the entries of row r times tile[column][t]; (64, width).
-  void (*sum_tile)(const SparseBlock& block, const Tile& tile, float* sums);
-  void (*finish_block)(const FinishedBlock& block);
-  // Both for one token, with lanes that are rows: z[r] = base[r] + (bias[r] + sum of entries times x[column]).
-  void (*sum_token)(const SparseBlock& block, const float* x, int64_t rows, const float* base, float* z);
+  // sums[r][t] = bias[r] + sum of the entries of row r times tile[column][t]; (256, width) of the block.
+  void (*sum_tile)(const SparseGroups& groups, const Tile& tile, float* sums);
+  void (*finish_tile)(const FinishedTile& tile);
+  // sums[r] = bias[r] + sum of the entries of row r times x[column], with lanes that are rows; behind x lies a zero.
+  void (*sum_token)(const SparseGroups& groups, const float* x, float* sums);
+  // z[r] = base[r] + sums[r]
+  void (*finish_token)(const float* sums, int64_t rows, const float* base, float* z);
   void (*multiply_panels)(const PanelProduct& product);
 };
 

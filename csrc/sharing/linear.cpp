@@ -26,35 +26,80 @@ const Kernels& kernels() {
 
 namespace {
 
-constexpr int64_t widest_tile = 64;     // tokens
+constexpr int64_t widest_tile = 32;     // tokens
 constexpr int64_t few_tokens = 2;       // up to which each takes its own way through the entries
 constexpr int64_t staged_inputs = 256;  // transposed at once
-constexpr int64_t chunk_blocks = 8;     // blocks of outputs that a thread takes at once
-constexpr int64_t units_per_thread = 8;
+constexpr int64_t chunk_blocks = 4;     // blocks of outputs that a thread takes at once
+constexpr int64_t summed_rows = 32;     // between two pieces
+constexpr int64_t piece_tokens = 16, piece_outputs = 64;
+constexpr int64_t units_per_thread = 4;
 constexpr int64_t fewest_products = 1 << 15;  // less is not worth another thread
 
+int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 float* scratch(int which, int64_t size) {
-  thread_local core::AlignedBuffer<float> buffers[2];
+  thread_local core::AlignedBuffer<float> buffers[3];
   return buffers[which].reserve(static_cast<size_t>(size));
 }
 
-// Tokens [first, first + count) of every task.
+// Tokens [first, first + count) of every task; width 1: each by itself, others: side by side.
 struct Tokens {
   int64_t first, count, width;
+  int64_t staged() const { return width == 1 ? count : width; }
 };
 
 std::vector<Tokens> cut_tokens(int64_t tokens) {
   std::vector<Tokens> cuts;
   for (int64_t first = 0; first < tokens;) {
     const int64_t left = tokens - first;
-    const int64_t width = left > 32 ? widest_tile : left > 16 ? 32 : 16;
-    cuts.push_back({first, std::min(left, width), width});
+    const int64_t width = left > 16 ? widest_tile : left > few_tokens ? 16 : 1;
+    cuts.push_back({first, width == 1 ? left : std::min(left, width), width});
     first += cuts.back().count;
   }
   return cuts;
 }
+
+// Writes the sums of one tile piece by piece, while those of the next are summed: stores wait for memory, sums for the
+// caches.
+class Pieces {
+ public:
+  explicit Pieces(const Kernels& kernels) : kernels_(kernels) {}
+
+  // After all pieces of the tile before it.
+  void begin(const FinishedTile& tile) {
+    finish();
+    tile_ = tile;
+    token_ = output_ = 0;
+  }
+
+  // Outputs one after the other, so that the processor sees where the next stores go.
+  bool step() {
+    if (token_ >= tile_.tokens) return false;
+    FinishedTile piece = tile_;
+    piece.sums += output_ * tile_.width + token_;
+    piece.rows = std::min(piece_outputs, tile_.rows - output_);
+    piece.tokens = std::min(piece_tokens, tile_.tokens - token_);
+    if (piece.base) piece.base += token_ * tile_.base_row + output_;
+    piece.z += token_ * tile_.z_row + output_;
+    kernels_.finish_tile(piece);
+    output_ += piece_outputs;
+    if (output_ >= tile_.rows) {
+      output_ = 0;
+      token_ += piece_tokens;
+    }
+    return true;
+  }
+
+  void finish() {
+    while (step()) continue;
+  }
+
+ private:
+  const Kernels& kernels_;
+  FinishedTile tile_{};
+  int64_t token_ = 0, output_ = 0;
+};
 
 class Run {
  public:
@@ -65,8 +110,7 @@ class Run {
         tasks_(static_cast<int64_t>(call.tasks.size())),
         outputs_(call.tasks[0]->outputs),
         inputs_(call.tasks[0]->inputs),
-        sources_(call.x_task == 0 ? 1 : tasks_),
-        by_token_(call.tokens <= few_tokens) {
+        sources_(call.x_task == 0 ? 1 : tasks_) {
     int64_t products = 0, tile_floats = 0, low_floats = 0;
     for (int64_t n = 0; n < tasks_; ++n) {
       const Delta& delta = task(n);
@@ -76,11 +120,11 @@ class Run {
         low_floats += call.tokens * low_stride(delta);
         for (int64_t p = 0; p < divide_up(delta.rank, panel_width); ++p) low_panels_.push_back({n, p});
       }
-      needs_tiles_ |= delta.kind == Kind::sparse && !by_token_;
+      needs_tiles_ |= delta.kind == Kind::sparse;
     }
     for (const Tokens& cut : cuts_) {
       tile_at_.push_back(tile_floats);
-      tile_floats += cut.width * inputs_;
+      tile_floats += round_up(cut.staged() * (inputs_ + 1), core::cache_line / sizeof(float));
     }
     source_floats_ = tile_floats;
     tiles_ = scratch(0, needs_tiles_ ? sources_ * tile_floats : 0);
@@ -91,16 +135,22 @@ class Run {
   void run() {
     prepare();
     const int64_t blocks = divide_up(outputs_, block_rows), cuts = static_cast<int64_t>(cuts_.size());
-    int64_t chunk = chunk_blocks;
+    // Few outputs at once, whose part of base is near, and all tokens of a task, whose entries are; less where there
+    // are many threads.
+    const int64_t items = tasks_ * cuts;
+    int64_t chunk = chunk_blocks, group = items;
+    const auto units = [&] { return divide_up(blocks, chunk) * divide_up(items, group); };
     if (threads_ > 1)
-      chunk = std::clamp<int64_t>(blocks * cuts * tasks_ / (threads_ * units_per_thread), 1, chunk_blocks);
-    const int64_t chunks = divide_up(blocks, chunk);
-    // Tasks one after the other on the same outputs: their part of base is read from near.
+      while (units() < threads_ * units_per_thread && (chunk > 1 || group > 1)) {
+        if (group > 1) group = divide_up(group, 2);
+        else chunk = divide_up(chunk, 2);
+      }
+    const int64_t groups = divide_up(items, group);
     core::parallel_for(
-        cuts * chunks * tasks_,
+        units(),
         [&](int64_t unit, int) {
-          const int64_t n = unit % tasks_, first = unit / tasks_ % chunks * chunk;
-          compute(n, static_cast<size_t>(unit / tasks_ / chunks), first, std::min(blocks, first + chunk));
+          const int64_t block = unit / groups * chunk, item = unit % groups * group;
+          compute(item, std::min(items, item + group), block, std::min(blocks, block + chunk));
         },
         threads_);
   }
@@ -144,10 +194,20 @@ class Run {
 
   void stage(int64_t source, size_t cut, int64_t input) const {
     if (sources_ > 1 && task(source).kind != Kind::sparse) return;
-    Tile part = tile(source, cut);
-    part.data += input * part.width;
-    kernels_.stage_tile(x(source, cuts_[cut].first) + input, call_.x_row, cuts_[cut].count,
-                        std::min(staged_inputs, inputs_ - input), part);
+    const Tokens& tokens = cuts_[cut];
+    const int64_t count = std::min(staged_inputs, inputs_ - input);
+    const float* from = x(source, tokens.first) + input;
+    float* to = tile(source, cut).data;
+    if (tokens.width == 1) {
+      for (int64_t t = 0; t < tokens.count; ++t) {
+        float* row = to + t * (inputs_ + 1);
+        std::copy_n(from + t * call_.x_row, count, row + input);
+        row[inputs_] = 0;
+      }
+    } else {
+      kernels_.stage_tile(from, call_.x_row, tokens.count, count, {to + input * tokens.width, tokens.width});
+      if (input + count == inputs_) std::fill_n(to + inputs_ * tokens.width, tokens.width, 0.0f);
+    }
   }
 
   void multiply_down(int64_t begin, int64_t end, const Tokens& cut) const {
@@ -174,19 +234,49 @@ class Run {
     p.panel[p.panels] = panels.value.data() + index * panels.inputs * panel_width * (storage == Storage::f32 ? 4 : 2);
   }
 
-  // Outputs of blocks [begin, end) of task n for some tokens.
-  void compute(int64_t n, size_t cut, int64_t begin, int64_t end) const {
-    if (task(n).kind == Kind::sparse) {
-      for (int64_t block = begin; block < end; ++block) by_token_ ? add_tokens(n, block) : add_tile(n, cut, block);
-    } else {
-      multiply_up(n, cuts_[cut], begin * block_rows, std::min(end * block_rows, outputs_));
+  // Outputs of blocks [begin, end) for items [first, last): cuts of one task, then of the next.
+  void compute(int64_t first, int64_t last, int64_t begin, int64_t end) const {
+    const auto cuts = static_cast<int64_t>(cuts_.size());
+    const int64_t output = begin * block_rows, rows = std::min(end * block_rows, outputs_) - output;
+    const int64_t size = (end - begin) * block_rows * widest_tile;
+    float* sums = scratch(2, 2 * size);
+    int64_t buffer = 0;  // of two: the other one's sums are being written
+    Pieces pieces(kernels_);
+    for (int64_t item = first; item < last; ++item) {
+      const int64_t n = item / cuts;
+      const auto cut = static_cast<size_t>(item % cuts);
+      const auto [token, count, width] = cuts_[cut];
+      float* to = sums + buffer * size;
+      if (task(n).kind != Kind::sparse) {
+        multiply_up(n, cuts_[cut], output, output + rows);
+      } else if (width == 1) {
+        for (int64_t t = 0; t < count; ++t) {
+          for (int64_t block = begin; block < end; ++block)
+            kernels_.sum_token(groups_of(n, block), tile(n, cut).data + t * (inputs_ + 1),
+                               to + (block - begin) * block_rows);
+          kernels_.finish_token(to, rows, base(n, token + t, output), z(n, token + t, output));
+        }
+      } else {
+        for (int64_t block = begin; block < end; ++block)
+          for_groups(groups_of(n, block), [&](const SparseGroups& groups) {
+            kernels_.sum_tile(groups, tile(n, cut), to + (block - begin) * block_rows * width);
+            pieces.step();
+          });
+        pieces.begin(
+            {to, width, rows, count, base(n, token, output), call_.base_row, z(n, token, output), call_.z_row});
+        buffer = 1 - buffer;
+      }
     }
+    pieces.finish();
   }
 
-  SparseBlock sparse_block(const Delta& delta, int64_t block) const {
+  // All groups of a block of a task.
+  SparseGroups groups_of(int64_t n, int64_t block) const {
+    const Delta& delta = task(n);
     const SparseRows& rows = delta.sparse;
     const int64_t at = rows.begin[static_cast<size_t>(block)] * group_rows;
-    return {rows.count.data() + block * block_rows,
+    return {block_rows,
+            rows.count.data() + block * block_rows / octet_rows,
             rows.order.data() + block * block_rows,
             rows.index.data() + at,
             rows.value.data() + at * (delta.storage == Storage::f32 ? 4 : 2),
@@ -194,20 +284,18 @@ class Run {
             delta.bias.empty() ? nullptr : delta.bias.data() + block * block_rows};
   }
 
-  void add_tile(int64_t n, size_t cut, int64_t block) const {
-    alignas(64) float sums[block_rows * widest_tile];
-    const auto [token, count, width] = cuts_[cut];
-    const int64_t output = block * block_rows;
-    kernels_.sum_tile(sparse_block(task(n), block), tile(n, cut), sums);
-    kernels_.finish_block({sums, width, std::min(block_rows, outputs_ - output), count, base(n, token, output),
-                           call_.base_row, z(n, token, output), call_.z_row});
-  }
-
-  void add_tokens(int64_t n, int64_t block) const {
-    const int64_t output = block * block_rows;
-    for (int64_t t = 0; t < call_.tokens; ++t)
-      kernels_.sum_token(sparse_block(task(n), block), x(n, t), std::min(block_rows, outputs_ - output),
-                         base(n, t, output), z(n, t, output));
+  // Calls use(groups) for a few groups of a block after the other.
+  template <class Use> static void for_groups(SparseGroups groups, Use use) {
+    groups.rows = summed_rows;
+    for (int64_t row = 0; row < block_rows; row += summed_rows) {
+      use(groups);
+      int64_t slots = 0;
+      for (int64_t g = 0; g < summed_rows; g += group_rows) slots += groups.count[g / octet_rows] * group_rows;
+      groups.count += summed_rows / octet_rows;
+      groups.order += summed_rows;
+      groups.index += slots;
+      groups.value = static_cast<const char*>(groups.value) + slots * (groups.storage == Storage::f32 ? 4 : 2);
+    }
   }
 
   void multiply_up(int64_t n, const Tokens& cut, int64_t begin, int64_t end) const {
@@ -240,7 +328,7 @@ class Run {
   const Kernels& kernels_;
   std::vector<Tokens> cuts_;
   int64_t tasks_, outputs_, inputs_, sources_, source_floats_ = 0;
-  bool by_token_, needs_tiles_ = false;
+  bool needs_tiles_ = false;
   std::vector<int64_t> tile_at_, low_at_;  // where the tiles of a cut, the products of a task, lie
   std::vector<LowPanel> low_panels_;       // every panel of an A
   float *tiles_ = nullptr, *low_ = nullptr;

@@ -2,14 +2,14 @@
 // internal linkage:
 //
 //   lanes, f32v                  a vector; lanes divide 16
-//   tile_vectors                 sums of a row that are kept in registers
+//   tile_vectors, joint_rows     sums of a row, and rows of an octet, that are kept in registers
 //   panel_rows, panel_vectors    sums of a product of panels that are
 //   load, store, splat           unaligned
 //   load_bf16(p)                 `lanes` values of 16 bits as a vector
 //   fma(a, b, c)                 a * b + c
 //   gather(x, index)             x[index[l]] in lane l
 //   select_first(n, a, b)        a in the first n lanes, b in the others
-//   transpose(v)                 of lanes x lanes
+//   load_transposed(p, step, v)  lane r of v[t] is p[r * step + t], for t < 4
 #pragma once
 
 #include <algorithm>
@@ -42,8 +42,13 @@ void stage_tile(const float* x, int64_t x_row, int64_t tokens, int64_t inputs, c
     int64_t c = 0;
     for (; c + lanes <= inputs; c += lanes) {
       f32v v[lanes];
-      for (int l = 0; l < lanes; ++l) v[l] = l < used ? load(from + l * x_row + c) : splat(0);
-      transpose(v);
+      if (used == lanes) {
+        for (int l = 0; l < lanes; l += 4) load_transposed(from + c + l, x_row, *reinterpret_cast<f32v(*)[4]>(v + l));
+      } else {
+        float rows[lanes * lanes] = {};
+        for (int64_t l = 0; l < used; ++l) store(rows + l * lanes, load(from + l * x_row + c));
+        for (int l = 0; l < lanes; l += 4) load_transposed(rows + l, lanes, *reinterpret_cast<f32v(*)[4]>(v + l));
+      }
       for (int l = 0; l < lanes; ++l) store(to + (c + l) * tile.width, v[l]);
     }
     for (; c < inputs; ++c)
@@ -51,39 +56,49 @@ void stage_tile(const float* x, int64_t x_row, int64_t tokens, int64_t inputs, c
   }
 }
 
-template <class Value, int width> void sum_tile_of(const SparseBlock& block, const float* tile, float* sums) {
-  constexpr int V = width / lanes < tile_vectors ? width / lanes : tile_vectors;
-  const uint16_t* index = block.index;
-  const auto* value = static_cast<const Value*>(block.value);
-  for (int64_t g = 0; g < block_rows; g += group_rows) {
-    for (int64_t l = g; l < g + group_rows; ++l) {
-      const int64_t row = block.order[l], count = block.count[l], lane = l - g;
-      for (int64_t part = 0; part < width; part += V * lanes) {
-        f32v sum[V];
-        for (int v = 0; v < V; ++v) sum[v] = splat(block.bias ? block.bias[row] : 0);
-        for (int64_t j = 0; j < count; ++j) {
-          const float* x = tile + part + int64_t{index[j * group_rows + lane]} * width;
-          const f32v w = splat(to_float(value[j * group_rows + lane]));
-          for (int v = 0; v < V; ++v) sum[v] = fma(w, load(x + v * lanes), sum[v]);
-        }
-        for (int v = 0; v < V; ++v) store(sums + row * width + part + v * lanes, sum[v]);
-      }
+// R rows by V vectors of tokens, `width` apart from one input to the next.
+template <class Value, int R, int V, int width>
+inline void sum_rows(const uint16_t* index, const Value* value, int64_t count, const float* tile, f32v (&sum)[R][V]) {
+  for (; count > 0; --count, index += group_rows, value += group_rows)
+    for (int r = 0; r < R; ++r) {
+      const float* x = tile + int64_t{index[r]} * width;
+      __asm__("" : "+r"(x));  // one addition, not one in each load
+      const f32v w = splat(to_float(value[r]));
+      for (int v = 0; v < V; ++v) sum[r][v] = fma(w, load(x + v * lanes), sum[r][v]);
     }
-    index += block.count[g] * group_rows;
-    value += block.count[g] * group_rows;
+}
+
+template <class Value, int width> void sum_tile_of(const SparseGroups& groups, const float* tile, float* sums) {
+  constexpr int R = joint_rows, V = width / lanes < tile_vectors ? width / lanes : tile_vectors;
+  const uint16_t* index = groups.index;
+  const auto* value = static_cast<const Value*>(groups.value);
+  for (int64_t l = 0; l < groups.rows; l += R) {
+    const int64_t lane = l % group_rows, count = groups.count[l / octet_rows];
+    const uint8_t* order = groups.order + l;
+    for (int64_t token = 0; token < width; token += V * lanes) {
+      f32v sum[R][V];
+      for (int r = 0; r < R; ++r) {
+        const f32v start = splat(groups.bias ? groups.bias[order[r]] : 0);
+        for (int v = 0; v < V; ++v) sum[r][v] = start;
+      }
+      sum_rows<Value, R, V, width>(index + lane, value + lane, count, tile + token, sum);
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) store(sums + order[r] * width + token + v * lanes, sum[r][v]);
+    }
+    if (lane + R == group_rows) {
+      const int64_t longest = groups.count[l / group_rows * group_rows / octet_rows];
+      index += longest * group_rows;
+      value += longest * group_rows;
+    }
   }
 }
 
-template <class Value> void sum_tile_as(const SparseBlock& block, const Tile& tile, float* sums) {
-  switch (tile.width) {
-    case 16: return sum_tile_of<Value, 16>(block, tile.data, sums);
-    case 32: return sum_tile_of<Value, 32>(block, tile.data, sums);
-    default: return sum_tile_of<Value, 64>(block, tile.data, sums);
-  }
+template <class Value> void sum_tile_as(const SparseGroups& groups, const Tile& tile, float* sums) {
+  tile.width == 16 ? sum_tile_of<Value, 16>(groups, tile.data, sums) : sum_tile_of<Value, 32>(groups, tile.data, sums);
 }
 
-void sum_tile(const SparseBlock& block, const Tile& tile, float* sums) {
-  block.storage == Storage::f32 ? sum_tile_as<float>(block, tile, sums) : sum_tile_as<uint16_t>(block, tile, sums);
+void sum_tile(const SparseGroups& groups, const Tile& tile, float* sums) {
+  groups.storage == Storage::f32 ? sum_tile_as<float>(groups, tile, sums) : sum_tile_as<uint16_t>(groups, tile, sums);
 }
 
 // to[i] = base[i] + sum[i] for the first n of a vector's lanes.
@@ -97,51 +112,65 @@ inline void store_sum(f32v sum, const float* base, float* to, int64_t n) {
   }
 }
 
-void finish_block(const FinishedBlock& b) {
-  for (int64_t t = 0; t < b.tokens; t += lanes)
-    for (int64_t r = 0; r < b.rows; r += lanes) {
-      f32v v[lanes];
-      for (int l = 0; l < lanes; ++l) v[l] = load(b.sums + (r + l) * b.width + t);
-      transpose(v);
-      for (int64_t l = 0; l < lanes; ++l) {
-        if (t + l >= b.tokens) break;
-        store_sum(v[l], b.base ? b.base + (t + l) * b.base_row + r : nullptr, b.z + (t + l) * b.z_row + r, b.rows - r);
+// Four tokens of as many rows as there are lanes. All loads come before all stores: rows often are a multiple of 4 KB
+// apart, and then a load would wait for the store before it.
+inline void finish_four(const float* sums, int64_t width, const float* base, int64_t base_row, float* z,
+                        int64_t z_row) {
+  f32v v[4];
+  load_transposed(sums, width, v);
+  if (base)
+    for (int l = 0; l < 4; ++l) v[l] = load(base + l * base_row) + v[l];
+  for (int l = 0; l < 4; ++l) store(z + l * z_row, v[l]);
+}
+
+void finish_tile(const FinishedTile& f) {
+  const int64_t rows = f.rows, tokens = f.tokens, width = f.width, base_row = f.base_row, z_row = f.z_row;
+  for (int64_t t = 0; t < tokens; t += 4)
+    for (int64_t r = 0; r < rows; r += lanes) {
+      const float* sums = f.sums + r * width + t;
+      const float* base = f.base ? f.base + t * base_row + r : nullptr;
+      float* z = f.z + t * z_row + r;
+      if (t + 4 <= tokens && r + lanes <= rows) {
+        finish_four(sums, width, base, base_row, z, z_row);
+      } else {
+        float four[4 * lanes];
+        finish_four(sums, width, nullptr, 0, four, lanes);
+        for (int64_t l = 0; l < least(4, tokens - t); ++l)
+          store_sum(load(four + l * lanes), base ? base + l * base_row : nullptr, z + l * z_row, rows - r);
       }
     }
 }
 
-template <class Value>
-void sum_token_as(const SparseBlock& block, const float* x, int64_t rows, const float* base, float* z) {
-  alignas(64) float sums[block_rows];
+template <class Value> void sum_token_as(const SparseGroups& groups, const float* x, float* sums) {
   constexpr int V = group_rows / lanes;
-  const uint16_t* index = block.index;
-  const auto* value = static_cast<const Value*>(block.value);
-  for (int64_t g = 0; g < block_rows; g += group_rows) {
-    const uint32_t* count = block.count + g;
-    float start[group_rows];
-    for (int l = 0; l < group_rows; ++l) start[l] = block.bias ? block.bias[block.order[g + l]] : 0;
+  const uint16_t* index = groups.index;
+  const auto* value = static_cast<const Value*>(groups.value);
+  for (int64_t g = 0; g < groups.rows; g += group_rows) {
+    const uint8_t* order = groups.order + g;
+    float lane[group_rows];
+    for (int l = 0; l < group_rows; ++l) lane[l] = groups.bias ? groups.bias[order[l]] : 0;
     f32v sum[V];
-    for (int v = 0; v < V; ++v) sum[v] = load(start + v * lanes);
-    const int64_t longest = count[0], shortest = count[group_rows - 1];
+    for (int v = 0; v < V; ++v) sum[v] = load(lane + v * lanes);
+    constexpr int64_t octets = group_rows / octet_rows;
+    const uint32_t* count = groups.count + g / octet_rows;
     int64_t j = 0;
-    for (; j < shortest; ++j, index += group_rows, value += group_rows)
-      for (int v = 0; v < V; ++v) sum[v] = fma(load_values(value + v * lanes), gather(x, index + v * lanes), sum[v]);
-    for (int64_t active = group_rows; j < longest; ++j, index += group_rows, value += group_rows) {
-      while (count[active - 1] <= j) --active;
-      for (int v = 0; v < V; ++v) {
-        const f32v next = fma(load_values(value + v * lanes), gather(x, index + v * lanes), sum[v]);
-        sum[v] = select_first(active - v * lanes, next, sum[v]);
-      }
-    }
-    for (int v = 0; v < V; ++v) store(start + v * lanes, sum[v]);
-    for (int l = 0; l < group_rows; ++l) sums[block.order[g + l]] = start[l];
+    for (int64_t active = octets; active > 0; --active)  // until the last of them ends
+      for (; j < count[active - 1]; ++j, index += group_rows, value += group_rows)
+        for (int v = 0; v < V; ++v) {
+          const f32v next = fma(load_values(value + v * lanes), gather(x, index + v * lanes), sum[v]);
+          sum[v] = select_first(active * octet_rows - v * lanes, next, sum[v]);
+        }
+    for (int v = 0; v < V; ++v) store(lane + v * lanes, sum[v]);
+    for (int l = 0; l < group_rows; ++l) sums[order[l]] = lane[l];
   }
-  for (int64_t r = 0; r < rows; r += lanes) store_sum(load(sums + r), base ? base + r : nullptr, z + r, rows - r);
 }
 
-void sum_token(const SparseBlock& block, const float* x, int64_t rows, const float* base, float* z) {
-  block.storage == Storage::f32 ? sum_token_as<float>(block, x, rows, base, z)
-                                : sum_token_as<uint16_t>(block, x, rows, base, z);
+void sum_token(const SparseGroups& groups, const float* x, float* sums) {
+  groups.storage == Storage::f32 ? sum_token_as<float>(groups, x, sums) : sum_token_as<uint16_t>(groups, x, sums);
+}
+
+void finish_token(const float* sums, int64_t rows, const float* base, float* z) {
+  for (int64_t r = 0; r < rows; r += lanes) store_sum(load(sums + r), base ? base + r : nullptr, z + r, rows - r);
 }
 
 // R rows by P panels.
@@ -191,7 +220,7 @@ void multiply_panels(const PanelProduct& p) {
   p.storage == Storage::f32 ? multiply_panels_as<float>(p) : multiply_panels_as<uint16_t>(p);
 }
 
-void fill(Kernels& k) { k = {stage_tile, sum_tile, finish_block, sum_token, multiply_panels}; }
+void fill(Kernels& k) { k = {stage_tile, sum_tile, finish_tile, sum_token, finish_token, multiply_panels}; }
 
 }  // namespace
 }  // namespace pycodesign::sharing

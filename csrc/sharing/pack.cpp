@@ -89,43 +89,36 @@ DeltaPointer pack_sparse(int64_t outputs, int64_t inputs, const Entries& entries
 
   const int64_t rows = round_up(outputs, block_rows);
   SparseRows& sparse = delta->sparse;
-  std::vector<uint32_t> count(static_cast<size_t>(rows));
-  for (int64_t r = 0; r < outputs; ++r)
-    count[static_cast<size_t>(r)] =
-        static_cast<uint32_t>(begin[static_cast<size_t>(r) + 1] - begin[static_cast<size_t>(r)]);
+  std::vector<int64_t> count(static_cast<size_t>(rows));
+  for (size_t r = 0; r < static_cast<size_t>(outputs); ++r) count[r] = begin[r + 1] - begin[r];
   sparse.order.resize(static_cast<size_t>(rows));
-  sparse.count.resize(static_cast<size_t>(rows));
   int64_t slots = 0;  // rows of 16 entries
   for (int64_t first = 0; first < rows; first += block_rows) {
     uint8_t* order = sparse.order.data() + first;
+    const int64_t* counts = count.data() + first;
     std::iota(order, order + block_rows, uint8_t{0});
-    std::stable_sort(order, order + block_rows, [&](uint8_t a, uint8_t b) {
-      return count[static_cast<size_t>(first + a)] > count[static_cast<size_t>(first + b)];
-    });
+    std::stable_sort(order, order + block_rows, [&](uint8_t a, uint8_t b) { return counts[a] > counts[b]; });
     sparse.begin.push_back(slots);
-    for (int64_t l = 0; l < block_rows; ++l) {
-      sparse.count[static_cast<size_t>(first + l)] = count[static_cast<size_t>(first + order[l])];
-      if (l % group_rows == 0) slots += sparse.count[static_cast<size_t>(first + l)];
-    }
+    for (int64_t l = 0; l < block_rows; l += octet_rows)
+      sparse.count.push_back(static_cast<uint32_t>(counts[order[l]]));
+    for (int64_t l = 0; l < block_rows; l += group_rows) slots += counts[order[l]];
   }
 
   const auto places = static_cast<size_t>(slots * group_rows);
   const size_t bytes = places * static_cast<size_t>(value_bytes(storage));
-  std::fill_n(sparse.index.reserve(places), places, uint16_t{0});
+  std::fill_n(sparse.index.reserve(places), places, static_cast<uint16_t>(inputs));
   std::fill_n(sparse.value.reserve(bytes), bytes, char{0});
-  for (int64_t first = 0, slot = 0; first < rows; first += group_rows) {
-    for (int64_t l = 0; l < group_rows; ++l) {
-      const int64_t row = first / block_rows * block_rows + sparse.order[static_cast<size_t>(first + l)];
-      for (int64_t j = 0; j < sparse.count[static_cast<size_t>(first + l)]; ++j) {
-        const int64_t from = begin[static_cast<size_t>(row)] + j, to = (slot + j) * group_rows + l;
-        sparse.index[static_cast<size_t>(to)] = static_cast<uint16_t>(entries.column[from]);
-        put(sparse.value, to, entries.value[from], storage);
-      }
+  for (int64_t l = 0, slot = 0; l < rows; ++l) {
+    const auto row = static_cast<size_t>(l / block_rows * block_rows + sparse.order[static_cast<size_t>(l)]);
+    for (int64_t j = 0; j < count[row]; ++j) {
+      const int64_t from = begin[row] + j, to = (slot + j) * group_rows + l % group_rows;
+      sparse.index[static_cast<size_t>(to)] = static_cast<uint16_t>(entries.column[from]);
+      put(sparse.value, to, entries.value[from], storage);
     }
-    slot += sparse.count[static_cast<size_t>(first)];
+    if (l % group_rows == group_rows - 1) slot += sparse.count[static_cast<size_t>((l - group_rows + 1) / octet_rows)];
   }
   delta->entries = entries.count;
-  delta->bytes += static_cast<int64_t>(places * 2 + bytes) + rows * 5 + rows / block_rows * 8;
+  delta->bytes += static_cast<int64_t>(places * 2 + bytes) + rows * 2 + rows / block_rows * 8;
   return delta;
 }
 

@@ -8,7 +8,7 @@ namespace pycodesign::sharing {
 namespace {
 
 constexpr int lanes = 4;
-constexpr int tile_vectors = 4;
+constexpr int tile_vectors = 2, joint_rows = 4;
 constexpr int panel_rows = 2, panel_vectors = 4;
 
 typedef float f32v __attribute__((vector_size(16), may_alias));
@@ -32,13 +32,9 @@ inline f32v select_first(int64_t n, f32v a, f32v b) {
     if (l < n) b[l] = a[l];
   return b;
 }
-inline void transpose(f32v (&v)[lanes]) {
-  const f32v a = {v[0][0], v[1][0], v[2][0], v[3][0]}, b = {v[0][1], v[1][1], v[2][1], v[3][1]};
-  const f32v c = {v[0][2], v[1][2], v[2][2], v[3][2]}, d = {v[0][3], v[1][3], v[2][3], v[3][3]};
-  v[0] = a;
-  v[1] = b;
-  v[2] = c;
-  v[3] = d;
+inline void load_transposed(const float* p, int64_t step, f32v (&v)[4]) {
+  const f32v a = load(p), b = load(p + step), c = load(p + 2 * step), d = load(p + 3 * step);
+  for (int l = 0; l < lanes; ++l) v[l] = f32v{a[l], b[l], c[l], d[l]};
 }
 
 }  // namespace

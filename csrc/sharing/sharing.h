@@ -16,17 +16,19 @@ const char* kind_name(Kind kind);
 // How values are kept; they are computed with in float32.
 enum class Storage { f32, bf16 };
 
-constexpr int64_t block_rows = 64;   // outputs whose entries lie together
+constexpr int64_t block_rows = 256;  // outputs whose entries lie together
 constexpr int64_t group_rows = 16;   // of them, side by side: one entry of each
+constexpr int64_t octet_rows = 8;    // of them, which end alike
 constexpr int64_t panel_width = 16;  // outputs of a matrix that lie side by side
-constexpr int64_t most_inputs = 1 << 16;
+constexpr int64_t most_inputs = (1 << 16) - 1;
 
 // The entries of a sparse (O, I) matrix. Within a block, rows are sorted by how many entries they have, so that loops
-// over them end alike; entry j of the 16 rows of a group lies side by side, for lanes that are rows.
+// over neighbors end alike: the rows of an octet have as many, for which zeros at the index I fill up. Entry j of the
+// 16 rows of a group lies side by side, for lanes that are rows.
 struct SparseRows {
   std::vector<int64_t> begin;   // (blocks): where its first entry lies, in rows of 16
-  std::vector<uint32_t> count;  // (blocks * 64), sorted within a block, descending
-  std::vector<uint8_t> order;   // (blocks * 64): which row of the block this is
+  std::vector<uint32_t> count;  // (blocks * 32): of each octet, descending within a block
+  std::vector<uint8_t> order;   // (blocks * 256): which row of the block this is
   core::AlignedBuffer<uint16_t> index;
   core::AlignedBuffer<char> value;
 };

@@ -26,11 +26,12 @@ const Kernels& kernels() {
 
 namespace {
 
-constexpr int64_t widest_tile = 32;     // tokens
-constexpr int64_t few_tokens = 2;       // up to which each takes its own way through the entries
-constexpr int64_t staged_inputs = 256;  // transposed at once
-constexpr int64_t chunk_blocks = 4;     // blocks of outputs that a thread takes at once
-constexpr int64_t summed_rows = 32;     // between two pieces
+constexpr int64_t widest_tile = 32;               // tokens
+constexpr int64_t few_tokens = 2;                 // up to which each takes its own way through the entries
+constexpr int64_t staged_inputs = 256;            // transposed at once
+constexpr int64_t chunk_blocks = 4;               // blocks of outputs that a thread takes at once
+constexpr int64_t few_inputs = 32, few_rows = 12;  // of products that are little work
+constexpr int64_t summed_rows = 32;               // between two pieces
 constexpr int64_t piece_tokens = 16, piece_outputs = 64;
 constexpr int64_t units_per_thread = 4;
 constexpr int64_t fewest_products = 1 << 15;  // less is not worth another thread
@@ -298,26 +299,29 @@ class Run {
     }
   }
 
+  // Outputs [begin, end) of task n. Where there is little to multiply, a few rows at a time: they are written in order.
   void multiply_up(int64_t n, const Tokens& cut, int64_t begin, int64_t end) const {
     const Delta& delta = task(n);
-    for (int64_t output = begin; output < end;) {
-      PanelProduct p{};
-      p.storage = delta.storage;
-      p.rows = cut.count;
-      p.inputs = delta.up.inputs;
-      p.x = delta.kind == Kind::low_rank ? low(n, cut.first) : x(n, cut.first);
-      p.x_row = delta.kind == Kind::low_rank ? low_stride(delta) : call_.x_row;
-      for (; p.panels < most_panels && output < end; output += panel_width) {
-        if (delta.kind != Kind::none) add_panel(p, delta.up, output / panel_width, delta.storage);
-        p.bias[p.panels] = delta.bias.empty() ? nullptr : delta.bias.data() + output;
-        p.base[p.panels] = base(n, cut.first, output);
-        p.base_row[p.panels] = call_.base_row;
-        p.out[p.panels] = z(n, cut.first, output);
-        p.out_row[p.panels] = call_.z_row;
-        p.width[p.panels++] = std::min(panel_width, outputs_ - output);
+    const int64_t step = delta.up.inputs <= few_inputs ? few_rows : cut.count;
+    for (int64_t token = cut.first; token < cut.first + cut.count; token += step)
+      for (int64_t output = begin; output < end;) {
+        PanelProduct p{};
+        p.storage = delta.storage;
+        p.rows = std::min(step, cut.first + cut.count - token);
+        p.inputs = delta.up.inputs;
+        p.x = delta.kind == Kind::low_rank ? low(n, token) : x(n, token);
+        p.x_row = delta.kind == Kind::low_rank ? low_stride(delta) : call_.x_row;
+        for (; p.panels < most_panels && output < end; output += panel_width) {
+          if (delta.kind != Kind::none) add_panel(p, delta.up, output / panel_width, delta.storage);
+          p.bias[p.panels] = delta.bias.empty() ? nullptr : delta.bias.data() + output;
+          p.base[p.panels] = base(n, token, output);
+          p.base_row[p.panels] = call_.base_row;
+          p.out[p.panels] = z(n, token, output);
+          p.out_row[p.panels] = call_.z_row;
+          p.width[p.panels++] = std::min(panel_width, outputs_ - output);
+        }
+        kernels_.multiply_panels(p);
       }
-      kernels_.multiply_panels(p);
-    }
   }
 
   struct LowPanel {

@@ -42,7 +42,7 @@ from pycodesign.bench.harness import SCHEMA, format_result, gather_facts, packag
 METHODS = ("full", "lora", "heads", "labels", "shared")
 LABELED, UNLABELED, LENGTH, BATCH = 2000, 4000, 32, 32
 RATE = {"full": 2e-4, "lora": 2e-3, "heads": 1e-3, "shared": 1e-3, "labels": 1e-3}
-FULL_RATES = {"reviews": 1e-4, "tweets": 1e-4}  # of two classes
+OTHER_RATES = {("full", "reviews"): 1e-4, ("full", "tweets"): 1e-4, ("heads", "newsgroups"): 3e-3}
 HEAD_RATE = {"full": 1e-3, "lora": 1e-3, "shared": 2e-3, "labels": 2e-3}
 EPOCHS = {"full": 2, "lora": 2, "heads": 30, "shared": 5, "labels": 4}
 DELTAS: dict[str, Any] = {"delta": {"up": "rows", "down": "sparse"}, "density": 0.045}
@@ -167,7 +167,7 @@ def train_model(method: str, texts: Texts, body: BertModel, seed: int) -> tuple[
         )
     classifier = Classifier(model, len(texts.task.classes), width)
     own = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    rate = FULL_RATES.get(name, RATE[method]) if method == "full" else RATE[method]
+    rate = OTHER_RATES.get((method, name), RATE[method])
     groups = [{"params": own, "lr": rate}, {"params": list(classifier.head.parameters()), "lr": HEAD_RATE[method]}]
     labeled = texts.train[:LABELED]
     target = torch.tensor(texts.task.train.labels[:LABELED])
@@ -210,7 +210,8 @@ def train_heads(texts: Texts, cached: Cached, seed: int) -> dict[str, Any]:
     labels = torch.tensor(texts.task.train.labels[:LABELED])
     features = cached.take("train", list(range(LABELED))).slots[-1, :, 0]
     head = nn.Linear(features.shape[1], len(texts.task.classes))
-    optimizer = torch.optim.AdamW(head.parameters(), lr=RATE["heads"], weight_decay=0.01)
+    rate = OTHER_RATES.get(("heads", texts.task.name), RATE["heads"])
+    optimizer = torch.optim.AdamW(head.parameters(), lr=rate, weight_decay=0.01)
     steps = EPOCHS["heads"] * math.ceil(LABELED / BATCH)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     for _ in range(EPOCHS["heads"]):
@@ -224,7 +225,7 @@ def train_heads(texts: Texts, cached: Cached, seed: int) -> dict[str, Any]:
         part: measure_accuracy(lambda k, part=part: head(cached.take(part, k).slots[-1, :, 0]), ids, split.labels)
         for part, ids, split in list_parts(texts)
     }
-    return {"parameters": 0, "rate": RATE["heads"], **score}
+    return {"parameters": 0, "rate": rate, **score}
 
 
 def train_shared(

@@ -5,6 +5,7 @@ And against itself to the bit, whatever else is asked. Bad input writes nothing.
 
 from __future__ import annotations
 
+import doctest
 import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -524,6 +525,16 @@ def test_out_apart() -> None:
     with pytest.raises(ValueError, match="out: expected memory apart from x, got an array that overlaps it"):
         ops.delta_linear(wide[0], BASE, PACKED, out=wide[:, :, :3])
     assert (memory == 1).all() and (wide == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(ops, "prepack_deltas"), (ops, "delta_linear"), (sharing, "delta_linear")]
+)
+def test_docstring_examples(module: Any, name: str) -> None:
+    (found,) = doctest.DocTestFinder(recurse=False).find(getattr(module, name), name, module=False, globs={"np": np})
+    found.globs["delta_linear"] = sharing.delta_linear
+    assert found.examples
+    assert doctest.DocTestRunner().run(found).failed == 0
 
 
 def test_native_module_checks_what_it_is_given() -> None:

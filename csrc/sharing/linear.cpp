@@ -26,12 +26,12 @@ const Kernels& kernels() {
 
 namespace {
 
-constexpr int64_t widest_tile = 32;               // tokens
-constexpr int64_t few_tokens = 2;                 // up to which each takes its own way through the entries
-constexpr int64_t staged_inputs = 256;            // transposed at once
-constexpr int64_t chunk_blocks = 4;               // blocks of outputs that a thread takes at once
+constexpr int64_t widest_tile = 32;                // tokens
+constexpr int64_t few_tokens = 2;                  // up to which each takes its own way through the entries
+constexpr int64_t staged_inputs = 256;             // transposed at once
+constexpr int64_t chunk_blocks = 4;                // blocks of outputs that a thread takes at once
 constexpr int64_t few_inputs = 32, few_rows = 12;  // of products that are little work
-constexpr int64_t summed_rows = 32;               // between two pieces
+constexpr int64_t summed_rows = 32;                // between two pieces
 constexpr int64_t piece_tokens = 16, piece_outputs = 64;
 constexpr int64_t units_per_thread = 4;
 constexpr int64_t fewest_products = 1 << 15;  // less is not worth another thread

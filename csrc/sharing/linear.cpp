@@ -199,15 +199,16 @@ class Run {
     const int64_t count = std::min(staged_inputs, inputs_ - input);
     const float* from = x(source, tokens.first) + input;
     float* to = tile(source, cut).data;
+    const bool is_last = input + count == inputs_;  // and writes the zeros behind
     if (tokens.width == 1) {
       for (int64_t t = 0; t < tokens.count; ++t) {
         float* row = to + t * (inputs_ + 1);
         std::copy_n(from + t * call_.x_row, count, row + input);
-        row[inputs_] = 0;
+        if (is_last) row[inputs_] = 0;
       }
     } else {
       kernels_.stage_tile(from, call_.x_row, tokens.count, count, {to + input * tokens.width, tokens.width});
-      if (input + count == inputs_) std::fill_n(to + inputs_ * tokens.width, tokens.width, 0.0f);
+      if (is_last) std::fill_n(to + inputs_ * tokens.width, tokens.width, 0.0f);
     }
   }
 

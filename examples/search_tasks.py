@@ -27,8 +27,8 @@ import pycodesign
 from pycodesign import sharing
 from pycodesign.bench.harness import SCHEMA, format_result, gather_facts
 
-TARGETS = (0.002, 0.005, 0.01, 0.02, 0.05)
-DENSITY, RATE, HEAD_RATE, BATCH = 0.014, 1e-3, 2e-3, 32
+TARGETS = (0.02, 0.05, 0.1, 0.2)
+DENSITY, RATE, HEAD_RATE, BATCH = 0.014, 1e-3, 1e-2, 32
 
 
 def search(

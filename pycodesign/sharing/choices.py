@@ -53,10 +53,6 @@ class ChoiceDelta(Delta):
         """Return the cost that is expected of the present probabilities."""
         return torch.softmax(self.logits, 0) @ self.costs
 
-    def choose(self) -> int:
-        """Return the most probable candidate."""
-        return int(self.logits.argmax())
-
     def take(self, choice: int) -> Delta:
         """Return a candidate as the task's delta, with the bias."""
         delta: Any = self.candidates[choice - 1]
@@ -122,8 +118,8 @@ def search(
 
     Weights of candidates and the choice among them are trained together: each place's dW is a sum of its candidates,
     weighted by a Gumbel softmax whose temperature falls, and the expected cost above the target is added to the loss.
-    The most probable candidates then are the task's, with their weights; while they cost more than the target, the
-    place that saves most cost for the least log probability gets a cheaper one.
+    The candidates that are most probable against reuse then are the task's, with their weights: as many as cost no more
+    than the target.
 
     Parameters
     ----------
@@ -191,7 +187,7 @@ def search(
     losses = _train(
         tasks, task, list(choices.values()), read, loss, target, epochs, lr, choice_lr, pressure, temperatures, seed
     )
-    chosen = _fit_target({place: choice for place, choice in choices.items()}, target)
+    chosen = _fit_target(choices, target)
     kept = {place: choices[place].take(index) for place, index in chosen.items() if index}
     task.deltas = nn.ModuleDict({place.replace(".", "_"): delta for place, delta in kept.items()})
     task.spec = replace(task.spec, deltas={place: delta.kind for place, delta in kept.items()})
@@ -278,24 +274,14 @@ def _train(
 
 
 def _fit_target(choices: Mapping[str, ChoiceDelta], target: float) -> dict[str, int]:
-    """Return the most probable candidates, made cheaper until they cost no more than the target."""
-    chosen = {place: choice.choose() for place, choice in choices.items()}
-
-    def list_cheaper() -> list[tuple[float, str, int]]:
-        found = []
-        for place, index in chosen.items():
-            choice = choices[place]
-            scores = torch.log_softmax(choice.logits.detach(), 0)
-            for other in range(len(choice.names)):
-                saved = float(choice.costs[index] - choice.costs[other])
-                if saved > 0:
-                    found.append((float(scores[index] - scores[other]) / saved, place, other))
-        return found
-
-    while sum(float(choices[place].costs[index]) for place, index in chosen.items()) > target:
-        cheaper = list_cheaper()
-        if not cheaper:
-            break
-        _, place, other = min(cheaper)
-        chosen[place] = other
+    """Return candidates, those that are most probable against reuse first, as many as cost no more than the target."""
+    moves = []
+    for place, choice in choices.items():
+        odds = choice.logits.detach() - choice.logits.detach()[0]
+        moves += [(float(odds[index]), place, index) for index in range(1, len(choice.names))]
+    chosen, total = dict.fromkeys(choices, 0), 0.0
+    for _, place, index in sorted(moves, reverse=True):
+        cost = float(choices[place].costs[index])
+        if not chosen[place] and total + cost <= target:
+            chosen[place], total = index, total + cost
     return chosen

@@ -2,7 +2,8 @@
 
 Submodules load when first used: `ops` (packed layers on arrays), `quantize` (weights of few values), `repetition` (the
 compiler behind packing), `reference` (the specification in NumPy), `nn` (torch modules and conversion), `growth`
-(larger models from trained smaller ones), `branches` (networks whose branches run in parallel).
+(larger models from trained smaller ones), `sharing` (many tasks on one frozen encoder), `branches` (networks whose
+branches run in parallel).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pycodesign._native import __version__, get_num_threads, set_isa, set_num_threads, show_config
 
 if TYPE_CHECKING:
-    from pycodesign import branches, growth, ops, quantize, reference, repetition
+    from pycodesign import branches, growth, ops, quantize, reference, repetition, sharing
     from pycodesign import nn as nn
     from pycodesign.quantize import KernelCodebook, QuantizedTensor
 
@@ -30,10 +31,11 @@ __all__ = [
     "repetition",
     "set_isa",
     "set_num_threads",
+    "sharing",
     "show_config",
 ]
 
-_SUBMODULES = frozenset({"branches", "growth", "nn", "ops", "quantize", "reference", "repetition"})
+_SUBMODULES = frozenset({"branches", "growth", "nn", "ops", "quantize", "reference", "repetition", "sharing"})
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,158 @@
+"""Low-rank tasks in peft's file format."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pycodesign.sharing import files
+from pycodesign.sharing.components import Task
+from pycodesign.sharing.deltas import LowRankDelta
+from pycodesign.sharing.multitask import MultiTask
+
+__all__ = ["export_adapter", "import_adapter"]
+
+CONFIG, WEIGHTS, OTHERS = "adapter_config.json", "adapter_model.safetensors", "sharing.safetensors"
+PREFIX = "base_model.model."
+ONE_PASS = (
+    "Its layers read what its own earlier layers have changed, as in ordinary fine-tuning, so that one exact pass "
+    "for several tasks is impossible: serve it by peft, one pass for each task, or train the task by "
+    "sharing.MultiTask with delta='low_rank'."
+)
+
+
+def export_adapter(tasks: MultiTask, name: str, path: str | os.PathLike[str]) -> None:
+    """Write a task whose deltas are all low-rank as a LoRA adapter in peft's format.
+
+    The folder has ``adapter_config.json`` and ``adapter_model.safetensors``, which peft reads, and, in
+    ``sharing.safetensors``, what peft has no place for: the aggregator, the head, the biases. peft puts the adapter
+    into the backbone the ordinary way, where layers read what earlier ones have changed: that is another function
+    than the task's. `import_adapter` gives the task again.
+
+    Raises
+    ------
+    KeyError, ValueError
+        For an unknown task, one with other deltas, or a backbone whose projections are not modules of their own.
+
+    Examples
+    --------
+    >>> import tempfile
+    >>> import transformers
+    >>> from pycodesign import sharing
+    >>> sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    >>> backbone = transformers.BertModel(transformers.BertConfig(vocab_size=50, **sizes))
+    >>> tasks = sharing.MultiTask(backbone, {"tone": 2}, delta={"query": "low_rank", "value": "low_rank"})
+    >>> folder = tempfile.mkdtemp()
+    >>> sharing.export_adapter(tasks, "tone", folder)
+    >>> sharing.import_adapter(tasks, folder, "again")
+    >>> list(tasks.tasks)
+    ['tone', 'again']
+    """
+    task = tasks.get_task(name)
+    deltas = task.list_deltas()
+    if not deltas or not all(isinstance(delta, LowRankDelta) for delta in deltas.values()):
+        kinds = ", ".join(sorted(set(task.spec.deltas.values()))) or "none"
+        raise ValueError(f"name: expected a task whose deltas are all low-rank, got {kinds}")
+    paths = _find_paths(tasks)
+    ranks = {paths[place]: delta.up.shape[1] for place, delta in deltas.items() if isinstance(delta, LowRankDelta)}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {module: own for module, own in ranks.items() if own != rank}
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": getattr(getattr(tasks.backbone, "config", None), "_name_or_path", None) or None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": rank,  # products are not scaled
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(ranks),
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+    weights: dict[str, Tensor] = {}
+    rest = {key: tensor.detach().cpu().contiguous() for key, tensor in task.state_dict().items()}
+    for place in deltas:
+        key = f"deltas.{place.replace('.', '_')}"
+        weights[f"{PREFIX}{paths[place]}.lora_A.weight"] = rest.pop(f"{key}.down")
+        weights[f"{PREFIX}{paths[place]}.lora_B.weight"] = rest.pop(f"{key}.up")
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(rest, folder / OTHERS, files.describe(task, tasks.hash))
+    save_file(weights, folder / WEIGHTS, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def import_adapter(tasks: MultiTask, path: str | os.PathLike[str], name: str) -> None:
+    """Add a task from a folder that `export_adapter` wrote; peft may have read and written the adapter since.
+
+    Raises
+    ------
+    ValueError
+        If the adapter was trained the ordinary way, for which one exact pass is impossible; if files are damaged, of
+        another backbone, or do not fit it.
+    """
+    folder = Path(path)
+    try:
+        config: Any = json.loads((folder / CONFIG).read_text())
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"path: expected {CONFIG} and {WEIGHTS} in {folder}, got {error}") from None
+    if not (folder / OTHERS).exists():
+        raise ValueError(f"path: expected an adapter that export_adapter wrote, got one without {OTHERS}. {ONE_PASS}")
+    _check_config(config)
+    tensors, spec = files.read_tensors(folder / OTHERS, tasks.encoder, tasks.hash)
+    if set(spec.deltas.values()) != {"low_rank"}:
+        raise ValueError(f"{folder / OTHERS}: expected low-rank deltas alone, got {dict(spec.deltas)}")
+    paths = _find_paths(tasks)
+    for place in spec.deltas:
+        module, key = paths[place], f"deltas.{place.replace('.', '_')}"
+        pair = [weights.pop(f"{PREFIX}{module}.lora_{part}.weight", None) for part in "AB"]
+        if pair[0] is None or pair[1] is None:
+            raise ValueError(f"{folder / WEIGHTS}: expected lora_A and lora_B of {module}, got none")
+        rank = config.get("rank_pattern", {}).get(module, config["r"])
+        alpha = config.get("alpha_pattern", {}).get(module, config["lora_alpha"])
+        scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        tensors[f"{key}.down"] = pair[0]
+        tensors[f"{key}.up"] = pair[1] if scale == 1 else pair[1] * scale
+    if weights:
+        raise ValueError(f"{folder / WEIGHTS}: expected no other tensors, got {min(weights)}. {ONE_PASS}")
+    try:
+        task: Task = files.make_task(spec, tasks.encoder, tensors)
+    except ValueError as error:
+        raise ValueError(f"path: {folder}: {error}") from None
+    tasks.insert_task(name, task)
+
+
+def _check_config(config: Any) -> None:
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        got = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"path: expected a LoRA adapter, got {got}. {ONE_PASS}")
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key), int | float) or config[key] <= 0:
+            raise ValueError(f"path: expected a positive {key} in {CONFIG}, got {config.get(key)!r}")
+    for key in ("use_dora", "fan_in_fan_out", "modules_to_save", "layer_replication"):
+        if config.get(key):
+            raise ValueError(f"path: expected plain LoRA, got {key}={config[key]!r}. {ONE_PASS}")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"path: expected bias='none', got {config['bias']!r}. {ONE_PASS}")
+
+
+def _find_paths(tasks: MultiTask) -> dict[str, str]:
+    """Return the backbone's module for each ``"LAYER.PROJECTION"``."""
+    modules = {m.weight.data_ptr(): name for name, m in tasks.backbone.named_modules() if isinstance(m, nn.Linear)}
+    paths = {}
+    for number, layer in enumerate(tasks.encoder.layers):
+        for name, linear in layer.projections.items():
+            module = modules.get(linear.weight.data_ptr())
+            if module is None:
+                raise ValueError(f"tasks: expected a module for each projection, got none for {number}.{name}")
+            paths[f"{number}.{name}"] = module
+    return paths

@@ -1,0 +1,321 @@
+"""What a task has: components on frozen layers, an aggregator over the layers, and a head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pycodesign.sharing.deltas import Delta
+from pycodesign.sharing.encoders import PROJECTIONS, Activations, Encoder, Layer, attend
+
+__all__ = [
+    "POSITIONS",
+    "Aggregator",
+    "Features",
+    "Frozen",
+    "Task",
+    "TaskSpec",
+    "pool",
+    "read_features",
+    "run_component",
+]
+
+POSITIONS = ("mean", "first", "all")
+LABELS = ("classification", "regression", "tokens")
+ATTENTION = ("query", "key", "value", "output")
+MLP = ("up", "down")
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """What a task is.
+
+    Attributes
+    ----------
+    labels : int
+        Logits: classes, or numbers to predict.
+    kind : {"classification", "regression", "tokens"}
+    positions : {"mean", "first", "all"}
+        What the head reads: the mean over a text's tokens, its first token, or every token. A component computes no
+        more than it takes for that.
+    deltas : dict
+        For each ``"LAYER.PROJECTION"`` with a difference of weights its kind.
+    rank : int or None
+        Of those that are low-rank; None: as many parameters as `density` of the matrix has.
+    density : float
+        Of those that are sparse or rows.
+    """
+
+    labels: int
+    kind: str = "classification"
+    positions: str = "mean"
+    deltas: Mapping[str, str] = field(default_factory=dict)
+    rank: int | None = None
+    density: float = 0.014
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "deltas", dict(self.deltas))
+        if isinstance(self.labels, bool) or not isinstance(self.labels, int) or self.labels < 1:
+            raise ValueError(f"labels: expected at least 1, got {self.labels!r}")
+        if self.kind not in LABELS:
+            raise ValueError(f"kind: expected one of {', '.join(LABELS)}, got {self.kind!r}")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions: expected one of {', '.join(POSITIONS)}, got {self.positions!r}")
+        if (self.kind == "tokens") != (self.positions == "all"):
+            raise ValueError(f"positions: expected 'all' for labels of tokens and no others, got {self.positions!r}")
+        if not isinstance(self.density, int | float) or not 0 < self.density <= 1:
+            raise ValueError(f"density: expected a share in (0, 1], got {self.density!r}")
+        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
+            raise ValueError(f"rank: expected at least 1, got {self.rank!r}")
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers with a component."""
+        return sorted({int(place.partition(".")[0]) for place in self.deltas})
+
+    def find_deltas(self, layer: int) -> dict[str, str]:
+        """Return the kinds of a layer's deltas by projection."""
+        return {p: self.deltas[f"{layer}.{p}"] for p in PROJECTIONS if f"{layer}.{p}" in self.deltas}
+
+
+class Frozen(NamedTuple):
+    """What a component reads of one frozen layer, for B texts of T tokens, of which P positions are asked.
+
+    P is 1 for ``"first"`` and ``"mean"``, T for ``"all"``; T' is 1 for ``"first"``, else T. Parts that no delta of the
+    task reads are None.
+
+    Attributes
+    ----------
+    x : Tensor (B, T, D)
+        What keys and values read.
+    x_pooled, q, context : Tensor (B, P, D)
+        What the queries read, frozen queries, and what the output projection reads for them.
+    a : Tensor (B, T', D)
+        What the MLP reads.
+    g : Tensor (B, P, F)
+        What the MLP's second projection reads, pooled.
+    """
+
+    x: Tensor | None
+    x_pooled: Tensor | None
+    q: Tensor | None
+    context: Tensor | None
+    a: Tensor | None
+    g: Tensor | None
+
+
+class Features(NamedTuple):
+    """What a task reads of the frozen backbone.
+
+    Attributes
+    ----------
+    mask : Tensor (B, T) of bool
+        True where a token is.
+    slots : Tensor (S, B, P, D)
+        Pooled outputs: of the embedding, then of each layer.
+    layers : dict of Frozen
+        By number, those with a component.
+    """
+
+    mask: Tensor
+    slots: Tensor
+    layers: dict[int, Frozen]
+
+
+def pool(x: Tensor, mask: Tensor, positions: str) -> Tensor:
+    """Pool (B, T, D) to (B, P, D)."""
+    if positions == "first":
+        return x[:, :1]
+    if positions == "all":
+        return x
+    weights = mask.to(x.dtype)
+    weights = weights / weights.sum(1, keepdim=True)
+    return torch.bmm(weights[:, None], x)
+
+
+def read_features(
+    encoder: Encoder,
+    first: Tensor,
+    layers: Sequence[Activations],
+    mask: Tensor,
+    positions: str,
+    wanted: Mapping[int, Iterable[str]],
+) -> Features:
+    """Take what components read from a pass of the backbone.
+
+    Parameters
+    ----------
+    wanted : dict
+        For each layer's number the projections that have a delta.
+    """
+    slots = [pool(first, mask, positions)]
+    for activations in layers:
+        slots.append(pool(activations.h, mask, positions))
+    if encoder.norm is not None:
+        slots = [encoder.norm(slot) for slot in slots]
+    frozen = {}
+    for number, projections in wanted.items():
+        layer, own = layers[number], set(projections)
+        frozen[number] = read_frozen(encoder.layers[number], layer, mask, positions, own)
+    return Features(mask, torch.stack(slots), frozen)
+
+
+def read_frozen(layer: Layer, own: Activations, mask: Tensor, positions: str, projections: set[str]) -> Frozen:
+    """Take what one component reads; `projections` are those that have a delta."""
+    x = x_pooled = q = context = a = g = None
+    if projections.intersection(ATTENTION):
+        x, x_pooled, q = own.x, pool(own.x, mask, positions), pool(own.q, mask, positions)
+        if positions == "mean":  # of its own query, not a mean over the tokens' contexts
+            context = attend(q, own.k, own.v, layer.heads, mask)
+        else:
+            context = pool(own.context, mask, positions)
+    if projections.intersection(MLP):
+        a = own.a[:, :1] if positions == "first" else own.a
+        g = pool(own.g, mask, positions)
+    return Frozen(x, x_pooled, q, context, a, g)
+
+
+def run_component(layer: Layer, deltas: Mapping[str, Delta], frozen: Frozen, mask: Tensor, positions: str) -> Tensor:
+    """Return what a task's deltas add to the layer's output (B, P, D), to first order in the residual sums.
+
+    Every projection but the last of attention and MLP reads what it reads in the frozen layer; what follows is linear
+    and commutes with the mean over tokens, so that it is computed once, for the pooled position.
+    """
+    added: Tensor | None = None
+    project = layer.projections
+    if any(name in deltas for name in ATTENTION):
+        assert frozen.x is not None and frozen.q is not None and frozen.context is not None
+        q = frozen.q
+        if "query" in deltas:
+            assert frozen.x_pooled is not None
+            q = run_delta(deltas["query"], layer, "query", frozen.x_pooled)
+        k, v = (
+            run_delta(deltas[name], layer, name, frozen.x) if name in deltas else project[name](frozen.x)
+            for name in ("key", "value")
+        )
+        context = attend(q, k, v, layer.heads, mask)
+        added = F.linear(context - frozen.context, project["output"].weight)
+        if "output" in deltas:
+            added = added + multiply(deltas["output"], context)
+    if any(name in deltas for name in MLP):
+        assert frozen.a is not None and frozen.g is not None
+        g, rows, weight = frozen.g, None, project["down"].weight
+        part = None
+        if "up" in deltas:
+            rows = deltas["up"].outputs
+            z = deltas["up"].project(project["up"], frozen.a)
+            changed = layer.activation(z) if positions == "first" else pool(layer.activation(z), mask, positions)
+            if rows is None:
+                part, g = F.linear(changed - g, weight), changed
+            else:
+                part, g = F.linear(changed - g[..., rows], weight[:, rows]), g.index_copy(-1, rows, changed)
+        if "down" in deltas:
+            own = multiply(deltas["down"], g)
+            part = own if part is None else part + own
+        added = part if added is None else added + part  # type: ignore[operator]
+    assert added is not None
+    return added
+
+
+def run_delta(delta: Delta, layer: Layer, name: str, x: Tensor) -> Tensor:
+    """Return (W + dW) x + b + db for all outputs (..., O)."""
+    linear = layer.projections[name]
+    y = delta.project(linear, x)
+    return y if delta.outputs is None else linear(x).index_copy(-1, delta.outputs, y)
+
+
+def multiply(delta: Delta, x: Tensor) -> Tensor:
+    """Return dW x + db (..., O)."""
+    zeros = torch.zeros(delta.shape, dtype=x.dtype, device=x.device)
+    if delta.outputs is None:
+        return F.linear(x, delta.add_to(zeros), delta.bias.to(x.dtype))
+    y = F.linear(x, delta.add_to(zeros), delta.bias.to(x.dtype))
+    return torch.zeros((*x.shape[:-1], delta.shape[0]), dtype=x.dtype, device=x.device).index_copy(-1, delta.outputs, y)
+
+
+class Aggregator(nn.Module):
+    """Attention over the layers: which of them each feature is read from.
+
+    A feature's score for a layer is a number of its own, plus the product of the layer's features with a query, in
+    each of few groups. At the start the last layer has half of the weight.
+
+    References
+    ----------
+    Fu et al., "LeTS", ICML 2021: attention pooling over the layers' outputs.
+    """
+
+    def __init__(self, slots: int, width: int, groups: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(groups, width // groups))
+        self.bias = nn.Parameter(torch.zeros(slots, groups, width // groups))
+        with torch.no_grad():
+            self.bias[-1] = torch.tensor(float(slots - 1)).log()
+
+    def forward(self, slots: Tensor) -> Tensor:
+        """Pool (S, B, P, D) to (B, P, D)."""
+        parts = slots.unflatten(-1, self.query.shape)
+        scores = (parts * self.query).sum(-1, keepdim=True) + self.bias[:, None, None]
+        pooled: Tensor = (scores.softmax(0) * parts).sum(0).flatten(-2)
+        return pooled
+
+
+class Task(nn.Module):
+    """A task's own parameters.
+
+    Attributes
+    ----------
+    spec : TaskSpec
+    deltas : torch.nn.ModuleDict
+        By ``"LAYER_PROJECTION"``; none yet for those that are sparse or rows, before a mask is selected.
+    aggregator : Aggregator
+    dropout, head : torch.nn.Module
+    """
+
+    def __init__(self, spec: TaskSpec, encoder: Encoder, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.spec = spec
+        self.deltas = nn.ModuleDict()
+        self.aggregator = Aggregator(len(encoder.layers) + 1, encoder.width, encoder.layers[0].heads)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(encoder.width, spec.labels)
+        weight = encoder.layers[0].projections["query"].weight
+        self.to(device=weight.device)
+
+    def find_deltas(self, layer: int) -> dict[str, Delta]:
+        """Return a layer's deltas by projection."""
+        found: dict[str, Any] = {p: self.deltas[f"{layer}_{p}"] for p in PROJECTIONS if f"{layer}_{p}" in self.deltas}
+        return found
+
+    def list_deltas(self) -> dict[str, Delta]:
+        """Return all deltas by ``"LAYER.PROJECTION"``."""
+        found: dict[str, Any] = {key.replace("_", "."): delta for key, delta in self.deltas.items()}
+        return found
+
+    @property
+    def is_selected(self) -> bool:
+        """Whether every delta has its mask."""
+        return {key.replace("_", ".") for key in self.deltas} == set(self.spec.deltas)
+
+    def forward(self, encoder: Encoder, features: Features) -> Tensor:
+        """Return logits (B, labels), of token labels (B, T, labels)."""
+        slots = list(features.slots)
+        for number in sorted({int(key.partition("_")[0]) for key in self.deltas}):
+            layer, own = encoder.layers[number], self.find_deltas(number)
+            added = run_component(layer, own, features.layers[number], features.mask, self.spec.positions)
+            slots[number + 1] = slots[number + 1] + added
+        return self.finish(torch.stack(slots))
+
+    def finish(self, slots: Tensor) -> Tensor:
+        """Return logits of the layers' pooled outputs (S, B, P, D)."""
+        logits: Tensor = self.head(self.dropout(self.aggregator(slots)))
+        return logits if self.spec.positions == "all" else logits[:, 0]
+
+    def count_parameters(self) -> dict[str, int]:
+        """Count parameters of the components (with the aggregator), and of the head."""
+        head = sum(parameter.numel() for parameter in self.head.parameters())
+        return {"components": sum(parameter.numel() for parameter in self.parameters()) - head, "head": head}

@@ -1,0 +1,331 @@
+"""Frozen encoders, seen as what they all are: layers of attention and an MLP, with norms and residual sums."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+try:
+    import torch
+except ImportError as error:
+    raise ImportError("pycodesign.sharing needs torch: `pip install 'pycodesign[torch]'`") from error
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["PROJECTIONS", "Activations", "Encoder", "Layer", "Linear", "attend", "read_encoder"]
+
+PROJECTIONS = ("query", "key", "value", "output", "up", "down")
+TOLERANCE = 1e-3  # of the probe's outputs, relative to the largest
+
+Inputs: TypeAlias = Mapping[str, Tensor]
+
+
+class Linear(NamedTuple):
+    """Weight (O, I) and bias (O,) of a projection; views of the backbone's own."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer; the norms come before attention and MLP (`pre_norm`), or after the residual sums.
+
+    Attributes
+    ----------
+    projections : dict of Linear
+        By the names in `PROJECTIONS`.
+    """
+
+    projections: dict[str, Linear]
+    attention_norm: nn.Module
+    mlp_norm: nn.Module
+    heads: int
+    activation: Callable[[Tensor], Tensor]
+    pre_norm: bool
+
+
+class Activations(NamedTuple):
+    """What a frozen layer computes, for B texts of T tokens.
+
+    Attributes
+    ----------
+    x, a : Tensor (B, T, D)
+        What attention reads, and what the MLP reads.
+    q, k, v : Tensor (B, T, D)
+        Of `x`.
+    context : Tensor (B, T, D)
+        What attention's output projection reads.
+    z, g : Tensor (B, T, F)
+        The MLP's first projection, and what its second reads: the activation function of it.
+    h : Tensor (B, T, D)
+        The layer's output.
+    """
+
+    x: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    context: Tensor
+    a: Tensor
+    z: Tensor
+    g: Tensor
+    h: Tensor
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None) -> Tensor:
+    """Return contexts (B, P, D) of queries (B, P, D) over keys and values (B, T, D); mask (B, T): where a token is."""
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+    visible = None if mask is None else mask[:, None, None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible).transpose(1, 2).flatten(2)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A backbone's embedding and layers.
+
+    Attributes
+    ----------
+    embed : callable
+        From the backbone's inputs, by name, to (B, T, D).
+    norm : callable or None
+        The final norm of pre-norm encoders, which every layer's features go through before they are aggregated.
+    longest : int or None
+        Tokens that the backbone takes.
+    """
+
+    layers: list[Layer]
+    embed: Callable[[Inputs], Tensor]
+    norm: nn.Module | None
+    longest: int | None
+    modules: dict[str, nn.Module]  # with parameters beside the layers': embeddings, final norm
+
+    @property
+    def width(self) -> int:
+        """Features of a token, D."""
+        return self.layers[0].projections["query"].weight.shape[1]
+
+    def run(self, inputs: Inputs, mask: Tensor | None = None) -> tuple[Tensor, list[Activations]]:
+        """Return the embedded inputs (B, T, D), and all layers' activations."""
+        first = h = self.embed(inputs)
+        layers = []
+        for layer in self.layers:
+            layers.append(run_layer(layer, h, mask))
+            h = layers[-1].h
+        return first, layers
+
+    def count_parameters(self) -> int:
+        """Count the parameters of embeddings, layers and final norm."""
+        return sum(tensor.numel() for _, tensor in self._list_tensors())
+
+    def compute_hash(self) -> str:
+        """Return a SHA-256 over the values, shapes and order of all weights, and what else fixes the function."""
+        digest = hashlib.sha256()
+        for layer in self.layers:
+            digest.update(f"{layer.heads} {layer.pre_norm} {name_activation(layer.activation)};".encode())
+        for name, tensor in self._list_tensors():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+            digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _list_tensors(self) -> list[tuple[str, Tensor]]:
+        named = [
+            (f"{name}.{key}", tensor)
+            for name, module in sorted(self.modules.items())
+            for key, tensor in sorted(module.state_dict().items())
+        ]
+        for number, layer in enumerate(self.layers):
+            for name, linear in layer.projections.items():
+                named.append((f"{number}.{name}.weight", linear.weight))
+                if linear.bias is not None:
+                    named.append((f"{number}.{name}.bias", linear.bias))
+            for name, norm in (("attention_norm", layer.attention_norm), ("mlp_norm", layer.mlp_norm)):
+                named += [(f"{number}.{name}.{key}", tensor) for key, tensor in sorted(norm.state_dict().items())]
+        return named
+
+
+def run_layer(layer: Layer, h: Tensor, mask: Tensor | None) -> Activations:
+    """Run a frozen layer on (B, T, D)."""
+    project = layer.projections
+    x = layer.attention_norm(h) if layer.pre_norm else h
+    q, k, v = (project[name](x) for name in ("query", "key", "value"))
+    context = attend(q, k, v, layer.heads, mask)
+    h = h + project["output"](context)
+    a = layer.mlp_norm(h) if layer.pre_norm else layer.attention_norm(h)
+    z = project["up"](a)
+    g = layer.activation(z)
+    m = project["down"](g)
+    h = h + m if layer.pre_norm else layer.mlp_norm(a + m)
+    return Activations(x, q, k, v, context, a, z, g, h)
+
+
+def name_activation(activation: Callable[[Tensor], Tensor]) -> str:
+    """Name a function or a module of torch or transformers."""
+    return getattr(activation, "__name__", type(activation).__name__)
+
+
+def read_encoder(backbone: nn.Module) -> Encoder:
+    """Read a backbone as an `Encoder`, whose layers share its weights, and compare the two on a small input.
+
+    Parameters
+    ----------
+    backbone : torch.nn.Module
+        Hugging Face's BERT, RoBERTa or ELECTRA, ViT or DeiT, the bare model without a head; a
+        `torch.nn.TransformerEncoder`, whose input is (B, T, D); or a module of your own with such an encoder as its
+        ``encoder`` and a method ``embed`` that takes the inputs by name and returns (B, T, D).
+
+    Raises
+    ------
+    TypeError
+        For any other module.
+    ValueError
+        If the backbone computes something else than its layers, read so, do.
+    """
+    if isinstance(backbone, nn.TransformerEncoder):
+        encoder = _read_torch(backbone, None)
+    elif isinstance(getattr(backbone, "encoder", None), nn.TransformerEncoder) and callable(
+        getattr(backbone, "embed", None)
+    ):
+        encoder = _read_torch(backbone.encoder, backbone)  # type: ignore[arg-type]
+    else:
+        encoder = _read_transformers(backbone)
+    _probe(backbone, encoder)
+    return encoder
+
+
+def _read_torch(stack: nn.TransformerEncoder, owner: nn.Module | None) -> Encoder:
+    layers = []
+    for layer in stack.layers:
+        if not isinstance(layer, nn.TransformerEncoderLayer):
+            raise TypeError(f"backbone: expected TransformerEncoderLayer in it, got {type(layer).__name__}")
+        attention = layer.self_attn
+        if not attention.batch_first or attention.in_proj_weight is None:
+            raise ValueError("backbone: expected batch_first=True and keys and values as wide as queries, got others")
+        biases = [None] * 3 if attention.in_proj_bias is None else list(attention.in_proj_bias.detach().chunk(3))
+        weights = attention.in_proj_weight.detach().chunk(3)
+        projections = {name: Linear(w, b) for name, w, b in zip(PROJECTIONS, weights, biases, strict=False)}
+        for name, module in (("output", attention.out_proj), ("up", layer.linear1), ("down", layer.linear2)):
+            projections[name] = _read_linear(module)
+        norms = layer.norm1, layer.norm2
+        layers.append(Layer(projections, *norms, attention.num_heads, layer.activation, layer.norm_first))
+    if not layers:
+        raise ValueError("backbone: expected at least one layer, got none")
+    if stack.norm is not None and not layers[0].pre_norm:
+        raise ValueError("backbone: expected a final norm of pre-norm layers only, got one after post-norm layers")
+    modules = {} if stack.norm is None else {"norm": stack.norm}
+    if owner is None:
+        return Encoder(layers, _take_embedded, stack.norm, None, modules)
+    modules |= {name: child for name, child in owner.named_children() if name != "encoder"}
+    longest = getattr(owner, "max_length", None)
+    embed: Any = owner.embed
+    return Encoder(layers, lambda inputs: embed(**inputs), stack.norm, longest, modules)
+
+
+def _take_embedded(inputs: Inputs) -> Tensor:
+    if set(inputs) != {"inputs_embeds"}:
+        raise ValueError(f"inputs: expected inputs_embeds (B, T, D), got {', '.join(inputs) or 'none'}")
+    return inputs["inputs_embeds"]
+
+
+def _read_transformers(backbone: nn.Module) -> Encoder:
+    config: Any = getattr(backbone, "config", None)
+    embeddings: Any = getattr(backbone, "embeddings", None)
+    stack: Any = getattr(backbone, "encoder", backbone)
+    blocks: Any = getattr(stack, "layer", getattr(stack, "layers", None))
+    if config is None or not isinstance(embeddings, nn.Module) or not isinstance(blocks, nn.ModuleList) or not blocks:
+        wanted = "a bare BERT, RoBERTa, ELECTRA, ViT or DeiT of transformers, or a torch.nn.TransformerEncoder"
+        raise TypeError(f"backbone: expected {wanted}, got {type(backbone).__name__}")
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise ValueError("backbone: expected an encoder, got one with is_decoder or add_cross_attention")
+    if getattr(backbone, "embeddings_project", None) is not None:
+        raise ValueError("backbone: expected embeddings as wide as the layers, got a projection of them")
+    try:
+        layers = [_read_block(block, config) for block in blocks]
+    except AttributeError as error:
+        name = type(backbone).__name__
+        raise TypeError(f"backbone: expected layers as those of BERT or ViT, got {name}: {error}") from None
+    modules = {"embeddings": embeddings}
+    norm = getattr(backbone, "layernorm", None) if layers[0].pre_norm else None
+    if norm is not None:
+        modules["norm"] = norm
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        longest -= config.pad_token_id + 1  # its positions start there
+    return Encoder(layers, lambda inputs: embeddings(**inputs), norm, longest, modules)
+
+
+def _read_block(block: Any, config: Any) -> Layer:
+    heads, activation = config.num_attention_heads, _find_activation(config.hidden_act)
+    if hasattr(block, "layernorm_before"):  # ViT
+        if hasattr(block.attention, "q_proj"):
+            names = {name: f"attention.{name[0]}_proj" for name in ("query", "key", "value", "output")}
+            names |= {"up": "mlp.fc1", "down": "mlp.fc2"}
+        else:  # as it was called before transformers 5
+            names = {name: f"attention.attention.{name}" for name in ("query", "key", "value")}
+            names |= {"output": "attention.output.dense", "up": "intermediate.dense", "down": "output.dense"}
+        norms = block.layernorm_before, block.layernorm_after
+        pre_norm = True
+    else:
+        names = {name: f"attention.self.{name}" for name in ("query", "key", "value")}
+        names |= {"output": "attention.output.dense", "up": "intermediate.dense", "down": "output.dense"}
+        norms = block.attention.output.LayerNorm, block.output.LayerNorm
+        pre_norm = False
+    projections = {name: _read_linear(block.get_submodule(path)) for name, path in names.items()}
+    return Layer(projections, *norms, heads, activation, pre_norm)
+
+
+def _find_activation(activation: Any) -> Callable[[Tensor], Tensor]:
+    if not isinstance(activation, str):
+        found: Callable[[Tensor], Tensor] = activation
+        return found
+    from transformers.activations import ACT2FN
+
+    function: Callable[[Tensor], Tensor] = F.gelu if activation == "gelu" else ACT2FN[activation]
+    return function
+
+
+def _read_linear(module: Any) -> Linear:
+    if type(module).__module__.partition(".")[0] == "peft":
+        raise TypeError(
+            "backbone: expected plain weights, got adapters in it; sharing.import_adapter reads their files"
+        )
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"backbone: expected Linear projections, got {type(module).__name__}")
+    return Linear(module.weight.detach(), None if module.bias is None else module.bias.detach())
+
+
+@torch.no_grad()
+def _probe(backbone: nn.Module, encoder: Encoder) -> None:
+    """Compare with the backbone's own forward, which may do something that no attribute tells."""
+    weight = encoder.layers[0].projections["query"].weight
+    generator = torch.Generator().manual_seed(0)
+    config: Any = getattr(backbone, "config", None)
+    if isinstance(backbone, nn.TransformerEncoder):
+        x = torch.randn(2, 3, encoder.width, generator=generator).to(weight)
+        inputs, expected = {"inputs_embeds": x}, backbone(x)
+    elif config is None:
+        return  # its inputs are its own
+    else:
+        if hasattr(config, "vocab_size"):
+            longest = min(5, encoder.longest or 5)
+            ids = torch.randint(config.vocab_size, (2, longest), generator=generator).to(weight.device)
+            inputs = {"input_ids": ids}
+        else:
+            size: Any = config.image_size
+            height, width = size if isinstance(size, Sequence) else (size, size)
+            pixels = torch.randn(2, config.num_channels, height, width, generator=generator)
+            inputs = {"pixel_values": pixels.to(weight)}
+        expected = backbone(**inputs).last_hidden_state
+    got = encoder.run(inputs)[1][-1].h
+    got = got if encoder.norm is None else encoder.norm(got)
+    difference = float((got - expected).abs().max() / expected.abs().max())
+    if not difference <= TOLERANCE or math.isnan(difference):
+        wanted = "attention and an MLP per layer, and nothing else"
+        raise ValueError(f"backbone: expected {wanted}, got outputs that differ from those by {difference:.2g}")

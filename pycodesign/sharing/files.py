@@ -1,0 +1,123 @@
+"""Tasks as files: small, bound to their backbone, and checked as a whole before anything is made of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from pycodesign.sharing.components import Task, TaskSpec
+from pycodesign.sharing.deltas import KINDS, load_checked, make_delta
+from pycodesign.sharing.encoders import PROJECTIONS, Encoder
+
+__all__ = ["describe", "make_task", "read_task", "read_tensors", "write_task"]
+
+FORMAT = "pycodesign.sharing"
+VERSION = "1"
+
+
+def write_task(path: Path, task: Task, backbone: str) -> None:
+    """Write a task's parameters and what it is; the file appears whole or not at all."""
+    if not task.is_selected:
+        raise ValueError(f"{path.stem}: expected a mask chosen by select_mask, got deltas without entries")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in task.state_dict().items()}
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.write_bytes(save(tensors, describe(task, backbone)))
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def describe(task: Task, backbone: str) -> dict[str, str]:
+    """Return the metadata of a task's file."""
+    return {"format": FORMAT, "version": VERSION, "backbone": backbone, "spec": json.dumps(asdict(task.spec))}
+
+
+def read_task(path: Path, encoder: Encoder, backbone: str) -> Task:
+    """Read a task, after checking the file against the backbone.
+
+    Raises
+    ------
+    ValueError
+        Naming the file: if it is damaged, of another backbone, or holds other tensors, shapes, dtypes, or indices out
+        of range.
+    """
+    tensors, spec = read_tensors(path, encoder, backbone)
+    try:
+        return make_task(spec, encoder, tensors)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_tensors(path: Path, encoder: Encoder, backbone: str) -> tuple[dict[str, Tensor], TaskSpec]:
+    """Read a file's tensors, which are not checked yet, and its spec, which is."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError:
+        raise ValueError(f"{path}: expected a task's file, got none") from None
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: expected a safetensors file, got a damaged one: {error}") from None
+    if metadata.get("format") != FORMAT or metadata.get("version") != VERSION:
+        got = f"{metadata.get('format')!r}, version {metadata.get('version')!r}"
+        raise ValueError(f"{path}: expected format {FORMAT!r}, version {VERSION!r}, got {got}")
+    if metadata.get("backbone") != backbone:
+        wanted = f"a task of the backbone {backbone[:12]}..."
+        raise ValueError(f"{path}: expected {wanted}, got one of {str(metadata.get('backbone'))[:12]}...")
+    try:
+        return tensors, read_spec(metadata.get("spec", ""), len(encoder.layers))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_spec(text: str, layers: int) -> TaskSpec:
+    """Read a spec as `write_task` writes it."""
+    try:
+        fields: Any = json.loads(text)
+    except ValueError:
+        raise ValueError("spec: expected JSON, got other text") from None
+    if not isinstance(fields, dict) or set(fields) != set(TaskSpec.__dataclass_fields__):
+        raise ValueError(f"spec: expected the fields {', '.join(TaskSpec.__dataclass_fields__)}, got others")
+    deltas = fields["deltas"]
+    places = {f"{layer}.{projection}" for layer in range(layers) for projection in PROJECTIONS}
+    if not isinstance(deltas, dict) or not places.issuperset(deltas):
+        raise ValueError(f"spec: expected deltas of projections in {layers} layers, got {deltas!r:.200}")
+    if any(kind not in KINDS for kind in deltas.values()):
+        raise ValueError(f"spec: expected kinds of deltas {', '.join(KINDS)}, got {deltas!r:.200}")
+    return TaskSpec(**fields)
+
+
+def make_task(spec: TaskSpec, encoder: Encoder, tensors: dict[str, Tensor]) -> Task:
+    """Make a task of all its tensors."""
+    task = Task(spec, encoder)
+    rest = dict(tensors)
+    for place, kind in spec.deltas.items():
+        layer, _, projection = place.partition(".")
+        prefix = f"deltas.{layer}_{projection}."
+        own = {name.removeprefix(prefix): rest.pop(name) for name in list(rest) if name.startswith(prefix)}
+        outputs, inputs = encoder.layers[int(layer)].projections[projection].weight.shape
+        try:
+            task.deltas[f"{layer}_{projection}"] = make_delta(kind, (outputs, inputs), own)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
+    for name in ("aggregator", "head"):
+        own = {key.removeprefix(f"{name}."): rest.pop(key) for key in list(rest) if key.startswith(f"{name}.")}
+        try:
+            load_checked(getattr(task, name), own)
+        except ValueError as error:
+            raise ValueError(f"{name}.{error}") from None
+    if rest:
+        raise ValueError(f"{min(rest)}: expected no such tensor, got one")
+    with torch.no_grad():
+        return task.to(encoder.layers[0].projections["query"].weight.device)

@@ -1,0 +1,477 @@
+"""Tasks on one frozen encoder: what they compute, how they are trained, their files."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    DeiTConfig,
+    DeiTModel,
+    ElectraConfig,
+    ElectraModel,
+    RobertaConfig,
+    RobertaModel,
+    ViTConfig,
+    ViTModel,
+)
+
+from pycodesign import ops, set_num_threads, sharing
+from pycodesign.sharing.components import TaskSpec
+
+KINDS = ("sparse", "rows", "low_rank", "dense", {"up": "rows", "down": "sparse", "value": "low_rank"})
+SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
+VOCABULARY = 50
+
+
+@pytest.fixture
+def backbone():
+    torch.manual_seed(0)
+    return BertModel(BertConfig(vocab_size=VOCABULARY, max_position_embeddings=20, **SIZES)).eval()
+
+
+@pytest.fixture
+def texts():
+    ids = torch.randint(VOCABULARY, (3, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(3, 9, dtype=torch.long)
+    mask[1, 6:] = mask[2, 4:] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def make_labels(kind: str) -> torch.Tensor:
+    return torch.zeros(3, 9, dtype=torch.long) if kind == "tokens" else torch.tensor([0, 1, 0])
+
+
+def train(tasks: sharing.MultiTask, texts, steps: int = 8) -> None:
+    """Select masks where there are none, and train a little; dropout is off."""
+    tasks.eval()
+    for name in tasks.tasks:
+        task = tasks.get_task(name)
+
+        def loss(logits, labels, spec=task.spec):
+            return sharing.compute_loss(spec, logits, labels)
+
+        labels = make_labels(task.spec.kind)
+        if not task.is_selected:
+            tasks.select_mask(name, [(texts, labels)], loss, scope="matrix")
+        features = tasks.read(name, texts)
+        optimizer = torch.optim.Adam(tasks.task_parameters(name), lr=1e-2)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss(tasks.run(name, features), labels).backward()
+            optimizer.step()
+
+
+LABELS = {"tone": 2, "topic": 5, "stars": "regression", "names": ("tokens", 3)}
+
+
+@pytest.mark.parametrize("positions", ["mean", "first"])
+@pytest.mark.parametrize("delta", KINDS, ids=str)
+def test_tasks_and_engine(backbone, texts, delta, positions, tmp_path):
+    """Training changes what is asked for; engine, cache and files give the same again; the backbone is untouched."""
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    tasks = sharing.MultiTask(backbone, LABELS, delta=delta, density=0.1, positions=positions)
+    train(tasks, texts)
+    with torch.no_grad():
+        logits = tasks(texts)
+    assert {name: tuple(own.shape) for name, own in logits.items()} == {
+        "tone": (3, 2),
+        "topic": (3, 5),
+        "stars": (3, 1),
+        "names": (3, 9, 3),
+    }
+    engine = tasks.build_engine()
+    served = engine(texts["input_ids"], texts["attention_mask"])
+    for name, own in logits.items():
+        torch.testing.assert_close(served[name], own, atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            tasks.run(name, tasks.cache(name, [texts], dtype=None)[[0, 1, 2]])[..., :4, :] if name == "names" else own,
+            own[..., :4, :] if name == "names" else own,
+        )
+    tasks.save_pretrained(tmp_path)
+    again = sharing.MultiTask.from_pretrained(backbone, tmp_path).eval()
+    with torch.no_grad():
+        assert all(torch.equal(own, logits[name]) for name, own in again(texts).items())
+    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize("delta", KINDS, ids=str)
+def test_a_task_is_the_same_to_the_bit_alone_and_among_others(backbone, texts, delta):
+    names = {f"task{n}": 2 + n for n in range(5)} | {"names": ("tokens", 3), "first": 2}
+    tasks = sharing.MultiTask(backbone, {}, delta=delta, density=0.1)
+    for name, labels in names.items():
+        options = {"positions": "first"} if name == "first" else {}
+        tasks.add_task(name, labels, **options)
+    train(tasks, texts)
+    engine = tasks.build_engine()
+    for inputs in (texts, {key: value[:1] for key, value in texts.items()}):
+        expected = engine(inputs)
+        for asked in (["task3"], ["first"], ["task1", "names"], ["task4", "task0", "first"], list(reversed(names))):
+            for threads in (1, 2):
+                set_num_threads(threads)
+                got = engine(inputs, tasks=asked)
+                assert list(got) == asked
+                assert all(torch.equal(got[name], expected[name]) for name in asked)
+
+
+def test_backbone_is_the_same_to_the_bit_whatever_is_asked(backbone, texts):
+    tasks = sharing.MultiTask(backbone, LABELS, delta="low_rank")
+    engine = tasks.build_engine()
+    named, mask = tasks.check_inputs(texts)
+    seen = []
+    run = engine.encoder.run
+
+    class Recorded:
+        def __getattr__(self, name):
+            return getattr(tasks.encoder, name)
+
+        def run(self, *arguments):
+            seen.append(run(*arguments))
+            return seen[-1]
+
+    engine.encoder = Recorded()
+    for asked in ([], ["tone"], ["names", "topic"], None):
+        engine(texts, tasks=asked)
+    first, layers = tasks.encoder.run(named, mask)
+    for own_first, own_layers in seen:
+        assert torch.equal(own_first, first)
+        assert all(
+            torch.equal(a, b)
+            for own, one in zip(own_layers, layers, strict=True)
+            for a, b in zip(own, one, strict=True)
+        )
+    assert len(seen) == 4  # one pass for each call
+
+
+def test_encoders_compute_what_backbones_do():
+    torch.manual_seed(0)
+    sizes = {**SIZES, "image_size": 16, "patch_size": 4}
+    roberta = RobertaModel(RobertaConfig(vocab_size=VOCABULARY, max_position_embeddings=20, pad_token_id=1, **SIZES))
+    electra = ElectraModel(ElectraConfig(vocab_size=VOCABULARY, embedding_size=32, **SIZES))
+    for backbone, inputs in (
+        (ViTModel(ViTConfig(**sizes)), {"pixel_values": torch.randn(2, 3, 16, 16)}),
+        (DeiTModel(DeiTConfig(**sizes)), {"pixel_values": torch.randn(2, 3, 16, 16)}),
+        (electra, {"input_ids": torch.randint(VOCABULARY, (2, 9))}),
+        (roberta, {"input_ids": torch.randint(2, VOCABULARY, (2, 18))}),
+    ):
+        encoder = sharing.read_encoder(backbone.eval())
+        with torch.no_grad():
+            h = encoder.run(inputs)[1][-1].h
+            h = h if encoder.norm is None else encoder.norm(h)
+            torch.testing.assert_close(h, backbone(**inputs).last_hidden_state, atol=1e-5, rtol=1e-4)
+    assert sharing.read_encoder(roberta).longest == 18
+    tasks = sharing.MultiTask(ViTModel(ViTConfig(**sizes)), {"kind": 4}, delta="low_rank", positions="first").eval()
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(tasks.build_engine()(images)["kind"], tasks(images)["kind"], atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_torch_encoder(norm_first):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=norm_first, activation=F.gelu)
+    stack = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(32) if norm_first else None, enable_nested_tensor=False)
+    tasks = sharing.MultiTask(stack, {"tone": 2}, delta="low_rank").eval()
+    x, mask = torch.randn(2, 7, 32), torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
+    _, layers = tasks.encoder.run({"inputs_embeds": x}, mask.bool())
+    expected = stack.eval()(x, src_key_padding_mask=mask == 0)
+    h = layers[-1].h if tasks.encoder.norm is None else tasks.encoder.norm(layers[-1].h)
+    torch.testing.assert_close(h[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(tasks.build_engine()(x, mask)["tone"], tasks(x, mask)["tone"], atol=2e-6, rtol=1e-5)
+
+
+def test_own_protocol():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(VOCABULARY, 32)
+            layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+            self.max_length = 12
+
+        def embed(self, input_ids):
+            return self.embedding(input_ids)
+
+    tasks = sharing.MultiTask(Own(), {"tone": 2}, delta="low_rank")
+    assert tasks(torch.zeros(2, 12, dtype=torch.long))["tone"].shape == (2, 2)
+    with pytest.raises(ValueError, match="at most 12 tokens, got 13"):
+        tasks(torch.zeros(2, 13, dtype=torch.long))
+
+
+@pytest.mark.parametrize("positions", ["mean", "first"])
+def test_zero_deltas_keep_the_frozen_features(backbone, texts, positions):
+    tasks = sharing.MultiTask(backbone, {"plain": 2}, delta="none", positions=positions).eval()
+    tasks.add_task("zero", 2, delta="dense")
+    task, plain = tasks.get_task("zero"), tasks.get_task("plain")
+    task.head.load_state_dict(plain.head.state_dict())
+    torch.testing.assert_close(*tasks(texts).values(), atol=1e-6, rtol=1e-5)
+    assert torch.equal(*tasks.build_engine()(texts).values())  # to the bit
+
+
+def test_deltas_at_the_first_token_are_those_of_all_tokens(backbone, texts):
+    """The same weights, asked at every token: the first token's logits are those of positions="first"."""
+    tasks = sharing.MultiTask(backbone, {"all": ("tokens", 3)}, delta="dense")
+    tasks.add_task("one", 3, positions="first")
+    train(tasks, texts)
+    tasks.get_task("one").load_state_dict(tasks.get_task("all").state_dict())
+    logits = tasks(texts)
+    torch.testing.assert_close(logits["one"], logits["all"][:, 0], atol=1e-5, rtol=1e-4)
+
+
+def test_masks(backbone, texts):
+    tasks = sharing.MultiTask(backbone, {"tone": 2}, delta="sparse", density=0.02).eval()
+    labels = make_labels("classification")
+    task = tasks.get_task("tone")
+    assert not task.is_selected
+    gradients = {}
+    dense = sharing.MultiTask(backbone, {}).eval()
+    dense.add_task("tone", 2, delta="dense")
+    dense.get_task("tone").head.load_state_dict(task.head.state_dict())
+    F.cross_entropy(dense(texts)["tone"], labels).backward()
+    for place, delta in dense.get_task("tone").list_deltas().items():
+        gradients[place] = delta.values.grad.abs().flatten()
+    shares = tasks.select_mask("tone", [(texts, labels)], F.cross_entropy)
+    chosen = torch.cat([gradients[place][delta.index] for place, delta in task.list_deltas().items()])
+    everything = torch.cat(list(gradients.values()))
+    assert len(chosen) == round(0.02 * len(everything))
+    torch.testing.assert_close(chosen.sort().values, everything.topk(len(chosen)).values.sort().values)
+    assert shares.keys() == gradients.keys()
+    assert task.is_selected
+    trained = sum(parameter.numel() for parameter in tasks.task_parameters("tone"))
+    biases = sum(delta.bias.numel() for delta in task.list_deltas().values())
+    others = sum(p.numel() for module in (task.aggregator, task.head) for p in module.parameters())
+    assert trained == len(chosen) + biases + others  # memory for those alone: no dense parameter is left
+    for method, scope in (("change", "matrix"), ("gradient", "matrix"), ("change", "global")):
+        tasks.add_task(f"{method}-{scope}", 2, delta={"up": "rows", "value": "sparse"}, density=0.25)
+        tasks.select_mask(f"{method}-{scope}", [(texts, labels)] * 3, F.cross_entropy, method=method, scope=scope)
+        if scope == "matrix":
+            deltas = tasks.get_task(f"{method}-{scope}").list_deltas()
+            assert {len(delta.rows) for place, delta in deltas.items() if place.endswith("up")} == {16}
+            assert {len(delta.index) for place, delta in deltas.items() if place.endswith("value")} == {256}
+
+
+def test_tasks_come_and_go_while_others_are_served(backbone, texts):
+    tasks = sharing.MultiTask(backbone, {f"task{n}": 2 for n in range(4)}, delta="low_rank")
+    train(tasks, texts, steps=2)
+    engine = tasks.build_engine()
+    expected = engine(texts)
+    failures = []
+
+    def serve():
+        try:
+            for _ in range(20):
+                got = engine(texts, tasks=["task0", "task1"])
+                failures.extend(name for name in got if not torch.equal(got[name], expected[name]))
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=serve) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for _ in range(20):
+        engine.remove_task("task3")
+        engine.add_task("task3", tasks.get_task("task3"))
+    for thread in threads:
+        thread.join()
+    assert not failures
+    engine.remove_task("task2")
+    assert engine.tasks == ["task0", "task1", "task3"]
+    with pytest.raises(KeyError, match="tasks: expected some of task0, task1, task3, got 'task2'"):
+        engine(texts, tasks=["task2"])
+    with torch.no_grad():
+        tasks.get_task("task0").head.weight.zero_()
+    assert torch.equal(engine(texts)["task0"], expected["task0"])  # it serves copies
+
+
+def test_engine_runs_the_kernels(backbone, texts, monkeypatch):
+    calls = []
+    monkeypatch.setattr(ops, "delta_linear", lambda *args, own=ops.delta_linear: calls.append(args) or own(*args))
+    tasks = sharing.MultiTask(backbone, {"tone": 2}, delta="low_rank")
+    tasks.build_engine()(texts)
+    assert calls
+
+
+def test_cache_in_batches(backbone, texts):
+    """Texts of different lengths, shuffled, and with less padding than they were read with."""
+    tasks = sharing.MultiTask(backbone, {"tone": 2}, delta="low_rank").eval()
+    train(tasks, texts, steps=3)
+    cache = tasks.cache("tone", [texts, texts], dtype=None)
+    assert len(cache) == 6 and cache.lengths == [9, 6, 4] * 2
+    with torch.no_grad():
+        expected = tasks(texts)["tone"]
+        torch.testing.assert_close(tasks.run("tone", cache[[5, 1]]), expected[[2, 1]], atol=1e-5, rtol=1e-4)
+    half = tasks.cache("tone", [texts])
+    assert half.nbytes * 4 == cache.nbytes
+    assert half[[0]].slots.dtype == torch.float32
+    with pytest.raises(ValueError, match="indices: expected at least one"):
+        cache[[]]
+
+
+def test_training_by_trainer(backbone, texts, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    tasks = sharing.MultiTask(backbone, {"tone": 2}, delta="low_rank")
+    model = tasks.task_model("tone")
+    rows = [{key: value[n] for key, value in texts.items()} | {"labels": n % 2} for n in range(3)] * 4
+    arguments = TrainingArguments(
+        tmp_path, max_steps=4, report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True, learning_rate=1e-2
+    )
+    before = tasks.get_task("tone").head.weight.clone()
+    Trainer(model, arguments, train_dataset=rows).train()
+    assert not torch.equal(before, tasks.get_task("tone").head.weight)
+    assert len(model.state_dict()) == len(tasks.get_task("tone").state_dict())
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+
+
+def damage(path, change_tensors=None, change_metadata=None):
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    if change_tensors:
+        change_tensors(tensors)
+    if change_metadata:
+        change_metadata(metadata)
+    save_file(tensors, path, metadata)
+
+
+def set_item(key, value):
+    return lambda mapping: mapping.__setitem__(key, value)
+
+
+def set_spec(**fields):
+    def change(metadata):
+        metadata["spec"] = json.dumps({**json.loads(metadata["spec"]), **fields})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change_tensors", "change_metadata", "message"),
+    [
+        (
+            set_item("head.weight", torch.zeros(3, 32)),
+            None,
+            r"head.weight: expected float32 \(2, 32\), got float32 \(3, 32\)",
+        ),
+        (set_item("head.weight", torch.full((2, 32), torch.nan)), None, "head.weight: expected finite values"),
+        (set_item("head.bias", torch.zeros(2, dtype=torch.float16)), None, "head.bias: expected float32"),
+        (set_item("other", torch.zeros(2)), None, "other: expected no such tensor"),
+        (lambda tensors: tensors.pop("aggregator.query"), None, "aggregator.query: expected float32"),
+        (
+            set_item("deltas.0_value.index", torch.tensor([5, 4096])),
+            None,
+            "0.value: index: expected indices from 0 to 1023",
+        ),
+        (set_item("deltas.0_value.index", torch.tensor([-1, 6])), None, "expected indices from 0 to 1023, got -1"),
+        (set_item("deltas.0_value.index", torch.tensor([6, 6])), None, "expected ascending indices"),
+        (set_item("deltas.0_value.index", torch.zeros(0, dtype=torch.long)), None, "got none: an empty delta"),
+        (set_item("deltas.0_value.index", torch.zeros(3)), None, r"index: expected int64 \(n,\), got float32"),
+        (set_item("deltas.0_value.values", torch.zeros(1)), None, "0.value: values: expected float32"),
+        (None, set_item("backbone", "0" * 64), "expected a task of the backbone"),
+        (None, set_item("format", "other"), "expected format 'pycodesign.sharing'"),
+        (None, set_item("spec", "{"), "spec: expected JSON"),
+        (None, set_item("spec", "{}"), "spec: expected the fields"),
+        (None, set_spec(deltas={"9.value": "sparse"}), "spec: expected deltas of projections in 3 layers"),
+        (None, set_spec(deltas={"0.value": "other"}), "spec: expected kinds of deltas"),
+        (None, set_spec(density=0), r"density: expected a share in \(0, 1\], got 0"),
+        (None, set_spec(labels=-1), "labels: expected at least 1"),
+    ],
+)
+def test_damaged_files(backbone, texts, tmp_path, change_tensors, change_metadata, message):
+    tasks = sharing.MultiTask(backbone, {"tone": 2}, delta={"value": "sparse"})
+    train(tasks, texts)
+    (path,) = tasks.save_pretrained(tmp_path)
+    damage(path, change_tensors, change_metadata)
+    with pytest.raises(ValueError, match=message):
+        tasks.load_task(path, "again")
+    assert list(tasks.tasks) == ["tone"]
+
+
+def test_files_of_other_backbones(backbone, texts, tmp_path):
+    tasks = sharing.MultiTask(backbone, {"tone": 2}, delta="low_rank")
+    (path,) = tasks.save_pretrained(tmp_path)
+    other = BertModel(BertConfig(vocab_size=VOCABULARY, max_position_embeddings=20, **SIZES))
+    with pytest.raises(ValueError, match="expected a task of the backbone"):
+        sharing.MultiTask.from_pretrained(other, tmp_path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match="expected a safetensors file, got a damaged one"):
+        sharing.MultiTask.from_pretrained(backbone, tmp_path)
+    with pytest.raises(ValueError, match="expected a task's file, got none"):
+        tasks.load_task(tmp_path / "none.safetensors")
+    with pytest.raises(ValueError, match="expected tasks' files in"):
+        sharing.MultiTask.from_pretrained(backbone, tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"density": 0}, r"density: expected a share in \(0, 1\], got 0"),
+        ({"density": 1.5}, r"density: expected a share in \(0, 1\], got 1.5"),
+        ({"rank": 0}, "rank: expected at least 1, got 0"),
+        ({"positions": "last"}, "positions: expected one of mean, first, all, got 'last'"),
+        ({"positions": "all"}, "positions: expected 'all' for labels of tokens and no others"),
+        ({"delta": "full"}, "delta: expected one of sparse, rows, low_rank, dense, none, got 'full'"),
+        ({"delta": {"gate": "sparse"}}, "delta: expected projections among query"),
+        ({"layers": [3]}, "layers: expected numbers from 0 to 2, got 3"),
+    ],
+)
+def test_wrong_options(backbone, options, message):
+    with pytest.raises(ValueError, match=message):
+        sharing.MultiTask(backbone, {"tone": 2}, **options)
+
+
+@pytest.mark.parametrize("name", ["MultiTask", "export_adapter", "search"])
+def test_docstrings(name):
+    item = getattr(sharing, name)
+    (found,) = doctest.DocTestFinder(recurse=False).find(item, name, module=False, globs={})
+    assert doctest.DocTestRunner().run(found).failed == 0
+
+
+def test_wrong_calls(backbone, texts, tmp_path):
+    tasks = sharing.MultiTask(backbone, {"tone": 2})
+    ids = texts["input_ids"]
+    for call, error, message in (
+        (lambda: tasks.add_task("tone", 2), ValueError, "name: expected a new name, got 'tone'"),
+        (lambda: tasks.add_task("a/b", 2), ValueError, "name: expected letters, digits, _ and -"),
+        (lambda: tasks.add_task("other", "many"), TypeError, "labels: expected a number of classes"),
+        (lambda: tasks.add_task("other", 0), ValueError, "labels: expected at least 1, got 0"),
+        (lambda: tasks.add_task("other", 2, depth=3), TypeError, "depth: expected one of delta, density"),
+        (lambda: tasks(ids, tasks=["topic"]), KeyError, "name: expected one of tone, got 'topic'"),
+        (lambda: tasks(torch.zeros(1, 21, dtype=torch.long)), ValueError, "inputs: expected at most 20 tokens, got 21"),
+        (lambda: tasks(ids + VOCABULARY), ValueError, "input_ids: expected ids from 0 to 49"),
+        (lambda: tasks(ids, torch.zeros(3, 9)), ValueError, "attention_mask: expected at least one token"),
+        (lambda: tasks(ids, torch.ones(3, 8)), ValueError, r"attention_mask: expected \(3, 9\), got \(3, 8\)"),
+        (lambda: tasks(ids[:, :0]), ValueError, "inputs: expected at least one text and one token"),
+        (lambda: tasks.save_pretrained(tmp_path), ValueError, "tone: expected a mask chosen by select_mask"),
+        (lambda: tasks.build_engine(), ValueError, "task: expected a mask chosen by select_mask"),
+        (lambda: tasks.select_mask("tone", [], F.cross_entropy), ValueError, "batches: expected at least one"),
+        (lambda: tasks.select_mask("tone", [(texts, 0)], lambda y, _: 0 * y.sum()), ValueError, "not all zero"),
+        (lambda: sharing.MultiTask(nn.Linear(2, 2), {}), TypeError, "backbone: expected a bare BERT"),
+        (lambda: TaskSpec(2, kind="ranking"), ValueError, "kind: expected one of classification"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_backbones_that_are_no_such_encoders(backbone):
+    decoder = BertModel(BertConfig(vocab_size=VOCABULARY, is_decoder=True, **SIZES))
+    with pytest.raises(ValueError, match="backbone: expected an encoder"):
+        sharing.read_encoder(decoder)
+    backbone.encoder.layer[1].attention.output.register_forward_hook(lambda module, inputs, output: 2 * output)
+    with pytest.raises(ValueError, match="outputs that differ from those by"):
+        sharing.read_encoder(backbone)
+    layer = nn.TransformerEncoderLayer(32, 4, 64)
+    with pytest.raises(ValueError, match="batch_first=True"):
+        sharing.read_encoder(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
+    half = BertModel(BertConfig(vocab_size=VOCABULARY, **SIZES)).to(torch.bfloat16)
+    with pytest.raises(TypeError, match=r"backbone: expected float32 in host memory, got torch.bfloat16"):
+        sharing.MultiTask(half, {}).build_engine()

@@ -100,6 +100,7 @@ def test_linear(rows: int) -> None:
     assert (np.abs(ops.linear(x, packed) - reference.linear(x, q, out_dtype="float64")) <= bound).all()
 
 
+@pytest.mark.usefixtures("without_matrix_unit")
 def test_auto() -> None:
     """Integer kernels take whatever serves codes best; real ones are a codebook."""
     for values, kernels in (("sign", 16), ("ternary", 9)):

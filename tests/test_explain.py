@@ -24,6 +24,8 @@ from pycodesign.repetition import SumProgram, factor
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 from onnx import TensorProto, helper, numpy_helper  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("without_matrix_unit")
+
 F32 = np.float32
 IMAGE = (1, 3, 8, 8)
 
@@ -319,7 +321,7 @@ def test_onnxruntime_quantized(exported: tuple[Path, nn.Sequential], how: str, t
         logging.disable(logging.NOTSET)
     stem, conv, linear = explain_model(read_model(path), "uint8")["layers"]
     assert stem["algorithm"] == "dense" and len(stem["levels"]) > 100
-    assert (conv["levels"], conv["algorithm"]) == ([-1, 0, 1], "codegen")
+    assert conv["levels"] == [-1, 0, 1] and conv["algorithm"] in ("codegen", "dense")  # so few channels: by processor
     assert (linear["levels"], linear["algorithm"]) == ([-1, 0, 1], "packed")
 
 
@@ -350,7 +352,7 @@ def test_packed_layer(tmp_path: Path) -> None:
 def test_shipped_network() -> None:
     layers = read_model(Path(demo.__file__).parent / "data" / "mnist_ternary.safetensors")
     assert [layer.name for layer in layers] == [*(f"conv{i}" for i in range(6)), "classifier"]
-    assert explain_model(layers)["share"] == 1
+    assert explain_model(layers)["share"] > 0.99  # whether the first layer gains depends on the processor
 
 
 def test_state_dict(tmp_path: Path) -> None:

@@ -797,6 +797,16 @@ def test_auto_is_deterministic_and_says_why() -> None:
         assert first["why"] and (first["algorithm"], first["why"]) == (second["algorithm"], second["why"])
 
 
+@each_isa
+def test_auto_prefers_a_matrix_unit(isa: str) -> None:
+    pycodesign.set_isa(isa)
+    wide, grouped = (Case((1, 64, 7, 7), (64, 64 // g, 3, 3), {"groups": g}) for g in (1, 32))
+    for dtype in INPUT_DTYPES:
+        told = pack(wide, dtype, "auto").explain()
+        assert (isa == "avx512_amx") == (told["algorithm"] == "dense" and "matrix unit" in told["why"])
+        assert "matrix unit" not in pack(grouped, dtype, "auto").explain()["why"]
+
+
 @pytest.mark.parametrize(("kind", "algorithm"), [(kind, a) for kind, names in ALGORITHMS.items() for a in names])
 def test_explain(kind: str, algorithm: str) -> None:
     case = Case((1, 64, 4, 4), (128, 64, 3, 3), kernels=64) if kind == "conv2d" else Case((1, 512), (256, 512))

@@ -40,7 +40,7 @@ MatrixShape::MatrixShape(const Geometry& g, const Activations& a) {
 double matrix_cycles(const Weights& w, const Geometry& g, const Activations& a) {
   const bool exact = a.dtype != DType::f32 || std::all_of(w.levels, w.levels + w.level_rows * w.level_count, is_bf16);
   if (!kernels().has_matrix_unit || w.level_count == 0 || !exact) return std::numeric_limits<double>::infinity();
-  constexpr double product = 16 * 1.25, gathered_row = 1.5;  // cycles; some wait for the second-level cache
+  constexpr double product = 16 * 1.25, gathered_row = 7;  // cycles; some wait for the second-level cache
   const MatrixShape shape(g, a);
   const auto blocks = static_cast<double>(ceil_div(w.outputs / g.groups, block_outputs)),
              steps = static_cast<double>(g.groups * shape.steps * terms_of(a));

@@ -178,11 +178,12 @@ template <bool bf16> void multiply(const MatrixSum& m) {
       for (int64_t b = 0; b < blocks; b += 2) multiply_pair<bf16>(m, v, {b, 0, m.steps, m.expanded + b * bytes, bytes});
     }
   } else {
+    const int64_t steps = m.steps < part_steps<bf16> ? m.steps : part_steps<bf16>;
     for (int64_t b = 0; b < blocks; b += 2)
-      for (int64_t s = 0; s < m.steps; s += part_steps<bf16>) {
-        const int64_t last = s + part_steps<bf16> < m.steps ? s + part_steps<bf16> : m.steps;
+      for (int64_t s = 0; s < m.steps; s += steps) {
+        const int64_t last = s + steps < m.steps ? s + steps : m.steps;
         for (int64_t v = 0; v < m.vectors; v += 2)
-          multiply_pair<bf16>(m, v, {b, s, last, m.expanded, part_steps<bf16> * block_bytes});
+          multiply_pair<bf16>(m, v, {b, s, last, m.expanded, steps * block_bytes});
       }
   }
   _tile_release();

@@ -439,6 +439,18 @@ def test_epilogue(kind: str, bias: bool, name: str, isa: str, record: Record) ->
 
 
 @each_isa
+@pytest.mark.parametrize("name", ["padding beyond kernel", "3x3 on padding", "3x3 padded", "7x7 stem"])
+def test_residual_in_bytes(name: str, isa: str, record: Record) -> None:
+    """Where padding is wider than the kernel, outputs share positions in the lanes, but not residuals."""
+    case = CONVOLUTIONS[name]
+    shape = run(make_input(case.x, "uint8"), packed_conv2d(name, "uint8", "dense", isa)).shape
+    epilogue = {"residual_scale": 0.11, "out_dtype": "uint8", "out_scale": 0.07, "out_zero_point": 100}
+    for algorithm in ("codegen", "dense"):
+        packed = packed_conv2d(name, "uint8", algorithm, isa)
+        check(case, make_input(case.x, "uint8"), packed, record, isa, residual=make_input(shape, "int8"), **epilogue)
+
+
+@each_isa
 def test_ties_round_to_even(isa: str) -> None:
     pycodesign.set_isa(isa)
     q = QuantizedTensor(np.zeros((1, 1, 1, 1), np.uint8), np.ones(1, F32), np.ones(1, F32))

@@ -299,8 +299,10 @@ void PackedConv2d::finish_outputs(const Call& call, const LiftPlan& lift, const 
     }
     return;
   }
+  // Outputs of nothing but padding may share a position in the lanes: their sums are the same, their residuals not.
+  const bool apart = lift.row_pitch >= columns && (band.images == 1 || lift.image_pitch >= band.rows * lift.row_pitch);
   if (call.k.unlift_bytes && element_bytes(out_dtype) == 1 && out.stride[3] == 1 &&
-      (!residual || (element_bytes(residual_dtype) == 1 && residual->stride[3] == 1))) {
+      (!residual || (apart && element_bytes(residual_dtype) == 1 && residual->stride[3] == 1))) {
     const int64_t lane_bytes = (lift.segment + 64) * lift.lanes;  // as much for flat bytes
     char* const bytes = scratch(1, static_cast<size_t>(3 * lane_bytes));
     ByteRows rows{bytes,

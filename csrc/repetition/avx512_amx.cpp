@@ -115,9 +115,8 @@ void multiply_part(const MatrixSum& m, const Words& words, const Part& part) {
                    m.codes.levels + (part.block + b) * block_outputs * m.codes.level_stride,
                    part.expanded + b * stride + s * block_bytes);
   };
-  char *const acc = m.acc + part.block * block_outputs * m.acc_stride + words.at, *const next_acc =
-                                                                                      acc +
-                                                                                      block_outputs * m.acc_stride;
+  char* const acc = m.acc + part.block * block_outputs * m.acc_stride + words.at;
+  char* const next_acc = acc + block_outputs * m.acc_stride;
   if constexpr (expands) expand_step(0);
   if (part.first == 0) {
     _tile_zero(0);

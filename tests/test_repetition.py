@@ -758,6 +758,33 @@ def test_bands_that_fit_the_cache(dtype: str, algorithm: str, record: Record) ->
     check(case, make_input(case.x, dtype), pack(case, dtype, algorithm), record, ISAS[-1])
 
 
+@each_isa
+@pytest.mark.parametrize("largest", [1, 2, 7, 8, 31, 63, 64, 65, 127])
+@pytest.mark.parametrize(("dtype", "bits"), [("uint8", None), ("uint8", 4), ("uint8", 1), ("int8", None), ("int8", 3)])
+def test_dense_sums_of_worst_inputs(isa: str, largest: int, dtype: str, bits: int | None) -> None:
+    """Sums by 16 bits are widened in time: every product of an output has the same sign, and inputs are extreme."""
+    pycodesign.set_isa(isa)
+    bounds = np.iinfo(dtype)
+    low, high = (bounds.min, bounds.max) if bits is None else (0, 2**bits - 1)
+    if bits and dtype == "int8":
+        low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    shape = 11, 530, 1, 2
+    rng = np.random.default_rng(largest)
+    codes = rng.choice([0, 1, 2, 3], shape, p=[0.4, 0.1, 0.1, 0.4]).astype(np.uint8)  # mostly the largest
+    codes[0], codes[1] = 0, 3
+    levels = np.array([-largest, 0, 1, largest + 0.0], F32) if largest > 1 else np.array([-1, 0, 0.5, 1], F32) * 2
+    q = QuantizedTensor(codes, levels, np.ones(len(codes), F32))
+    w = levels[codes].astype(np.int64)
+    packed = ops.prepack_conv2d(q, input_dtype=dtype, input_bits=bits, algorithm="dense")
+    x = rng.choice(np.array([low, high], dtype), (1, 530, 3, 12))
+    worst = np.where(w[:, :, 0] > 0, high, low).astype(dtype)  # of each output, at two columns of its own
+    x[0, :, 0, 0:2], x[0, :, 0, 4:6], x[0, :, 1, 2:4] = worst[2], worst[0], worst[1]
+    expected = np.einsum(
+        "ocs,nchws->nohw", w[:, :, 0], np.lib.stride_tricks.sliding_window_view(x, 2, axis=3).astype(int)
+    )
+    np.testing.assert_array_equal(ops.conv2d(x, packed, out_dtype="int32"), expected)
+
+
 def test_widely_dilated_wide_filters() -> None:
     q = quantize.binary(np.random.default_rng(0).standard_normal((8, 16, 1, 200), np.float32))
     x = make_input((1, 16, 1, 3400), "uint8")

@@ -104,11 +104,11 @@ void PackedConv2d::build_kernels(const Kernels& k, const LiftPlan& lift, const c
   const int64_t bytes = k.lanes * 4, entry_bytes = lift.tables.width * bytes,
                 block_words = group_size_ * taps_ * dense_outputs, blocks = block_count(max_entries_);
   DenseTile d{};
-  d.unit_stride = lift.unit_bytes;
-  d.tap_source = lift.tap_source.data();
-  d.units = group_size_;
-  d.taps = static_cast<int>(taps_);
+  const std::span<const int64_t> source = list_sources(lift, group_size_, 1);
+  d.source = source.data();
+  d.steps = group_size_ * taps_;
   d.acc_stride = entry_bytes;
+  d.first = true;
   for (int64_t u = 0; u < units; ++u)
     for (int64_t b = 0; b < blocks; ++b)
       for (int v = 0; v < vectors; v += k.max_dense_vectors) {

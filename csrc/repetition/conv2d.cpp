@@ -31,6 +31,14 @@ char* scratch(int which, size_t bytes) {
   return buffers[which].reserve(bytes);
 }
 
+std::span<const int64_t> list_sources(const LiftPlan& lift, int64_t units, int64_t together) {
+  thread_local std::vector<int64_t> source;
+  source.clear();
+  for (int64_t u = 0; u < units; u += together)
+    for (const int64_t tap : lift.tap_source) source.push_back(u * lift.unit_bytes + tap);
+  return source;
+}
+
 // Machine code for this kind of vectors; null where none can be made.
 const LayerCode* PackedConv2d::code(const Kernels& k) const {
   return k.generates_code && core::ExecutableMemory::available() ? &machine_code(k.lanes == 16) : nullptr;
@@ -467,29 +475,38 @@ void PackedConv2d::sum_tables(const Call& call, const LiftPlan& lift, const char
   finish_outputs(call, lift, {sums, plane, vector_bytes, group * group_outputs_ + first, count});
 }
 
-// One block of outputs after the other: its weights stream in once, the band stays in the cache.
+// One block of outputs after the other, by parts of its weights that stay in the first-level cache; the band stays in
+// the second.
 void PackedConv2d::sum_dense(const Call& call, const LiftPlan& lift, const char* x, int64_t group, int64_t first,
                              int64_t last) const {
   const Kernels& k = call.k;
+  const bool narrow = k.dense_narrow && !runs_.empty();
+  const auto sum = narrow ? k.dense_narrow : activations_.dtype == DType::f32 ? k.dense_f32 : k.dense_i8;
   const int64_t vector_bytes = call.vector_bytes(), plane = (lift.segment | 1) * vector_bytes;
-  const int64_t block_bytes = units_ * taps_ * dense_outputs * 4;
-  const int64_t tiles = (lift.segment + k.max_dense_vectors - 1) / k.max_dense_vectors;
+  const int64_t tiles = ceil_div(lift.segment, narrow ? max_narrow_vectors : k.max_dense_vectors);
+  const int64_t steps = units_ * taps_, parts = ceil_div(steps, dense_part_steps);
+  const std::span<const int64_t> source = list_sources(lift, units_, 1);
   char* const sums = scratch(2, static_cast<size_t>(dense_outputs * plane));
   for (int64_t o = first; o < last; o += dense_outputs) {
+    const int64_t block = group * block_count(group_outputs_) + o / dense_outputs;
     DenseTile d{};
-    d.unit_stride = lift.unit_bytes;
-    d.tap_source = lift.tap_source.data();
-    d.units = units_;
-    d.taps = static_cast<int>(taps_);
-    d.weights = weights_.data() + (group * block_count(group_outputs_) + o / dense_outputs) * block_bytes;
     d.acc_stride = plane;
     d.outputs = static_cast<int>(std::min<int64_t>(dense_outputs, last - o));
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-      const int64_t j = lift.segment * tile / tiles;  // tiles of nearly equal width
-      d.x = x + j * vector_bytes;
-      d.acc = sums + j * vector_bytes;
-      d.vectors = static_cast<int>(lift.segment * (tile + 1) / tiles - j);
-      (activations_.dtype == DType::f32 ? k.dense_f32 : k.dense_i8)(d);
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t step = part * dense_part_steps;
+      d.source = source.data() + step;
+      d.steps = std::min(dense_part_steps, steps - step);
+      d.weights = weights_.data() + (block * steps + step) * dense_outputs * 4;
+      d.first = part == 0;
+      if (narrow) d.runs = runs_.data() + run_begin_[static_cast<size_t>(block * parts + part)];
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t j = lift.segment * tile / tiles;  // tiles of nearly equal width
+        d.x = x + j * vector_bytes;
+        d.acc = sums + j * vector_bytes;
+        d.vectors = static_cast<int>(lift.segment * (tile + 1) / tiles - j);
+        d.prefetched = tile > 0;
+        sum(d);
+      }
     }
     finish_outputs(call, lift, {sums, plane, vector_bytes, group * group_outputs_ + o, d.outputs});
   }

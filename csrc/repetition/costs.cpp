@@ -28,13 +28,14 @@ const Costs& costs(bool avx512) {
   }
 }
 
-double dense_cycles(int64_t outputs, int64_t inputs, const Activations& a) {
-  constexpr double without_vnni = 2.8;  // times as long
+double dense_cycles(int64_t outputs, int64_t inputs, const Activations& a, double narrow_run) {
+  constexpr double without_vnni = 2.8, narrow = 1.25, widen = 1.6;  // times as long
   const core::Isa isa = core::active_isa();
   const Costs& c = costs(isa >= core::Isa::avx512);
   const auto products = static_cast<double>(outputs * inputs);
   if (a.dtype == DType::f32) return products * c.multiply_add;
-  return products / 4 * c.dot4 * (isa < core::Isa::avx2_vnni ? without_vnni : 1);
+  const double times = narrow_run >= 1 ? narrow + widen / narrow_run : isa < core::Isa::avx2_vnni ? without_vnni : 1;
+  return products / 4 * c.dot4 * times;
 }
 
 double likely_pixels(int64_t outputs) {

@@ -20,7 +20,10 @@ struct Costs {
 // Of this processor, for AVX-512 or AVX2 (at `avx2`, dot4 is many instructions).
 const Costs& costs(bool avx512);
 
-double dense_cycles(int64_t outputs, int64_t inputs, const Activations&);  // per vector of pixels
+// Steps that a run of dense_narrow is likely to have; less than 1: sums need 32 bits, or the kernels have no other.
+double narrow_run(const Weights&, const Activations&);
+
+double dense_cycles(int64_t outputs, int64_t inputs, const Activations&, double narrow_run);  // per vector of pixels
 
 // Pixels that a layer is likely to have, before any were seen: the maps of common networks halve where channels double.
 double likely_pixels(int64_t outputs);

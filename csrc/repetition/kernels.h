@@ -131,18 +131,21 @@ struct TableSum {
   bool first;   // overwrite acc
 };
 
-// acc[o][v] = sum over units and taps of weight[unit][tap][o] * x[unit][tap][v], o < outputs <= dense_outputs.
-inline constexpr int dense_outputs = 8;
+// acc[o][v] (+)= sum over steps (a unit at a tap) of weight[step][o] * x[step][v], o < outputs <= dense_outputs.
+inline constexpr int dense_outputs = 8, max_narrow_vectors = 2;
 struct DenseTile {
-  const char* x;              // staged plane of the group's first unit, at the tile's first vector
-  int64_t unit_stride;        // bytes
-  const int64_t* tap_source;  // bytes from x
-  int64_t units;
-  int taps;
-  const char* weights;  // [units][taps][dense_outputs] words
+  const char* x;          // staged plane of the group's first unit, at the tile's first vector
+  const int64_t* source;  // bytes from x, of each step
+  int64_t steps;
+  const char* weights;  // [steps][dense_outputs] words
   char* acc;
   int64_t acc_stride;    // bytes between outputs
-  int outputs, vectors;  // vectors <= max_dense_vectors
+  int outputs, vectors;  // vectors <= max_dense_vectors, max_narrow_vectors
+  bool first;            // overwrite acc
+  bool prefetched;       // weights behind these were asked for by the tile before
+  // dense_narrow: lengths, which add up to `steps`, of runs whose products, two of a word's four added up, are summed
+  // in 16 bits.
+  const uint16_t* runs;
 };
 
 // Weights for a matrix unit: blocks of 16 outputs by 16 words (four int8, or two bfloat16), a row of 64 bytes for each
@@ -279,6 +282,7 @@ struct Kernels {
   void (*sum_tables_i32)(const TableSum&);
   void (*dense_f32)(const DenseTile&);
   void (*dense_i8)(const DenseTile&);
+  void (*dense_narrow)(const DenseTile&);  // or null, where dense_i8 takes one instruction
   void (*dense_i32)(const DenseTile&);
   void (*multiply_i8)(const MatrixSum&);
   void (*multiply_bf16)(const MatrixSum&);

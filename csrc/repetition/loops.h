@@ -74,8 +74,9 @@ struct Pairs {
 
 // Into the second-level cache, two pages ahead: hardware prefetchers stop at pages, and misses of the first level are
 // too few at a time to cover memory's latency.
+constexpr int64_t prefetch_distance = 8192;
 template <int64_t bytes> inline void prefetch(const char* p) {
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + 8192 + at, 0, 2);
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(p + prefetch_distance + at, 0, 2);
 }
 
 // Elements `stride` bytes apart, one after another; strides of one and two elements are constants, so that they
@@ -123,6 +124,7 @@ void fill(Kernels& k) {
        sum_tables<Int>,
        dense<Float>,
        dense<Byte>,
+       nullptr,
        dense<Int>,
        multiply<BytesOfFour, 1>,
        multiply<Bf16Pairs, bf16_terms>,

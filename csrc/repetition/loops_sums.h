@@ -89,19 +89,18 @@ template <class Math> void sum_tables(const TableSum& s) {
 
 template <class Math, int O, int V> void dense_of(const DenseTile& d) {
   using vec = typename Math::vec;
-  vec acc[O][V] = {};
-  const char* w = d.weights;
-  const char* unit = d.x;
-  for (int64_t u = 0; u < d.units; ++u, unit += d.unit_stride) {
-    for (int t = 0; t < d.taps; ++t, w += dense_outputs * 4) {
-      const char* x = unit + d.tap_source[t];
-      prefetch<64>(w);
-      vec value[V];
-      for (int v = 0; v < V; ++v) value[v] = Math::load(x + v * vector_bytes);
-      for (int o = 0; o < O; ++o) {
-        const vec weight = Math::broadcast(w + o * 4);
-        for (int v = 0; v < V; ++v) acc[o][v] = Math::multiply_add(acc[o][v], value[v], weight);
-      }
+  vec acc[O][V];
+  for (int o = 0; o < O; ++o)
+    for (int v = 0; v < V; ++v) acc[o][v] = d.first ? vec{} : Math::load(d.acc + o * d.acc_stride + v * vector_bytes);
+  const char *const x = d.x, *w = d.weights;
+  const int64_t ahead = d.prefetched ? 0 : prefetch_distance;
+  for (int64_t i = 0; i < d.steps; ++i, w += dense_outputs * 4) {
+    __builtin_prefetch(w + ahead, 0, 2);
+    vec value[V];
+    for (int v = 0; v < V; ++v) value[v] = Math::load(x + d.source[i] + v * vector_bytes);
+    for (int o = 0; o < O; ++o) {
+      const vec weight = Math::broadcast(w + o * 4);
+      for (int v = 0; v < V; ++v) acc[o][v] = Math::multiply_add(acc[o][v], value[v], weight);
     }
   }
   for (int o = 0; o < O; ++o)

@@ -165,17 +165,7 @@ void PackedConv2d::sum_matrix(const Call& call, const LiftPlan& lift, const char
   const int64_t expanded_bytes = shape.gathered ? 256 << 10 : 0;
   const int64_t together = std::clamp<int64_t>(expanded_bytes / output_block_bytes, 2,
                                                ceil_div(group_outputs_, block_outputs));  // blocks of outputs
-  thread_local std::vector<int64_t> source;
-  source.clear();
-  if (shape.gathered) {
-    for (int64_t u = 0; u < units_; u += terms)
-      for (int64_t t = 0; t < taps_; ++t)
-        source.push_back(u * lift.unit_bytes + lift.tap_source[static_cast<size_t>(t)]);
-  } else {
-    for (int64_t u = 0; u < units_; u += block_words * terms)
-      for (int64_t t = 0; t < taps_; ++t)
-        source.push_back(u * lift.unit_bytes + lift.tap_source[static_cast<size_t>(t)]);
-  }
+  const std::span<const int64_t> source = list_sources(lift, units_, shape.gathered ? terms : block_words * terms);
   MatrixSum m{};
   m.x = x;
   m.source = source.data();

@@ -114,7 +114,8 @@ void PackedConv2d::pack(const Weights& w) {
     case Algorithm::codegen: return pack_codes(w);
     case Algorithm::tables: return pack_tables(w);
     case Algorithm::dense:
-      if (matrix_cycles(w, geometry_, activations_) < dense_cycles(outputs_, inputs_, activations_))
+      if (matrix_cycles(w, geometry_, activations_) <
+          dense_cycles(outputs_, inputs_, activations_, narrow_run(w, activations_)))
         return pack_matrix(w);
       return pack_dense(w);
     case Algorithm::codebook: return pack_codebook(w);
@@ -237,7 +238,8 @@ std::vector<TableStep> table_steps(const Patterns& patterns, const std::vector<i
 void PackedConv2d::pack_dense(const Weights& w) {
   staging_ = activations_.dtype == DType::f32 ? Staging::f32 : Staging::bytes4;
   set_correction(w, activations_.dtype == DType::i8 ? -128 : 0);
-  cycles_ = dense_cycles(outputs_, inputs_, activations_);
+  const double run = narrow_run(w, activations_);
+  cycles_ = dense_cycles(outputs_, inputs_, activations_, run);
   const int64_t blocks = block_count(group_outputs_),
                 words = geometry_.groups * blocks * units_ * taps_ * dense_outputs;
   weights_size_ = static_cast<size_t>(words * 4);
@@ -255,6 +257,7 @@ void PackedConv2d::pack_dense(const Weights& w) {
         else to[word * 4 + c % 4] = static_cast<char>(static_cast<int>(level));
       }
   }
+  if (run >= 1) pack_runs();
 }
 
 void PackedConv2d::pack_tables(const Weights& w) {
@@ -361,8 +364,9 @@ std::vector<uint8_t> PackedConv2d::codes() const {
 
 Counts PackedConv2d::counts() const {
   Counts c;
-  c.bytes =
-      static_cast<int64_t>(weights_size_ + steps_.size() * sizeof(TableStep) + level_bytes_.size()) + level_bytes();
+  c.bytes = static_cast<int64_t>(weights_size_ + steps_.size() * sizeof(TableStep) + level_bytes_.size() +
+                                 runs_.size() * sizeof runs_[0] + run_begin_.size() * sizeof run_begin_[0]) +
+            level_bytes();
   if (algorithm_ == Algorithm::dense) {
     c.multiplies = outputs_ * inputs_;
     c.adds = outputs_ * (inputs_ - 1);

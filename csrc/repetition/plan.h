@@ -1,6 +1,7 @@
 // Decisions shared by packing and running; internal to this family.
 #pragma once
 
+#include <span>
 #include <vector>
 
 #include "repetition/codegen_x86.h"
@@ -11,6 +12,8 @@ namespace pycodesign::repetition {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int64_t element_bytes(DType d) { return d == DType::f32 || d == DType::i32 ? 4 : 1; }
+
+inline constexpr int64_t dense_part_steps = 256;  // whose weights stay in the first-level cache
 
 inline int64_t block_count(int64_t outputs) {
   return (outputs + dense_outputs - 1) / dense_outputs;
@@ -183,6 +186,10 @@ struct Cut {
 };
 // The cheapest for layers of one output size, and for each into how many parts its outputs are split.
 Cut choose_cut(const std::vector<ConvCase>&, const Pitch&, int threads, std::vector<int64_t>& splits);
+
+// Bytes from a staged plane of unit 0 to every tap of every `together`-th unit: [unit][tap]. Until this thread's next
+// call.
+std::span<const int64_t> list_sources(const LiftPlan&, int64_t units, int64_t together);
 
 // One input size on so many threads. Bands fit the second-level cache and are staged by whoever sums them; where there
 // are too few of them for the threads, these share the outputs of each band, and stage it together before, or, from

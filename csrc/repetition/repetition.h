@@ -152,6 +152,7 @@ class PackedConv2d final : public PackedLayer {
   void pack(const Weights&);
   void pack_tables(const Weights&);
   void pack_dense(const Weights&);
+  void pack_runs();
   void pack_matrix(const Weights&);
   void pack_codes(const Weights&);
   void pack_codebook(const Weights&);
@@ -196,6 +197,9 @@ class PackedConv2d final : public PackedLayer {
   double cycles_ = 0;   // predicted, for one vector of sums
   Staging staging_ = Staging::f32;
   int32_t center_ = 0;  // what staging subtracts from integers
+
+  std::vector<uint16_t> runs_;      // dense, as in DenseTile: [block of outputs][run]; empty: sums need 32 bits
+  std::vector<int64_t> run_begin_;  // by block of outputs
 
   // dense for a matrix unit
   bool matrix_ = false;

@@ -785,6 +785,24 @@ def test_dense_sums_of_worst_inputs(isa: str, largest: int, dtype: str, bits: in
     np.testing.assert_array_equal(ops.conv2d(x, packed, out_dtype="int32"), expected)
 
 
+@each_isa
+@pytest.mark.parametrize("algorithm", ["dense", "packed"])
+@pytest.mark.parametrize("rows", [1, 3, 4, 7])
+@pytest.mark.parametrize(("largest", "bits"), [(1, None), (8, None), (8, 4), (64, None), (127, None)])
+def test_linear_sums_of_worst_inputs(isa: str, algorithm: str, rows: int, largest: int, bits: int | None) -> None:
+    pycodesign.set_isa(isa)
+    rng = np.random.default_rng(rows)
+    codes = rng.choice([0, 1, 2], (75, 1030), p=[0.45, 0.1, 0.45]).astype(np.uint8)
+    codes[0], codes[1] = 0, 2
+    levels = np.array([-largest, 0, largest], F32)
+    q = QuantizedTensor(codes, levels, np.ones(len(codes), F32))
+    w = levels[codes].astype(np.int64)
+    high = 2 ** (bits or 8) - 1
+    x = np.where(w[:rows] > 0, high, 0).astype(np.uint8)  # the worst of one output each
+    packed = ops.prepack_linear(q, input_dtype="uint8", input_bits=bits, algorithm=algorithm)
+    np.testing.assert_array_equal(ops.linear(x, packed, out_dtype="int32"), x.astype(int) @ w.T)
+
+
 def test_widely_dilated_wide_filters() -> None:
     q = quantize.binary(np.random.default_rng(0).standard_normal((8, 16, 1, 200), np.float32))
     x = make_input((1, 16, 1, 3400), "uint8")

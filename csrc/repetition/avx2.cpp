@@ -7,41 +7,40 @@ namespace {
 
 // Two instructions for 32 products. The empty statement keeps sums in place: compilers would add products to one
 // another first, for which there are too few registers.
-template <int O, int V> struct NarrowSums {
-  __m256i sum[O][V] = {};
+inline __attribute__((always_inline)) void add_products(__m256i& sum, i32v x, i32v w) {
+  sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16((__m256i)x, (__m256i)w));
+  asm("" : "+x"(sum));
+}
 
-  __attribute__((always_inline)) void add(const char* x, const char* w) {
-    __m256i value[V];
-    for (int v = 0; v < V; ++v) value[v] = (__m256i)Byte::load(x + v * vector_bytes);
-    for (int o = 0; o < O; ++o) {
-      const __m256i weight = (__m256i)Byte::broadcast(w + o * 4);
-      for (int v = 0; v < V; ++v) {
-        sum[o][v] = _mm256_add_epi16(sum[o][v], _mm256_maddubs_epi16(value[v], weight));
-        asm("" : "+x"(sum[o][v]));
-      }
-    }
-  }
-};
+// Ends a run.
+inline __attribute__((always_inline)) void widen(__m256i sum, char* to, bool is_first) {
+  const i32v words = (i32v)_mm256_madd_epi16(sum, _mm256_set1_epi16(1));
+  Int::store(to, is_first ? words : Int::load(to) + words);
+}
 
 template <int O, int V> void dense_narrow_of(const DenseTile& d) {
-  constexpr int64_t word = dense_outputs * 4, together = 4;
-  const __m256i ones = _mm256_set1_epi16(1);
+  constexpr int64_t step_bytes = dense_outputs * 4, together = 4;
   const char *const x = d.x, *w = d.weights;
   const int64_t *source = d.source, *const end = source + d.steps;
   for (const uint16_t* run = d.runs; source < end; ++run) {
-    NarrowSums<O, V> sums;
-    int64_t left = *run;
-    for (; left >= together; left -= together, source += together, w += together * word) {
-      if (!d.prefetched) prefetch<together * word>(w);
-      for (int i = 0; i < together; ++i) sums.add(x + source[i], w + i * word);
-    }
-    for (; left > 0; --left, ++source, w += word) sums.add(x + *source, w);
-    for (int o = 0; o < O; ++o)
-      for (int v = 0; v < V; ++v) {
-        char* to = d.acc + o * d.acc_stride + v * vector_bytes;
-        const i32v sum = (i32v)_mm256_madd_epi16(sums.sum[o][v], ones);
-        Int::store(to, d.first && run == d.runs ? sum : Int::load(to) + sum);
+    __m256i sum[O][V] = {};
+    const auto add = [&](int64_t at, const char* weights) __attribute__((always_inline)) {
+      i32v value[V];
+      for (int v = 0; v < V; ++v) value[v] = Byte::load(x + at + v * vector_bytes);
+      for (int o = 0; o < O; ++o) {
+        const i32v weight = Byte::broadcast(weights + o * 4);
+        for (int v = 0; v < V; ++v) add_products(sum[o][v], value[v], weight);
       }
+    };
+    int64_t left = *run;
+    for (; left >= together; left -= together, source += together, w += together * step_bytes) {
+      if (!d.prefetched) prefetch<together * step_bytes>(w);
+      for (int i = 0; i < together; ++i) add(source[i], w + i * step_bytes);
+    }
+    for (; left > 0; --left, ++source, w += step_bytes) add(*source, w);
+    for (int o = 0; o < O; ++o)
+      for (int v = 0; v < V; ++v)
+        widen(sum[o][v], d.acc + o * d.acc_stride + v * vector_bytes, d.first && run == d.runs);
   }
 }
 
@@ -61,10 +60,36 @@ void dense_narrow(const DenseTile& d) {
   }
 }
 
+template <int R, int P> void linear_narrow_of(const LinearTile& t) {
+  const char* w = t.weights;
+  int64_t k = 0;
+  for (const uint16_t* run = t.runs; k < t.words; ++run) {
+    __m256i sum[R][P] = {};
+    for (const int64_t end = k + *run; k < end; ++k, w += panel_outputs * 4) {
+      if constexpr (R == 1) prefetch<P * vector_bytes>(w);
+      i32v weight[P];
+      for (int p = 0; p < P; ++p) weight[p] = Byte::load(w + p * vector_bytes);
+      for (int r = 0; r < R; ++r) {
+        const i32v x = Byte::broadcast(t.x + r * t.x_stride + k * 4);
+        for (int p = 0; p < P; ++p) add_products(sum[r][p], x, weight[p]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int p = 0; p < P; ++p)
+        widen(sum[r][p], t.acc + r * t.acc_stride + p * vector_bytes, t.first && run == t.runs);
+  }
+}
+
+void linear_narrow(const LinearTile& t) {
+  for_linear_blocks<linear_rows, linear_vectors>(t, linear_narrow_of<linear_rows, linear_vectors>,
+                                                 linear_narrow_of<1, linear_vectors>);
+}
+
 }  // namespace
 
 void fill_avx2(Kernels& k) {
   fill(k);
   k.dense_narrow = dense_narrow;
+  k.linear_narrow = linear_narrow;
 }
 }  // namespace pycodesign::repetition

@@ -498,7 +498,7 @@ void PackedConv2d::sum_dense(const Call& call, const LiftPlan& lift, const char*
       d.steps = std::min(dense_part_steps, steps - step);
       d.weights = weights_.data() + (block * steps + step) * dense_outputs * 4;
       d.first = part == 0;
-      if (narrow) d.runs = runs_.data() + run_begin_[static_cast<size_t>(block * parts + part)];
+      if (narrow) d.runs = runs_.of(block * parts + part);
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t j = lift.segment * tile / tiles;  // tiles of nearly equal width
         d.x = x + j * vector_bytes;

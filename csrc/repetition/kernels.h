@@ -193,6 +193,17 @@ struct LinearTile {
   const int8_t* level_bytes;  // packed integers: [codes in four bits][16] levels by those bits
   char* acc;                  // [rows][64]
   int64_t acc_stride;         // bytes
+  bool first;                 // overwrite acc; packed: always
+  const uint16_t* runs;       // linear_narrow: as in DenseTile
+};
+
+// The words of `dense` from those of `packed`, integers.
+struct CodeExpansion {
+  const char* codes;  // [words][64] words
+  int64_t words;
+  int code_bits;
+  const int8_t* level_bytes;  // as in LinearTile
+  char* to;                   // [words][8 / code_bits][64] words
 };
 
 // Build the 32-entry tables of the packed float kernel: table[code position][e] = sum_i x[position * inputs + i] *
@@ -288,6 +299,8 @@ struct Kernels {
   void (*multiply_bf16)(const MatrixSum&);
   void (*linear_f32)(const LinearTile&);
   void (*linear_i8)(const LinearTile&);
+  void (*linear_narrow)(const LinearTile&);  // or null, as dense_narrow
+  void (*expand_codes)(const CodeExpansion&);
   void (*build_lookup)(const LookupBuild&);
   void (*linear_packed_f32)(const LinearTile&);
   void (*linear_packed_i8)(const LinearTile&);

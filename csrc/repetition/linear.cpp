@@ -4,6 +4,7 @@
 #include <stdexcept>
 
 #include "core/thread_pool.h"
+#include "repetition/costs.h"
 #include "repetition/plan.h"
 
 namespace pycodesign::repetition {
@@ -84,6 +85,28 @@ PackedLinear::PackedLinear(const Weights& w, const Activations& a, Algorithm alg
         word |= (static_cast<uint32_t>(static_cast<int>(level)) & 0xff) << (8 * field);
       }
     }
+  if (narrow_run(w, a) >= 1) pack_runs();
+}
+
+// Words of `dense`: the codes of a packed word are as many.
+int64_t PackedLinear::word_fields() const {
+  return algorithm_ == Algorithm::packed && activations_.dtype != DType::f32 ? 8 / code_bits_ : 1;
+}
+
+void PackedLinear::expand(const Kernels& k, int64_t panel_group, int64_t word, int64_t words, char* to) const {
+  const uint32_t* codes = weights_.data() + (panel_group * group_words_ + word) * panel_outputs;
+  k.expand_codes({reinterpret_cast<const char*>(codes), words, code_bits_, level_bytes_.data(), to});
+}
+
+void PackedLinear::pack_runs() {
+  const int64_t words = group_words_ * word_fields();
+  core::AlignedBuffer<char> expanded;
+  char* const to = algorithm_ == Algorithm::packed ? expanded.reserve(words * panel_outputs * 4) : nullptr;
+  for (int64_t at = 0; at < panel_count(outputs_) * scale_groups_; ++at) {
+    const char* panel = reinterpret_cast<const char*>(weights_.data() + at * words * panel_outputs);
+    if (to) expand(kernels(), at, 0, group_words_, to);
+    add_runs(runs_, to ? to : panel, words, panel_outputs, linear_part_words, activations_);
+  }
 }
 
 std::vector<uint8_t> PackedLinear::codes() const {
@@ -115,7 +138,7 @@ std::vector<uint8_t> PackedLinear::codes() const {
 
 Counts PackedLinear::counts() const {
   Counts c;
-  c.bytes = static_cast<int64_t>(weights_size_ * 4 + digits_.size() * 4) + level_bytes();
+  c.bytes = static_cast<int64_t>(weights_size_ * 4 + digits_.size() * 4) + level_bytes() + runs_.bytes();
   if (algorithm_ == Algorithm::packed && activations_.dtype == DType::f32) {
     const int64_t codes = scale_groups_ * group_words_ * codes_per_word_;
     c.multiplies = codes * 32 * code_inputs_;
@@ -138,6 +161,39 @@ void PackedLinear::stage_row(const Tensor& x, int64_t index, int64_t group_bytes
         std::memcpy(to + i * element, from + i * x.stride[1], static_cast<size_t>(element));
     for (int64_t i = 0; flip && i < group_inputs_; ++i) to[i] = static_cast<char>(to[i] ^ flip);
     std::memset(to + group_inputs_ * element, 0, static_cast<size_t>(group_bytes - group_inputs_ * element));
+  }
+}
+
+// One scale group of a panel. For several rows, by parts of its weights that stay in the first-level cache, where codes
+// are expanded once for all of them.
+void PackedLinear::sum_panel(const Kernels& k, int64_t panel_group, LinearTile t) const {
+  constexpr int least_expanded_rows = 4;
+  const bool is_float = activations_.dtype == DType::f32, packed = algorithm_ == Algorithm::packed;
+  const bool expands = packed && !is_float && t.rows >= least_expanded_rows;
+  const char* const weights =
+      reinterpret_cast<const char*>(weights_.data() + panel_group * group_words_ * panel_outputs);
+  if (packed && !expands) {
+    t.weights = weights;
+    t.words = group_words_;
+    t.code_bits = code_bits_;
+    t.level_bytes = level_bytes_.data();
+    return (is_float ? k.linear_packed_f32 : k.linear_packed_i8)(t);
+  }
+  const bool narrow = k.linear_narrow && !runs_.empty();
+  const auto sum = is_float ? k.linear_f32 : narrow ? k.linear_narrow : k.linear_i8;
+  const int64_t fields = word_fields(), words = group_words_ * fields, parts = ceil_div(words, linear_part_words),
+                together = t.rows == 1 ? parts : 1;
+  char* const expanded = expands ? scratch(3, linear_part_words * panel_outputs * 4) : nullptr;
+  const char* const x = t.x;
+  for (int64_t part = 0; part < parts; part += together) {
+    const int64_t word = part * linear_part_words;
+    t.words = std::min(together * linear_part_words, words - word);
+    t.x = x + word * 4;
+    t.weights = weights + word * panel_outputs * 4;
+    if (expands) expand(k, panel_group, word / fields, t.words / fields, expanded), t.weights = expanded;
+    if (narrow) t.runs = runs_.of(panel_group * parts + part);
+    t.first = part == 0;
+    sum(t);
   }
 }
 
@@ -184,16 +240,11 @@ void PackedLinear::run(const Tensor& x, const Tensor& out, const Tensor* residua
         t.x = rows + g * padded * element;
         t.x_stride = row_bytes;
         t.rows = static_cast<int>(count);
-        t.weights = reinterpret_cast<const char*>(weights_.data() + (panel * G + g) * group_words_ * panel_outputs);
-        t.words = group_words_;
         t.table = tables + g * group_words_ * codes_per_word_ * 32;
         t.table_stride = positions * 32;
-        t.code_bits = code_bits_;
-        t.level_bytes = level_bytes_.data();
         t.acc = sums;
         t.acc_stride = panel_outputs * 4;
-        if (algorithm_ == Algorithm::packed) (is_float ? k.linear_packed_f32 : k.linear_packed_i8)(t);
-        else (is_float ? k.linear_f32 : k.linear_i8)(t);
+        sum_panel(k, panel * G + g, t);
         if (G == 1) break;
         add_group(sums, total, count, panel, outputs_here, g, epilogue.out_dtype == DType::i32);
       }

@@ -130,6 +130,8 @@ void fill(Kernels& k) {
        multiply<Bf16Pairs, bf16_terms>,
        linear<Float>,
        linear<Byte>,
+       nullptr,
+       expand_codes,
        build_lookup,
        linear_packed_f32,
        linear_packed_i8};

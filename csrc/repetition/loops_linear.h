@@ -7,7 +7,9 @@ namespace {
 // R rows of x by P vectors of outputs.
 template <class Math, int R, int P> void linear_of(const LinearTile& t) {
   using vec = typename Math::vec;
-  vec acc[R][P] = {};
+  vec acc[R][P];
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < P; ++p) acc[r][p] = t.first ? vec{} : Math::load(t.acc + r * t.acc_stride + p * vector_bytes);
   for (int64_t k = 0; k < t.words; ++k) {
     const char* w = t.weights + k * panel_outputs * 4;
     if constexpr (R == 1) prefetch<P * vector_bytes>(w);
@@ -52,6 +54,19 @@ template <int R, int P> void linear_packed_i8_of(const LinearTile& t) {
   }
   for (int r = 0; r < R; ++r)
     for (int p = 0; p < P; ++p) Int::store(t.acc + r * t.acc_stride + p * vector_bytes, acc[r][p]);
+}
+
+void expand_codes(const CodeExpansion& e) {
+  const int fields = 4 / e.code_bits;
+  const i32v mask = Int::splat(0x0f0f0f0f);
+  for (int64_t k = 0; k < e.words; ++k)
+    for (int64_t at = 0; at < panel_outputs * 4; at += vector_bytes) {
+      i32v codes = Int::load(e.codes + k * panel_outputs * 4 + at);
+      char* to = e.to + k * 2 * fields * panel_outputs * 4 + at;
+      for (int half = 0; half < 2; ++half, codes = codes >> 4)
+        for (int f = 0; f < fields; ++f, to += panel_outputs * 4)
+          Int::store(to, levels_of(load_levels(e.level_bytes + f * 16), codes & mask));
+    }
 }
 
 // One code looks up the sum of several inputs times their levels.

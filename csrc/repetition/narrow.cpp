@@ -1,8 +1,8 @@
-// Dense sums of bytes in 16 bits, for processors that have no dot product of four bytes.
+// Sums of bytes in 16 bits, for processors that have no dot product of four bytes.
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <limits>
+#include <vector>
 
 #include "repetition/costs.h"
 #include "repetition/plan.h"
@@ -33,36 +33,35 @@ double narrow_run(const Weights& w, const Activations& a) {
   return run < shortest ? 0 : run;
 }
 
-// Runs as long as no inputs whatever can take one of a block's sums beyond 16 bits, on the way or at the end.
-void PackedConv2d::pack_runs() {
-  constexpr int halves = 2 * dense_outputs;
-  const int64_t steps = units_ * taps_;
-  const int limit = most / largest_input(activations_);
-  const auto* w = reinterpret_cast<const int8_t*>(weights_.data());
-  for (int64_t block = 0; block < blocks_; ++block) {
-    std::array<int, halves> plus, minus;  // of the run
-    uint16_t run = 0;
-    const auto end_run = [&] {
-      if (run > 0) runs_.push_back(run);
-      run = 0, plus = minus = {};
-    };
-    for (int64_t step = 0; step < steps; ++step, w += 2 * halves) {
-      if (step % dense_part_steps == 0) end_run(), run_begin_.push_back(static_cast<int64_t>(runs_.size()));
-      const auto add = [&] {
-        bool fits = true;
-        for (size_t i = 0; i < halves; ++i) {
-          const int more = std::max<int>(w[2 * i], 0) + std::max<int>(w[2 * i + 1], 0);
-          plus[i] += more;
-          minus[i] += more - w[2 * i] - w[2 * i + 1];
-          fits = fits && plus[i] <= limit && minus[i] <= limit;
-        }
-        return fits;
-      };
-      if (!add()) end_run(), add();
-      ++run;
+// Runs as long as no inputs whatever can take one of the sums beyond 16 bits, on the way or at the end.
+void add_runs(Runs& runs, const char* weights, int64_t steps, int64_t outputs, int64_t part_steps,
+              const Activations& a) {
+  const int limit = most / largest_input(a);
+  const auto* w = reinterpret_cast<const int8_t*>(weights);
+  const auto halves = static_cast<size_t>(2 * outputs);
+  std::vector<int> plus(halves), minus(halves);  // of the run
+  uint16_t run = 0;
+  const auto end_run = [&] {
+    if (run > 0) runs.lengths.push_back(run);
+    run = 0;
+    std::fill(plus.begin(), plus.end(), 0);
+    std::fill(minus.begin(), minus.end(), 0);
+  };
+  const auto add = [&] {
+    bool fits = true;
+    for (size_t i = 0; i < halves; ++i) {
+      const int more = std::max<int>(w[2 * i], 0) + std::max<int>(w[2 * i + 1], 0);
+      plus[i] += more;
+      minus[i] += more - w[2 * i] - w[2 * i + 1];
+      fits = fits && plus[i] <= limit && minus[i] <= limit;
     }
-    end_run();
+    return fits;
+  };
+  for (int64_t step = 0; step < steps; ++step, ++run, w += 2 * halves) {
+    if (step % part_steps == 0) end_run(), runs.begin.push_back(static_cast<int64_t>(runs.lengths.size()));
+    if (!add()) end_run(), add();
   }
+  end_run();
 }
 
 }  // namespace pycodesign::repetition

@@ -257,7 +257,10 @@ void PackedConv2d::pack_dense(const Weights& w) {
         else to[word * 4 + c % 4] = static_cast<char>(static_cast<int>(level));
       }
   }
-  if (run >= 1) pack_runs();
+  const int64_t steps = units_ * taps_;
+  for (int64_t block = 0; run >= 1 && block < blocks_; ++block)
+    add_runs(runs_, weights_.data() + block * steps * dense_outputs * 4, steps, dense_outputs, dense_part_steps,
+             activations_);
 }
 
 void PackedConv2d::pack_tables(const Weights& w) {
@@ -364,10 +367,10 @@ std::vector<uint8_t> PackedConv2d::codes() const {
 
 Counts PackedConv2d::counts() const {
   Counts c;
-  c.bytes = static_cast<int64_t>(weights_size_ + steps_.size() * sizeof(TableStep) + level_bytes_.size() +
-                                 runs_.size() * sizeof runs_[0] + run_begin_.size() * sizeof run_begin_[0]) +
-            level_bytes();
+  c.bytes =
+      static_cast<int64_t>(weights_size_ + steps_.size() * sizeof(TableStep) + level_bytes_.size()) + level_bytes();
   if (algorithm_ == Algorithm::dense) {
+    c.bytes += runs_.bytes();
     c.multiplies = outputs_ * inputs_;
     c.adds = outputs_ * (inputs_ - 1);
     return c;

@@ -13,7 +13,10 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int64_t element_bytes(DType d) { return d == DType::f32 || d == DType::i32 ? 4 : 1; }
 
-inline constexpr int64_t dense_part_steps = 256;  // whose weights stay in the first-level cache
+// Weights of so many steps stay in the first-level cache: of a block of outputs, and of a panel.
+inline constexpr int64_t dense_part_steps = 256, linear_part_words = 64;
+// Appends those of weights [steps][outputs] words of four bytes.
+void add_runs(Runs&, const char* weights, int64_t steps, int64_t outputs, int64_t part_steps, const Activations&);
 
 inline int64_t block_count(int64_t outputs) {
   return (outputs + dense_outputs - 1) / dense_outputs;

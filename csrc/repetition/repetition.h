@@ -116,6 +116,18 @@ class PackedLayer {
   std::vector<int32_t> correction_;  // (scale_groups, outputs): added to integer sums
 };
 
+// How many steps sum in 16 bits before they are widened (DenseTile), for each part of each block of outputs.
+struct Runs {
+  std::vector<uint16_t> lengths;
+  std::vector<int64_t> begin;  // of a part
+
+  bool empty() const { return lengths.empty(); }
+  const uint16_t* of(int64_t part) const { return lengths.data() + begin[static_cast<size_t>(part)]; }
+  int64_t bytes() const {
+    return static_cast<int64_t>(lengths.size() * sizeof lengths[0] + begin.size() * sizeof begin[0]);
+  }
+};
+
 struct ConvCase;
 struct ConvPlan;
 struct Cut;
@@ -152,7 +164,6 @@ class PackedConv2d final : public PackedLayer {
   void pack(const Weights&);
   void pack_tables(const Weights&);
   void pack_dense(const Weights&);
-  void pack_runs();
   void pack_matrix(const Weights&);
   void pack_codes(const Weights&);
   void pack_codebook(const Weights&);
@@ -198,8 +209,7 @@ class PackedConv2d final : public PackedLayer {
   Staging staging_ = Staging::f32;
   int32_t center_ = 0;  // what staging subtracts from integers
 
-  std::vector<uint16_t> runs_;      // dense, as in DenseTile: [block of outputs][run]; empty: sums need 32 bits
-  std::vector<int64_t> run_begin_;  // by block of outputs
+  Runs runs_;  // dense: of each block of outputs, or empty
 
   // dense for a matrix unit
   bool matrix_ = false;
@@ -236,6 +246,10 @@ class PackedLinear final : public PackedLayer {
 
  private:
   void stage_row(const Tensor& x, int64_t index, int64_t group_bytes, char* to) const;
+  int64_t word_fields() const;
+  void expand(const Kernels&, int64_t panel_group, int64_t word, int64_t words, char* to) const;
+  void pack_runs();
+  void sum_panel(const Kernels&, int64_t panel_group, LinearTile) const;
   void add_group(const char* sums, char* total, int64_t rows, int64_t panel, int64_t outputs_here, int64_t group,
                  bool integers) const;
 
@@ -245,6 +259,7 @@ class PackedLinear final : public PackedLayer {
   int code_bits_ = 0, code_inputs_ = 0, codes_per_word_ = 0;
   std::vector<float> values_;  // packed: the levels by code, padded
   std::array<int8_t, 64> level_bytes_{};
+  Runs runs_;                              // of the words of `dense`, [panel][scale group][part]; or empty
   core::AlignedBuffer<float> digits_;      // packed float: [code_inputs][32]
   core::AlignedBuffer<uint32_t> weights_;  // [panel][scale group][word][panel_outputs]
   size_t weights_size_ = 0;

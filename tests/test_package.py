@@ -119,18 +119,27 @@ def test_every_command_of_contributing_runs_in_ci():
     assert not [command for command in commands if command not in ci]
 
 
-def test_readme_commands_and_numbers():
+PAGES = ["README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
+
+
+def test_readme_commands():
     readme = (ROOT / "README.md").read_text()
     assert 'pip install ".[demo]" && pycodesign demo' in readme
     assert 'pip install ".[test]" && pytest' in readme
     assert 'pip install ".[test]" && pytest' in (ROOT / ".ci/run").read_text()
-    cited = re.findall(r"bench/results/[\w./-]+\.json", readme)
-    assert cited
-    assert not [name for name in cited if not (ROOT / name).is_file()]
 
 
-def test_readme_examples_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", PAGES)
+def test_links_of_pages(page):
+    path = ROOT / page
+    links = re.findall(r"\]\((?!http)([^)#]+)", path.read_text())
+    assert links
+    assert not [link for link in links if not (path.parent / link).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_examples_of_pages_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 11
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == {"README.md": 8, "docs/branches.md": 2, "docs/sharing.md": 2}.get(page, 1)
     exec("\n".join(blocks), {})

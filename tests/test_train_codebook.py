@@ -170,10 +170,10 @@ def test_table(example: ModuleType) -> None:
     ]
 
 
-def test_the_readme_shows_the_recorded_results(example: ModuleType) -> None:
+def test_the_page_shows_the_recorded_results(example: ModuleType) -> None:
     root = EXAMPLES.parent
     rows = json.loads((root / "bench" / "results" / "codebook-digits.json").read_text())["rows"]
-    lines = (root / "README.md").read_text().splitlines()
+    lines = (root / "docs" / "codebooks.md").read_text().splitlines()
     shown = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     assert [row["kind"] for row in rows] == list(example.KINDS)
     assert all(len(values) == 5 for row in rows for values in row["accuracy"].values())

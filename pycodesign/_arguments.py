@@ -30,8 +30,7 @@ def to_numpy(name: str, array: Array) -> tuple[NDArray[Any], str]:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
         if array.device.type != "cpu":
-            wanted = "an array in host memory (this build runs on the CPU)"
-            raise TypeError(f"{name}: expected {wanted}, got a tensor on {array.device}")
+            raise TypeError(f"{name}: expected an array in host memory, got a tensor on {array.device}")
         try:
             return array.detach().numpy(), "torch"
         except TypeError:

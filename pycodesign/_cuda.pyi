@@ -1,4 +1,6 @@
-from typing import TypedDict, type_check_only
+from typing import Any, TypeAlias, TypedDict, type_check_only
+
+Array: TypeAlias = Any  # with `__cuda_array_interface__`, or a dict like it
 
 @type_check_only
 class DeviceProperties(TypedDict):
@@ -19,3 +21,13 @@ def device_count() -> int: ...
 def absence() -> str: ...
 def device_properties(device: int) -> DeviceProperties: ...
 def build_info() -> BuildInfo: ...
+def expand(
+    w: Array,
+    out_index: Array,
+    in_index: Array | None,
+    in_scale: Array | None,
+    out_scale: Array | None,
+    out: Array,
+    device: int,
+    stream: int,
+) -> None: ...

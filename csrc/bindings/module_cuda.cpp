@@ -5,6 +5,10 @@
 namespace py = pybind11;
 namespace cuda = pycodesign::core::cuda;
 
+namespace pycodesign::bindings {
+void bind_cuda_growth(py::module_&);
+}  // namespace pycodesign::bindings
+
 PYBIND11_MODULE(_cuda, module) {
   module.doc() = "CUDA backend. Loads without a driver, and then sees no device.";
   module.def("device_count", &cuda::device_count, "Number of CUDA devices; 0 without a driver.");
@@ -33,4 +37,5 @@ PYBIND11_MODULE(_cuda, module) {
         return result;
       },
       "Versions of the CUDA runtime in this module and of the driver, and the architectures compiled for.");
+  pycodesign::bindings::bind_cuda_growth(module);
 }

@@ -68,4 +68,13 @@ DeviceProperties device_properties(int device) {
           properties.sharedMemPerBlockOptin};
 }
 
+DeviceGuard::DeviceGuard(int device) : device_(device) {
+  check(cudaGetDevice(&before_));
+  if (device_ != before_) check(cudaSetDevice(device_));
+}
+
+DeviceGuard::~DeviceGuard() {
+  if (device_ != before_) cudaSetDevice(before_);
+}
+
 }  // namespace pycodesign::core::cuda

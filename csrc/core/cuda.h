@@ -23,4 +23,16 @@ std::string driver_version();   // the newest CUDA version that the driver serve
 // Throws std::runtime_error with absence() where there is no device, std::invalid_argument for one that does not exist.
 DeviceProperties device_properties(int device);
 
+// Makes a device the current one of this thread for as long as it lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int device_, before_ = 0;
+};
+
 }  // namespace pycodesign::core::cuda

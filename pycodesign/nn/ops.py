@@ -9,7 +9,7 @@ saved::
 Options are the keyword arguments of `pycodesign.ops.prepack_conv2d` and `pycodesign.ops.conv2d`. What is packed stays
 in a cache for as long as the weights live.
 
-Every operator has a kernel for the CPU, one for fake tensors, whose sizes may be symbols, one for autograd, which knows
+Every operator has a kernel for the CPU (and may have one for CUDA), one for fake tensors, whose sizes may be symbols, one for autograd, which knows
 the gradient to the input, and one for autocast, which keeps float32.
 """
 
@@ -63,39 +63,59 @@ DTYPES = {"float32": torch.float32, "uint8": torch.uint8, "int8": torch.int8, "i
 
 library = torch.library.Library("pycodesign", "DEF")
 prepared: TensorCache[Prepared] = TensorCache()
-_cpu_is_next: dict[int, bool] = {}  # by dispatch keys: whether the CPU's kernel is what follows autograd's
+_next_key: dict[int, Any] = {}  # by dispatch keys: the one that follows autograd's
 
 
 def define(
-    schema: str, cpu: Callable[..., Any], fake: Callable[..., Any], differentiable: Callable[..., Any] | None
+    schema: str,
+    cpu: Callable[..., Any],
+    fake: Callable[..., Any],
+    differentiable: Callable[..., Any] | None,
+    cuda: Callable[..., Any] | None = None,
 ) -> None:
-    """Define an operator with its kernels; `differentiable(operator, *args)` calls it, and has a gradient."""
+    """Define an operator with its kernels; `differentiable(operator, *args)` calls it, and has a gradient.
+
+    Without a kernel for CUDA it refuses tensors there.
+    """
     name = schema[: schema.index("(")]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(torch.ops.pycodesign, name).default
-    is_grad_enabled, known = torch.is_grad_enabled, _cpu_is_next
+    keys_of = torch._C.DispatchKey
+    kernels = {keys_of.CPU: cpu, keys_of.CUDA: cuda or refuse_cuda}
+    is_grad_enabled, known = torch.is_grad_enabled, _next_key
 
     def autograd(keys: Any, *args: Any) -> Any:
         if is_grad_enabled() and _any_requires_grad(*args) and differentiable is not None:
             return differentiable(operator, *args)
-        direct = known.get(keys.raw_repr())
-        if direct is None:
+        following = known.get(keys.raw_repr())
+        if following is None:
             below = keys & torch._C._after_autograd_keyset
-            direct = known[keys.raw_repr()] = below.highestPriorityTypeId() == torch._C.DispatchKey.CPU
-        if direct:
-            return cpu(*args)  # a microsecond less than another dispatch
+            following = known[keys.raw_repr()] = below.highestPriorityTypeId()
+        if following in kernels:
+            return kernels[following](*args)  # a microsecond less than another dispatch
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
 
-    def autocast(*args: Any) -> Any:
-        with torch.autocast("cpu", enabled=False):
+    def autocast(device: str, *args: Any) -> Any:
+        with torch.autocast(device, enabled=False):
             return operator(*map(_to_float32, args))
 
-    library.impl(name, cpu, "CPU")
-    library.impl(name, autograd, "AutogradCPU", with_keyset=True)
-    library.impl(name, autocast, "AutocastCPU")
-    library.impl(name, refuse_cuda, "CUDA")
-    torch.library.register_fake(f"pycodesign::{name}", fake, lib=library)
+    def check_device(*args: Any, **kwargs: Any) -> Any:
+        if cuda is None and _is_on_cuda(args[0]):
+            refuse_cuda()
+        return fake(*args, **kwargs)
+
+    for device, kernel in (("CPU", cpu), ("CUDA", cuda or refuse_cuda)):
+        library.impl(name, kernel, device)
+        library.impl(name, autograd, f"Autograd{device}", with_keyset=True)
+        library.impl(name, functools.partial(autocast, device.lower()), f"Autocast{device}")
+    torch.library.register_fake(f"pycodesign::{name}", check_device, lib=library)
+
+
+def _is_on_cuda(argument: Any) -> bool:
+    if isinstance(argument, (list, tuple)):
+        return any(map(_is_on_cuda, argument))
+    return isinstance(argument, Tensor) and argument.device.type == "cuda"
 
 
 def _search_requires_grad(*args: Any) -> bool:
@@ -113,7 +133,7 @@ def _to_float32(argument: Any) -> Any:
 
 
 def refuse_cuda(*_: Any) -> Any:
-    raise TypeError("x: expected tensors in host memory (this build runs on the CPU), got tensors on a CUDA device")
+    raise TypeError("x: expected tensors in host memory: this operator has no CUDA kernel; got tensors on a CUDA device")
 
 
 def run_conv2d(
@@ -255,8 +275,6 @@ def output_size(size: Any, kernel: int, stride: int, padding: int, dilation: int
 
 
 def check_fake(name: str, x: Tensor, dtype: str, fits: bool, shape: str) -> None:
-    if x.device.type == "cuda":
-        refuse_cuda()
     if x.dtype == DTYPES[dtype] and fits:
         return
     text = f"{name}: expected {dtype} {shape}, got {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"

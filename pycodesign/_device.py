@@ -1,0 +1,180 @@
+"""Arrays in a GPU's memory, CuPy's and torch's: where they are, and what their own library does for a call.
+
+A call on the GPU runs on the current stream of the arrays' library, and never waits. What it needs is allocated there,
+in that stream's order, so that it can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = Any  # a CuPy array or a torch tensor
+
+
+@dataclass(frozen=True)
+class CupyDevice:
+    """A GPU as CuPy sees it."""
+
+    index: int
+
+    def __str__(self) -> str:
+        return f"a CuPy array on device {self.index}"
+
+    @property
+    def stream(self) -> int:
+        """Handle of the current stream."""
+        return int(sys.modules["cupy"].cuda.get_current_stream(self.index).ptr)
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """Return a new array of a dtype that NumPy has."""
+        cupy = sys.modules["cupy"]
+        with cupy.cuda.Device(self.index):
+            return cupy.empty(shape, dtype)
+
+    def empty_like(self, array: Array, shape: tuple[int, ...]) -> Array:
+        return self.empty(shape, array.dtype)
+
+    def upload(self, name: str, array: NDArray[Any]) -> Array:
+        """Return a copy on the device; the caller goes on before it is made."""
+        cupy = sys.modules["cupy"]
+        with cupy.cuda.Device(self.index):
+            if cupy.cuda.get_current_stream().is_capturing():
+                raise _refuse_upload(name, self)
+            return cupy.asarray(array)  # through pinned memory that CuPy keeps until it has been read
+
+    def to_vector(self, array: Array, dtype: str) -> Array:
+        """Return its elements as a dtype, one after another."""
+        cupy = sys.modules["cupy"]
+        with cupy.cuda.Device(self.index):
+            return cupy.ascontiguousarray(array, dtype)
+
+    @staticmethod
+    def view(array: Array) -> Array:
+        """Return what a native call takes for the array."""
+        return array
+
+    @staticmethod
+    def dtype_name(array: Array) -> str:
+        return str(array.dtype)
+
+
+@dataclass(frozen=True)
+class TorchDevice:
+    """A GPU as torch sees it."""
+
+    index: int
+
+    def __str__(self) -> str:
+        return f"a tensor on cuda:{self.index}"
+
+    @property
+    def name(self) -> str:
+        return f"cuda:{self.index}"
+
+    @property
+    def stream(self) -> int:
+        """Handle of the current stream."""
+        return int(sys.modules["torch"].cuda.current_stream(self.index).cuda_stream)
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """Return a new tensor; `dtype` is a name that torch has."""
+        torch = sys.modules["torch"]
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=self.name)
+
+    def empty_like(self, array: Array, shape: tuple[int, ...]) -> Array:
+        return self.empty(shape, self.dtype_name(array))
+
+    def upload(self, name: str, array: NDArray[Any]) -> Array:
+        """Return a copy on the device; the caller goes on before it is made."""
+        torch = sys.modules["torch"]
+        if torch.cuda.is_current_stream_capturing():
+            raise _refuse_upload(name, self)
+        # torch keeps the pinned memory until it has been read.
+        return torch.from_numpy(array).pin_memory().to(self.name, non_blocking=True)
+
+    def to_vector(self, array: Array, dtype: str) -> Array:
+        """Return its elements as a dtype, one after another."""
+        return array.detach().to(getattr(sys.modules["torch"], dtype)).contiguous()
+
+    @staticmethod
+    def view(array: Array) -> dict[str, Any]:
+        """Return what a native call takes for the tensor: its own interface refuses gradients and bfloat16."""
+        dtype, size = array.dtype, array.element_size()
+        kind = "c" if dtype.is_complex else "f" if dtype.is_floating_point else "i" if dtype.is_signed else "u"
+        if str(dtype) == "torch.bool":
+            kind = "b"
+        elif kind == "f" and (size == 1 or str(dtype) == "torch.bfloat16"):
+            kind = "V"
+        return {
+            "data": (array.data_ptr(), False),
+            "shape": tuple(array.shape),
+            "strides": tuple(stride * size for stride in array.stride()),
+            "typestr": f"<{kind}{size}",
+        }
+
+    @staticmethod
+    def dtype_name(array: Array) -> str:
+        return str(array.dtype).removeprefix("torch.")
+
+
+Device: TypeAlias = CupyDevice | TorchDevice
+
+
+def locate(array: Any) -> Device | None:
+    """Return where an array is, if it is on a GPU."""
+    if isinstance(array, np.ndarray):
+        return None
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        return TorchDevice(array.get_device()) if array.is_cuda else None
+    cupy = sys.modules.get("cupy")
+    return CupyDevice(array.device.id) if cupy is not None and isinstance(array, cupy.ndarray) else None
+
+
+def find_device(**arrays: Any) -> Device | None:
+    """Return where the arrays are, None if that is the host's memory.
+
+    Raises
+    ------
+    TypeError
+        If one is on a GPU, and another one is not on the same or of another library.
+    """
+    given = {name: array for name, array in arrays.items() if array is not None}
+    places = {name: locate(array) for name, array in given.items()}
+    first = next((name for name, place in places.items() if place is not None), None)
+    if first is None:
+        return None
+    for name, place in places.items():
+        if place != places[first]:
+            got = place or f"{type(given[name]).__name__} in host memory"
+            raise TypeError(f"{name}: expected {places[first]}, as {first} is, got {got}")
+    return places[first]
+
+
+def load_native() -> Any:
+    """Return the module of CUDA kernels.
+
+    Raises
+    ------
+    RuntimeError
+        Saying what is missing, where it was not built or finds no device.
+    """
+    try:
+        from pycodesign import _cuda  # type: ignore[attr-defined, unused-ignore]
+    except ImportError:
+        raise RuntimeError(
+            "no CUDA kernels: pycodesign was built without nvcc; build it again with "
+            "-Ccmake.define.PYCODESIGN_CUDA=ON, or pass arrays in host memory"
+        ) from None
+    if absence := _cuda.absence():
+        raise RuntimeError(absence)
+    return _cuda
+
+
+def _refuse_upload(name: str, device: Device) -> TypeError:
+    return TypeError(f"{name}: expected {device} while a CUDA graph is captured, got an array in host memory")

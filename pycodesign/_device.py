@@ -149,11 +149,21 @@ def find_device(**arrays: Any) -> Device | None:
     first = next((name for name, place in places.items() if place is not None), None)
     if first is None:
         return None
-    for name, place in places.items():
-        if place != places[first]:
-            got = place or f"{type(given[name]).__name__} in host memory"
-            raise TypeError(f"{name}: expected {places[first]}, as {first} is, got {got}")
-    return places[first]
+    device = places[first]
+    assert device is not None
+    for name, array in given.items():
+        if not is_on(device, name, array, first):
+            text = f"{type(array).__name__} in host memory"
+            raise TypeError(f"{name}: expected {device}, as {first} is, got {text}")
+    return device
+
+
+def is_on(device: Device, name: str, array: Any, other: str) -> bool:
+    """Return whether an array is on a device, as `other` is, rather than in host memory; elsewhere is a `TypeError`."""
+    place = locate(array)
+    if place is not None and place != device:
+        raise TypeError(f"{name}: expected {device}, as {other} is, got {place}")
+    return place is not None
 
 
 def load_native() -> Any:

@@ -1,7 +1,8 @@
 """Quantized layers on arrays: pack the weights once, run them many times. Weights expanded by index. Many tasks on one
 layer. Branches.
 
-An array is a NumPy array or a torch tensor in host memory; the result is of the same kind.
+An array is a NumPy array or a torch tensor in host memory; the result is of the same kind. Functions that say so take
+CuPy arrays and torch tensors on a CUDA device, too: they run there, on the current stream, and do not wait for it.
 """
 
 from __future__ import annotations
@@ -35,14 +36,12 @@ from pycodesign._arguments import (
     check_weights,
     flatten_out,
     from_numpy,
-    to_index,
     to_integer,
     to_numpy,
     to_pair,
-    to_raw,
-    to_scale,
 )
 from pycodesign._deltas import PackedDeltas, delta_linear, prepack_deltas
+from pycodesign._expand import expand
 from pycodesign.branches.parallel import run_branches
 from pycodesign.quantize import KernelCodebook, QuantizedTensor
 
@@ -553,96 +552,6 @@ def load_packed(path: str | os.PathLike[str]) -> Packed:
     except (SafetensorError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:
         wanted = "a packed layer of pycodesign"
         raise ValueError(f"{os.fspath(path)}: expected {wanted}, got a damaged or foreign file: {e}") from e
-
-
-def expand(
-    w: Array,
-    out_index: Array,
-    in_index: Array | None = None,
-    *,
-    in_scale: Array | None = None,
-    out_scale: Array | None = None,
-    out: Array | None = None,
-) -> Array:
-    """Copy rows and columns of a weight by index, scaled on the way: a larger layer from a smaller one.
-
-    ::
-
-        y[r, c, ...] = (w[out_index[r], in_index[c], ...] * in_scale[c]) * out_scale[r]
-
-    Without scales elements are copied bit by bit. float32 and float64 are rounded after each product; float16 and
-    bfloat16 are multiplied in float32 and rounded once, to nearest even.
-
-    Parameters
-    ----------
-    w : array (O,), (O, I), (O, I, H) or (O, I, H, W)
-        Of float16, bfloat16, float32, float64, or, without scales, of any dtype of 1, 2, 4 or 8 bytes; any strides.
-    out_index : integer (R,)
-        Rows of `w`; -1 writes zeros.
-    in_index : integer (C,), optional
-        Columns of `w`; -1 writes zeros. Every column in its place by default.
-    in_scale : (C,), optional
-    out_scale : (R,), optional
-        Finite factors; float64 for float64 `w`, float32 for other floats.
-    out : array (R, C, H, W), optional
-        Written and returned. Of the dtype of `w`, apart from it in memory; the elements of a row follow one another.
-
-    Returns
-    -------
-    array (R,), (R, C), (R, C, H) or (R, C, H, W)
-        Of the kind and dtype of `w`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Naming the argument, what was expected and what came. Nothing is written then.
-
-    References
-    ----------
-    Fu et al., "TripLe", ICCV 2023.
-
-    Examples
-    --------
-    One more input, a copy of the first, and zeros for a third output; both copies count half:
-
-    >>> import numpy as np
-    >>> from pycodesign import ops
-    >>> w = np.array([[2.0, 3.0], [4.0, 5.0]], np.float32)
-    >>> half = np.array([0.5, 1.0, 0.5], np.float32)
-    >>> ops.expand(w, np.array([0, 1, -1]), np.array([0, 1, 0]), in_scale=half)
-    array([[1., 3., 1.],
-           [2., 5., 2.],
-           [0., 0., 0.]], dtype=float32)
-    """
-    given, kind, dtype = to_raw("w", w)
-    if not given.dtype.isnative or given.itemsize not in (1, 2, 4, 8) or given.dtype.kind not in "biufc":
-        wanted = "numbers of 1, 2, 4 or 8 bytes in native order"
-        raise TypeError(f"w: expected {wanted}, got {given.dtype} {given.shape}")
-    if not 1 <= given.ndim <= 4:
-        raise ValueError(f"w: expected 1 to 4 dimensions, got shape {given.shape}")
-    rows = to_index("out_index", out_index, given.shape[0])
-    if given.ndim == 1 and (in_index is not None or in_scale is not None):
-        raise ValueError(f"in_index, in_scale: expected None for w {given.shape}, got an array")
-    columns = None if in_index is None else to_index("in_index", in_index, given.shape[1])
-    shape = (rows.size, *(given.shape[1:2] if columns is None else columns.shape), *given.shape[2:])
-    inputs = None if in_scale is None else to_scale("in_scale", in_scale, dtype, shape[1])
-    outputs = None if out_scale is None else to_scale("out_scale", out_scale, dtype, shape[0])
-    target = None
-    if out is not None:
-        target, _, out_dtype = to_raw("out", out)
-        if out_dtype != dtype or target.shape != shape:
-            text = f"out: expected {dtype} {shape}, got {out_dtype} {target.shape}"
-            raise (ValueError if out_dtype == dtype else TypeError)(text)
-    if given.ndim == 1:  # one row, whose columns are the elements
-        target = None if target is None else target[None]
-        y = _core.expand(given[None], dtype, np.zeros(1, np.int64), rows, outputs, None, target)[0]
-    else:
-        y = _core.expand(given, dtype, rows, columns, inputs, outputs, target)
-    if out is not None:
-        return out
-    if kind == "torch":
-        return from_numpy(y, kind).view(w.dtype)
-    return y.view(w.dtype)
 
 
 def _choose(q: QuantizedTensor | KernelCodebook, options: dict[str, Any]) -> tuple[str, str]:

@@ -64,8 +64,7 @@ DeviceArray view_device_array(const py::object& array, const char* name) {
   a.shape = interface["shape"].cast<std::vector<int64_t>>();
   const auto data = py::cast<py::tuple>(interface["data"]);
   a.is_writeable = !data[1].cast<bool>();
-  const py::object strides =
-      interface.contains("strides") ? py::object(interface["strides"]) : py::object(py::none());
+  const py::object strides = interface.contains("strides") ? py::object(interface["strides"]) : py::object(py::none());
   if (strides.is_none()) {
     a.stride.resize(a.ndim());
     int64_t stride = a.itemsize;

@@ -14,7 +14,7 @@ namespace pycodesign::growth::cuda {
 namespace {
 
 constexpr int chunk_bytes = 16, warp_threads = 32, block_threads = 256;
-constexpr int batch = 4;             // rows whose loads are under way before the first store
+constexpr int batch = 4;               // rows whose loads are under way before the first store
 constexpr int64_t many_blocks = 8192;  // from which a thread writes several batches
 
 // How an element is stored, and as what it is multiplied; without a Value it is copied.
@@ -122,8 +122,8 @@ __device__ __forceinline__ Chunk<typename E::Stored> load_chunk(const char* row,
   return chunk;
 }
 
-template <class E>
-__device__ __forceinline__ void store_chunk(const Rows& x, char* to, int64_t first, const Chunk<typename E::Stored>& chunk) {
+template <class E> __device__ __forceinline__ void store_chunk(const Rows& x, char* to, int64_t first,
+                                                               const Chunk<typename E::Stored>& chunk) {
   using Stored = typename E::Stored;
   if (first >= 0 && first + chunk.width <= x.elements) {
     uint4 bits;
@@ -137,8 +137,7 @@ __device__ __forceinline__ void store_chunk(const Rows& x, char* to, int64_t fir
 }
 
 // Block (x, y): y rows at once, x chunks of them. Grid: chunks, batches of rows, phases.
-template <class E>
-__global__ void __launch_bounds__(block_threads, sizeof(typename E::Stored) < 4 ? 2 : 4)
+template <class E> __global__ void __launch_bounds__(block_threads, sizeof(typename E::Stored) < 4 ? 2 : 4)
     expand_rows(const __grid_constant__ Rows x) {
   using Stored = typename E::Stored;
   using Value = typename E::Value;
@@ -181,7 +180,8 @@ int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 template <class E> void launch(Rows x, void* stream) {
   constexpr int width = Chunk<typename E::Stored>::width;
-  const int64_t chunks = divide_up(x.elements + (x.phases > 1 || reinterpret_cast<uintptr_t>(x.out) % chunk_bytes ? width - 1 : 0), width);
+  const int64_t chunks =
+      divide_up(x.elements + (x.phases > 1 || reinterpret_cast<uintptr_t>(x.out) % chunk_bytes ? width - 1 : 0), width);
   unsigned across = 1;
   while (across < warp_threads && across < chunks) across *= 2;
   const unsigned down = block_threads / across;

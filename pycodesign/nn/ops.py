@@ -9,8 +9,8 @@ saved::
 Options are the keyword arguments of `pycodesign.ops.prepack_conv2d` and `pycodesign.ops.conv2d`. What is packed stays
 in a cache for as long as the weights live.
 
-Every operator has a kernel for the CPU (and may have one for CUDA), one for fake tensors, whose sizes may be symbols, one for autograd, which knows
-the gradient to the input, and one for autocast, which keeps float32.
+Every operator has a kernel for the CPU, and may have one for CUDA, one for fake tensors, whose sizes may be symbols,
+one for autograd, which knows the gradient to the input, and one for autocast, which keeps float32.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _to_float32(argument: Any) -> Any:
 
 
 def refuse_cuda(*_: Any) -> Any:
-    raise TypeError("x: expected tensors in host memory: this operator has no CUDA kernel; got tensors on a CUDA device")
+    raise TypeError("x: expected tensors in host memory (no CUDA kernel does this), got tensors on a CUDA device")
 
 
 def run_conv2d(

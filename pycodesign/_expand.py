@@ -30,8 +30,8 @@ def expand(
     bfloat16 are multiplied in float32 and rounded once, to nearest even.
 
     If `w` is on a CUDA device, indices and scales are best there, too. Nobody reads them before they are used: an index
-    out of range writes zeros, as -1 does, and scales may be infinite. Those in host memory are checked and copied, which
-    a CUDA graph cannot capture.
+    out of range writes zeros, as -1 does, and scales may be infinite. Those in host memory are checked and copied,
+    which a CUDA graph cannot capture.
 
     Parameters
     ----------

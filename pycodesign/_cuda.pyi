@@ -1,3 +1,4 @@
+from collections.abc import Sequence
 from typing import Any, TypeAlias, TypedDict, type_check_only
 
 Array: TypeAlias = Any  # with `__cuda_array_interface__`, or a dict like it
@@ -31,3 +32,17 @@ def expand(
     device: int,
     stream: int,
 ) -> None: ...
+def delta_linear(
+    x: Array,
+    base: Array | None,
+    deltas: Sequence[Delta],
+    positions: Array | None,
+    out: Array,
+    device: int,
+    stream: int,
+) -> None: ...
+
+class Delta:
+    """One task's difference of weights and bias, in a GPU's memory."""
+
+    def __init__(self, kind: str, outputs: int, inputs: int, rank: int, arrays: dict[str, Array]) -> None: ...

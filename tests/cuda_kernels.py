@@ -86,6 +86,11 @@ def read_usage(report: str) -> dict[str, Usage]:
     return usage
 
 
+def list_registers(usage: dict[str, Usage]) -> dict[str, dict[str, int]]:
+    """Return each kernel's registers, by architecture."""
+    return {name: {arch: numbers["registers"] for arch, numbers in use.items()} for name, use in usage.items()}
+
+
 def read_instructions(disassembler: tuple[str, str], target: Path, architecture: str) -> dict[str, set[str]]:
     """Return the names of each kernel's machine instructions."""
     program, folder = disassembler
@@ -107,12 +112,11 @@ def main() -> None:
     if compiler is None:
         raise SystemExit("no nvcc: install the CUDA toolkit, or set CUDACXX")
     target = folder or ROOT / "build" / "cuda_kernels"
-    usage = {family: read_usage(text) for family, text in compile_kernels(compiler, target).items()}
-    for family, kernels in usage.items():
-        for name, numbers in sorted(kernels.items()):
-            print(family, name, numbers)
+    usage = read_usage("".join(compile_kernels(compiler, target).values()))
+    for name, numbers in sorted(usage.items()):
+        print(name, numbers)
     if folder is None:
-        table = {"nvcc": read_version(compiler), "kernels": usage}
+        table = {"nvcc": read_version(compiler), "registers": list_registers(usage)}
         TABLE.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 

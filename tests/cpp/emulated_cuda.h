@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -107,6 +108,7 @@ inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits);
 inline uint32_t __float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
 inline float __int_as_float(int32_t bits) { return std::bit_cast<float>(bits); }
 inline int32_t __float_as_int(float value) { return std::bit_cast<int32_t>(value); }
+inline int __float2int_rn(float value) { return static_cast<int>(std::nearbyintf(value)); }
 uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector);
 int __dp4a(int a, int b, int c);
 template <class T> T __ldg(const T* pointer) { return *pointer; }

@@ -88,3 +88,18 @@ class PackedLayer:
         workspace: Array | None,
         stream: int,
     ) -> None: ...
+
+def delta_linear(
+    x: Array,
+    base: Array | None,
+    deltas: Sequence[Delta],
+    positions: Array | None,
+    out: Array,
+    device: int,
+    stream: int,
+) -> None: ...
+
+class Delta:
+    """One task's difference of weights and bias, in a GPU's memory."""
+
+    def __init__(self, kind: str, outputs: int, inputs: int, rank: int, arrays: dict[str, Array]) -> None: ...

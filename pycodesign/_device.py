@@ -39,19 +39,26 @@ class CupyDevice:
     def empty_like(self, array: Array, shape: tuple[int, ...]) -> Array:
         return self.empty(shape, array.dtype)
 
-    def upload(self, name: str, array: NDArray[Any]) -> Array:
-        """Return a copy on the device; the caller goes on before it is made."""
+    def upload(self, name: str, array: NDArray[Any], wait: bool = False) -> Array:
+        """Return a copy on the device, for this stream only; with `wait`, made before the caller goes on, for all."""
         cupy = sys.modules["cupy"]
         with cupy.cuda.Device(self.index):
             if cupy.cuda.get_current_stream().is_capturing():
                 raise _refuse_upload(name, self)
-            return cupy.asarray(array)  # through pinned memory that CuPy keeps until it has been read
+            return cupy.asarray(array, blocking=wait)  # from pinned memory that CuPy keeps until it has been read
 
     def to_vector(self, array: Array, dtype: str) -> Array:
         """Return its elements as a dtype, one after another."""
         cupy = sys.modules["cupy"]
         with cupy.cuda.Device(self.index):
             return cupy.ascontiguousarray(array, dtype)
+
+    @staticmethod
+    def in_rows(array: Array) -> Array:
+        """Return the array, or a copy whose elements follow one another within a row."""
+        if array.shape[-1] < 2 or array.strides[-1] == array.dtype.itemsize:
+            return array
+        return sys.modules["cupy"].ascontiguousarray(array)
 
     @staticmethod
     def view(array: Array) -> Array:
@@ -89,17 +96,24 @@ class TorchDevice:
     def empty_like(self, array: Array, shape: tuple[int, ...]) -> Array:
         return self.empty(shape, self.dtype_name(array))
 
-    def upload(self, name: str, array: NDArray[Any]) -> Array:
-        """Return a copy on the device; the caller goes on before it is made."""
+    def upload(self, name: str, array: NDArray[Any], wait: bool = False) -> Array:
+        """Return a copy on the device, for this stream only; with `wait`, made before the caller goes on, for all."""
         torch = sys.modules["torch"]
         if torch.cuda.is_current_stream_capturing():
             raise _refuse_upload(name, self)
-        # torch keeps the pinned memory until it has been read.
-        return torch.from_numpy(array).pin_memory().to(self.name, non_blocking=True)
+        tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
+        if wait:
+            return tensor.to(self.name)
+        return tensor.pin_memory().to(self.name, non_blocking=True)  # torch keeps that memory until it has been read
 
     def to_vector(self, array: Array, dtype: str) -> Array:
         """Return its elements as a dtype, one after another."""
         return array.detach().to(getattr(sys.modules["torch"], dtype)).contiguous()
+
+    @staticmethod
+    def in_rows(array: Array) -> Array:
+        """Return the tensor, or a copy whose elements follow one another within a row."""
+        return array if array.shape[-1] < 2 or array.stride(-1) == 1 else array.detach().contiguous()
 
     @staticmethod
     def view(array: Array) -> dict[str, Any]:
@@ -115,6 +129,7 @@ class TorchDevice:
             "shape": tuple(array.shape),
             "strides": tuple(stride * size for stride in array.stride()),
             "typestr": f"<{kind}{size}",
+            "owner": array,
         }
 
     @staticmethod

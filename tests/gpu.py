@@ -28,7 +28,7 @@ class EmulatedArray:
 
     def __init__(self, host: NDArray[Any]) -> None:
         self.host = host
-        self.shape, self.dtype, self.ndim = host.shape, host.dtype, host.ndim
+        self.shape, self.dtype, self.ndim, self.strides = host.shape, host.dtype, host.ndim, host.strides
         self.device = types.SimpleNamespace(id=0)
 
     @property
@@ -77,7 +77,7 @@ class EmulatedCupy(types.ModuleType):
         self.buffers[-1][0][begin : begin + count] = 0xFF
         return EmulatedArray(buffer[begin : begin + count].view(dtype).reshape(shape))
 
-    def asarray(self, array: Any, dtype: Any = None) -> EmulatedArray:
+    def asarray(self, array: Any, dtype: Any = None, blocking: bool = False) -> EmulatedArray:
         host = array.host if isinstance(array, EmulatedArray) else np.asarray(array)
         made = self.empty(host.shape, dtype or host.dtype)
         made.host[...] = host
@@ -97,7 +97,7 @@ class HostTorch(_device.TorchDevice):
     name = "cpu"
     stream = 0
 
-    def upload(self, name: str, array: NDArray[Any]) -> Any:
+    def upload(self, name: str, array: NDArray[Any], wait: bool = False) -> Any:
         return torch.from_numpy(array.copy())
 
 

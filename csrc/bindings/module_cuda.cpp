@@ -8,6 +8,7 @@ namespace cuda = pycodesign::core::cuda;
 namespace pycodesign::bindings {
 void bind_cuda_growth(py::module_&);
 void bind_cuda_repetition(py::module_&);
+void bind_cuda_sharing(py::module_&);
 }  // namespace pycodesign::bindings
 
 PYBIND11_MODULE(_cuda, module) {
@@ -41,4 +42,5 @@ PYBIND11_MODULE(_cuda, module) {
       "Versions of the CUDA runtime in this module and of the driver, and the architectures compiled for.");
   pycodesign::bindings::bind_cuda_growth(module);
   pycodesign::bindings::bind_cuda_repetition(module);
+  pycodesign::bindings::bind_cuda_sharing(module);
 }

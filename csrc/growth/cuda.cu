@@ -136,8 +136,13 @@ template <class E> __device__ __forceinline__ void store_chunk(const Rows& x, ch
     if (first + v >= 0 && first + v < x.elements) reinterpret_cast<Stored*>(to)[v] = chunk.element[v];
 }
 
+// Of a multiprocessor; more would leave too few registers.
+template <class E> constexpr int blocks_at_once() {
+  return sizeof(typename E::Stored) < 4 ? 2 : sizeof(typename E::Stored) == 4 ? 4 : 3;
+}
+
 // Block (x, y): y rows at once, x chunks of them. Grid: chunks, batches of rows, phases.
-template <class E> __global__ void __launch_bounds__(block_threads, sizeof(typename E::Stored) < 4 ? 2 : 4)
+template <class E> __global__ void __launch_bounds__(block_threads, blocks_at_once<E>())
     expand_rows(const __grid_constant__ Rows x) {
   using Stored = typename E::Stored;
   using Value = typename E::Value;

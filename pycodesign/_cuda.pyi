@@ -61,14 +61,33 @@ class PackedLayer:
         input_scale: float,
         input_zero_point: int,
         input_bits: int,
+        algorithm: str,
         device: int,
     ) -> None: ...
+    @staticmethod
+    def from_codebook(
+        index: NDArray[np.uint8],
+        sign: NDArray[np.int8],
+        kernels: NDArray[np.float32],
+        levels: NDArray[np.float32],
+        scale: NDArray[np.float32],
+        bias: NDArray[np.float32] | None,
+        channels: int,
+        groups: int,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        input_dtype: str,
+        input_scale: float,
+        input_zero_point: int,
+        input_bits: int,
+        device: int,
+    ) -> PackedLayer: ...
     @property
     def device(self) -> int: ...
     @property
-    def bits(self) -> int: ...
-    @property
-    def terms(self) -> int: ...
+    def why(self) -> str: ...
     @property
     def algorithm(self) -> str: ...
     def counts(self) -> dict[str, int]: ...

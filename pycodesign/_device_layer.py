@@ -10,13 +10,12 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pycodesign._arguments import INPUT_RANGES, Array, check_epilogue, to_integer
 from pycodesign._device import Device, find_device, load_native
 from pycodesign.quantize import KernelCodebook, QuantizedTensor
 
-ALGORITHMS = ("auto", "dense")
+ALGORITHMS = ("auto", "dense", "tables", "codebook")
 KEPT_PLANS = 64  # of sizes that were seen
 
 
@@ -50,25 +49,8 @@ def parse_device(device: Any) -> int | None:
 class DeviceLayer:
     """The weights of a layer in a GPU's memory."""
 
-    def __init__(
-        self,
-        q: QuantizedTensor | KernelCodebook,
-        bias: NDArray[np.float32] | None,
-        geometry: dict[str, Any],
-        inputs: dict[str, Any],
-        device: int,
-    ) -> None:
-        self.q, self.device, self.input_dtype = q, device, inputs["input_dtype"]
-        few = q if isinstance(q, QuantizedTensor) else _list_levels(q)
-        self.native = load_native().PackedLayer(
-            few.codes.reshape(few.shape[0], -1).astype(np.uint8, copy=False),
-            np.atleast_2d(few.levels),
-            few.scale.reshape(few.shape[0], -1),
-            bias,
-            **geometry,
-            **inputs,
-            device=device,
-        )
+    def __init__(self, q: QuantizedTensor | KernelCodebook, native: Any, input_dtype: str) -> None:
+        self.q, self.native, self.input_dtype, self.device = q, native, input_dtype, native.device
         self._lock = threading.Lock()
         self._plans: dict[tuple[int, ...], Any] = {}
 
@@ -79,12 +61,7 @@ class DeviceLayer:
     @property
     def why(self) -> str:
         """What the kernels do with these weights."""
-        bits, terms = self.native.bits, self.native.terms
-        codes = "levels" if bits >= 8 else "codes unpacked in registers"
-        if self.input_dtype != "float32":
-            return f"matrix unit, {bits}-bit {codes}, exact 8-bit products"
-        exact = "exact weights" if terms == 1 else f"weights in {terms} terms"
-        return f"matrix unit, {bits}-bit {codes}, inputs in 3 bfloat16 terms, {exact}"
+        return str(self.native.why)
 
     def counts(self) -> dict[str, int]:
         return {**self.native.counts(), "code_bytes": 0}
@@ -159,11 +136,11 @@ def run_layer(
     return layer.run(x, residual, epilogue, out)
 
 
-def _list_levels(q: KernelCodebook) -> QuantizedTensor:
+def list_levels(q: KernelCodebook) -> QuantizedTensor:
     """Return the same weights as codes and levels."""
     levels = np.unique(np.stack([q.kernels, 0 - q.kernels]))
     if levels.size > 256:
-        raise ValueError(f"q: expected at most 256 distinct values of kernels on a GPU, got {levels.size}")
+        raise ValueError(f"q: expected at most 256 distinct values of kernels for 'dense', got {levels.size}")
     return QuantizedTensor(np.searchsorted(levels, q.decode()).astype(np.uint8), levels, q.scale)
 
 

@@ -42,8 +42,9 @@ from pycodesign._arguments import (
     to_pair,
 )
 from pycodesign._deltas import PackedDeltas, delta_linear, prepack_deltas
+from pycodesign._device import load_native
 from pycodesign._device_layer import ALGORITHMS as DEVICE_ALGORITHMS
-from pycodesign._device_layer import DeviceLayer, parse_device, run_layer
+from pycodesign._device_layer import DeviceLayer, list_levels, parse_device, run_layer
 from pycodesign._expand import expand
 from pycodesign.branches.parallel import run_branches
 from pycodesign.quantize import KernelCodebook, QuantizedTensor
@@ -117,7 +118,7 @@ class Packed:
 
     def _pack(self, q: QuantizedTensor | KernelCodebook, algorithm: str) -> Native:
         if self.device is not None:
-            return self._place(q, self.device)
+            return self._place(q, algorithm, self.device)
         if isinstance(q, KernelCodebook) and algorithm != "codebook":
             q = _expand(q, algorithm)
             self._levels = q.levels
@@ -139,10 +140,19 @@ class Packed:
             return _core.PackedConv2d(**_arrays(q), bias=self._bias, **inputs, algorithm=algorithm)
         return _core.PackedLinear(**_arrays(q), bias=self._bias, **inputs, algorithm=algorithm)
 
-    def _place(self, q: QuantizedTensor | KernelCodebook, device: int) -> DeviceLayer:
+    def _place(self, q: QuantizedTensor | KernelCodebook, algorithm: str, device: int) -> DeviceLayer:
         o = self._options
-        inputs = {name: o[name] for name in ("input_dtype", "input_scale", "input_zero_point")}
-        layer = DeviceLayer(q, self._bias, _geometry(q.shape, o), inputs | {"input_bits": o["input_bits"] or 0}, device)
+        names = "input_dtype", "input_scale", "input_zero_point"
+        options = {name: o[name] for name in names} | {"input_bits": o["input_bits"] or 0} | _geometry(q.shape, o)
+        native = load_native().PackedLayer
+        if algorithm == "codebook":
+            if not isinstance(q, KernelCodebook):
+                raise ValueError("algorithm: expected a KernelCodebook for 'codebook', got a QuantizedTensor")
+            placed = native.from_codebook(**_codebook_arrays(q), bias=self._bias, **options, device=device)
+        else:
+            few = q if isinstance(q, QuantizedTensor) else list_levels(q)
+            placed = native(**_arrays(few), bias=self._bias, **options, algorithm=algorithm, device=device)
+        layer = DeviceLayer(q, placed, o["input_dtype"])
         self._why = f"{self._why}; {layer.why}"
         return layer
 
@@ -331,8 +341,8 @@ def prepack_conv2d(
         Measure at the first call or `Packed.warmup`, with cold weights, instead of predicting.
     device : "cuda", "cuda:0" and so on, int, or torch.device, optional
         The GPU that the weights are put on, and arrays of CuPy or torch are expected on; ``"cuda"`` is the current one.
-        Its algorithm is ``dense``: codes of 1, 2 or 4 bits unpacked in registers for the matrix unit. Host memory by
-        default.
+        There ``auto`` is ``dense``, codes of 1, 2 or 4 bits unpacked in registers for the matrix unit; ``tables`` and
+        ``codebook`` are the published sums, on CUDA cores. Host memory by default.
 
     Returns
     -------
@@ -639,10 +649,16 @@ def _check_device(device: Any, algorithm: str, tune: bool) -> int | None:
 
 def _choose_on_device(q: QuantizedTensor | KernelCodebook, options: dict[str, Any]) -> tuple[str, str]:
     levels = q.levels if isinstance(q, QuantizedTensor) else q.kernels
+    asked = options["algorithm"]
     if _exceed_int8(levels, options):
-        got = f"{levels.min():g} to {levels.max():g}"
-        raise ValueError(f"q: expected levels from -128 to 127 for {options['input_dtype']} inputs on a GPU, got {got}")
-    return "dense", "asked for" if options["algorithm"] == "dense" else "what a GPU has"
+        if asked == "dense" or q.scale[0].size > 1:
+            got = f"{levels.min():g} to {levels.max():g}"
+            wanted = f"levels from -128 to 127 for 'dense' and {options['input_dtype']} inputs"
+            raise ValueError(f"q: expected {wanted}, got {got}")
+        return ("tables", "levels beyond int8") if asked == "auto" else (asked, "asked for")
+    if isinstance(q, KernelCodebook) and np.unique(np.abs(q.kernels)).size > 128 and asked == "auto":
+        return "codebook", "too many values of kernels for the matrix unit"
+    return ("dense", "a matrix unit is faster") if asked == "auto" else (asked, "asked for")
 
 
 def _arrays(q: QuantizedTensor) -> dict[str, Any]:

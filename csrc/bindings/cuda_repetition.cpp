@@ -30,25 +30,49 @@ struct Placed {
   }
 };
 
-std::shared_ptr<Placed> place(py::array codes, py::array levels, py::array scale, std::optional<py::array> bias,
-                              int64_t channels, int64_t groups, std::array<int64_t, 2> kernel,
-                              std::array<int64_t, 2> stride, std::array<int64_t, 2> padding,
-                              std::array<int64_t, 2> dilation, const std::string& input_dtype, double input_scale,
-                              int input_zero_point, int input_bits, int device) {
+std::shared_ptr<Placed> place(const repetition::Weights& w, const repetition::Geometry& g,
+                              const repetition::Activations& in, repetition::Algorithm algorithm, int device) {
+  using repetition::Algorithm;
+  const core::cuda::DeviceProperties properties = core::cuda::device_properties(device);
+  if (algorithm == Algorithm::dense && properties.capability_major < 8 && in.dtype == DType::f32)
+    throw py::value_error("input_dtype: expected 'uint8' or 'int8' for 'dense' on " + properties.name +
+                          ", which has no bfloat16 products (capability 8.0 has), got 'float32'");
+  auto placed = std::make_shared<Placed>();
+  placed->device = device;
+  const core::cuda::DeviceGuard guard(device);
+  without_gil([&] {
+    if (algorithm == Algorithm::dense)
+      placed->layer = std::make_unique<repetition::cuda::DenseLayer>(w, g, in, properties.multiprocessors);
+    else placed->layer = std::make_unique<repetition::cuda::FactoredLayer>(w, g, in, algorithm);
+  });
+  return placed;
+}
+
+std::shared_ptr<Placed> place_codes(py::array codes, py::array levels, py::array scale, std::optional<py::array> bias,
+                                    int64_t channels, int64_t groups, std::array<int64_t, 2> kernel,
+                                    std::array<int64_t, 2> stride, std::array<int64_t, 2> padding,
+                                    std::array<int64_t, 2> dilation, const std::string& input_dtype, double input_scale,
+                                    int input_zero_point, int input_bits, const std::string& algorithm, int device) {
   const WeightArrays a(std::move(codes), std::move(levels), std::move(scale), std::move(bias));
   const auto g = geometry(channels, groups, kernel, stride, padding, dilation);
   if (!fits(a.weights, g) || (a.weights.scale_groups != 1 && (g.groups != 1 || g.kernel[0] * g.kernel[1] != 1)))
     throw py::value_error("codes: expected (O, C / groups * kH * kW), got " + describe(a.codes));
   const auto in = activations(input_dtype, input_scale, input_zero_point, input_bits);
-  const core::cuda::DeviceProperties properties = core::cuda::device_properties(device);
-  if (properties.capability_major < 8 && in.dtype == DType::f32)
-    throw py::value_error("input_dtype: expected 'uint8' or 'int8' on " + properties.name +
-                          ", which has no bfloat16 products (capability 8.0 has), got 'float32'");
-  auto placed = std::make_shared<Placed>();
-  placed->device = device;
-  const core::cuda::DeviceGuard guard(device);
-  without_gil([&] { placed->layer = std::make_unique<DeviceLayer>(a.weights, g, in, properties.multiprocessors); });
-  return placed;
+  return place(a.weights, g, in, parse_algorithm(algorithm), device);
+}
+
+std::shared_ptr<Placed> place_codebook(py::array index, py::array sign, py::array kernels, py::array levels,
+                                       py::array scale, std::optional<py::array> bias, int64_t channels, int64_t groups,
+                                       std::array<int64_t, 2> kernel, std::array<int64_t, 2> stride,
+                                       std::array<int64_t, 2> padding, std::array<int64_t, 2> dilation,
+                                       const std::string& input_dtype, double input_scale, int input_zero_point,
+                                       int input_bits, int device) {
+  const CodebookArrays a(std::move(index), std::move(sign), std::move(kernels), std::move(levels), std::move(scale),
+                         std::move(bias));
+  const auto g = geometry(channels, groups, kernel, stride, padding, dilation);
+  if (!fits(a.weights, g)) throw py::value_error("kernels: expected (C, U, p * kH * kW), got " + describe(a.kernels));
+  const auto in = activations(input_dtype, input_scale, input_zero_point, input_bits);
+  return place(a.weights, g, in, repetition::Algorithm::codebook, device);
 }
 
 // (N, C, H, W), or rows (T, I) as the pixels of one image.
@@ -142,13 +166,16 @@ void run(const Placed& placed, const py::object& x_, const py::object& residual_
 
 void bind_cuda_repetition(py::module_& m) {
   py::class_<Placed, std::shared_ptr<Placed>> c(m, "PackedLayer");
-  c.def(py::init(&place), py::arg("codes"), py::arg("levels"), py::arg("scale"), py::arg("bias"), py::arg("channels"),
-        py::arg("groups"), py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
-        py::arg("input_dtype"), py::arg("input_scale"), py::arg("input_zero_point"), py::arg("input_bits"),
-        py::arg("device"));
+  c.def(py::init(&place_codes), py::arg("codes"), py::arg("levels"), py::arg("scale"), py::arg("bias"),
+        py::arg("channels"), py::arg("groups"), py::arg("kernel"), py::arg("stride"), py::arg("padding"),
+        py::arg("dilation"), py::arg("input_dtype"), py::arg("input_scale"), py::arg("input_zero_point"),
+        py::arg("input_bits"), py::arg("algorithm"), py::arg("device"));
+  c.def_static("from_codebook", &place_codebook, py::arg("index"), py::arg("sign"), py::arg("kernels"),
+               py::arg("levels"), py::arg("scale"), py::arg("bias"), py::arg("channels"), py::arg("groups"),
+               py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"), py::arg("input_dtype"),
+               py::arg("input_scale"), py::arg("input_zero_point"), py::arg("input_bits"), py::arg("device"));
   c.def_readonly("device", &Placed::device);
-  c.def_property_readonly("bits", [](const Placed& p) { return p.layer->bits(); });
-  c.def_property_readonly("terms", [](const Placed& p) { return p.layer->terms(); });
+  c.def_property_readonly("why", [](const Placed& p) { return p.layer->describe(); });
   c.def_property_readonly("algorithm",
                           [](const Placed& p) { return repetition::algorithm_name(p.layer->algorithm()); });
   c.def("counts", [](const Placed& p) {

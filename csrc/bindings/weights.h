@@ -57,6 +57,64 @@ struct WeightArrays {
   }
 };
 
+// The same as indices into a codebook.
+struct CodebookArrays {
+  py::array index, sign, kernels, levels, scale;
+  std::optional<py::array> bias;
+  repetition::Codebook codebook;
+  repetition::Weights weights;
+
+  CodebookArrays(py::array index_, py::array sign_, py::array kernels_, py::array levels_, py::array scale_,
+                 std::optional<py::array> bias_)
+      : index(std::move(index_)),
+        sign(std::move(sign_)),
+        kernels(std::move(kernels_)),
+        levels(std::move(levels_)),
+        scale(std::move(scale_)),
+        bias(std::move(bias_)) {
+    check_array(index, "index", "uint8", holds<uint8_t>(index), {-1, -1}, "(O, J)");
+    const int64_t O = index.shape(0), J = index.shape(1);
+    check_array(sign, "sign", "int8", holds<int8_t>(sign), {O, J}, "(O, J)");
+    check_array(kernels, "kernels", "float32", holds<float>(kernels), {-1, -1, -1}, "(C, U, inputs)");
+    check_array(levels, "levels", "float32", holds<float>(levels), {1, -1}, "(1, Q)");
+    check_array(scale, "scale", "float32", holds<float>(scale), {O, 1}, "(O, 1)");
+    if (bias) check_array(*bias, "bias", "float32", holds<float>(*bias), {O}, "(" + std::to_string(O) + ",)");
+    check_c_order({&index, &sign, &kernels, &levels, &scale}, "index, sign, kernels, levels, scale");
+    const int64_t C = kernels.shape(0), U = kernels.shape(1), inputs = kernels.shape(2);
+    if (O == 0 || J == 0 || C == 0 || U == 0 || U > 256 || inputs == 0 || J % C)
+      throw py::value_error("kernels: expected (C, U, inputs) with at most 256 kernels and C a divisor of the " +
+                            std::to_string(J) + " patterns, got " + describe(kernels));
+    const auto* at = static_cast<const uint8_t*>(index.data());
+    const auto* signs = static_cast<const int8_t*>(sign.data());
+    for (py::ssize_t i = 0; i < index.size(); ++i) {
+      if (at[i] >= U)
+        throw py::value_error("index: expected values below " + std::to_string(U) + ", got " + std::to_string(at[i]));
+      if (signs[i] != 1 && signs[i] != -1)
+        throw py::value_error("sign: expected -1 or 1, got " + std::to_string(signs[i]));
+    }
+    codebook = {C, U, inputs, J, at, signs, static_cast<const float*>(kernels.data())};
+    weights = {O,
+               J * inputs,
+               nullptr,
+               static_cast<const float*>(levels.data()),
+               1,
+               levels.shape(1),
+               static_cast<const float*>(scale.data()),
+               1,
+               bias ? static_cast<const float*>(bias->data()) : nullptr,
+               &codebook};
+  }
+  CodebookArrays(const CodebookArrays&) = delete;
+  CodebookArrays& operator=(const CodebookArrays&) = delete;
+};
+
+inline repetition::Algorithm parse_algorithm(const std::string& name) {
+  using repetition::Algorithm;
+  for (const auto a : {Algorithm::codegen, Algorithm::tables, Algorithm::dense, Algorithm::packed, Algorithm::codebook})
+    if (name == repetition::algorithm_name(a)) return a;
+  throw py::value_error("algorithm: expected 'codegen', 'tables', 'dense' or 'packed', got '" + name + "'");
+}
+
 inline repetition::Activations activations(const std::string& dtype, double scale, int zero_point, int bits) {
   return {parse_dtype(dtype, "input_dtype", false), scale, zero_point, bits};
 }

@@ -101,9 +101,28 @@ inline constexpr Shape shapes[] = {{4, 8}, {2, 8}, {2, 4}};
 constexpr bool fits_registers(bool integers, int bits) { return integers || bits < 4; }
 inline constexpr int rows_warps = 8, rows_block = 8;
 
+// Sums over patterns of inputs, one after another in the order of the weights; 32 pixels by 128 outputs a block.
+struct Factored {
+  Output output;
+  DType dtype;
+  const char* x;
+  int64_t stride[4];  // of x (N, C, H, W), bytes
+  int height, width;
+  int32_t zero_point;
+  int kernel[2], stride_hw[2], padding[2], dilation[2];
+  int groups, group_outputs, blocks, inputs;  // blocks and inputs of a group
+  int pixels, image_pixels, row_pixels;
+  int units, pattern, entries;  // units: patterns of an output
+  int at_once;                  // units whose tables are alive
+  const void* digits;           // [group][unit][entry][input of the pattern] levels, float or int32
+  const unsigned char* codes;   // [group][block][unit][output] entry, and 128 for its negative
+};
+inline constexpr int factored_outputs = 128, factored_lane_outputs = 16, factored_entries = 128;
+
 void stage(const Stage&, void* stream);
 void multiply(const Dense&, const Shape&, void* stream);
 void multiply_rows(const Rows&, void* stream);
+void add_patterns(const Factored&, void* stream);
 
 void* upload(const void* data, std::size_t bytes);  // to memory of the current device
 void release(void* data);

@@ -32,13 +32,38 @@ int to_int(int64_t value, const char* what) {
 
 }  // namespace
 
-DeviceLayer::DeviceLayer(const Weights& w, const Geometry& g, const Activations& a, int multiprocessors)
-    : Layer(w, a, Algorithm::dense),
+DeviceLayer::DeviceLayer(const Weights& w, const Geometry& g, const Activations& a, Algorithm algorithm)
+    : Layer(w, a, algorithm),
       geometry_(g),
-      multiprocessors_(multiprocessors),
       taps_(g.kernel[0] * g.kernel[1]),
       group_channels_(g.channels / g.groups),
-      group_outputs_(w.outputs / g.groups),
+      group_outputs_(w.outputs / g.groups) {}
+
+void DeviceLayer::upload_epilogue(const Weights& w, int32_t center) {
+  set_correction(w, center);
+  multipliers_.fill(multiplier_);
+  biases_.fill(bias_);
+  corrections_.fill(correction_);
+}
+
+Output DeviceLayer::output(const Tensor& out, const Tensor* residual, const Epilogue& epilogue) const {
+  Output o{};
+  o.epilogue = epilogue;
+  o.out = out.data;
+  std::copy(out.stride.begin(), out.stride.end(), o.out_stride);
+  if (residual) {
+    o.residual = residual->data;
+    std::copy(residual->stride.begin(), residual->stride.end(), o.residual_stride);
+  }
+  o.multiplier = multipliers_.as<float>();
+  o.bias = biases_.as<float>();
+  o.correction = corrections_.as<int32_t>();
+  return o;
+}
+
+DenseLayer::DenseLayer(const Weights& w, const Geometry& g, const Activations& a, int multiprocessors)
+    : DeviceLayer(w, g, a, Algorithm::dense),
+      multiprocessors_(multiprocessors),
       center_(a.dtype == DType::u8 ? 128 : 0) {
   // Few channels would leave most of a chunk empty at every tap.
   gathers_ = taps_ > 1 && taps_ * chunk_of(group_channels_) > 2 * chunk_of(group_channels_ * taps_);
@@ -50,17 +75,21 @@ DeviceLayer::DeviceLayer(const Weights& w, const Geometry& g, const Activations&
   segment_stages_ = stages_ / parts();
   tiles_ = to_int(divide_up(group_outputs_, tile_outputs), "outputs");
   choose_codes(w);
-  set_correction(w, center_);
+  upload_epilogue(w, center_);
   words_.fill(pack(w));
-  multipliers_.fill(multiplier_);
-  biases_.fill(bias_);
-  corrections_.fill(correction_);
 }
 
-int DeviceLayer::chunk_of(int64_t size) const { return to_int(divide_up(size, chunk_inputs(integers())), "inputs"); }
+std::string DenseLayer::describe() const {
+  const std::string codes = std::to_string(bits_) + "-bit " + (bits_ < 8 ? "codes unpacked in registers" : "levels");
+  if (integers()) return "matrix unit, " + codes + ", exact 8-bit products";
+  return "matrix unit, " + codes + ", inputs in 3 bfloat16 terms, " +
+         (terms_ == 1 ? "exact weights" : "weights in 3 terms");
+}
+
+int DenseLayer::chunk_of(int64_t size) const { return to_int(divide_up(size, chunk_inputs(integers())), "inputs"); }
 
 // Codes of as few bits as name the levels, looked up in registers; beyond 16 levels the level itself.
-void DeviceLayer::choose_codes(const Weights& w) {
+void DenseLayer::choose_codes(const Weights& w) {
   values_ = distinct_levels(w);
   const size_t count = values_.size();
   bits_ = count <= 2 ? 1 : count <= 4 ? 2 : count <= 16 ? 4 : integers() ? 8 : 16;
@@ -80,7 +109,7 @@ void DeviceLayer::choose_codes(const Weights& w) {
   }
 }
 
-uint32_t DeviceLayer::code_of(const Weights& w, int64_t output, int64_t input, int term) const {
+uint32_t DenseLayer::code_of(const Weights& w, int64_t output, int64_t input, int term) const {
   const float level = w.level(output, input);
   if (bits_ == 8) return static_cast<uint8_t>(static_cast<int>(level));
   if (bits_ == 16) return split_float(level)[static_cast<size_t>(term)];
@@ -88,7 +117,7 @@ uint32_t DeviceLayer::code_of(const Weights& w, int64_t output, int64_t input, i
 }
 
 // The weight that a place in the staged inputs of a pixel meets, -1: none.
-int64_t DeviceLayer::find_input(int64_t place) const {
+int64_t DenseLayer::find_input(int64_t place) const {
   const int64_t in_chunk = chunk_inputs(integers()), in_tap = chunks_ * in_chunk, tap = place / in_tap,
                 input = place % in_tap;
   if (tap >= staged_taps_ || input >= part_inputs_) return -1;
@@ -97,7 +126,7 @@ int64_t DeviceLayer::find_input(int64_t place) const {
 }
 
 // Of each lane the fragments of a stage, in quads as cuda_codes.cuh reads them.
-std::vector<uint32_t> DeviceLayer::pack(const Weights& w) const {
+std::vector<uint32_t> DenseLayer::pack(const Weights& w) const {
   const bool bytes = integers();
   const int count = lane_words(bytes, bits_), quads = bytes ? 16 : 8, width = std::min(count, 4), lanes = 32;
   const int64_t stage_words = int64_t{count} * lanes, stage_inputs = stage_chunks * chunk_inputs(bytes);
@@ -133,7 +162,7 @@ std::vector<uint32_t> DeviceLayer::pack(const Weights& w) const {
 
 // In cycles of a multiprocessor that two blocks of 4 warps, or one of 8, keep busy: the products at the rate of
 // mma.sync, or the chunks at 32 bytes a cycle, and about 2000 cycles to begin and end.
-Plan DeviceLayer::plan(const std::array<int64_t, 4>& size) const {
+Plan DenseLayer::plan(const std::array<int64_t, 4>& size) const {
   Plan best;
   const int64_t rows = size[3],
                 pixels = size[0] * geometry_.output_size(0, size[2]) * geometry_.output_size(1, size[3]);
@@ -175,29 +204,14 @@ Plan DeviceLayer::plan(const std::array<int64_t, 4>& size) const {
   return best;
 }
 
-DenseWeights DeviceLayer::weights() const {
+DenseWeights DenseLayer::weights() const {
   DenseWeights w{words_.as<uint32_t>(), bits_, terms_, 0, {}};
   w.term_words = geometry_.groups * tiles_ * stages_ * 32 * lane_words(integers(), bits_);
   std::memcpy(w.lookup, lookup_, sizeof lookup_);
   return w;
 }
 
-Output DeviceLayer::output(const Tensor& out, const Tensor* residual, const Epilogue& epilogue) const {
-  Output o{};
-  o.epilogue = epilogue;
-  o.out = out.data;
-  std::copy(out.stride.begin(), out.stride.end(), o.out_stride);
-  if (residual) {
-    o.residual = residual->data;
-    std::copy(residual->stride.begin(), residual->stride.end(), o.residual_stride);
-  }
-  o.multiplier = multipliers_.as<float>();
-  o.bias = biases_.as<float>();
-  o.correction = corrections_.as<int32_t>();
-  return o;
-}
-
-void DeviceLayer::run_rows(const Tensor& x, const Output& o, void* stream) const {
+void DenseLayer::run_rows(const Tensor& x, const Output& o, void* stream) const {
   Rows r{};
   r.weights = weights();
   r.output = o;
@@ -219,7 +233,7 @@ void DeviceLayer::run_rows(const Tensor& x, const Output& o, void* stream) const
   multiply_rows(r, stream);
 }
 
-Stage DeviceLayer::make_stage(const Tensor& x, char* workspace) const {
+Stage DenseLayer::make_stage(const Tensor& x, char* workspace) const {
   Stage s{};
   s.x = x.data;
   s.dtype = activations_.dtype;
@@ -250,7 +264,7 @@ Stage DeviceLayer::make_stage(const Tensor& x, char* workspace) const {
   return s;
 }
 
-Dense DeviceLayer::make_dense(const Tensor& x, const Stage& s, const Output& o, const Plan& plan) const {
+Dense DenseLayer::make_dense(const Tensor& x, const Stage& s, const Output& o, const Plan& plan) const {
   Dense d{};
   d.weights = weights();
   d.output = o;
@@ -281,8 +295,8 @@ Dense DeviceLayer::make_dense(const Tensor& x, const Stage& s, const Output& o, 
   return d;
 }
 
-void DeviceLayer::run(const Tensor& x, const Tensor& out, const Tensor* residual, const Epilogue& epilogue,
-                      char* workspace, void* stream) const {
+void DenseLayer::run(const Tensor& x, const Tensor& out, const Tensor* residual, const Epilogue& epilogue,
+                     char* workspace, void* stream) const {
   if (out.size[0] == 0 || out.size[2] == 0 || out.size[3] == 0) return;
   const Plan chosen = plan(x.size);
   const Output o = output(out, residual, epilogue);
@@ -292,7 +306,7 @@ void DeviceLayer::run(const Tensor& x, const Tensor& out, const Tensor* residual
   multiply(make_dense(x, s, o, chosen), chosen.shape, stream);
 }
 
-Counts DeviceLayer::counts() const {
+Counts DenseLayer::counts() const {
   Counts n;
   n.multiplies = outputs_ * inputs_;
   n.adds = outputs_ * (inputs_ - 1);

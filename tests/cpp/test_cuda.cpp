@@ -13,7 +13,7 @@
 #include "repetition/cuda.h"
 
 using namespace pycodesign::repetition;
-using cuda::DeviceLayer;
+using cuda::DenseLayer, cuda::DeviceLayer, cuda::FactoredLayer;
 namespace emulated = pycodesign::core::cuda::emulated;
 
 namespace {
@@ -31,6 +31,7 @@ struct Case {
   bool channels_last, residual;
   int multiprocessors;  // many: sums are cut
   int64_t scale_groups = 1;
+  bool is_factored = false;
 };
 
 int64_t bytes_of(DType dtype) { return dtype == DType::f32 || dtype == DType::i32 ? 4 : 1; }
@@ -136,7 +137,10 @@ class Check {
     e.out_scale = 0.21f;
     e.out_zero_point = c_.out_dtype == DType::u8 ? 121 : c_.out_dtype == DType::i8 ? -3 : 0;
 
-    const DeviceLayer layer(weights_, g_, activations_, c_.multiprocessors);
+    std::unique_ptr<DeviceLayer> made;
+    if (c_.is_factored) made = std::make_unique<FactoredLayer>(weights_, g_, activations_, Algorithm::tables);
+    else made = std::make_unique<DenseLayer>(weights_, g_, activations_, c_.multiprocessors);
+    const DeviceLayer& layer = *made;
     const cuda::Plan plan = layer.plan(x.view.size);
     auto* workspace = static_cast<char*>(
         std::aligned_alloc(256, static_cast<size_t>((plan.staged_bytes + plan.partial_bytes + 255) / 256 * 256 + 256)));
@@ -255,6 +259,8 @@ void test_convolutions() {
                out != DType::i32 && turn % 3 != 0,
                turn % 4 == 1 ? 1 : 132};
         Check(c).run();
+        c.is_factored = true;
+        if (levels != Levels::eight_bits) Check(c).run();
       }
 }
 
@@ -263,6 +269,8 @@ void test_float_levels() {
     for (const int64_t pixels : {2, 9}) {
       Case c{1,          37,         4,      pixels, 18,   {37, 1, {3, 1}, {1, 1}, {1, 0}, {1, 1}},
              DType::f32, DType::f32, levels, false,  true, 132};
+      Check(c).run();
+      c.is_factored = true;
       Check(c).run();
       Case linear{1,          70,         1,      pixels, 33,    {70, 1, {1, 1}, {1, 1}, {0, 0}, {1, 1}},
                   DType::f32, DType::f32, levels, true,   false, 132};

@@ -36,11 +36,14 @@ from pycodesign._arguments import (
     check_weights,
     flatten_out,
     from_numpy,
+    join_names,
     to_integer,
     to_numpy,
     to_pair,
 )
 from pycodesign._deltas import PackedDeltas, delta_linear, prepack_deltas
+from pycodesign._device_layer import ALGORITHMS as DEVICE_ALGORITHMS
+from pycodesign._device_layer import DeviceLayer, parse_device, run_layer
 from pycodesign._expand import expand
 from pycodesign.branches.parallel import run_branches
 from pycodesign.quantize import KernelCodebook, QuantizedTensor
@@ -60,7 +63,7 @@ __all__ = [
     "run_branches",
 ]
 
-Native: TypeAlias = _core.PackedConv2d | _core.PackedLinear
+Native: TypeAlias = _core.PackedConv2d | _core.PackedLinear | DeviceLayer
 
 CONV2D_ALGORITHMS = ("auto", "codegen", "tables", "dense", "codebook")
 LINEAR_ALGORITHMS = (*CONV2D_ALGORITHMS, "packed")
@@ -92,13 +95,19 @@ class Packed:
     """
 
     def __init__(
-        self, q: QuantizedTensor | KernelCodebook, bias: NDArray[np.float32] | None, options: dict[str, Any], tune: bool
+        self,
+        q: QuantizedTensor | KernelCodebook,
+        bias: NDArray[np.float32] | None,
+        options: dict[str, Any],
+        tune: bool,
+        device: int | None = None,
     ) -> None:
         start = time.perf_counter()
+        self.device = device
         self._shape, self._scale, self._bias = q.shape, q.scale.copy(), bias
         self._options = options
         self._tune_lock = threading.Lock() if tune else None
-        algorithm, self._why = _choose(q, options)
+        algorithm, self._why = _choose(q, options) if device is None else _choose_on_device(q, options)
         self._kernels: Any = q.kernels.copy() if isinstance(q, KernelCodebook) else None
         self._levels: Any = None if isinstance(q, KernelCodebook) else q.levels.copy()
         self._source = q if tune else None
@@ -107,6 +116,8 @@ class Packed:
         self._chain: Any = None
 
     def _pack(self, q: QuantizedTensor | KernelCodebook, algorithm: str) -> Native:
+        if self.device is not None:
+            return self._place(q, self.device)
         if isinstance(q, KernelCodebook) and algorithm != "codebook":
             q = _expand(q, algorithm)
             self._levels = q.levels
@@ -128,6 +139,13 @@ class Packed:
             return _core.PackedConv2d(**_arrays(q), bias=self._bias, **inputs, algorithm=algorithm)
         return _core.PackedLinear(**_arrays(q), bias=self._bias, **inputs, algorithm=algorithm)
 
+    def _place(self, q: QuantizedTensor | KernelCodebook, device: int) -> DeviceLayer:
+        o = self._options
+        inputs = {name: o[name] for name in ("input_dtype", "input_scale", "input_zero_point")}
+        layer = DeviceLayer(q, self._bias, _geometry(q.shape, o), inputs | {"input_bits": o["input_bits"] or 0}, device)
+        self._why = f"{self._why}; {layer.why}"
+        return layer
+
     @property
     def algorithm(self) -> str:
         """Name of the algorithm that the layer is packed for."""
@@ -140,6 +158,8 @@ class Packed:
 
     def weights(self) -> QuantizedTensor | KernelCodebook:
         """Return the quantized weights, decoded from the packed form."""
+        if isinstance(self._native, DeviceLayer):
+            return self._native.q
         if self.algorithm == "codebook" and isinstance(self._native, _core.PackedConv2d):
             return KernelCodebook(*self._native.indices(), self._kernels, self._scale)
         return QuantizedTensor(self._native.codes().reshape(self._shape), self._levels, self._scale)
@@ -153,7 +173,8 @@ class Packed:
             ``kind``, ``algorithm``, ``why``; ``adds`` and ``multiplies`` as executed and ``dense_ops`` = O (2 I - 1),
             all per output pixel or row; ``share_removed``; ``bytes`` of the packed weights beside ``float32_bytes``,
             and ``code_bytes`` of the machine code made from them;
-            ``seconds`` it took to pack; ``isa`` and ``threads`` in force.
+            ``seconds`` it took to pack; ``isa`` and ``threads`` in force, or on a GPU ``device`` and ``blocks``: how
+            the last sizes of x were cut.
         """
         counts = self._native.counts()
         algorithm, why = self.algorithm, self._why
@@ -161,6 +182,10 @@ class Packed:
             algorithm, why = "tables", f"{why}; no machine code is made for {_core.active_isa()} here"
         size = math.prod(self._shape)
         dense_ops = 2 * size - self._shape[0]
+        if isinstance(self._native, DeviceLayer):
+            place: dict[str, Any] = {"device": f"cuda:{self.device}", "blocks": self._native.plans()}
+        else:
+            place = {"isa": _core.active_isa(), "threads": _core.get_num_threads()}
         return Explanation(
             kind=self.kind,
             algorithm=algorithm,
@@ -173,8 +198,7 @@ class Packed:
             code_bytes=counts["code_bytes"],
             float32_bytes=4 * size,
             seconds=self._seconds,
-            isa=_core.active_isa(),
-            threads=_core.get_num_threads(),
+            **place,
         )
 
     def warmup(self, shape: Sequence[int]) -> None:
@@ -185,7 +209,11 @@ class Packed:
         shape : sequence of int
             Of the input: (N, C, H, W), or (..., I) for a linear layer.
         """
-        x = np.zeros([to_integer("shape", size, 0) for size in shape], self._options["input_dtype"])
+        sizes = tuple(to_integer("shape", size, 0) for size in shape)
+        if isinstance(self._native, DeviceLayer):
+            self._native.plan((math.prod(sizes[:-1]), sizes[-1]) if self.kind == "linear" else sizes)
+            return
+        x = np.zeros(sizes, self._options["input_dtype"])
         conv2d(x, self) if self.kind == "conv2d" else linear(x, self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -210,6 +238,8 @@ class Packed:
 
     def to_chain(self) -> Any:
         """Return the layer, without an epilogue, as a `repetition.chain.Chain`; one to be tuned, as a function."""
+        if self.device is not None:
+            raise ValueError(f"packed: expected a layer in host memory for a chain, got one on cuda:{self.device}")
         if self._tune_lock is not None:
             return functools.partial(conv2d if self.kind == "conv2d" else linear, packed=self)
         if self._chain is None:
@@ -268,6 +298,7 @@ def prepack_conv2d(
     input_bits: int | None = None,
     algorithm: str = "auto",
     tune: bool = False,
+    device: Any = None,
 ) -> Packed:
     """Pack the quantized weights of a convolution.
 
@@ -298,6 +329,10 @@ def prepack_conv2d(
         ``auto``: what a cost model predicts to be faster; see `Packed.explain`.
     tune : bool
         Measure at the first call or `Packed.warmup`, with cold weights, instead of predicting.
+    device : "cuda", "cuda:0" and so on, int, or torch.device, optional
+        The GPU that the weights are put on, and arrays of CuPy or torch are expected on; ``"cuda"`` is the current one.
+        Its algorithm is ``dense``: codes of 1, 2 or 4 bits unpacked in registers for the matrix unit. Host memory by
+        default.
 
     Returns
     -------
@@ -335,7 +370,8 @@ def prepack_conv2d(
     inputs = check_inputs(q, input_dtype, input_scale, input_zero_point, input_bits)
     check_algorithm(algorithm, CONV2D_ALGORITHMS)
     check_tune(tune, algorithm)
-    return Packed(q, check_bias(bias, q), {**options, **inputs, "algorithm": algorithm}, tune)
+    index = _check_device(device, algorithm, tune)
+    return Packed(q, check_bias(bias, q), {**options, **inputs, "algorithm": algorithm}, tune, index)
 
 
 def prepack_linear(
@@ -348,6 +384,7 @@ def prepack_linear(
     input_bits: int | None = None,
     algorithm: str = "auto",
     tune: bool = False,
+    device: Any = None,
 ) -> Packed:
     """Pack the quantized weights of a linear layer.
 
@@ -356,7 +393,7 @@ def prepack_linear(
     q : QuantizedTensor or KernelCodebook (O, I)
         Its scale may be (O, G): one per group of I / G inputs (not for ``codegen`` and ``tables``).
     bias : float32 (O,), optional
-    input_dtype, input_scale, input_zero_point, input_bits, tune
+    input_dtype, input_scale, input_zero_point, input_bits, tune, device
         As for `prepack_conv2d`.
     algorithm : {"auto", "codegen", "tables", "dense", "codebook", "packed"}
         ``packed``: 1- and 2-bit codes unpacked in registers, for at most 4 distinct levels; the fewest bytes to read,
@@ -389,7 +426,8 @@ def prepack_linear(
         wanted = f"'dense' or 'packed' for one scale per group of inputs {q.scale.shape}"
         raise ValueError(f"algorithm: expected {wanted}, got {algorithm!r}")
     check_tune(tune, algorithm)
-    return Packed(q, check_bias(bias, q), {**inputs, "algorithm": algorithm}, tune)
+    index = _check_device(device, algorithm, tune)
+    return Packed(q, check_bias(bias, q), {**inputs, "algorithm": algorithm}, tune, index)
 
 
 def conv2d(
@@ -458,6 +496,9 @@ def conv2d(
     array([[[[1., 6.]]]], dtype=float32)
     """
     _check_packed(packed, "conv2d")
+    if isinstance(packed._native, DeviceLayer):
+        numbers = residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point
+        return run_layer(packed._native, packed._options, x, residual, numbers, out)
     given, kind = to_numpy("x", x)
     check_promise(given, packed._options)
     epilogue = residual, residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point
@@ -510,6 +551,9 @@ def linear(
     array([3.], dtype=float32)
     """
     _check_packed(packed, "linear")
+    if isinstance(packed._native, DeviceLayer):
+        numbers = residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point
+        return run_layer(packed._native, packed._options, x, residual, numbers, out)
     given, kind = to_numpy("x", x)
     outputs, inputs = packed._shape
     check_array("x", given, (packed._options["input_dtype"],), f"(..., {inputs})", given.shape[-1:] == (inputs,))
@@ -523,12 +567,14 @@ def linear(
     return out if out is not None else from_numpy(y.reshape(shape), kind)
 
 
-def load_packed(path: str | os.PathLike[str]) -> Packed:
+def load_packed(path: str | os.PathLike[str], *, device: Any = None) -> Packed:
     """Read a packed layer from a file of `Packed.save`; its program is built anew.
 
     Parameters
     ----------
     path : path
+    device : optional
+        As for `prepack_conv2d`; the algorithm is chosen anew there.
 
     Returns
     -------
@@ -542,10 +588,13 @@ def load_packed(path: str | os.PathLike[str]) -> Packed:
         If it is no such file, or is damaged.
     """
     data = Path(path).read_bytes()
+    index = parse_device(device)
     try:
         q, bias, options = _packed_file.decode(data)
         why = str(options.pop("why"))
         prepack = prepack_conv2d if len(q.shape) == 4 else prepack_linear
+        if index is not None:
+            return prepack(q, bias, **options | {"algorithm": "auto", "device": index})
         packed = prepack(q, bias, **options)
         packed._why = why
         return packed
@@ -573,6 +622,27 @@ def _choose(q: QuantizedTensor | KernelCodebook, options: dict[str, Any]) -> tup
     if q.codes.ndim == 2:
         return _core.choose_linear(**_arrays(q), input_dtype=options["input_dtype"])
     return _core.choose_conv2d(**_arrays(q), **_geometry(q.shape, options), **inputs)
+
+
+def _check_device(device: Any, algorithm: str, tune: bool) -> int | None:
+    """Return the index of the GPU, None for host memory."""
+    index = parse_device(device)
+    if index is None:
+        return None
+    if algorithm not in DEVICE_ALGORITHMS:
+        wanted = join_names(map(repr, DEVICE_ALGORITHMS))
+        raise ValueError(f"algorithm: expected {wanted} on a GPU, got {algorithm!r}")
+    if tune:
+        raise ValueError("tune: expected False on a GPU, where blocks are cut by a cost model, got True")
+    return index
+
+
+def _choose_on_device(q: QuantizedTensor | KernelCodebook, options: dict[str, Any]) -> tuple[str, str]:
+    levels = q.levels if isinstance(q, QuantizedTensor) else q.kernels
+    if _exceed_int8(levels, options):
+        got = f"{levels.min():g} to {levels.max():g}"
+        raise ValueError(f"q: expected levels from -128 to 127 for {options['input_dtype']} inputs on a GPU, got {got}")
+    return "dense", "asked for" if options["algorithm"] == "dense" else "what a GPU has"
 
 
 def _arrays(q: QuantizedTensor) -> dict[str, Any]:

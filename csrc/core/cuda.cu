@@ -50,6 +50,12 @@ std::string driver_version() {
   return format_version(version);
 }
 
+int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device));
+  return device;
+}
+
 DeviceProperties device_properties(int device) {
   const int count = device_count();
   if (count == 0) throw std::runtime_error(absence());

@@ -124,7 +124,9 @@ template <class T, int bits, int warps, int eights, bool is_segmented> struct Pr
   static constexpr int threads = 2 * warps * warp_size, pixels = 16 * eights, count = T::template lane_words<bits>;
   static constexpr int copies = pixels * stage_chunks / threads, row_step = threads / stage_chunks;
   static constexpr int slot_chunks = T::planes * pixels * stage_chunks;
-  static constexpr std::size_t shared_bytes = T::depth * slot_chunks * chunk_bytes;
+  static constexpr int pitch = 8 * eights + 1, warp_sums = tile_outputs * pitch;  // of sums in shared memory
+  static constexpr std::size_t shared_bytes =
+      std::max<std::size_t>(T::depth * slot_chunks * chunk_bytes, std::size_t{4} * 2 * warps * warp_sums);
   static constexpr bool scales = is_segmented || !T::integers;  // sums are scaled on the way
   using Total = std::conditional_t<scales, float, Sum>;
 
@@ -263,33 +265,40 @@ __global__ void __launch_bounds__(2 * warps * warp_size, 4 / warps) multiply_til
     }
   }
 
+  // Through shared memory, so that neighboring lanes write neighboring pixels, or outputs where those are nearer.
   copy_wait<0>();
   barrier();
-  auto* offsets = reinterpret_cast<int64_t*>(shared);  // of each pixel in the output and in the residual
-  for (int p = thread; p < P::pixels && d.splits == 1; p += P::threads)
-    if (first_pixel + p < d.pixels) {
-      offsets[2 * p] = pixel_offset(d.output.out_stride, first_pixel + p, d.image_pixels, d.row_pixels);
-      offsets[2 * p + 1] = pixel_offset(d.output.residual_stride, first_pixel + p, d.image_pixels, d.row_pixels);
-    }
-  barrier();
+  auto* sums = reinterpret_cast<typename P::Total*>(shared) + warp * P::warp_sums;
 #pragma unroll
   for (int m = 0; m < 2; ++m)
 #pragma unroll
     for (int n = 0; n < eights; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int pixel = (half * eights + n) * 8 + lane % 4 * 2 + i % 2, o = output[2 * m + i / 2];
-        if (tile * tile_outputs + (2 * m + i / 2) * 8 + lane / 4 >= d.group_outputs || first_pixel + pixel >= d.pixels)
-          continue;
-        typename P::Total y;
-        if constexpr (P::scales) y = total[m][n][i];
-        else y = sum[m][n][i];
-        if (d.splits > 1)
-          reinterpret_cast<typename P::Total*>(
-              d.partial)[(static_cast<int64_t>(split) * outputs + o) * d.pixels + first_pixel + pixel] = y;
-        else if constexpr (P::scales) finish_scaled(d.output, y, o, offsets[2 * pixel], offsets[2 * pixel + 1]);
-        else finish(d.output, y, o, offsets[2 * pixel], offsets[2 * pixel + 1]);
+        typename P::Total& to = sums[(16 * m + i / 2 * 8 + lane / 4) * P::pitch + n * 8 + lane % 4 * 2 + i % 2];
+        if constexpr (P::scales) to = total[m][n][i];
+        else to = sum[m][n][i];
       }
+  warp_barrier();
+  const bool by_outputs = d.splits == 1 && d.output.out_stride[1] < d.output.out_stride[3];
+  constexpr int warp_pixels = 8 * eights;
+  for (int i = 0; i < warp_pixels; ++i) {
+    const int index = i * warp_size + lane;
+    const int in_tile = by_outputs ? lane : index / warp_pixels, in_half = by_outputs ? i : index % warp_pixels;
+    const int in_group = tile * tile_outputs + in_tile, pixel = first_pixel + half * warp_pixels + in_half;
+    if (in_group >= d.group_outputs || pixel >= d.pixels) continue;
+    const int o = group * d.group_outputs + in_group;
+    const typename P::Total y = sums[in_tile * P::pitch + in_half];
+    if (d.splits > 1) {
+      reinterpret_cast<typename P::Total*>(d.partial)[(static_cast<int64_t>(split) * outputs + o) * d.pixels + pixel] =
+          y;
+      continue;
+    }
+    const int64_t out_at = pixel_offset(d.output.out_stride, pixel, d.image_pixels, d.row_pixels);
+    const int64_t residual_at = pixel_offset(d.output.residual_stride, pixel, d.image_pixels, d.row_pixels);
+    if constexpr (P::scales) finish_scaled(d.output, y, o, out_at, residual_at);
+    else finish(d.output, y, o, out_at, residual_at);
+  }
 }
 
 // The sum of the splits, in their order. A thread finishes an output of a pixel.
@@ -311,6 +320,10 @@ template <> struct RowReader<Bytes> {
   // 4 bytes of inputs from `input` on
   static __device__ __forceinline__ uint32_t load(const Rows& r, const char* row, int input, int end) {
     uint32_t word = 0;
+    if (r.is_packed) {  // x - 128 is x with its highest bit flipped
+      if (input < end) word = *reinterpret_cast<const uint32_t*>(row + input) ^ (r.center ? 0x80808080 : 0);
+      return word;
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       if (input + i < end) {
@@ -333,9 +346,14 @@ template <> struct RowReader<Floats> {
   // 2 floats from `input` on, as pairs of bfloat16
   static __device__ __forceinline__ Terms load(const Rows& r, const char* row, int input, int end) {
     Terms pairs;
-    const float x0 = row && input < end ? *reinterpret_cast<const float*>(row + input * r.stride[1]) : 0.0f;
-    const float x1 = row && input + 1 < end ? *reinterpret_cast<const float*>(row + (input + 1) * r.stride[1]) : 0.0f;
-    const Terms low = split_float(x0), high = split_float(x1);
+    float2 two = make_float2(0, 0);
+    if (row && r.is_packed && input < end) {
+      two = *reinterpret_cast<const float2*>(row + input * 4);
+    } else if (row && !r.is_packed) {
+      if (input < end) two.x = *reinterpret_cast<const float*>(row + input * r.stride[1]);
+      if (input + 1 < end) two.y = *reinterpret_cast<const float*>(row + (input + 1) * r.stride[1]);
+    }
+    const Terms low = split_float(two.x), high = split_float(two.y);
 #pragma unroll
     for (int p = 0; p < planes_f32; ++p) pairs.bits[p] = low.bits[p] >> 16 | (high.bits[p] & 0xffff0000);
     return pairs;

@@ -86,6 +86,7 @@ struct Rows {
   int64_t stride[2];  // bytes
   int rows, outputs, tiles;
   int part_inputs, part_stages, parts;  // inputs with a scale of their own
+  bool is_packed;                       // inputs side by side, 4 of bytes or 2 of floats aligned and whole
   int32_t center;
 };
 

@@ -212,6 +212,10 @@ void DeviceLayer::run_rows(const Tensor& x, const Output& o, void* stream) const
   r.parts = parts();
   r.part_stages = segment_stages_;
   r.center = center_;
+  const int64_t element = integers() ? 1 : 4, word = integers() ? 4 : 8;
+  r.is_packed = r.stride[1] == element && (r.rows == 1 || r.stride[0] % word == 0) &&
+                part_inputs_ * element % word == 0 &&
+                reinterpret_cast<uintptr_t>(r.x) % static_cast<uintptr_t>(word) == 0;
   multiply_rows(r, stream);
 }
 

@@ -26,6 +26,7 @@ import torch.nn.grad
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pycodesign import _device
 from pycodesign._arguments import (
     INPUT_RANGES,
     check_array,
@@ -34,6 +35,7 @@ from pycodesign._arguments import (
     join_names,
     to_pair,
 )
+from pycodesign._device_layer import DeviceLayer, run_layer
 from pycodesign._quantized import from_arrays
 from pycodesign.nn.cache import TensorCache, Weights
 from pycodesign.nn.weights import dequantize, weight_shape
@@ -63,6 +65,7 @@ DTYPES = {"float32": torch.float32, "uint8": torch.uint8, "int8": torch.int8, "i
 
 library = torch.library.Library("pycodesign", "DEF")
 prepared: TensorCache[Prepared] = TensorCache()
+placed: TensorCache[tuple[Packed, tuple[Any, ...]]] = TensorCache()  # layers on GPUs
 _next_key: dict[int, Any] = {}  # by dispatch keys: the one that follows autograd's
 
 
@@ -180,6 +183,36 @@ def run_linear(
         check_array("residual", added, tuple(INPUT_RANGES), str(shape), added.shape == shape)
         added = added.reshape(rows, outputs)
     return torch.from_numpy(run(given.reshape(rows, inputs), added, *epilogue, None).reshape(shape))
+
+
+def run_on_device(
+    kind: str,
+    x: Tensor,
+    codes: Tensor,
+    levels: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    options: str = "{}",
+) -> Tensor:
+    """Kernel of both operators for CUDA; the weights may be in either memory."""
+    device = _device.locate(x)
+    if device is None:
+        raise TypeError(f"x: expected a tensor on {codes.device}, where the weights are, got one on {x.device}")
+    key = id(codes), id(levels), id(scale), id(bias), options, device.index
+    packed, numbers = placed.get(key, (codes, levels, scale, bias), _place, kind, options, device.index)
+    assert isinstance(packed._native, DeviceLayer)
+    y: Tensor = run_layer(packed._native, packed._options, x.detach(), residual, numbers, None)
+    return y
+
+
+def _place(weights: Weights, kind: str, options: str, index: int) -> tuple[Packed, tuple[Any, ...]]:
+    inputs, epilogue = parse_options(options, kind)
+    bias = None if weights[3] is None else weights[3].detach().cpu()
+    codes, levels, scale = (tensor.detach().cpu() for tensor in weights[:3] if tensor is not None)
+    prepack: Callable[..., Packed] = prepack_conv2d if kind == "conv2d" else prepack_linear
+    packed = prepack(from_arrays(codes, levels, scale), bias, **inputs, device=index)
+    return packed, tuple(epilogue[name] for name in EPILOGUE)
 
 
 def to_array(name: str, tensor: Tensor) -> NDArray[Any]:
@@ -335,5 +368,6 @@ ARGUMENTS = (
     "(Tensor x, Tensor codes, Tensor levels, Tensor scale, Tensor? bias=None, Tensor? residual=None, "
     "str options='{}') -> Tensor"
 )
-define(f"conv2d{ARGUMENTS}", run_conv2d, fake_conv2d, LayerGradient.apply)
-define(f"linear{ARGUMENTS}", run_linear, fake_linear, LayerGradient.apply)
+on_device = {kind: functools.partial(run_on_device, kind) for kind in ("conv2d", "linear")}
+define(f"conv2d{ARGUMENTS}", run_conv2d, fake_conv2d, LayerGradient.apply, on_device["conv2d"])
+define(f"linear{ARGUMENTS}", run_linear, fake_linear, LayerGradient.apply, on_device["linear"])

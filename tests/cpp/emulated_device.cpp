@@ -10,6 +10,8 @@ std::string absence() { return ""; }
 std::string runtime_version() { return "emulated"; }
 std::string driver_version() { return "emulated"; }
 
+int current_device() { return 0; }
+
 DeviceProperties device_properties(int device) {
   if (device != 0) throw std::invalid_argument("device: expected 0 to 0, got " + std::to_string(device));
   return {"emulated", 9, 0, 1, 1 << 30, 1 << 20, 227 << 10};

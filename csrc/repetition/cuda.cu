@@ -84,8 +84,7 @@ __device__ __forceinline__ int place_chunk(int row, int chunk) { return row * st
 
 // What a thread copies: chunk `column` of every stage, for `count` pixels.
 template <int count> struct Source {
-  const uint4* from[count];
-  bool is_pixel[count];
+  int from[count];  // chunk of the first tap; -1: no pixel
   int tap_row, tap_column, chunk, offset;
 
   // Moves on by a stage.
@@ -102,13 +101,11 @@ template <int count> struct Source {
                                     int stage) {
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-      const int pixel = first_pixel + row + i * row_step;
-      is_pixel[i] = pixel < d.pixels;
-      const int image = is_pixel[i] ? pixel / d.image_pixels : 0;
-      const int in_image = is_pixel[i] ? pixel % d.image_pixels : 0;
-      from[i] = reinterpret_cast<const uint4*>(d.staged) + image * d.image_step +
-                in_image / d.row_pixels * static_cast<int64_t>(d.row_step) +
-                in_image % d.row_pixels * static_cast<int64_t>(d.pixel_step) + group * d.group_step;
+      const int pixel = min(first_pixel + row + i * row_step, d.pixels - 1);
+      const int image = pixel / d.image_pixels, in_image = pixel % d.image_pixels;
+      from[i] = image * d.image_step + in_image / d.row_pixels * d.row_step + in_image % d.row_pixels * d.pixel_step +
+                group * d.group_step;
+      if (first_pixel + row + i * row_step >= d.pixels) from[i] = -1;
     }
     const int at = stage * stage_chunks + column, tap = at / d.chunks;
     chunk = at % d.chunks - stage_chunks;  // advance() makes up for it
@@ -138,9 +135,11 @@ template <class T, int bits, int warps, int eights, bool is_segmented> struct Pr
       for (int p = 0; p < T::planes; ++p)
 #pragma unroll
         for (int i = 0; i < copies; ++i) {
-          const bool valid = is_tap && source.is_pixel[i];
-          copy_async(slot + p * pixels * stage_chunks + place_chunk(row + i * row_step, column),
-                     valid ? source.from[i] + source.offset + p * d.plane : source.from[i], valid);
+          const bool valid = is_tap && source.from[i] >= 0;
+          copy_async(
+              slot + p * pixels * stage_chunks + place_chunk(row + i * row_step, column),
+              reinterpret_cast<const uint4*>(d.staged) + (valid ? source.from[i] + source.offset + p * d.plane : 0),
+              valid);
         }
       source.advance(d);
     }
@@ -231,7 +230,7 @@ __global__ void __launch_bounds__(2 * warps * warp_size, 4 / warps) multiply_til
 
   typename P::Sum sum[2][eights][4] = {};
   typename P::Total total[P::scales ? 2 : 1][P::scales ? eights : 1][4] = {};
-  uint32_t words[P::count];
+  uint32_t words[P::count];  // of the next stage
   load_words(words, from + first * stage_words, lane);
   int segment = first / d.segment_stages, segment_end = (segment + 1) * d.segment_stages;
   for (int s = first; s < last; ++s) {
@@ -449,8 +448,10 @@ void launch_tiles(const Dense& d, cudaStream_t stream) {
 
 template <class T, int bits> void launch_bits(const Dense& d, const Shape& shape, cudaStream_t stream) {
   if (T::integers && d.segment_stages < d.stages) return launch_tiles<T, bits, 2, 4, T::integers>(d, stream);
-  if (shape.warps == 4) return launch_tiles<T, bits, 4, 8, false>(d, stream);
-  if (shape.eights == 8) return launch_tiles<T, bits, 2, 8, false>(d, stream);
+  if constexpr (fits_registers(T::integers, bits)) {
+    if (shape.warps == 4) return launch_tiles<T, bits, 4, 8, false>(d, stream);
+    if (shape.eights == 8) return launch_tiles<T, bits, 2, 8, false>(d, stream);
+  }
   launch_tiles<T, bits, 2, 4, false>(d, stream);
 }
 

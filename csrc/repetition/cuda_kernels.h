@@ -68,7 +68,7 @@ struct Dense {
   const char* staged;
   int64_t plane;  // chunks
   int pixels, image_pixels, row_pixels;
-  int64_t image_step;                    // from one image to the next, in chunks, as all steps
+  int image_step;                        // from one image to the next, in chunks, as all steps
   int row_step, pixel_step, group_step;  // from one output's first input to the next output's
   int taps, row_taps;                    // taps, and how many of them lie in a row
   int tap_row_step, tap_step, chunks;    // chunks of a tap
@@ -97,6 +97,8 @@ struct Shape {
   int pixels() const { return 16 * eights; }
 };
 inline constexpr Shape shapes[] = {{4, 8}, {2, 8}, {2, 4}};
+// Of 8 eights, which floats' sums and wide codes do not.
+constexpr bool fits_registers(bool integers, int bits) { return integers || bits < 4; }
 inline constexpr int rows_warps = 8, rows_block = 8;
 
 void stage(const Stage&, void* stream);

@@ -152,7 +152,7 @@ Plan DeviceLayer::plan(const std::array<int64_t, 4>& size) const {
   const bool is_segmented = integers() && parts() > 1;
   double best_cost = std::numeric_limits<double>::infinity();
   for (const Shape& shape : shapes) {
-    if (is_segmented && (shape.warps != 2 || shape.eights != 4)) continue;
+    if ((is_segmented || !fits_registers(integers(), bits_)) && (shape.warps != 2 || shape.eights != 4)) continue;
     const int64_t blocks = divide_up(pixels, shape.pixels()) * divide_up(tiles_, shape.warps) * geometry_.groups;
     const int64_t at_once = int64_t{multiprocessors_} * 4 / shape.warps;
     const double products = 1.6 * 8 * shape.warps * shape.eights * planes * terms_,
@@ -237,7 +237,7 @@ Stage DeviceLayer::make_stage(const Tensor& x, char* workspace) const {
   s.parts = to_int(geometry_.groups * parts(), "groups");
   s.part_inputs = static_cast<int>(part_inputs_);
   s.chunks = chunks_;
-  s.plane = s.images * s.rows * s.columns * s.parts * s.chunks;
+  s.plane = to_int(s.images * s.rows * s.columns * s.parts * s.chunks, "x");
   for (size_t axis = 0; axis < 2; ++axis) {
     s.padding[axis] = static_cast<int>(geometry_.padding[axis]);
     s.kernel[axis] = static_cast<int>(geometry_.kernel[axis]);
@@ -265,7 +265,7 @@ Dense DeviceLayer::make_dense(const Tensor& x, const Stage& s, const Output& o, 
   d.image_pixels = static_cast<int>(height * width);
   d.row_pixels = static_cast<int>(width);
   const int64_t pixel = int64_t{s.parts} * s.chunks, row = s.columns * pixel;
-  d.image_step = s.rows * row;
+  d.image_step = to_int(s.rows * row, "x");
   d.row_step = to_int(row * (gathers_ ? 1 : geometry_.stride[0]), "x");
   d.pixel_step = to_int(pixel * (gathers_ ? 1 : geometry_.stride[1]), "x");
   d.group_step = to_int(pixel / geometry_.groups, "x");

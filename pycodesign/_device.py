@@ -6,6 +6,7 @@ in that stream's order, so that it can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+import importlib
 import sys
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -190,15 +191,15 @@ def load_native() -> Any:
         Saying what is missing, where it was not built or finds no device.
     """
     try:
-        from pycodesign import _cuda  # type: ignore[attr-defined, unused-ignore]
-    except ImportError:
+        native: Any = importlib.import_module("pycodesign._cuda")
+    except ModuleNotFoundError:
         raise RuntimeError(
             "no CUDA kernels: pycodesign was built without nvcc; build it again with "
             "-Ccmake.define.PYCODESIGN_CUDA=ON, or pass arrays in host memory"
         ) from None
-    if absence := _cuda.absence():
+    if absence := native.absence():
         raise RuntimeError(absence)
-    return _cuda
+    return native
 
 
 def _refuse_upload(name: str, device: Device) -> TypeError:

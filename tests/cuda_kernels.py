@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import TypeAlias
 
@@ -44,24 +45,24 @@ def read_version(compiler: str) -> str:
 
 
 def compile_kernels(compiler: str, folder: Path) -> dict[str, str]:
-    """Compile each family's kernels into ``FAMILY.o`` and ``FAMILY.txt``, what the compiler says; return the latter."""
+    """Compile each family's kernels into ``FAMILY.sm_N.cubin``; return what the compiler says, also in files beside."""
     sources = sorted(path for path in ROOT.glob("csrc/*/*.cu") if "__global__" in path.read_text())
-    names = {path: path.parent.name if path.stem == "cuda" else f"{path.parent.name}_{path.stem}" for path in sources}
-    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    options = ["-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", *codes, "-Xptxas", "-v"]
+    options = ["-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "-cubin"]
 
-    def run(source: Path) -> str:
-        target = folder / f"{names[source]}.o"
-        command = [compiler, *options, "-c", "-o", target, source]
-        done = subprocess.run(command, capture_output=True, text=True)
+    def run(pair: tuple[Path, str]) -> tuple[str, str]:
+        source, arch = pair
+        target = folder / f"{source.parent.name}_{source.stem}.sm_{arch}.cubin"
+        code = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+        done = subprocess.run([compiler, *options, code, "-o", target, source], capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(done.stderr)
         target.with_suffix(".txt").write_text(done.stderr)
-        return done.stderr
+        return target.name, done.stderr
 
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        return dict(zip(names.values(), pool.map(run, sources), strict=True))
+        largest_first = sorted(sources, key=lambda path: -path.stat().st_size)
+        return dict(pool.map(run, product(largest_first, ARCHITECTURES)))
 
 
 def demangle(names: list[str]) -> dict[str, str]:
@@ -91,14 +92,12 @@ def list_registers(usage: dict[str, Usage]) -> dict[str, dict[str, int]]:
     return {name: {arch: numbers["registers"] for arch, numbers in use.items()} for name, use in usage.items()}
 
 
-def read_instructions(disassembler: tuple[str, str], target: Path, architecture: str) -> dict[str, set[str]]:
+def read_instructions(disassembler: tuple[str, str], target: Path) -> dict[str, set[str]]:
     """Return the names of each kernel's machine instructions."""
     program, folder = disassembler
-    command = [program, "-sass", "-arch", f"sm_{architecture}", target]
-    listing = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
-    ).stdout
-    pieces = re.split(r"\n\t*\s*Function : (\w+)\n", listing)
+    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"}
+    done = subprocess.run([program, "-sass", target], capture_output=True, text=True, check=True, env=environment)
+    pieces = re.split(r"\n\s*Function : (\w+)\n", done.stdout)
     short = demangle(pieces[1::2])
     instruction = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)")
     return {short[name]: set(instruction.findall(text)) for name, text in zip(pieces[1::2], pieces[2::2], strict=True)}

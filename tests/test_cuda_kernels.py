@@ -17,6 +17,8 @@ INTENDED = {
     "growth::expand_rows": ("LDG.*128", "STG.*128"),
     "sharing::add_deltas<[48]>": ("LDS.128", "STS.128", "FFMA"),
     "sharing::add_deltas": ("FFMA", "LDG.*CONSTANT"),
+    "repetition::multiply_tiles<repetition::Bytes": ("IMMA.16832", "LDSM.16.M88.4"),
+    "repetition::multiply_tiles<repetition::Floats": ("HMMA.16816.F32", "LDSM.16.M88.4"),
 }
 
 
@@ -56,8 +58,8 @@ def test_machine_code_is_what_is_meant(folder: Path, architecture: str) -> None:
     if disassembler is None:
         pytest.skip("no cuobjdump and nvdisasm")
     found: dict[str, set[str]] = {}
-    for target in folder.glob("*.o"):
-        found |= cuda_kernels.read_instructions(disassembler, target, architecture)
+    for target in folder.glob(f"*.sm_{architecture}.cubin"):
+        found |= cuda_kernels.read_instructions(disassembler, target)
     spills = re.compile("LDL|STL")
     assert not [name for name, instructions in found.items() if any(map(spills.match, instructions))]
     for kernel, patterns in INTENDED.items():

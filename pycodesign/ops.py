@@ -573,7 +573,7 @@ def linear(
     epilogue = residual, residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point
     arguments = check_epilogue(*epilogue, shape)
     target = None if out is None else flatten_out(to_numpy("out", out)[0], shape, out_dtype)
-    y = packed._run(given, lambda native: native.run_rows(flat, **arguments, out=target))
+    y = packed._run(given, lambda native: native.run_rows(flat, **arguments, out=target))  # type: ignore[union-attr]
     return out if out is not None else from_numpy(y.reshape(shape), kind)
 
 

@@ -17,8 +17,9 @@ INTENDED = {
     "growth::expand_rows": ("LDG.*128", "STG.*128"),
     "sharing::add_deltas<[48]>": ("LDS.128", "STS.128", "FFMA"),
     "sharing::add_deltas": ("FFMA", "LDG.*CONSTANT"),
-    "repetition::multiply_tiles<repetition::Bytes": ("IMMA.16832", "LDSM.16.M88.4"),
-    "repetition::multiply_tiles<repetition::Floats": ("HMMA.16816.F32", "LDSM.16.M88.4"),
+    "repetition::multiply_tiles<repetition::Bytes": ("IMMA.16832.S8.S8", "LDSM.16.M88.4", "LDGSTS.*128"),
+    "repetition::multiply_tiles<repetition::Floats": ("HMMA.16816.F32.BF16", "LDSM.16.M88.4", "LDGSTS.*128"),
+    "repetition::multiply_few_rows": ("LDG.*(64|128)",),
 }
 
 

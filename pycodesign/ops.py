@@ -248,8 +248,6 @@ class Packed:
 
     def to_chain(self) -> Any:
         """Return the layer, without an epilogue, as a `repetition.chain.Chain`; one to be tuned, as a function."""
-        if self.device is not None:
-            raise ValueError(f"packed: expected a layer in host memory for a chain, got one on cuda:{self.device}")
         if self._tune_lock is not None:
             return functools.partial(conv2d if self.kind == "conv2d" else linear, packed=self)
         if self._chain is None:
@@ -573,7 +571,7 @@ def linear(
     epilogue = residual, residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point
     arguments = check_epilogue(*epilogue, shape)
     target = None if out is None else flatten_out(to_numpy("out", out)[0], shape, out_dtype)
-    y = packed._run(given, lambda native: native.run_rows(flat, **arguments, out=target))
+    y = packed._run(given, lambda native: native.run_rows(flat, **arguments, out=target))  # type: ignore[union-attr]
     return out if out is not None else from_numpy(y.reshape(shape), kind)
 
 

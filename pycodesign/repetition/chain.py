@@ -24,6 +24,7 @@ from pycodesign._arguments import (
     to_number,
     to_pair,
 )
+from pycodesign._device_layer import DeviceLayer
 from pycodesign.ops import Packed, _check_packed
 
 __all__ = ["Chain", "Value"]
@@ -175,6 +176,8 @@ class Chain:
     ) -> Value:
         self._check_value("x", x)
         _check_packed(packed, kind)
+        if isinstance(packed._native, DeviceLayer):
+            raise ValueError(f"packed: expected a layer in host memory, got one on cuda:{packed.device}")
         if packed._tune_lock is not None:
             raise ValueError(
                 "packed: expected a layer that has been tuned (call its warmup first), got one to be tuned"

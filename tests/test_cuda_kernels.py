@@ -17,8 +17,13 @@ INTENDED = {
     "growth::expand_rows": ("LDG.*128", "STG.*128"),
     "sharing::add_deltas<[48]>": ("LDS.128", "STS.128", "FFMA"),
     "sharing::add_deltas": ("FFMA", "LDG.*CONSTANT"),
-    "repetition::multiply_tiles<repetition::Bytes": ("IMMA.16832", "LDSM.16.M88.4"),
-    "repetition::multiply_tiles<repetition::Floats": ("HMMA.16816.F32", "LDSM.16.M88.4"),
+    "repetition::multiply_tiles<repetition::Bytes": ("IMMA.16832", "LDSM.16.M88.4", "LDGSTS.*128"),
+    "repetition::multiply_tiles<repetition::Floats": ("HMMA.16816.F32", "LDSM.16.M88.4", "LDGSTS.*128"),
+    "repetition::multiply_.*, [12]": ("PRMT",),
+    "repetition::multiply_few_rows<repetition::Bytes": ("IMMA.16832", "LDG.*(64|128)"),
+    "repetition::multiply_few_rows<repetition::Floats": ("HMMA.16816.F32", "LDG"),
+    "repetition::stage_chunks_of": ("STG.*128",),
+    "repetition::add_factored": ("LDS", "STS", "LDG.*128"),
 }
 
 

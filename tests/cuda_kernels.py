@@ -1,6 +1,6 @@
 """Compiles every CUDA kernel and reads what the compiler says of it.
 
-``python tests/cuda_kernels.py`` rewrites cuda_kernels.json, which test_cuda_kernels.py compares with;
+``python tests/cuda_kernels.py`` rewrites cuda_kernels.json, which test_compiled_cuda.py compares with;
 ``--report FOLDER`` keeps the objects and the compiler's own words there instead.
 """
 

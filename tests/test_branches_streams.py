@@ -46,7 +46,16 @@ def count_at_once(graph: Graph) -> int:
     return most
 
 
-GRAPHS = [make_graph(n, density, seed) for n, density, seed in product((1, 5, 9), (0.1, 0.3, 0.6), range(4))]
+def make_hourglass() -> Graph:
+    """Two bodies before one, two behind it: two chains, but one of them has to jump over the middle."""
+    values = {name: Value((1, 1)) for name in "xabmcd"}
+    reads = {"a": "x", "b": "x", "m": "ab", "c": "m", "d": "m"}
+    bodies = [Body(name, add_up, tuple(map(Slice, read)), (Slice(name),)) for name, read in reads.items()]
+    return Graph(values, bodies, ["x"], ["c", "d"])
+
+
+GRAPHS = [make_hourglass()]
+GRAPHS += [make_graph(n, density, seed) for n, density, seed in product((1, 5, 9), (0.1, 0.3, 0.6), range(4))]
 
 
 @pytest.mark.parametrize("graph", GRAPHS, ids=range(len(GRAPHS)))
@@ -81,7 +90,8 @@ def place_by_chance(graph: Graph, teams: int, rng: random.Random) -> Placement:
 @pytest.mark.parametrize("graph", GRAPHS, ids=range(len(GRAPHS)))
 def test_events_are_enough_and_none_is_spare(graph: Graph) -> None:
     rng = random.Random(0)
-    for place in (Placement.by_chains(graph), Placement.sequential(graph), place_by_chance(graph, 3, rng)):
+    by_chance = [place_by_chance(graph, teams, rng) for teams in (2, 3, 4) for _ in range(10)]
+    for place in (Placement.by_chains(graph), Placement.sequential(graph), *by_chance):
         steps = plan_steps(graph, place)
         certain = find_certain(steps)
         assert all(set(sources) <= certain[name] for name, sources in graph.before.items())

@@ -172,3 +172,16 @@ def test_what_is_missing_is_said(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delattr(pycodesign, "_cuda")
     with pytest.raises(RuntimeError, match=r"^no CUDA kernels: pycodesign was built without nvcc; build it again"):
         ops.expand(gpu.put(np.ones((3, 4))), np.array([0]))
+
+
+def test_tensors_that_numpy_does_not_have(gpu: Any) -> None:
+    if gpu.kind != "torch":
+        pytest.skip("they are torch's")
+    index = np.arange(9, -1, -1)
+    eight = torch.arange(-5.0, 5).to(torch.float8_e4m3fn)
+    y = ops.expand(gpu.put(eight), gpu.put(index))
+    assert y.dtype == eight.dtype and y.float().tolist() == eight.float().tolist()[::-1]
+    with pytest.raises(ValueError, match=r"^out_scale: expected None for w of float8_e4m3fn, got float32 \(10,\)$"):
+        ops.expand(gpu.put(eight), gpu.put(index), out_scale=gpu.put(np.ones(10, np.float32)))
+    learned = gpu.put(torch.ones(3, 4)).requires_grad_()
+    assert not ops.expand(learned, gpu.put(np.array([0, 2, -1]))).requires_grad

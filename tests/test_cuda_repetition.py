@@ -270,7 +270,7 @@ def test_refusals(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="q: expected levels from -128 to 127 for 'dense'"):
         ops.prepack_linear(wide, device="cuda", input_dtype="int8", algorithm="dense")
     packed = pack(case, "float32", algorithm="dense")
-    with pytest.raises(ValueError, match="packed: expected a layer in host memory, got one on cuda:0"):
+    with pytest.raises(ValueError, match="packed: expected a layer in host memory for a chain, got one on cuda:0"):
         packed.to_chain()
     with pytest.raises(TypeError, match="x: expected an array on cuda:0, where packed is, got one in host memory"):
         ops.conv2d(np.zeros(case.x, F32), packed)

@@ -20,7 +20,7 @@ std::string absence();          // why device_count() is 0, one sentence; empty 
 std::string runtime_version();  // of the runtime inside this module, e.g. "13.0"
 std::string driver_version();   // the newest CUDA version that the driver serves; "none" without a driver
 
-int current_device();           // of this thread
+int current_device();  // of this thread
 
 // Throws std::runtime_error with absence() where there is no device, std::invalid_argument for one that does not exist.
 DeviceProperties device_properties(int device);

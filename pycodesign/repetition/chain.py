@@ -176,8 +176,6 @@ class Chain:
     ) -> Value:
         self._check_value("x", x)
         _check_packed(packed, kind)
-        if isinstance(packed._native, DeviceLayer):
-            raise ValueError(f"packed: expected a layer in host memory, got one on cuda:{packed.device}")
         if packed._tune_lock is not None:
             raise ValueError(
                 "packed: expected a layer that has been tuned (call its warmup first), got one to be tuned"
@@ -189,7 +187,10 @@ class Chain:
                 f"got {_describe(x.dtype, x.scale, x.zero_point)}"
             )
         epilogue = self._epilogue("residual", residual, clamp, *out)
-        index = self._native.add_layer(packed._native, kind == "linear", x.index, _index(residual), **epilogue)
+        native = packed._native
+        if isinstance(native, DeviceLayer):
+            raise ValueError(f"packed: expected a layer in host memory for a chain, got one on cuda:{native.device}")
+        index = self._native.add_layer(native, kind == "linear", x.index, _index(residual), **epilogue)
         self.layers.append(packed)
         return self._made(index, epilogue, 4 if kind == "conv2d" else 2)
 

@@ -248,8 +248,6 @@ class Packed:
 
     def to_chain(self) -> Any:
         """Return the layer, without an epilogue, as a `repetition.chain.Chain`; one to be tuned, as a function."""
-        if self.device is not None:
-            raise ValueError(f"packed: expected a layer in host memory for a chain, got one on cuda:{self.device}")
         if self._tune_lock is not None:
             return functools.partial(conv2d if self.kind == "conv2d" else linear, packed=self)
         if self._chain is None:

@@ -11,9 +11,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import INPUT_DTYPES, to_codebook
-from test_repetition import BINARY, QUATERNARY, TERNARY, Case, expect, input_options, make_input, make_weights
+from test_repetition import (
+    BINARY,
+    QUATERNARY,
+    TERNARY,
+    Case,
+    expect,
+    input_options,
+    make_input,
+    make_weights,
+    tolerance,
+)
 
-from pycodesign import ops
+from pycodesign import ops, quantize
 from pycodesign.quantize import QuantizedTensor
 from pycodesign.reference import repetition as reference
 
@@ -156,13 +166,50 @@ def test_no_pixels(gpu: Any) -> None:
     assert run(gpu, packed, np.zeros((1, 5, 2, 4), F32)).shape == (1, 3, 0, 2)
 
 
-def test_codebook(gpu: Any) -> None:
-    case = Case((1, 16, 5, 5), (9, 16, 3, 3), {"padding": 1}, BINARY, kernels=6)
-    q, bias = make_weights(case)
-    codebook, x = to_codebook(q), make_input(case.x, "int8")
-    assert codebook is not None
-    packed = ops.prepack_conv2d(codebook, bias, device="cuda", padding=1, input_dtype="int8", **input_options("int8"))
+@pytest.mark.parametrize("dtype", INPUT_DTYPES)
+@pytest.mark.parametrize(
+    "name", [name for name, case in CASES.items() if len(case.levels) <= 16 and case.scale_groups < 2]
+)
+def test_tables(gpu: Any, name: str, dtype: str) -> None:
+    case = CASES[name]
+    x, packed = make_input(case.x, dtype), pack(case, dtype, algorithm="tables")
+    assert "shared by all outputs" in packed.explain()["why"]
+    y = run(gpu, packed, x)
+    if dtype == "float32":
+        assert (np.abs(y - expect(case, x, out_dtype="float64")) <= tolerance(case, x)).all()
+    else:
+        np.testing.assert_array_equal(y, expect(case, x))
+
+
+def test_wide_levels(gpu: Any) -> None:
+    case = Case((2, 20, 5, 5), (30, 20, 3, 3), {}, (-700, 0, 300))
+    x, packed = make_input(case.x, "int8"), pack(case, "int8")
+    assert packed.algorithm == "tables"
     np.testing.assert_array_equal(run(gpu, packed, x), expect(case, x))
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "codebook"])
+@pytest.mark.parametrize("dtype", INPUT_DTYPES)
+def test_codebook(gpu: Any, dtype: str, algorithm: str) -> None:
+    for case in (
+        Case((1, 16, 5, 5), (9, 16, 3, 3), {"padding": 1}, BINARY, kernels=6),
+        Case((1, 8, 4, 4), (140, 8, 1, 1), {}, BINARY, kernels=40),
+    ):
+        q, bias = make_weights(case)
+        codebook, x = to_codebook(q), make_input(case.x, dtype)
+        assert codebook is not None
+        options = {"input_dtype": dtype, "algorithm": algorithm, **input_options(dtype), **case.geometry}
+        packed = ops.prepack_conv2d(codebook, bias, device="cuda", **options)
+        assert packed.algorithm == ("dense" if algorithm == "auto" else algorithm)
+        y = run(gpu, packed, x)
+        if dtype == "float32":
+            assert (np.abs(y - expect(case, x, out_dtype="float64")) <= tolerance(case, x)).all()
+        else:
+            np.testing.assert_array_equal(y, expect(case, x))
+    real = quantize.kernel_codebook(np.random.default_rng(0).normal(size=(12, 6, 3, 3)), kernels=40, values="real")
+    x = make_input((1, 6, 7, 7), "float32")
+    y = run(gpu, ops.prepack_conv2d(real, device="cuda", algorithm=algorithm), x)
+    np.testing.assert_allclose(y, reference.conv2d(x, real), rtol=0, atol=1e-4)
 
 
 def test_torch_operators(gpu: Any) -> None:
@@ -206,9 +253,13 @@ def test_explain_and_files(gpu: Any, tmp_path: Path) -> None:
 def test_refusals(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["3x3"]
     q, _ = make_weights(case)
-    for algorithm in ("codegen", "tables"):
-        with pytest.raises(ValueError, match=f"algorithm: expected 'auto' or 'dense' on a GPU, got '{algorithm}'"):
-            ops.prepack_conv2d(q, device="cuda", algorithm=algorithm)
+    with pytest.raises(ValueError, match="algorithm: expected 'auto', 'dense', 'tables' or 'codebook' on a GPU"):
+        ops.prepack_conv2d(q, device="cuda", algorithm="codegen")
+    with pytest.raises(ValueError, match="algorithm: expected a KernelCodebook for 'codebook'"):
+        ops.prepack_conv2d(q, device="cuda", algorithm="codebook")
+    many = QuantizedTensor(np.arange(200, dtype=np.uint8)[:, None], np.arange(200, dtype=F32), np.ones(200, F32))
+    with pytest.raises(ValueError, match="algorithm: expected at most 128 distinct patterns of inputs for 'tables'"):
+        ops.prepack_linear(many, device="cuda", algorithm="tables")
     with pytest.raises(ValueError, match="tune: expected False on a GPU"):
         ops.prepack_conv2d(q, device="cuda", tune=True)
     with pytest.raises(ValueError, match="device: expected None, 'cpu', 'cuda' or 'cuda:0', got 'rocm'"):
@@ -216,9 +267,11 @@ def test_refusals(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="device: expected 0 to"):
         ops.prepack_conv2d(q, device="cuda:99")
     wide = QuantizedTensor(np.zeros((1, 1), np.uint8), np.array([200], F32), np.ones(1, F32))
-    with pytest.raises(ValueError, match="q: expected levels from -128 to 127"):
-        ops.prepack_linear(wide, device="cuda", input_dtype="int8")
+    with pytest.raises(ValueError, match="q: expected levels from -128 to 127 for 'dense'"):
+        ops.prepack_linear(wide, device="cuda", input_dtype="int8", algorithm="dense")
     packed = pack(case, "float32", algorithm="dense")
+    with pytest.raises(ValueError, match="packed: expected a layer in host memory for a chain, got one on cuda:0"):
+        packed.to_chain()
     with pytest.raises(TypeError, match="x: expected an array on cuda:0, where packed is, got one in host memory"):
         ops.conv2d(np.zeros(case.x, F32), packed)
     with pytest.raises(TypeError, match=re.escape("x: expected float32 (N, C, H, W), got int8 (1, 64, 8, 8)")):

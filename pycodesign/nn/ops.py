@@ -235,7 +235,8 @@ def _prepare_linear(weights: Weights, options: str, packed: Packed | None = None
     inputs, epilogue = parse_options(options, "linear")
     if packed is None:
         packed = prepack_linear(from_arrays(*weights[:3]), weights[3], **inputs)
-    return packed, packed._native.run_rows, _to_native(epilogue), inputs["input_bits"] is not None  # type: ignore[union-attr]
+    run = packed._native.run_rows  # type: ignore[union-attr]
+    return packed, run, _to_native(epilogue), inputs["input_bits"] is not None
 
 
 def find_packed(kind: str, weights: Weights, options: str, packed: Packed | None = None) -> Packed:

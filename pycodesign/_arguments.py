@@ -30,8 +30,7 @@ def to_numpy(name: str, array: Array) -> tuple[NDArray[Any], str]:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
         if array.device.type != "cpu":
-            wanted = "an array in host memory (this build runs on the CPU)"
-            raise TypeError(f"{name}: expected {wanted}, got a tensor on {array.device}")
+            raise TypeError(f"{name}: expected an array in host memory, got a tensor on {array.device}")
         try:
             return array.detach().numpy(), "torch"
         except TypeError:
@@ -78,13 +77,21 @@ def to_scale(name: str, scale: Array | None, w_dtype: str, size: int) -> NDArray
     if scale is None:
         return None
     array, _ = to_numpy(name, scale)
-    wanted = {"float64": "float64", "float32": "float32", "float16": "float32", "bfloat16": "float32"}.get(w_dtype)
-    if wanted is None:
-        raise ValueError(f"{name}: expected None for w of {w_dtype}, got {array.dtype} {array.shape}")
-    check_array(name, array, (wanted,), f"({size},)", array.shape == (size,))
+    check_scale(name, str(array.dtype), array.shape, w_dtype, size)
     if not np.isfinite(array).all():
         raise ValueError(f"{name}: expected finite values, got {array[~np.isfinite(array)][0]}")
     return np.ascontiguousarray(array)
+
+
+def check_scale(name: str, dtype: str, shape: tuple[int, ...], w_dtype: str, size: int) -> str:
+    """Return the dtype that factors have for elements of a dtype."""
+    wanted = {"float64": "float64", "float32": "float32", "float16": "float32", "bfloat16": "float32"}.get(w_dtype)
+    if wanted is None:
+        raise ValueError(f"{name}: expected None for w of {w_dtype}, got {dtype} {shape}")
+    if dtype != wanted or shape != (size,):
+        text = f"{name}: expected {wanted} ({size},), got {dtype} {shape}"
+        raise (ValueError if dtype == wanted else TypeError)(text)
+    return wanted
 
 
 def to_integer(name: str, value: Any, lowest: int = -LARGEST_INTEGER) -> int:

@@ -366,6 +366,9 @@ class Delta(metaclass=_Type):
     """One task's difference of weights and bias, packed."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """What it is packed into, by name; 16-bit values as int16."""
+
     @property
     def kind(self) -> str:
         """``"none"``, ``"sparse"``, ``"low_rank"`` or ``"dense"``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -12,12 +13,16 @@ from numpy.typing import NDArray
 
 from pycodesign import _core
 from pycodesign._arguments import Array, check_array, from_numpy, join_names, to_numpy
+from pycodesign._device import Device, find_device, load_native
 
 Matrix: TypeAlias = Any  # scipy.sparse, a pair (B, A), an array (O, I), or None
 
 Pack: TypeAlias = Callable[[NDArray[np.float32] | None], _core.Delta]
 
 VALUE_DTYPES = ("float32", "bfloat16")
+GROUP_OCTETS = 2  # a group of 16 rows has two octets that end alike, the longer one first
+
+_uploaded: weakref.WeakKeyDictionary[_core.Delta, dict[Device, Any]] = weakref.WeakKeyDictionary()
 
 
 class PackedDeltas:
@@ -170,6 +175,9 @@ def delta_linear(
     eps |base|`` of the exact value, for K entries in a row of the matrix (``I + r + 2`` for a pair, with ``|B| |A|``
     for ``|delta|``); instruction sets may differ by as much.
 
+    On a CUDA device, if `x` is there, tasks are copied to it when they are first asked for, which waits, and
+    `positions` in every call: a CUDA graph can capture the calls that follow without positions.
+
     Parameters
     ----------
     x : float32 (T, I) or (N, T, I)
@@ -194,6 +202,8 @@ def delta_linear(
     ------
     TypeError, ValueError, IndexError
         Naming the argument, what was expected and what came. Nothing is written then.
+    RuntimeError
+        For arrays on a CUDA device where there are no kernels for it, saying why.
 
     References
     ----------
@@ -225,6 +235,9 @@ def delta_linear(
     if tasks is not None:
         deltas = [deltas[n] for n in _to_indices("tasks", tasks, len(deltas))]
     outputs, inputs = packed.shape
+    device = find_device(x=x, base=base, out=out)
+    if device is not None:
+        return _delta_linear_on(device, x, base, packed.shape, deltas, positions, out)
     given, kind = to_numpy("x", x)
     check_array("x", given, ("float32",), _choice(len(deltas), "T", inputs), _fits(given, len(deltas), None, inputs))
     tokens = given.shape[-2]
@@ -249,6 +262,59 @@ def delta_linear(
         return out if out is not None else from_numpy(np.empty(shape, np.float32), kind)
     z = _core.delta_linear(_in_rows(given), None if added is None else _in_rows(added), deltas, target)
     return out if out is not None else from_numpy(z, kind)
+
+
+def _delta_linear_on(
+    device: Device,
+    x: Array,
+    base: Array | None,
+    size: tuple[int, int],
+    deltas: list[_core.Delta],
+    positions: Sequence[int] | None,
+    out: Array | None,
+) -> Array:
+    native = load_native()
+    (outputs, inputs), tasks = size, len(deltas)
+    _check_floats(device, "x", x, _choice(tasks, "T", inputs), _fits(x, tasks, None, inputs))
+    tokens = x.shape[-2]
+    if base is not None:
+        fits = tuple(base.shape) == (outputs,) or _fits(base, tasks, tokens, outputs)
+        _check_floats(device, "base", base, f"({outputs},), {_choice(tasks, tokens, outputs)}", fits)
+    chosen = None
+    if positions is not None:
+        chosen = device.upload("positions", np.array(_to_indices("positions", positions, tokens), np.int64))
+        tokens = chosen.shape[0]
+    shape = (tasks, tokens, outputs)
+    if out is None:
+        out = device.empty(shape, "float32")
+    else:
+        _check_floats(device, "out", out, str(shape), tuple(out.shape) == shape)
+    if deltas:
+        held = [_upload(device, native, delta) for delta in deltas]
+        rows = (None if array is None else device.view(device.in_rows(array)) for array in (x, base))
+        places = None if chosen is None else device.view(chosen)
+        native.delta_linear(*rows, held, places, device.view(out), device.index, device.stream)
+    return out
+
+
+def _upload(device: Device, native: Any, delta: _core.Delta) -> Any:
+    """Return a task on the device, copied there when it is first asked for."""
+    places = _uploaded.setdefault(delta, {})
+    if device not in places:
+        arrays = delta.arrays()
+        if delta.kind == "sparse":
+            longest = arrays.pop("count")[::GROUP_OCTETS]
+            arrays["begin"] = np.append(0, np.cumsum(longest)).astype(np.int32)
+        held = {name: device.view(device.upload("packed", array, wait=True)) for name, array in arrays.items()}
+        places[device] = native.Delta(delta.kind, delta.outputs, delta.inputs, delta.rank, held)
+    return places[device]
+
+
+def _check_floats(device: Device, name: str, array: Array, shape: str, fits: bool) -> None:
+    dtype = device.dtype_name(array)
+    if dtype != "float32" or not fits:
+        text = f"{name}: expected float32 {shape}, got {dtype} {tuple(array.shape)}"
+        raise ValueError(text) if dtype == "float32" else TypeError(text)
 
 
 def _read_delta(name: str, delta: Matrix, dtype: str) -> tuple[tuple[int, int] | None, Pack | None]:

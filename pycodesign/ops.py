@@ -1,7 +1,8 @@
 """Quantized layers on arrays: pack the weights once, run them many times. Weights expanded by index. Many tasks on one
 layer. Branches.
 
-An array is a NumPy array or a torch tensor in host memory; the result is of the same kind.
+An array is a NumPy array or a torch tensor in host memory; the result is of the same kind. Functions that say so take
+CuPy arrays and torch tensors on a CUDA device, too: they run there, on the current stream, and do not wait for it.
 """
 
 from __future__ import annotations
@@ -35,14 +36,16 @@ from pycodesign._arguments import (
     check_weights,
     flatten_out,
     from_numpy,
-    to_index,
+    join_names,
     to_integer,
     to_numpy,
     to_pair,
-    to_raw,
-    to_scale,
 )
 from pycodesign._deltas import PackedDeltas, delta_linear, prepack_deltas
+from pycodesign._device import load_native
+from pycodesign._device_layer import ALGORITHMS as DEVICE_ALGORITHMS
+from pycodesign._device_layer import DeviceLayer, list_levels, parse_device, run_layer
+from pycodesign._expand import expand
 from pycodesign.branches.parallel import run_branches
 from pycodesign.quantize import KernelCodebook, QuantizedTensor
 
@@ -61,7 +64,7 @@ __all__ = [
     "run_branches",
 ]
 
-Native: TypeAlias = _core.PackedConv2d | _core.PackedLinear
+Native: TypeAlias = _core.PackedConv2d | _core.PackedLinear | DeviceLayer
 
 CONV2D_ALGORITHMS = ("auto", "codegen", "tables", "dense", "codebook")
 LINEAR_ALGORITHMS = (*CONV2D_ALGORITHMS, "packed")
@@ -93,13 +96,19 @@ class Packed:
     """
 
     def __init__(
-        self, q: QuantizedTensor | KernelCodebook, bias: NDArray[np.float32] | None, options: dict[str, Any], tune: bool
+        self,
+        q: QuantizedTensor | KernelCodebook,
+        bias: NDArray[np.float32] | None,
+        options: dict[str, Any],
+        tune: bool,
+        device: int | None = None,
     ) -> None:
         start = time.perf_counter()
+        self.device = device
         self._shape, self._scale, self._bias = q.shape, q.scale.copy(), bias
         self._options = options
         self._tune_lock = threading.Lock() if tune else None
-        algorithm, self._why = _choose(q, options)
+        algorithm, self._why = _choose(q, options) if device is None else _choose_on_device(q, options)
         self._kernels: Any = q.kernels.copy() if isinstance(q, KernelCodebook) else None
         self._levels: Any = None if isinstance(q, KernelCodebook) else q.levels.copy()
         self._source = q if tune else None
@@ -108,6 +117,8 @@ class Packed:
         self._chain: Any = None
 
     def _pack(self, q: QuantizedTensor | KernelCodebook, algorithm: str) -> Native:
+        if self.device is not None:
+            return self._place(q, algorithm, self.device)
         if isinstance(q, KernelCodebook) and algorithm != "codebook":
             q = _expand(q, algorithm)
             self._levels = q.levels
@@ -129,6 +140,22 @@ class Packed:
             return _core.PackedConv2d(**_arrays(q), bias=self._bias, **inputs, algorithm=algorithm)
         return _core.PackedLinear(**_arrays(q), bias=self._bias, **inputs, algorithm=algorithm)
 
+    def _place(self, q: QuantizedTensor | KernelCodebook, algorithm: str, device: int) -> DeviceLayer:
+        o = self._options
+        names = "input_dtype", "input_scale", "input_zero_point"
+        options = {name: o[name] for name in names} | {"input_bits": o["input_bits"] or 0} | _geometry(q.shape, o)
+        native = load_native().PackedLayer
+        if algorithm == "codebook":
+            if not isinstance(q, KernelCodebook):
+                raise ValueError("algorithm: expected a KernelCodebook for 'codebook', got a QuantizedTensor")
+            placed = native.from_codebook(**_codebook_arrays(q), bias=self._bias, **options, device=device)
+        else:
+            few = q if isinstance(q, QuantizedTensor) else list_levels(q)
+            placed = native(**_arrays(few), bias=self._bias, **options, algorithm=algorithm, device=device)
+        layer = DeviceLayer(q, placed, o["input_dtype"])
+        self._why = f"{self._why}; {layer.why}"
+        return layer
+
     @property
     def algorithm(self) -> str:
         """Name of the algorithm that the layer is packed for."""
@@ -141,6 +168,8 @@ class Packed:
 
     def weights(self) -> QuantizedTensor | KernelCodebook:
         """Return the quantized weights, decoded from the packed form."""
+        if isinstance(self._native, DeviceLayer):
+            return self._native.q
         if self.algorithm == "codebook" and isinstance(self._native, _core.PackedConv2d):
             return KernelCodebook(*self._native.indices(), self._kernels, self._scale)
         return QuantizedTensor(self._native.codes().reshape(self._shape), self._levels, self._scale)
@@ -154,7 +183,8 @@ class Packed:
             ``kind``, ``algorithm``, ``why``; ``adds`` and ``multiplies`` as executed and ``dense_ops`` = O (2 I - 1),
             all per output pixel or row; ``share_removed``; ``bytes`` of the packed weights beside ``float32_bytes``,
             and ``code_bytes`` of the machine code made from them;
-            ``seconds`` it took to pack; ``isa`` and ``threads`` in force.
+            ``seconds`` it took to pack; ``isa`` and ``threads`` in force, or on a GPU ``device`` and ``blocks``: how
+            the last sizes of x were cut.
         """
         counts = self._native.counts()
         algorithm, why = self.algorithm, self._why
@@ -162,6 +192,10 @@ class Packed:
             algorithm, why = "tables", f"{why}; no machine code is made for {_core.active_isa()} here"
         size = math.prod(self._shape)
         dense_ops = 2 * size - self._shape[0]
+        if isinstance(self._native, DeviceLayer):
+            place: dict[str, Any] = {"device": f"cuda:{self.device}", "blocks": self._native.plans()}
+        else:
+            place = {"isa": _core.active_isa(), "threads": _core.get_num_threads()}
         return Explanation(
             kind=self.kind,
             algorithm=algorithm,
@@ -174,8 +208,7 @@ class Packed:
             code_bytes=counts["code_bytes"],
             float32_bytes=4 * size,
             seconds=self._seconds,
-            isa=_core.active_isa(),
-            threads=_core.get_num_threads(),
+            **place,
         )
 
     def warmup(self, shape: Sequence[int]) -> None:
@@ -186,7 +219,11 @@ class Packed:
         shape : sequence of int
             Of the input: (N, C, H, W), or (..., I) for a linear layer.
         """
-        x = np.zeros([to_integer("shape", size, 0) for size in shape], self._options["input_dtype"])
+        sizes = tuple(to_integer("shape", size, 0) for size in shape)
+        if isinstance(self._native, DeviceLayer):
+            self._native.plan((math.prod(sizes[:-1]), sizes[-1]) if self.kind == "linear" else sizes)
+            return
+        x = np.zeros(sizes, self._options["input_dtype"])
         conv2d(x, self) if self.kind == "conv2d" else linear(x, self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -269,6 +306,7 @@ def prepack_conv2d(
     input_bits: int | None = None,
     algorithm: str = "auto",
     tune: bool = False,
+    device: Any = None,
 ) -> Packed:
     """Pack the quantized weights of a convolution.
 
@@ -299,6 +337,10 @@ def prepack_conv2d(
         ``auto``: what a cost model predicts to be faster; see `Packed.explain`.
     tune : bool
         Measure at the first call or `Packed.warmup`, with cold weights, instead of predicting.
+    device : "cuda", "cuda:0" and so on, int, or torch.device, optional
+        The GPU that the weights are put on, and arrays of CuPy or torch are expected on; ``"cuda"`` is the current one.
+        There ``auto`` is ``dense``, codes of 1, 2 or 4 bits unpacked in registers for the matrix unit; ``tables`` and
+        ``codebook`` are the published sums, on CUDA cores. Host memory by default.
 
     Returns
     -------
@@ -336,7 +378,8 @@ def prepack_conv2d(
     inputs = check_inputs(q, input_dtype, input_scale, input_zero_point, input_bits)
     check_algorithm(algorithm, CONV2D_ALGORITHMS)
     check_tune(tune, algorithm)
-    return Packed(q, check_bias(bias, q), {**options, **inputs, "algorithm": algorithm}, tune)
+    index = _check_device(device, algorithm, tune)
+    return Packed(q, check_bias(bias, q), {**options, **inputs, "algorithm": algorithm}, tune, index)
 
 
 def prepack_linear(
@@ -349,6 +392,7 @@ def prepack_linear(
     input_bits: int | None = None,
     algorithm: str = "auto",
     tune: bool = False,
+    device: Any = None,
 ) -> Packed:
     """Pack the quantized weights of a linear layer.
 
@@ -357,7 +401,7 @@ def prepack_linear(
     q : QuantizedTensor or KernelCodebook (O, I)
         Its scale may be (O, G): one per group of I / G inputs (not for ``codegen`` and ``tables``).
     bias : float32 (O,), optional
-    input_dtype, input_scale, input_zero_point, input_bits, tune
+    input_dtype, input_scale, input_zero_point, input_bits, tune, device
         As for `prepack_conv2d`.
     algorithm : {"auto", "codegen", "tables", "dense", "codebook", "packed"}
         ``packed``: 1- and 2-bit codes unpacked in registers, for at most 4 distinct levels; the fewest bytes to read,
@@ -390,7 +434,8 @@ def prepack_linear(
         wanted = f"'dense' or 'packed' for one scale per group of inputs {q.scale.shape}"
         raise ValueError(f"algorithm: expected {wanted}, got {algorithm!r}")
     check_tune(tune, algorithm)
-    return Packed(q, check_bias(bias, q), {**inputs, "algorithm": algorithm}, tune)
+    index = _check_device(device, algorithm, tune)
+    return Packed(q, check_bias(bias, q), {**inputs, "algorithm": algorithm}, tune, index)
 
 
 def conv2d(
@@ -459,6 +504,9 @@ def conv2d(
     array([[[[1., 6.]]]], dtype=float32)
     """
     _check_packed(packed, "conv2d")
+    if isinstance(packed._native, DeviceLayer):
+        numbers = residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point
+        return run_layer(packed._native, packed._options, x, residual, numbers, out)
     given, kind = to_numpy("x", x)
     check_promise(given, packed._options)
     epilogue = residual, residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point
@@ -511,6 +559,9 @@ def linear(
     array([3.], dtype=float32)
     """
     _check_packed(packed, "linear")
+    if isinstance(packed._native, DeviceLayer):
+        numbers = residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point
+        return run_layer(packed._native, packed._options, x, residual, numbers, out)
     given, kind = to_numpy("x", x)
     outputs, inputs = packed._shape
     check_array("x", given, (packed._options["input_dtype"],), f"(..., {inputs})", given.shape[-1:] == (inputs,))
@@ -520,16 +571,18 @@ def linear(
     epilogue = residual, residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point
     arguments = check_epilogue(*epilogue, shape)
     target = None if out is None else flatten_out(to_numpy("out", out)[0], shape, out_dtype)
-    y = packed._run(given, lambda native: native.run_rows(flat, **arguments, out=target))
+    y = packed._run(given, lambda native: native.run_rows(flat, **arguments, out=target))  # type: ignore[union-attr]
     return out if out is not None else from_numpy(y.reshape(shape), kind)
 
 
-def load_packed(path: str | os.PathLike[str]) -> Packed:
+def load_packed(path: str | os.PathLike[str], *, device: Any = None) -> Packed:
     """Read a packed layer from a file of `Packed.save`; its program is built anew.
 
     Parameters
     ----------
     path : path
+    device : optional
+        As for `prepack_conv2d`; the algorithm is chosen anew there.
 
     Returns
     -------
@@ -543,106 +596,19 @@ def load_packed(path: str | os.PathLike[str]) -> Packed:
         If it is no such file, or is damaged.
     """
     data = Path(path).read_bytes()
+    index = parse_device(device)
     try:
         q, bias, options = _packed_file.decode(data)
         why = str(options.pop("why"))
         prepack = prepack_conv2d if len(q.shape) == 4 else prepack_linear
+        if index is not None:
+            return prepack(q, bias, **options | {"algorithm": "auto", "device": index})
         packed = prepack(q, bias, **options)
         packed._why = why
         return packed
     except (SafetensorError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:
         wanted = "a packed layer of pycodesign"
         raise ValueError(f"{os.fspath(path)}: expected {wanted}, got a damaged or foreign file: {e}") from e
-
-
-def expand(
-    w: Array,
-    out_index: Array,
-    in_index: Array | None = None,
-    *,
-    in_scale: Array | None = None,
-    out_scale: Array | None = None,
-    out: Array | None = None,
-) -> Array:
-    """Copy rows and columns of a weight by index, scaled on the way: a larger layer from a smaller one.
-
-    ::
-
-        y[r, c, ...] = (w[out_index[r], in_index[c], ...] * in_scale[c]) * out_scale[r]
-
-    Without scales elements are copied bit by bit. float32 and float64 are rounded after each product; float16 and
-    bfloat16 are multiplied in float32 and rounded once, to nearest even.
-
-    Parameters
-    ----------
-    w : array (O,), (O, I), (O, I, H) or (O, I, H, W)
-        Of float16, bfloat16, float32, float64, or, without scales, of any dtype of 1, 2, 4 or 8 bytes; any strides.
-    out_index : integer (R,)
-        Rows of `w`; -1 writes zeros.
-    in_index : integer (C,), optional
-        Columns of `w`; -1 writes zeros. Every column in its place by default.
-    in_scale : (C,), optional
-    out_scale : (R,), optional
-        Finite factors; float64 for float64 `w`, float32 for other floats.
-    out : array (R, C, H, W), optional
-        Written and returned. Of the dtype of `w`, apart from it in memory; the elements of a row follow one another.
-
-    Returns
-    -------
-    array (R,), (R, C), (R, C, H) or (R, C, H, W)
-        Of the kind and dtype of `w`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Naming the argument, what was expected and what came. Nothing is written then.
-
-    References
-    ----------
-    Fu et al., "TripLe", ICCV 2023.
-
-    Examples
-    --------
-    One more input, a copy of the first, and zeros for a third output; both copies count half:
-
-    >>> import numpy as np
-    >>> from pycodesign import ops
-    >>> w = np.array([[2.0, 3.0], [4.0, 5.0]], np.float32)
-    >>> half = np.array([0.5, 1.0, 0.5], np.float32)
-    >>> ops.expand(w, np.array([0, 1, -1]), np.array([0, 1, 0]), in_scale=half)
-    array([[1., 3., 1.],
-           [2., 5., 2.],
-           [0., 0., 0.]], dtype=float32)
-    """
-    given, kind, dtype = to_raw("w", w)
-    if not given.dtype.isnative or given.itemsize not in (1, 2, 4, 8) or given.dtype.kind not in "biufc":
-        wanted = "numbers of 1, 2, 4 or 8 bytes in native order"
-        raise TypeError(f"w: expected {wanted}, got {given.dtype} {given.shape}")
-    if not 1 <= given.ndim <= 4:
-        raise ValueError(f"w: expected 1 to 4 dimensions, got shape {given.shape}")
-    rows = to_index("out_index", out_index, given.shape[0])
-    if given.ndim == 1 and (in_index is not None or in_scale is not None):
-        raise ValueError(f"in_index, in_scale: expected None for w {given.shape}, got an array")
-    columns = None if in_index is None else to_index("in_index", in_index, given.shape[1])
-    shape = (rows.size, *(given.shape[1:2] if columns is None else columns.shape), *given.shape[2:])
-    inputs = None if in_scale is None else to_scale("in_scale", in_scale, dtype, shape[1])
-    outputs = None if out_scale is None else to_scale("out_scale", out_scale, dtype, shape[0])
-    target = None
-    if out is not None:
-        target, _, out_dtype = to_raw("out", out)
-        if out_dtype != dtype or target.shape != shape:
-            text = f"out: expected {dtype} {shape}, got {out_dtype} {target.shape}"
-            raise (ValueError if out_dtype == dtype else TypeError)(text)
-    if given.ndim == 1:  # one row, whose columns are the elements
-        target = None if target is None else target[None]
-        y = _core.expand(given[None], dtype, np.zeros(1, np.int64), rows, outputs, None, target)[0]
-    else:
-        y = _core.expand(given, dtype, rows, columns, inputs, outputs, target)
-    if out is not None:
-        return out
-    if kind == "torch":
-        return from_numpy(y, kind).view(w.dtype)
-    return y.view(w.dtype)
 
 
 def _choose(q: QuantizedTensor | KernelCodebook, options: dict[str, Any]) -> tuple[str, str]:
@@ -664,6 +630,33 @@ def _choose(q: QuantizedTensor | KernelCodebook, options: dict[str, Any]) -> tup
     if q.codes.ndim == 2:
         return _core.choose_linear(**_arrays(q), input_dtype=options["input_dtype"])
     return _core.choose_conv2d(**_arrays(q), **_geometry(q.shape, options), **inputs)
+
+
+def _check_device(device: Any, algorithm: str, tune: bool) -> int | None:
+    """Return the index of the GPU, None for host memory."""
+    index = parse_device(device)
+    if index is None:
+        return None
+    if algorithm not in DEVICE_ALGORITHMS:
+        wanted = join_names(map(repr, DEVICE_ALGORITHMS))
+        raise ValueError(f"algorithm: expected {wanted} on a GPU, got {algorithm!r}")
+    if tune:
+        raise ValueError("tune: expected False on a GPU, where blocks are cut by a cost model, got True")
+    return index
+
+
+def _choose_on_device(q: QuantizedTensor | KernelCodebook, options: dict[str, Any]) -> tuple[str, str]:
+    levels = q.levels if isinstance(q, QuantizedTensor) else q.kernels
+    asked = options["algorithm"]
+    if _exceed_int8(levels, options):
+        if asked == "dense" or q.scale[0].size > 1:
+            got = f"{levels.min():g} to {levels.max():g}"
+            wanted = f"levels from -128 to 127 for 'dense' and {options['input_dtype']} inputs"
+            raise ValueError(f"q: expected {wanted}, got {got}")
+        return ("tables", "levels beyond int8") if asked == "auto" else (asked, "asked for")
+    if isinstance(q, KernelCodebook) and np.unique(np.abs(q.kernels)).size > 128 and asked == "auto":
+        return "codebook", "too many values of kernels for the matrix unit"
+    return ("dense", "a matrix unit is faster") if asked == "auto" else (asked, "asked for")
 
 
 def _arrays(q: QuantizedTensor) -> dict[str, Any]:

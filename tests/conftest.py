@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import hypothesis
 import numpy as np
@@ -112,6 +112,27 @@ def declare_torchvision_operators() -> None:
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         libraries.append(library)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-cuda", action="store_true", help="fail instead of skipping where there is no GPU")
+    parser.addoption("--emulated-cuda", type=Path, metavar="MODULE", help="run CUDA kernels on the CPU, by this _cuda")
+
+
+@pytest.fixture(params=("cupy", "torch"))
+def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Arrays of a library on a GPU, or on what emulates one."""
+    import gpu as gpus
+
+    options = request.config.option
+    if options.emulated_cuda is not None:
+        cupy = gpus.emulate(options.emulated_cuda, monkeypatch)
+        yield gpus.Gpu(request.param, is_emulated=True)
+        cupy.check_guards()
+        return
+    if absence := gpus.find_absence(request.param):
+        (pytest.fail if options.require_cuda else pytest.skip)(absence)
+    yield gpus.Gpu(request.param, is_emulated=False)
 
 
 def pytest_configure(config: pytest.Config) -> None:

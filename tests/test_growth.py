@@ -80,25 +80,39 @@ def place(array: Array, layout: str) -> Array:
     ("dtype", "scaled"), [*((dtype, True) for dtype in FLOATS), *((dtype, False) for dtype in FLOATS + COPIED)]
 )
 def test_edge_sizes(dtype: str, scaled: bool, kind: str) -> None:
-    for seed, ((old, new), inner) in enumerate(product(pairwise(SIZES), INNER)):
+    def expand(*arguments: Array | None, **scales: Array) -> Array:
+        results = []
+        for threads, isa in ((1, "scalar"), (1, ISAS[-1]), (3, ISAS[-1])):
+            pycodesign.set_num_threads(threads)
+            pycodesign.set_isa(isa)
+            results.append(ops.expand(*arguments, **scales))
+        assert_same(results[1], results[0])
+        assert_same(results[2], results[0])
+        return results[0]
+
+    check_sizes(expand, dtype, scaled, kind)
+
+
+def check_sizes(expand: Callable[..., Array], dtype: str, scaled: bool, kind: str, sizes: Any = SIZES) -> None:
+    for seed, ((old, new), inner) in enumerate(product(pairwise(sizes), INNER)):
         w = make_weight((new, old, *inner), dtype, seed)
         rows = make_map(new, 2 * old + 1, kind, seed)
         columns = None if kind == "no columns" else make_map(old, new + 20, kind, seed + 1)
         scales = make_scales((len(rows), old if columns is None else len(columns)), dtype, seed) if scaled else {}
-        expected = growth.expand(w, rows, columns, **scales)
-        for threads, isa in ((1, "scalar"), (1, ISAS[-1]), (3, ISAS[-1])):
-            pycodesign.set_num_threads(threads)
-            pycodesign.set_isa(isa)
-            assert_same(ops.expand(w, rows, columns, **scales), expected)
+        assert_same(expand(w, rows, columns, **scales), growth.expand(w, rows, columns, **scales))
 
 
 @pytest.mark.parametrize("dtype", FLOATS + COPIED)
 def test_vectors(dtype: str) -> None:
+    check_vectors(ops.expand, dtype)
+
+
+def check_vectors(expand: Callable[..., Array], dtype: str) -> None:
     for old, new in pairwise(SIZES):
         w, index = make_weight((old,), dtype), make_map(old, new, "arbitrary")
         scales = make_scales((new,), dtype) if dtype in FLOATS else {}
-        assert_same(ops.expand(w, index), growth.expand(w, index))
-        assert_same(ops.expand(w, index, **scales), growth.expand(w, index, **scales))
+        assert_same(expand(w, index), growth.expand(w, index))
+        assert_same(expand(w, index, **scales), growth.expand(w, index, **scales))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -611,7 +611,7 @@ def test_torch_tensor_that_is_not_in_host_memory() -> None:
     import torch
 
     x = torch.empty(1, 3, 5, 5, device="meta")
-    with pytest.raises(TypeError, match=r"^x: expected an array in host memory .*, got a tensor on meta$"):
+    with pytest.raises(TypeError, match=r"^x: expected an array in host memory, got a tensor on meta$"):
         ops.conv2d(x, FLOAT)
     with pytest.raises(TypeError, match=exactly("x: expected float32 (N, 3, H, W), got float64 (1, 3, 5, 5)")):
         ops.conv2d(torch.zeros(1, 3, 5, 5, dtype=torch.float64), FLOAT)

@@ -348,13 +348,16 @@ def test_forked_workers(conv):
         thread.join()
 
 
-def test_a_cuda_tensor_is_refused(conv):
+def test_cuda_tensors(conv):
     assert torch._C._dispatch_has_kernel_for_dispatch_key("pycodesign::conv2d", "CUDA")
     with pytest.raises(TypeError, match=r"x: expected tensors in host memory .* got tensors on a CUDA device"):
         torch_ops.refuse_cuda(random(1))
-    with FakeTensorMode() as mode, pytest.raises(TypeError, match="expected tensors in host memory"):
-        x = torch.empty(2, 4, 9, 8, device="cuda")
-        conv2d(x, *map(mode.from_tensor, conv), None, OPTIONS)
+    with FakeTensorMode():
+        x, *weights = (torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in (torch.empty(2, 4, 9, 8), *conv))
+        y = conv2d(x, *weights, None, OPTIONS)
+        assert y.device.type == "cuda"
+        with pytest.raises(TypeError, match="expected tensors in host memory"):
+            torch.ops.pycodesign.chain([x], *weights, "{}")
 
 
 @pytest.mark.parametrize("fake", [False, True])

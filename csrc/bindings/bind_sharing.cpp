@@ -141,6 +141,33 @@ py::array delta_linear(const py::array& x, const std::optional<py::array>& base,
   return z;
 }
 
+// What a delta is packed into, by name; views that keep it alive. 16-bit values are int16.
+py::dict view_arrays(const Held& delta) {
+  const py::object owner = py::cast(delta);
+  py::dict arrays;
+  const auto add = [&](const char* name, const char* dtype, size_t count, const void* data) {
+    py::array view(py::dtype(dtype), {static_cast<py::ssize_t>(count)}, {}, data, owner);
+    view.attr("flags").attr("writeable") = false;
+    arrays[name] = view;
+  };
+  const bool is_wide = delta->storage == Storage::f32;
+  const auto add_values = [&](const char* name, const core::AlignedBuffer<char>& value) {
+    add(name, is_wide ? "float32" : "int16", value.size() / (is_wide ? 4 : 2), value.data());
+  };
+  if (delta->kind == sharing::Kind::sparse) {
+    const sharing::SparseRows& sparse = delta->sparse;
+    add("count", "uint32", sparse.count.size(), sparse.count.data());
+    add("order", "uint8", sparse.order.size(), sparse.order.data());
+    add("index", "int16", sparse.index.size(), sparse.index.data());
+    add_values("value", sparse.value);
+  } else if (delta->kind != sharing::Kind::none) {
+    add_values("up", delta->up.value);
+    if (delta->kind == sharing::Kind::low_rank) add_values("down", delta->down.value);
+  }
+  if (!delta->bias.empty()) add("bias", "float32", delta->bias.size(), delta->bias.data());
+  return arrays;
+}
+
 }  // namespace
 
 void bind_sharing(py::module_& m) {
@@ -153,6 +180,7 @@ void bind_sharing(py::module_& m) {
   delta.def_readonly("entries", &Delta::entries);
   delta.def_readonly("rank", &Delta::rank);
   delta.def_readonly("bytes", &Delta::bytes);
+  delta.def("arrays", &view_arrays);
   delta.def_property_readonly("has_bias", [](const Delta& d) { return !d.bias.empty(); });
 
   m.def(

@@ -5,10 +5,17 @@
 namespace py = pybind11;
 namespace cuda = pycodesign::core::cuda;
 
+namespace pycodesign::bindings {
+void bind_cuda_growth(py::module_&);
+void bind_cuda_repetition(py::module_&);
+void bind_cuda_sharing(py::module_&);
+}  // namespace pycodesign::bindings
+
 PYBIND11_MODULE(_cuda, module) {
   module.doc() = "CUDA backend. Loads without a driver, and then sees no device.";
   module.def("device_count", &cuda::device_count, "Number of CUDA devices; 0 without a driver.");
   module.def("absence", &cuda::absence, "Why there is no CUDA device, in one sentence; empty where there is one.");
+  module.def("current_device", &cuda::current_device, "Index of this thread's current device.");
   module.def(
       "device_properties",
       [](int device) {
@@ -33,4 +40,7 @@ PYBIND11_MODULE(_cuda, module) {
         return result;
       },
       "Versions of the CUDA runtime in this module and of the driver, and the architectures compiled for.");
+  pycodesign::bindings::bind_cuda_growth(module);
+  pycodesign::bindings::bind_cuda_repetition(module);
+  pycodesign::bindings::bind_cuda_sharing(module);
 }

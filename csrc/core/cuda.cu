@@ -50,6 +50,12 @@ std::string driver_version() {
   return format_version(version);
 }
 
+int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device));
+  return device;
+}
+
 DeviceProperties device_properties(int device) {
   const int count = device_count();
   if (count == 0) throw std::runtime_error(absence());
@@ -66,6 +72,15 @@ DeviceProperties device_properties(int device) {
           properties.totalGlobalMem,
           static_cast<std::size_t>(properties.l2CacheSize),
           properties.sharedMemPerBlockOptin};
+}
+
+DeviceGuard::DeviceGuard(int device) : device_(device) {
+  check(cudaGetDevice(&before_));
+  if (device_ != before_) check(cudaSetDevice(device_));
+}
+
+DeviceGuard::~DeviceGuard() {
+  if (device_ != before_) cudaSetDevice(before_);
 }
 
 }  // namespace pycodesign::core::cuda

@@ -20,7 +20,21 @@ std::string absence();          // why device_count() is 0, one sentence; empty 
 std::string runtime_version();  // of the runtime inside this module, e.g. "13.0"
 std::string driver_version();   // the newest CUDA version that the driver serves; "none" without a driver
 
+int current_device();  // of this thread
+
 // Throws std::runtime_error with absence() where there is no device, std::invalid_argument for one that does not exist.
 DeviceProperties device_properties(int device);
+
+// Makes a device the current one of this thread for as long as it lives.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int device_, before_ = 0;
+};
 
 }  // namespace pycodesign::core::cuda

@@ -12,7 +12,7 @@
 
 namespace pycodesign::repetition {
 
-PackedLayer::PackedLayer(const Weights& w, const Activations& a, Algorithm algorithm)
+Layer::Layer(const Weights& w, const Activations& a, Algorithm algorithm)
     : algorithm_(algorithm),
       activations_(a),
       outputs_(w.outputs),
@@ -42,7 +42,7 @@ PackedLayer::PackedLayer(const Weights& w, const Activations& a, Algorithm algor
   }
 }
 
-PackedLayer::PackedLayer(Copy, const PackedLayer& other, Algorithm algorithm)
+Layer::Layer(Copy, const Layer& other, Algorithm algorithm)
     : algorithm_(algorithm),
       activations_(other.activations_),
       outputs_(other.outputs_),
@@ -55,7 +55,7 @@ PackedLayer::PackedLayer(Copy, const PackedLayer& other, Algorithm algorithm)
       bias_(other.bias_) {}
 
 // sum level * (x - z) = sum level * (x - center) - (z - center) * sum level
-void PackedLayer::set_correction(const Weights& w, int32_t center) {
+void Layer::set_correction(const Weights& w, int32_t center) {
   if (activations_.dtype == DType::f32) return;
   correction_.assign(static_cast<size_t>(w.outputs * scale_groups_), 0);
   const int64_t group = w.inputs / scale_groups_;
@@ -68,7 +68,7 @@ void PackedLayer::set_correction(const Weights& w, int32_t center) {
     }
 }
 
-uint8_t PackedLayer::code_of(int64_t o, float level) const {
+uint8_t Layer::code_of(int64_t o, float level) const {
   const float* row = levels_.data() + (level_rows_ == 1 ? 0 : o) * level_count_;
   return static_cast<uint8_t>(std::lower_bound(row, row + level_count_, level) - row);
 }

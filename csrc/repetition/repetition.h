@@ -81,25 +81,24 @@ struct Counts {
   int64_t adds = 0, multiplies = 0, bytes = 0, code_bytes = 0;  // weights as data, and as machine code
 };
 
-// What every packed layer holds whatever its algorithm: enough to finish sums and to give the weights back.
-class PackedLayer {
+// What every packed layer holds whatever its algorithm and wherever it runs: enough to finish sums and to give the
+// weights back.
+class Layer {
  public:
-  PackedLayer(const Weights&, const Activations&, Algorithm);
-  virtual ~PackedLayer() = default;
-  PackedLayer(const PackedLayer&) = delete;
-  PackedLayer& operator=(const PackedLayer&) = delete;
+  Layer(const Weights&, const Activations&, Algorithm);
+  virtual ~Layer() = default;
+  Layer(const Layer&) = delete;
+  Layer& operator=(const Layer&) = delete;
 
   Algorithm algorithm() const { return algorithm_; }
   const Activations& activations() const { return activations_; }
   int64_t outputs() const { return outputs_; }
   int64_t inputs() const { return inputs_; }
   virtual Counts counts() const = 0;
-  virtual std::vector<uint8_t> codes() const = 0;  // as packed, (outputs, inputs)
-  virtual void run(const Tensor& x, const Tensor& out, const Tensor* residual, const Epilogue&) const = 0;
 
  protected:
   struct Copy {};
-  PackedLayer(Copy, const PackedLayer&, Algorithm);     // the same weights in another form
+  Layer(Copy, const Layer&, Algorithm);                 // the same weights in another form
   void set_correction(const Weights&, int32_t offset);  // for sums of level * (x + offset - zero point)
   int64_t level_bytes() const {
     return static_cast<int64_t>((levels_.size() + multiplier_.size() + bias_.size() + correction_.size()) * 4);
@@ -126,6 +125,14 @@ struct Runs {
   int64_t bytes() const {
     return static_cast<int64_t>(lengths.size() * sizeof lengths[0] + begin.size() * sizeof begin[0]);
   }
+};
+
+// One that runs on the CPU.
+class PackedLayer : public Layer {
+ public:
+  using Layer::Layer;
+  virtual std::vector<uint8_t> codes() const = 0;  // as packed, (outputs, inputs)
+  virtual void run(const Tensor& x, const Tensor& out, const Tensor* residual, const Epilogue&) const = 0;
 };
 
 struct ConvCase;

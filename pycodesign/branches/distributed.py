@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import datetime
 import re
 import threading
@@ -18,10 +17,11 @@ try:
 except ImportError as error:
     raise ImportError("backend='distributed' needs torch: `pip install 'pycodesign[torch]'`") from error
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from pycodesign._arguments import to_number
-from pycodesign.branches.graph import Body, Graph, Placement, Slice, overlap
+from pycodesign.branches.graph import Graph, Placement, Slice, overlap
+from pycodesign.branches.on_device import move_body, run_tensors, view_tensor
 from pycodesign.branches.simulate import predict
 from pycodesign.branches.table import LatencyTable
 
@@ -112,7 +112,7 @@ class Runner:
         for message in self.messages:
             if self.rank in (message.source, message.target):
                 message.allocate(self.values)
-        self.bodies = [_move(graph.bodies[name], self.device) for name in self.place.teams[self.rank]]
+        self.bodies = [move_body(graph.bodies[name], self.device) for name in self.place.teams[self.rank]]
         self.sends: dict[str, list[_Message]] = {}
         self.waits: dict[str, list[_Message]] = {}
         for message in self.messages:
@@ -151,7 +151,7 @@ class Runner:
             for body in self.bodies:
                 for message in self.waits.get(body.name, ()):
                     self._receive(message, pending)
-                _run(body, self.values)
+                run_tensors(body, self.values)
                 for message in self.sends.get(body.name, ()):
                     message.fill(self.values)
                     sent.append((message, self._send(message)))
@@ -218,17 +218,17 @@ class _Message:
     is_view: bool = False
 
     def allocate(self, values: dict[str, Tensor]) -> None:
-        part = _view(values, self.piece)
+        part = view_tensor(values, self.piece)
         self.is_view = part.is_contiguous()
         self.buffer = part if self.is_view else torch.empty_like(part, memory_format=torch.contiguous_format)
 
     def fill(self, values: dict[str, Tensor]) -> None:
         if not self.is_view:
-            self.buffer.copy_(_view(values, self.piece))
+            self.buffer.copy_(view_tensor(values, self.piece))
 
     def empty(self, values: dict[str, Tensor]) -> None:
         if not self.is_view:
-            _view(values, self.piece).copy_(self.buffer)
+            view_tensor(values, self.piece).copy_(self.buffer)
 
 
 class _Sender:
@@ -293,37 +293,6 @@ def _list_messages(graph: Graph, place: Placement) -> list[_Message]:
     for index, message in enumerate(found):
         message.index = index
     return found
-
-
-def _view(values: dict[str, Tensor], piece: Slice) -> Tensor:
-    return values[piece.value][:, piece.begin : piece.end]
-
-
-def _move(body: Body, device: torch.device) -> Body:
-    if device.type == "cpu":
-        return body
-    if body.arrays != "torch":
-        raise ValueError(f"{body.name}: expected a torch module on {device}, got a body of {body.arrays} arrays")
-    run = copy.deepcopy(body.run).to(device) if isinstance(body.run, nn.Module) else body.run
-    return Body(body.name, run, body.inputs, body.outputs)
-
-
-def _run(body: Body, values: dict[str, Tensor]) -> None:
-    inputs = [_view(values, piece) for piece in body.inputs]
-    if body.arrays == "torch":
-        with torch.inference_mode():
-            results = body.run(*inputs)
-    else:
-        results = body.run(*[x.numpy() for x in inputs])
-    results = list(results) if isinstance(results, (list, tuple)) else [results]
-    if len(results) != len(body.outputs):
-        raise ValueError(f"{body.name}: expected {len(body.outputs)} results, got {len(results)}")
-    for piece, result in zip(body.outputs, results, strict=True):
-        part, result = _view(values, piece), torch.as_tensor(result)
-        if result.shape != part.shape or result.dtype != part.dtype:
-            wanted = f"{part.dtype} {tuple(part.shape)}"
-            raise ValueError(f"{body.name}: expected to return {wanted}, got {result.dtype} {tuple(result.shape)}")
-        part.copy_(result)
 
 
 def recompute_bodies(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from pycodesign._arguments import join_names
 from pycodesign.branches.graph import Graph, Placement, to_graph
 
 __all__ = ["Executor"]
 
-BACKENDS = {"threads": "pycodesign.branches.threads", "distributed": "pycodesign.branches.distributed"}
+BACKENDS = {name: f"pycodesign.branches.{name}" for name in ("threads", "distributed", "cuda")}
 
 
 class Executor:
@@ -20,8 +21,9 @@ class Executor:
     net : Graph, or a network with ``to_graph``
         Bodies that are chains, or torch modules that `pycodesign.nn.convert` made one chain of, run without Python.
     place : Placement
-    backend : {"threads", "distributed"}
-        Teams of cores in this process, or processes of `torch.distributed`.
+    backend : {"threads", "distributed", "cuda"}
+        Teams of cores in this process, processes of `torch.distributed`, or streams of a GPU, captured as a CUDA graph;
+        `Placement.by_chains` assigns those.
     **options
         Of the backend. For ``"threads"``:
 
@@ -65,7 +67,7 @@ class Executor:
         if not isinstance(place, Placement):
             raise TypeError(f"place: expected a Placement, got {type(place).__name__}")
         if backend not in BACKENDS:
-            raise ValueError(f"backend: expected {' or '.join(map(repr, BACKENDS))}, got {backend!r}")
+            raise ValueError(f"backend: expected {join_names(map(repr, BACKENDS))}, got {backend!r}")
         self.graph, self.place, self.backend = to_graph(net), place, backend
         place.check(self.graph)
         self._run = importlib.import_module(BACKENDS[backend]).Runner(self.graph, place, **options)

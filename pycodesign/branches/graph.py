@@ -334,6 +334,13 @@ class Placement:
         """Return the placement in which one team runs everything."""
         return cls((tuple(graph.bodies),), (threads,), method="sequential")
 
+    @classmethod
+    def by_chains(cls, graph: Graph) -> Placement:
+        """Return the placement on the fewest teams that can run at once all that may, for streams of a GPU."""
+        from pycodesign.branches.streams import cover_by_chains
+
+        return cls(tuple(cover_by_chains(graph.before)), method="chains")
+
     @property
     def team_of(self) -> dict[str, int]:
         return {name: team for team, names in enumerate(self.teams) for name in names}

@@ -34,7 +34,7 @@ class TensorCache(Generic[T]):
         try:
             versions: list[Any] = [tensor._version for tensor in tensors if tensor is not None]
         except RuntimeError:  # tensors made in inference mode count no versions; their bytes stand for them
-            versions = [tensor.numpy().tobytes() for tensor in tensors if tensor is not None]
+            versions = [tensor.cpu().numpy().tobytes() for tensor in tensors if tensor is not None]
         entry = self._entries.get(key)
         if entry is not None and entry[0] == versions:
             return entry[1]

@@ -9,8 +9,8 @@ saved::
 Options are the keyword arguments of `pycodesign.ops.prepack_conv2d` and `pycodesign.ops.conv2d`. What is packed stays
 in a cache for as long as the weights live.
 
-Every operator has a kernel for the CPU, one for fake tensors, whose sizes may be symbols, one for autograd, which knows
-the gradient to the input, and one for autocast, which keeps float32.
+Every operator has a kernel for the CPU, and may have one for CUDA, one for fake tensors, whose sizes may be symbols,
+one for autograd, which knows the gradient to the input, and one for autocast, which keeps float32.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch.nn.grad
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pycodesign import _device
 from pycodesign._arguments import (
     INPUT_RANGES,
     check_array,
@@ -34,6 +35,7 @@ from pycodesign._arguments import (
     join_names,
     to_pair,
 )
+from pycodesign._device_layer import DeviceLayer, run_layer
 from pycodesign._quantized import from_arrays
 from pycodesign.nn.cache import TensorCache, Weights
 from pycodesign.nn.weights import dequantize, weight_shape
@@ -63,39 +65,60 @@ DTYPES = {"float32": torch.float32, "uint8": torch.uint8, "int8": torch.int8, "i
 
 library = torch.library.Library("pycodesign", "DEF")
 prepared: TensorCache[Prepared] = TensorCache()
-_cpu_is_next: dict[int, bool] = {}  # by dispatch keys: whether the CPU's kernel is what follows autograd's
+placed: TensorCache[tuple[Packed, tuple[Any, ...]]] = TensorCache()  # layers on GPUs
+_next_key: dict[int, Any] = {}  # by dispatch keys: the one that follows autograd's
 
 
 def define(
-    schema: str, cpu: Callable[..., Any], fake: Callable[..., Any], differentiable: Callable[..., Any] | None
+    schema: str,
+    cpu: Callable[..., Any],
+    fake: Callable[..., Any],
+    differentiable: Callable[..., Any] | None,
+    cuda: Callable[..., Any] | None = None,
 ) -> None:
-    """Define an operator with its kernels; `differentiable(operator, *args)` calls it, and has a gradient."""
+    """Define an operator with its kernels; `differentiable(operator, *args)` calls it, and has a gradient.
+
+    Without a kernel for CUDA it refuses tensors there.
+    """
     name = schema[: schema.index("(")]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(torch.ops.pycodesign, name).default
-    is_grad_enabled, known = torch.is_grad_enabled, _cpu_is_next
+    keys_of = torch._C.DispatchKey
+    kernels = {keys_of.CPU: cpu, keys_of.CUDA: cuda or refuse_cuda}
+    is_grad_enabled, known = torch.is_grad_enabled, _next_key
 
     def autograd(keys: Any, *args: Any) -> Any:
         if is_grad_enabled() and _any_requires_grad(*args) and differentiable is not None:
             return differentiable(operator, *args)
-        direct = known.get(keys.raw_repr())
-        if direct is None:
+        following = known.get(keys.raw_repr())
+        if following is None:
             below = keys & torch._C._after_autograd_keyset
-            direct = known[keys.raw_repr()] = below.highestPriorityTypeId() == torch._C.DispatchKey.CPU
-        if direct:
-            return cpu(*args)  # a microsecond less than another dispatch
+            following = known[keys.raw_repr()] = below.highestPriorityTypeId()
+        if following in kernels:
+            return kernels[following](*args)  # a microsecond less than another dispatch
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
 
-    def autocast(*args: Any) -> Any:
-        with torch.autocast("cpu", enabled=False):
+    def autocast(device: str, *args: Any) -> Any:
+        with torch.autocast(device, enabled=False):
             return operator(*map(_to_float32, args))
 
-    library.impl(name, cpu, "CPU")
-    library.impl(name, autograd, "AutogradCPU", with_keyset=True)
-    library.impl(name, autocast, "AutocastCPU")
-    library.impl(name, refuse_cuda, "CUDA")
-    torch.library.register_fake(f"pycodesign::{name}", fake, lib=library)
+    def check_device(*args: Any, **kwargs: Any) -> Any:
+        if cuda is None and _is_on_cuda(args[0]):
+            refuse_cuda()
+        return fake(*args, **kwargs)
+
+    for device, kernel in (("CPU", cpu), ("CUDA", cuda or refuse_cuda)):
+        library.impl(name, kernel, device)
+        library.impl(name, autograd, f"Autograd{device}", with_keyset=True)
+        library.impl(name, functools.partial(autocast, device.lower()), f"Autocast{device}")
+    torch.library.register_fake(f"pycodesign::{name}", check_device, lib=library)
+
+
+def _is_on_cuda(argument: Any) -> bool:
+    if isinstance(argument, (list, tuple)):
+        return any(map(_is_on_cuda, argument))
+    return isinstance(argument, Tensor) and argument.device.type == "cuda"
 
 
 def _search_requires_grad(*args: Any) -> bool:
@@ -113,7 +136,7 @@ def _to_float32(argument: Any) -> Any:
 
 
 def refuse_cuda(*_: Any) -> Any:
-    raise TypeError("x: expected tensors in host memory (this build runs on the CPU), got tensors on a CUDA device")
+    raise TypeError("x: expected tensors in host memory (no CUDA kernel does this), got tensors on a CUDA device")
 
 
 def run_conv2d(
@@ -162,6 +185,36 @@ def run_linear(
     return torch.from_numpy(run(given.reshape(rows, inputs), added, *epilogue, None).reshape(shape))
 
 
+def run_on_device(
+    kind: str,
+    x: Tensor,
+    codes: Tensor,
+    levels: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    options: str = "{}",
+) -> Tensor:
+    """Kernel of both operators for CUDA; the weights may be in either memory."""
+    device = _device.locate(x)
+    if device is None:
+        raise TypeError(f"x: expected a tensor on {codes.device}, where the weights are, got one on {x.device}")
+    key = id(codes), id(levels), id(scale), id(bias), options, device.index
+    packed, numbers = placed.get(key, (codes, levels, scale, bias), _place, kind, options, device.index)
+    assert isinstance(packed._native, DeviceLayer)
+    y: Tensor = run_layer(packed._native, packed._options, x.detach(), residual, numbers, None)
+    return y
+
+
+def _place(weights: Weights, kind: str, options: str, index: int) -> tuple[Packed, tuple[Any, ...]]:
+    inputs, epilogue = parse_options(options, kind)
+    bias = None if weights[3] is None else weights[3].detach().cpu()
+    codes, levels, scale = (tensor.detach().cpu() for tensor in weights[:3] if tensor is not None)
+    prepack: Callable[..., Packed] = prepack_conv2d if kind == "conv2d" else prepack_linear
+    packed = prepack(from_arrays(codes, levels, scale), bias, **inputs, device=index)
+    return packed, tuple(epilogue[name] for name in EPILOGUE)
+
+
 def to_array(name: str, tensor: Tensor) -> NDArray[Any]:
     """Return a view of the tensor."""
     try:
@@ -182,7 +235,8 @@ def _prepare_linear(weights: Weights, options: str, packed: Packed | None = None
     inputs, epilogue = parse_options(options, "linear")
     if packed is None:
         packed = prepack_linear(from_arrays(*weights[:3]), weights[3], **inputs)
-    return packed, packed._native.run_rows, _to_native(epilogue), inputs["input_bits"] is not None
+    run = packed._native.run_rows  # type: ignore[union-attr]
+    return packed, run, _to_native(epilogue), inputs["input_bits"] is not None
 
 
 def find_packed(kind: str, weights: Weights, options: str, packed: Packed | None = None) -> Packed:
@@ -255,8 +309,6 @@ def output_size(size: Any, kernel: int, stride: int, padding: int, dilation: int
 
 
 def check_fake(name: str, x: Tensor, dtype: str, fits: bool, shape: str) -> None:
-    if x.device.type == "cuda":
-        refuse_cuda()
     if x.dtype == DTYPES[dtype] and fits:
         return
     text = f"{name}: expected {dtype} {shape}, got {str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
@@ -317,5 +369,6 @@ ARGUMENTS = (
     "(Tensor x, Tensor codes, Tensor levels, Tensor scale, Tensor? bias=None, Tensor? residual=None, "
     "str options='{}') -> Tensor"
 )
-define(f"conv2d{ARGUMENTS}", run_conv2d, fake_conv2d, LayerGradient.apply)
-define(f"linear{ARGUMENTS}", run_linear, fake_linear, LayerGradient.apply)
+on_device = {kind: functools.partial(run_on_device, kind) for kind in ("conv2d", "linear")}
+define(f"conv2d{ARGUMENTS}", run_conv2d, fake_conv2d, LayerGradient.apply, on_device["conv2d"])
+define(f"linear{ARGUMENTS}", run_linear, fake_linear, LayerGradient.apply, on_device["linear"])

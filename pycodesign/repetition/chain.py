@@ -24,6 +24,7 @@ from pycodesign._arguments import (
     to_number,
     to_pair,
 )
+from pycodesign._device_layer import DeviceLayer
 from pycodesign.ops import Packed, _check_packed
 
 __all__ = ["Chain", "Value"]
@@ -186,7 +187,10 @@ class Chain:
                 f"got {_describe(x.dtype, x.scale, x.zero_point)}"
             )
         epilogue = self._epilogue("residual", residual, clamp, *out)
-        index = self._native.add_layer(packed._native, kind == "linear", x.index, _index(residual), **epilogue)
+        native = packed._native
+        if isinstance(native, DeviceLayer):
+            raise ValueError(f"packed: expected a layer in host memory for a chain, got one on cuda:{native.device}")
+        index = self._native.add_layer(native, kind == "linear", x.index, _index(residual), **epilogue)
         self.layers.append(packed)
         return self._made(index, epilogue, 4 if kind == "conv2d" else 2)
 

@@ -1,0 +1,317 @@
+// Layers for a GPU: how codes are packed, what is chosen for a size, and the arguments of the kernels.
+#include <algorithm>
+#include <bit>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+
+#include "repetition/cuda.h"
+
+namespace pycodesign::repetition::cuda {
+namespace {
+
+int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+// The bfloat16 numbers whose sum a float is, the largest first: each takes the next 8 bits.
+std::array<uint16_t, planes_f32> split_float(float value) {
+  std::array<uint16_t, planes_f32> terms;
+  for (uint16_t& term : terms) {
+    const uint32_t bits = std::bit_cast<uint32_t>(value) & 0xffff0000;
+    term = static_cast<uint16_t>(bits >> 16);
+    value -= std::bit_cast<float>(bits);
+  }
+  return terms;
+}
+
+int to_int(int64_t value, const char* what) {
+  if (value > std::numeric_limits<int32_t>::max())
+    throw std::invalid_argument(std::string(what) + ": expected fewer than 2^31 on a GPU, got " +
+                                std::to_string(value));
+  return static_cast<int>(value);
+}
+
+}  // namespace
+
+DeviceLayer::DeviceLayer(const Weights& w, const Geometry& g, const Activations& a, Algorithm algorithm)
+    : Layer(w, a, algorithm),
+      geometry_(g),
+      taps_(g.kernel[0] * g.kernel[1]),
+      group_channels_(g.channels / g.groups),
+      group_outputs_(w.outputs / g.groups) {}
+
+void DeviceLayer::upload_epilogue(const Weights& w, int32_t center) {
+  set_correction(w, center);
+  multipliers_.fill(multiplier_);
+  biases_.fill(bias_);
+  corrections_.fill(correction_);
+}
+
+Output DeviceLayer::output(const Tensor& out, const Tensor* residual, const Epilogue& epilogue) const {
+  Output o{};
+  o.epilogue = epilogue;
+  o.out = out.data;
+  std::copy(out.stride.begin(), out.stride.end(), o.out_stride);
+  if (residual) {
+    o.residual = residual->data;
+    std::copy(residual->stride.begin(), residual->stride.end(), o.residual_stride);
+  }
+  o.multiplier = multipliers_.as<float>();
+  o.bias = biases_.as<float>();
+  o.correction = corrections_.as<int32_t>();
+  return o;
+}
+
+DenseLayer::DenseLayer(const Weights& w, const Geometry& g, const Activations& a, int multiprocessors)
+    : DeviceLayer(w, g, a, Algorithm::dense),
+      multiprocessors_(multiprocessors),
+      center_(a.dtype == DType::u8 ? 128 : 0) {
+  // Few channels would leave most of a chunk empty at every tap.
+  gathers_ = taps_ > 1 && taps_ * chunk_of(group_channels_) > 2 * chunk_of(group_channels_ * taps_);
+  part_inputs_ = gathers_ ? group_channels_ * taps_ : group_channels_ / parts();
+  chunks_ = chunk_of(part_inputs_);
+  if (parts() > 1) chunks_ = static_cast<int>(divide_up(chunks_, stage_chunks)) * stage_chunks;  // a scale per stage
+  staged_taps_ = gathers_ ? 1 : to_int(taps_ * parts(), "kernel");
+  stages_ = to_int(divide_up(int64_t{staged_taps_} * chunks_, stage_chunks), "inputs");
+  segment_stages_ = stages_ / parts();
+  tiles_ = to_int(divide_up(group_outputs_, tile_outputs), "outputs");
+  choose_codes(w);
+  upload_epilogue(w, center_);
+  words_.fill(pack(w));
+}
+
+std::string DenseLayer::describe() const {
+  const std::string codes = std::to_string(bits_) + "-bit " + (bits_ < 8 ? "codes unpacked in registers" : "levels");
+  if (integers()) return "matrix unit, " + codes + ", exact 8-bit products";
+  return "matrix unit, " + codes + ", inputs in 3 bfloat16 terms, " +
+         (terms_ == 1 ? "exact weights" : "weights in 3 terms");
+}
+
+int DenseLayer::chunk_of(int64_t size) const { return to_int(divide_up(size, chunk_inputs(integers())), "inputs"); }
+
+// Codes of as few bits as name the levels, looked up in registers; beyond 16 levels the level itself.
+void DenseLayer::choose_codes(const Weights& w) {
+  values_ = distinct_levels(w);
+  const size_t count = values_.size();
+  bits_ = count <= 2 ? 1 : count <= 4 ? 2 : count <= 16 ? 4 : integers() ? 8 : 16;
+  const auto is_bf16 = [](float level) { return (std::bit_cast<uint32_t>(level) & 0xffff) == 0; };
+  if (!integers() && !std::all_of(values_.begin(), values_.end(), is_bf16)) terms_ = planes_f32;
+  auto* bytes = reinterpret_cast<unsigned char*>(lookup_);
+  for (size_t i = 0; i < count && count <= 16; ++i) {
+    if (integers()) {
+      bytes[i] = static_cast<unsigned char>(static_cast<int>(values_[i]));
+      continue;
+    }
+    const auto terms = split_float(values_[i]);
+    for (size_t t = 0; t < planes_f32; ++t) {
+      bytes[t * sizeof(Lookup) + i] = static_cast<unsigned char>(terms[t]);
+      bytes[t * sizeof(Lookup) + 16 + i] = static_cast<unsigned char>(terms[t] >> 8);
+    }
+  }
+}
+
+uint32_t DenseLayer::code_of(const Weights& w, int64_t output, int64_t input, int term) const {
+  const float level = w.level(output, input);
+  if (bits_ == 8) return static_cast<uint8_t>(static_cast<int>(level));
+  if (bits_ == 16) return split_float(level)[static_cast<size_t>(term)];
+  return static_cast<uint32_t>(std::lower_bound(values_.begin(), values_.end(), level) - values_.begin());
+}
+
+// The weight that a place in the staged inputs of a pixel meets, -1: none.
+int64_t DenseLayer::find_input(int64_t place) const {
+  const int64_t in_chunk = chunk_inputs(integers()), in_tap = chunks_ * in_chunk, tap = place / in_tap,
+                input = place % in_tap;
+  if (tap >= staged_taps_ || input >= part_inputs_) return -1;
+  if (gathers_) return input;
+  return parts() > 1 ? tap * part_inputs_ + input : input * taps_ + tap;
+}
+
+// Of each lane the fragments of a stage, in quads as cuda_codes.cuh reads them.
+std::vector<uint32_t> DenseLayer::pack(const Weights& w) const {
+  const bool bytes = integers();
+  const int count = lane_words(bytes, bits_), quads = bytes ? 16 : 8, width = std::min(count, 4), lanes = 32;
+  const int64_t stage_words = int64_t{count} * lanes, stage_inputs = stage_chunks * chunk_inputs(bytes);
+  const int64_t term_words = geometry_.groups * tiles_ * stages_ * stage_words;
+  const int terms = bits_ == 16 ? terms_ : 1;
+  std::vector<uint32_t> words(static_cast<size_t>(term_words * terms));
+  for (int64_t block = 0; block < terms * geometry_.groups * tiles_ * stages_; ++block) {
+    const int64_t stage = block % stages_, tile = block / stages_ % tiles_,
+                  group = block / stages_ / tiles_ % geometry_.groups;
+    const auto term = static_cast<int>(block / stages_ / tiles_ / geometry_.groups);
+    for (int lane = 0; lane < lanes; ++lane)
+      for (int quad = 0; quad < quads; ++quad)
+        for (int i = 0; i < 4; ++i) {
+          // Row and step of the product, as core/warp.cuh has the fragments of A.
+          const int step = quad / (quads / 2), in_step = quad % (quads / 2);
+          const int half = bytes ? in_step / 4 : in_step / 2, part = bytes ? in_step % 4 : in_step % 2 * 2 + i / 2;
+          const int row = half * 16 + part % 2 * 8 + lane / 4;
+          const int k =
+              bytes ? step * 32 + part / 2 * 16 + lane % 4 * 4 + i : step * 16 + part / 2 * 8 + lane % 4 * 2 + i % 2;
+          const int64_t output = tile * tile_outputs + row, input = find_input(stage * stage_inputs + k);
+          if (output >= group_outputs_ || input < 0) continue;
+          const uint32_t code = code_of(w, group * group_outputs_ + output, input, term);
+          const int in_word = bits_ < 8 ? 8 / bits_ : 1, in_half = std::max(in_word / 2, 1), at = quad % in_word;
+          int word = quad / in_word, shift = 16 * (at / in_half) + bits_ * (at % in_half) + 4 * i;
+          if (bits_ == 8) shift = 8 * i;
+          if (bits_ == 16) word = 2 * quad + i / 2, shift = i % 2 * 16;
+          const int64_t at_word = block * stage_words + (word / width * lanes + lane) * width + word % width;
+          words[static_cast<size_t>(at_word)] |= code << shift;
+        }
+  }
+  return words;
+}
+
+// In cycles of a multiprocessor that two blocks of 4 warps, or one of 8, keep busy: the products at the rate of
+// mma.sync, or the chunks at 32 bytes a cycle, and about 2000 cycles to begin and end.
+Plan DenseLayer::plan(const std::array<int64_t, 4>& size) const {
+  Plan best;
+  const int64_t rows = size[3],
+                pixels = size[0] * geometry_.output_size(0, size[2]) * geometry_.output_size(1, size[3]);
+  const bool is_linear = size[0] == 1 && size[2] == 1 && taps_ == 1 && geometry_.groups == 1 &&
+                         geometry_.stride[1] == 1 && geometry_.padding[0] == 0 && geometry_.padding[1] == 0;
+  if (is_linear && rows <= 2 * rows_block && (!integers() || parts() == 1)) {
+    best.few_rows = true;
+    best.why = "few rows: each code read once, no staging";
+    return best;
+  }
+  const int64_t staged_pixels =
+      gathers_ ? pixels : size[0] * (size[2] + 2 * geometry_.padding[0]) * (size[3] + 2 * geometry_.padding[1]);
+  const int planes = integers() ? 1 : planes_f32;
+  best.staged_bytes = staged_pixels * geometry_.groups * parts() * chunks_ * chunk_bytes * planes;
+  best.staged_bytes = divide_up(best.staged_bytes, 256) * 256;
+  const bool is_segmented = integers() && parts() > 1;
+  double best_cost = std::numeric_limits<double>::infinity();
+  for (const Shape& shape : shapes) {
+    if ((is_segmented || !fits_registers(integers(), bits_)) && (shape.warps != 2 || shape.eights != 4)) continue;
+    const int64_t blocks = divide_up(pixels, shape.pixels()) * divide_up(tiles_, shape.warps) * geometry_.groups;
+    const int64_t at_once = int64_t{multiprocessors_} * 4 / shape.warps;
+    const double products = 1.6 * 8 * shape.warps * shape.eights * planes * terms_,
+                 bytes = shape.pixels() * 64.0 * planes / 32;
+    for (int splits = 1; splits <= std::min(is_segmented ? 1 : 16, std::max(stages_ / 4, 1)); ++splits) {
+      const int64_t waves = divide_up(blocks * splits, at_once), here = divide_up(blocks * splits, multiprocessors_);
+      double cost =
+          static_cast<double>(here) * std::max(products, bytes) * static_cast<double>(divide_up(stages_, splits)) +
+          2000.0 * static_cast<double>(waves);
+      if (splits > 1) cost += 3000 + static_cast<double>(pixels * outputs_ * 8 * splits) / (32.0 * multiprocessors_);
+      if (cost >= best_cost) continue;
+      best_cost = cost;
+      best.shape = shape;
+      best.splits = splits;
+    }
+  }
+  best.partial_bytes = best.splits > 1 ? best.splits * outputs_ * pixels * 4 : 0;
+  best.why = std::to_string(tile_outputs * best.shape.warps) + " outputs by " + std::to_string(best.shape.pixels()) +
+             " pixels a block" + (best.splits > 1 ? ", inputs in " + std::to_string(best.splits) + " parts" : "");
+  return best;
+}
+
+DenseWeights DenseLayer::weights() const {
+  DenseWeights w{words_.as<uint32_t>(), bits_, terms_, 0, {}};
+  w.term_words = geometry_.groups * tiles_ * stages_ * 32 * lane_words(integers(), bits_);
+  std::memcpy(w.lookup, lookup_, sizeof lookup_);
+  return w;
+}
+
+void DenseLayer::run_rows(const Tensor& x, const Output& o, void* stream) const {
+  Rows r{};
+  r.weights = weights();
+  r.output = o;
+  r.dtype = activations_.dtype;
+  r.x = x.data;
+  r.stride[0] = x.stride[3];
+  r.stride[1] = x.stride[1];
+  r.rows = static_cast<int>(x.size[3]);
+  r.outputs = static_cast<int>(outputs_);
+  r.tiles = tiles_;
+  r.part_inputs = static_cast<int>(part_inputs_);
+  r.parts = parts();
+  r.part_stages = segment_stages_;
+  r.center = center_;
+  const int64_t element = integers() ? 1 : 4, word = integers() ? 4 : 8;
+  r.is_packed = r.stride[1] == element && (r.rows == 1 || r.stride[0] % word == 0) &&
+                part_inputs_ * element % word == 0 &&
+                reinterpret_cast<uintptr_t>(r.x) % static_cast<uintptr_t>(word) == 0;
+  multiply_rows(r, stream);
+}
+
+Stage DenseLayer::make_stage(const Tensor& x, char* workspace) const {
+  Stage s{};
+  s.x = x.data;
+  s.dtype = activations_.dtype;
+  std::copy(x.stride.begin(), x.stride.end(), s.stride);
+  s.height = to_int(x.size[2], "x");
+  s.width = to_int(x.size[3], "x");
+  s.out = workspace;
+  s.images = x.size[0];
+  const auto pixels = [&](int axis) {
+    const int64_t input = x.size[static_cast<size_t>(2 + axis)], padding = geometry_.padding[static_cast<size_t>(axis)];
+    return to_int(gathers_ ? geometry_.output_size(axis, input) : input + 2 * padding, "x");
+  };
+  s.rows = pixels(0);
+  s.columns = pixels(1);
+  s.parts = to_int(geometry_.groups * parts(), "groups");
+  s.part_inputs = static_cast<int>(part_inputs_);
+  s.chunks = chunks_;
+  s.plane = to_int(s.images * s.rows * s.columns * s.parts * s.chunks, "x");
+  for (size_t axis = 0; axis < 2; ++axis) {
+    s.padding[axis] = static_cast<int>(geometry_.padding[axis]);
+    s.kernel[axis] = static_cast<int>(geometry_.kernel[axis]);
+    s.stride_hw[axis] = static_cast<int>(geometry_.stride[axis]);
+    s.dilation[axis] = static_cast<int>(geometry_.dilation[axis]);
+  }
+  s.gathers = gathers_;
+  s.center = center_;
+  s.pad = activations_.zero_point - center_;
+  return s;
+}
+
+Dense DenseLayer::make_dense(const Tensor& x, const Stage& s, const Output& o, const Plan& plan) const {
+  Dense d{};
+  d.weights = weights();
+  d.output = o;
+  d.integers = integers();
+  d.groups = static_cast<int>(geometry_.groups);
+  d.group_outputs = static_cast<int>(group_outputs_);
+  d.tiles = tiles_;
+  d.staged = s.out;
+  d.plane = s.plane;
+  const int64_t height = geometry_.output_size(0, x.size[2]), width = geometry_.output_size(1, x.size[3]);
+  d.pixels = to_int(x.size[0] * height * width, "x");
+  d.image_pixels = static_cast<int>(height * width);
+  d.row_pixels = static_cast<int>(width);
+  const int64_t pixel = int64_t{s.parts} * s.chunks, row = s.columns * pixel;
+  d.image_step = to_int(s.rows * row, "x");
+  d.row_step = to_int(row * (gathers_ ? 1 : geometry_.stride[0]), "x");
+  d.pixel_step = to_int(pixel * (gathers_ ? 1 : geometry_.stride[1]), "x");
+  d.group_step = to_int(pixel / geometry_.groups, "x");
+  d.taps = staged_taps_;
+  d.row_taps = gathers_ ? 1 : parts() > 1 ? staged_taps_ : static_cast<int>(geometry_.kernel[1]);
+  d.tap_row_step = to_int(row * geometry_.dilation[0], "x");
+  d.tap_step = parts() > 1 ? s.chunks : to_int(pixel * geometry_.dilation[1], "x");
+  d.chunks = s.chunks;
+  d.stages = stages_;
+  d.segment_stages = segment_stages_;
+  d.splits = plan.splits;
+  d.partial = s.out + plan.staged_bytes;
+  return d;
+}
+
+void DenseLayer::run(const Tensor& x, const Tensor& out, const Tensor* residual, const Epilogue& epilogue,
+                     char* workspace, void* stream) const {
+  if (out.size[0] == 0 || out.size[2] == 0 || out.size[3] == 0) return;
+  const Plan chosen = plan(x.size);
+  const Output o = output(out, residual, epilogue);
+  if (chosen.few_rows) return run_rows(x, o, stream);
+  const Stage s = make_stage(x, workspace);
+  stage(s, stream);
+  multiply(make_dense(x, s, o, chosen), chosen.shape, stream);
+}
+
+Counts DenseLayer::counts() const {
+  Counts n;
+  n.multiplies = outputs_ * inputs_;
+  n.adds = outputs_ * (inputs_ - 1);
+  n.bytes = static_cast<int64_t>(words_.bytes() + multipliers_.bytes() + biases_.bytes() + corrections_.bytes());
+  return n;
+}
+
+}  // namespace pycodesign::repetition::cuda

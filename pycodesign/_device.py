@@ -1,0 +1,206 @@
+"""Arrays in a GPU's memory, CuPy's and torch's: where they are, and what their own library does for a call.
+
+A call on the GPU runs on the current stream of the arrays' library, and never waits. What it needs is allocated there,
+in that stream's order, so that it can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array: TypeAlias = Any  # a CuPy array or a torch tensor
+
+
+@dataclass(frozen=True)
+class CupyDevice:
+    """A GPU as CuPy sees it."""
+
+    index: int
+
+    def __str__(self) -> str:
+        return f"a CuPy array on device {self.index}"
+
+    @property
+    def stream(self) -> int:
+        """Handle of the current stream."""
+        return int(sys.modules["cupy"].cuda.get_current_stream(self.index).ptr)
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """Return a new array of a dtype that NumPy has."""
+        cupy = sys.modules["cupy"]
+        with cupy.cuda.Device(self.index):
+            return cupy.empty(shape, dtype)
+
+    def empty_like(self, array: Array, shape: tuple[int, ...]) -> Array:
+        return self.empty(shape, array.dtype)
+
+    def upload(self, name: str, array: NDArray[Any], wait: bool = False) -> Array:
+        """Return a copy on the device, for this stream only; with `wait`, made before the caller goes on, for all."""
+        cupy = sys.modules["cupy"]
+        with cupy.cuda.Device(self.index):
+            if cupy.cuda.get_current_stream().is_capturing():
+                raise _refuse_upload(name, self)
+            return cupy.asarray(array, blocking=wait)  # from pinned memory that CuPy keeps until it has been read
+
+    def to_vector(self, array: Array, dtype: str) -> Array:
+        """Return its elements as a dtype, one after another."""
+        cupy = sys.modules["cupy"]
+        with cupy.cuda.Device(self.index):
+            return cupy.ascontiguousarray(array, dtype)
+
+    @staticmethod
+    def in_rows(array: Array) -> Array:
+        """Return the array, or a copy whose elements follow one another within a row."""
+        if array.shape[-1] < 2 or array.strides[-1] == array.dtype.itemsize:
+            return array
+        return sys.modules["cupy"].ascontiguousarray(array)
+
+    @staticmethod
+    def view(array: Array) -> Array:
+        """Return what a native call takes for the array."""
+        return array
+
+    @staticmethod
+    def dtype_name(array: Array) -> str:
+        return str(array.dtype)
+
+
+@dataclass(frozen=True)
+class TorchDevice:
+    """A GPU as torch sees it."""
+
+    index: int
+
+    def __str__(self) -> str:
+        return f"a tensor on cuda:{self.index}"
+
+    @property
+    def name(self) -> str:
+        return f"cuda:{self.index}"
+
+    @property
+    def stream(self) -> int:
+        """Handle of the current stream."""
+        return int(sys.modules["torch"].cuda.current_stream(self.index).cuda_stream)
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """Return a new tensor; `dtype` is a name that torch has."""
+        torch = sys.modules["torch"]
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=self.name)
+
+    def empty_like(self, array: Array, shape: tuple[int, ...]) -> Array:
+        return self.empty(shape, self.dtype_name(array))
+
+    def upload(self, name: str, array: NDArray[Any], wait: bool = False) -> Array:
+        """Return a copy on the device, for this stream only; with `wait`, made before the caller goes on, for all."""
+        torch = sys.modules["torch"]
+        if torch.cuda.is_current_stream_capturing():
+            raise _refuse_upload(name, self)
+        tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
+        if wait:
+            return tensor.to(self.name)
+        return tensor.pin_memory().to(self.name, non_blocking=True)  # torch keeps that memory until it has been read
+
+    def to_vector(self, array: Array, dtype: str) -> Array:
+        """Return its elements as a dtype, one after another."""
+        return array.detach().to(getattr(sys.modules["torch"], dtype)).contiguous()
+
+    @staticmethod
+    def in_rows(array: Array) -> Array:
+        """Return the tensor, or a copy whose elements follow one another within a row."""
+        return array if array.shape[-1] < 2 or array.stride(-1) == 1 else array.detach().contiguous()
+
+    @staticmethod
+    def view(array: Array) -> dict[str, Any]:
+        """Return what a native call takes for the tensor: its own interface refuses gradients and bfloat16."""
+        dtype, size = array.dtype, array.element_size()
+        kind = "c" if dtype.is_complex else "f" if dtype.is_floating_point else "i" if dtype.is_signed else "u"
+        if str(dtype) == "torch.bool":
+            kind = "b"
+        elif kind == "f" and (size == 1 or str(dtype) == "torch.bfloat16"):
+            kind = "V"
+        return {
+            "data": (array.data_ptr(), False),
+            "shape": tuple(array.shape),
+            "strides": tuple(stride * size for stride in array.stride()),
+            "typestr": f"<{kind}{size}",
+            "owner": array,
+        }
+
+    @staticmethod
+    def dtype_name(array: Array) -> str:
+        return str(array.dtype).removeprefix("torch.")
+
+
+Device: TypeAlias = CupyDevice | TorchDevice
+
+
+def locate(array: Any) -> Device | None:
+    """Return where an array is, if it is on a GPU."""
+    if isinstance(array, np.ndarray):
+        return None
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        return TorchDevice(array.get_device()) if array.is_cuda else None
+    cupy = sys.modules.get("cupy")
+    return CupyDevice(array.device.id) if cupy is not None and isinstance(array, cupy.ndarray) else None
+
+
+def find_device(**arrays: Any) -> Device | None:
+    """Return where the arrays are, None if that is the host's memory.
+
+    Raises
+    ------
+    TypeError
+        If one is on a GPU, and another one is not on the same or of another library.
+    """
+    given = {name: array for name, array in arrays.items() if array is not None}
+    places = {name: locate(array) for name, array in given.items()}
+    first = next((name for name, place in places.items() if place is not None), None)
+    if first is None:
+        return None
+    device = places[first]
+    assert device is not None
+    for name, array in given.items():
+        if not is_on(device, name, array, first):
+            text = f"{type(array).__name__} in host memory"
+            raise TypeError(f"{name}: expected {device}, as {first} is, got {text}")
+    return device
+
+
+def is_on(device: Device, name: str, array: Any, other: str) -> bool:
+    """Return whether an array is on a device, as `other` is, rather than in host memory; elsewhere is a `TypeError`."""
+    place = locate(array)
+    if place is not None and place != device:
+        raise TypeError(f"{name}: expected {device}, as {other} is, got {place}")
+    return place is not None
+
+
+def load_native() -> Any:
+    """Return the module of CUDA kernels.
+
+    Raises
+    ------
+    RuntimeError
+        Saying what is missing, where it was not built or finds no device.
+    """
+    try:
+        native: Any = importlib.import_module("pycodesign._cuda")
+    except ModuleNotFoundError:
+        raise RuntimeError(
+            "no CUDA kernels: pycodesign was built without nvcc; build it again with "
+            "-Ccmake.define.PYCODESIGN_CUDA=ON, or pass arrays in host memory"
+        ) from None
+    if absence := native.absence():
+        raise RuntimeError(absence)
+    return native
+
+
+def _refuse_upload(name: str, device: Device) -> TypeError:
+    return TypeError(f"{name}: expected {device} while a CUDA graph is captured, got an array in host memory")

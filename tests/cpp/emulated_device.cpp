@@ -1,0 +1,25 @@
+// core/cuda.cu of the emulated module: one device, in the host's memory.
+#include <stdexcept>
+
+#include "core/cuda.h"
+
+namespace pycodesign::core::cuda {
+
+int device_count() { return 1; }
+std::string absence() { return ""; }
+std::string runtime_version() { return "emulated"; }
+std::string driver_version() { return "emulated"; }
+
+int current_device() { return 0; }
+
+DeviceProperties device_properties(int device) {
+  if (device != 0) throw std::invalid_argument("device: expected 0 to 0, got " + std::to_string(device));
+  return {"emulated", 9, 0, 1, 1 << 30, 1 << 20, 227 << 10};
+}
+
+DeviceGuard::DeviceGuard(int device) : device_(device) {
+  if (device != 0) throw std::runtime_error("CUDA: invalid device ordinal");
+}
+DeviceGuard::~DeviceGuard() = default;
+
+}  // namespace pycodesign::core::cuda

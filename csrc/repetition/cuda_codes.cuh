@@ -108,4 +108,18 @@ __device__ __forceinline__ Terms split_float(float x) {
   return terms;
 }
 
+// Calls f<T, bits>() for the type and the codes of a layer.
+template <class F> void by_codes(bool integers, int bits, F f) {
+  switch (bits) {
+    case 1: return integers ? f.template run<Bytes, 1>() : f.template run<Floats, 1>();
+    case 2: return integers ? f.template run<Bytes, 2>() : f.template run<Floats, 2>();
+    case 4: return integers ? f.template run<Bytes, 4>() : f.template run<Floats, 4>();
+    default: return integers ? f.template run<Bytes, 8>() : f.template run<Floats, 16>();
+  }
+}
+
+inline unsigned blocks_of(int64_t count, int64_t in_block) {
+  return static_cast<unsigned>((count + in_block - 1) / in_block);
+}
+
 }  // namespace pycodesign::repetition::cuda

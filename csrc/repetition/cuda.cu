@@ -121,9 +121,9 @@ template <class T, int bits, int warps, int eights, bool is_segmented> struct Pr
   static constexpr int threads = 2 * warps * warp_size, pixels = 16 * eights, count = T::template lane_words<bits>;
   static constexpr int copies = pixels * stage_chunks / threads, row_step = threads / stage_chunks;
   static constexpr int slot_chunks = T::planes * pixels * stage_chunks;
-  static constexpr int pitch = 8 * eights + 1, warp_sums = tile_outputs * pitch;  // of sums in shared memory
-  static constexpr std::size_t shared_bytes =
-      std::max<std::size_t>(T::depth * slot_chunks * chunk_bytes, std::size_t{4} * 2 * warps * warp_sums);
+  static constexpr Shape shape{warps, eights};
+  static constexpr int pitch = shape.pitch(), warp_sums = tile_outputs * pitch;
+  static constexpr std::size_t shared_bytes = shape.shared_bytes(T::integers);
   static constexpr bool scales = is_segmented || !T::integers;  // sums are scaled on the way
   using Total = std::conditional_t<scales, float, Sum>;
 

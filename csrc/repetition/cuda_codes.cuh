@@ -28,7 +28,7 @@ template <int bits> __device__ __forceinline__ uint32_t look_up(const uint32_t* 
 // bytes; `step` is 0 or 1.
 struct Bytes {
   static constexpr bool integers = true;
-  static constexpr int planes = 1, depth = 4;  // depth: stages in shared memory
+  static constexpr int planes = 1, depth = depth_bytes;
   template <int bits> static constexpr int lane_words = cuda::lane_words(integers, bits);
   using Sum = int32_t;
 
@@ -48,7 +48,7 @@ struct Bytes {
 
 struct Floats {
   static constexpr bool integers = false;
-  static constexpr int planes = planes_f32, depth = 3;
+  static constexpr int planes = planes_f32, depth = depth_floats;
   template <int bits> static constexpr int lane_words = cuda::lane_words(integers, bits);
   using Sum = float;
 

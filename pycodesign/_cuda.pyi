@@ -4,7 +4,11 @@ from typing import Any, TypeAlias, TypedDict, final, type_check_only
 import numpy as np
 from numpy.typing import NDArray
 
-Array: TypeAlias = Any  # with `__cuda_array_interface__`, or a dict like it
+_Array: TypeAlias = Any  # with `__cuda_array_interface__`, or a dict like it
+
+@type_check_only
+class _Type(type):
+    """Metaclass of classes that pybind11 binds."""
 
 @type_check_only
 class DeviceProperties(TypedDict):
@@ -33,18 +37,18 @@ def current_device() -> int: ...
 def device_properties(device: int) -> DeviceProperties: ...
 def build_info() -> BuildInfo: ...
 def expand(
-    w: Array,
-    out_index: Array,
-    in_index: Array | None,
-    in_scale: Array | None,
-    out_scale: Array | None,
-    out: Array,
+    w: _Array,
+    out_index: _Array,
+    in_index: _Array | None,
+    in_scale: _Array | None,
+    out_scale: _Array | None,
+    out: _Array,
     device: int,
     stream: int,
 ) -> None: ...
 
 @final
-class PackedLayer:
+class PackedLayer(metaclass=_Type):
     def __init__(
         self,
         codes: NDArray[np.uint8],
@@ -94,8 +98,8 @@ class PackedLayer:
     def plan(self, x_shape: Sequence[int]) -> LayerPlan: ...
     def run(
         self,
-        x: Array,
-        residual: Array | None,
+        x: _Array,
+        residual: _Array | None,
         residual_scale: float,
         residual_zero_point: float,
         lo: float | None,
@@ -103,22 +107,23 @@ class PackedLayer:
         out_dtype: str,
         out_scale: float | None,
         out_zero_point: int,
-        out: Array,
-        workspace: Array | None,
+        out: _Array,
+        workspace: _Array | None,
         stream: int,
     ) -> None: ...
 
 def delta_linear(
-    x: Array,
-    base: Array | None,
+    x: _Array,
+    base: _Array | None,
     deltas: Sequence[Delta],
-    positions: Array | None,
-    out: Array,
+    positions: _Array | None,
+    out: _Array,
     device: int,
     stream: int,
 ) -> None: ...
 
-class Delta:
+@final
+class Delta(metaclass=_Type):
     """One task's difference of weights and bias, in a GPU's memory."""
 
-    def __init__(self, kind: str, outputs: int, inputs: int, rank: int, arrays: dict[str, Array]) -> None: ...
+    def __init__(self, kind: str, outputs: int, inputs: int, rank: int, arrays: dict[str, _Array]) -> None: ...

@@ -340,7 +340,8 @@ def prepack_conv2d(
     device : "cuda", "cuda:0" and so on, int, or torch.device, optional
         The GPU that the weights are put on, and arrays of CuPy or torch are expected on; ``"cuda"`` is the current one.
         There ``auto`` is ``dense``, codes of 1, 2 or 4 bits unpacked in registers for the matrix unit; ``tables`` and
-        ``codebook`` are the published sums, on CUDA cores. Host memory by default.
+        ``codebook`` are the published sums, on CUDA cores. Run a layer once before a CUDA graph captures it, and keep
+        it for as long as the graph. Host memory by default.
 
     Returns
     -------

@@ -24,9 +24,11 @@ struct Placed {
   std::unique_ptr<DeviceLayer> layer;
 
   ~Placed() {
-    if (!layer) return;
-    const core::cuda::DeviceGuard guard(device);
-    layer.reset();
+    try {
+      const core::cuda::DeviceGuard guard(device);
+      layer.reset();
+    } catch (...) {  // CUDA is gone already, as in a forked process
+    }
   }
 };
 
@@ -42,7 +44,8 @@ std::shared_ptr<Placed> place(const repetition::Weights& w, const repetition::Ge
   const core::cuda::DeviceGuard guard(device);
   without_gil([&] {
     if (algorithm == Algorithm::dense)
-      placed->layer = std::make_unique<repetition::cuda::DenseLayer>(w, g, in, properties.multiprocessors);
+      placed->layer = std::make_unique<repetition::cuda::DenseLayer>(
+          w, g, in, repetition::cuda::Limits{properties.multiprocessors, properties.shared_bytes_per_block});
     else placed->layer = std::make_unique<repetition::cuda::FactoredLayer>(w, g, in, algorithm);
   });
   return placed;

@@ -1,5 +1,5 @@
-// Layers as matrix products: staging, the product of codes and pixels, the sum of its parts, and the product with few
-// rows. README.md beside this file draws the tiles.
+// Layers as matrix products: staging, the product of codes and pixels, and the sum of its parts. README.md beside this
+// file draws the tiles.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
@@ -121,9 +121,9 @@ template <class T, int bits, int warps, int eights, bool is_segmented> struct Pr
   static constexpr int threads = 2 * warps * warp_size, pixels = 16 * eights, count = T::template lane_words<bits>;
   static constexpr int copies = pixels * stage_chunks / threads, row_step = threads / stage_chunks;
   static constexpr int slot_chunks = T::planes * pixels * stage_chunks;
-  static constexpr int pitch = 8 * eights + 1, warp_sums = tile_outputs * pitch;  // of sums in shared memory
-  static constexpr std::size_t shared_bytes =
-      std::max<std::size_t>(T::depth * slot_chunks * chunk_bytes, std::size_t{4} * 2 * warps * warp_sums);
+  static constexpr Shape shape{warps, eights};
+  static constexpr int pitch = shape.pitch(), warp_sums = tile_outputs * pitch;
+  static constexpr std::size_t shared_bytes = shape.shared_bytes(T::integers);
   static constexpr bool scales = is_segmented || !T::integers;  // sums are scaled on the way
   using Total = std::conditional_t<scales, float, Sum>;
 
@@ -313,128 +313,6 @@ template <class Sum> __global__ void __launch_bounds__(stage_threads) add_splits
          pixel_offset(d.output.residual_stride, pixel, d.image_pixels, d.row_pixels));
 }
 
-// Fragments of B of one step, from a row of x itself; a lane without a row has zeros.
-template <class T> struct RowReader;
-template <> struct RowReader<Bytes> {
-  // 4 bytes of inputs from `input` on
-  static __device__ __forceinline__ uint32_t load(const Rows& r, const char* row, int input, int end) {
-    uint32_t word = 0;
-    if (r.is_packed) {  // x - 128 is x with its highest bit flipped
-      if (input < end) word = *reinterpret_cast<const uint32_t*>(row + input) ^ (r.center ? 0x80808080 : 0);
-      return word;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (input + i < end) {
-        const char* at = row + (input + i) * r.stride[1];
-        const int value =
-            r.dtype == DType::u8 ? *reinterpret_cast<const uint8_t*>(at) : *reinterpret_cast<const int8_t*>(at);
-        word |= static_cast<uint32_t>((value - r.center) & 0xff) << 8 * i;
-      }
-    return word;
-  }
-  static __device__ __forceinline__ void multiply(const Rows& r, const char* row, int input, int end, int lane,
-                                                  const uint32_t (&a)[2][4], int32_t (&sum)[2][4]) {
-    const uint32_t b0 = row ? load(r, row, input + lane % 4 * 4, end) : 0;
-    const uint32_t b1 = row ? load(r, row, input + 16 + lane % 4 * 4, end) : 0;
-    multiply_s8(sum[0], a[0], b0, b1);
-    multiply_s8(sum[1], a[1], b0, b1);
-  }
-};
-template <> struct RowReader<Floats> {
-  // 2 floats from `input` on, as pairs of bfloat16
-  static __device__ __forceinline__ Terms load(const Rows& r, const char* row, int input, int end) {
-    Terms pairs;
-    float2 two = make_float2(0, 0);
-    if (row && r.is_packed && input < end) {
-      two = *reinterpret_cast<const float2*>(row + input * 4);
-    } else if (row && !r.is_packed) {
-      if (input < end) two.x = *reinterpret_cast<const float*>(row + input * r.stride[1]);
-      if (input + 1 < end) two.y = *reinterpret_cast<const float*>(row + (input + 1) * r.stride[1]);
-    }
-    const Terms low = split_float(two.x), high = split_float(two.y);
-#pragma unroll
-    for (int p = 0; p < planes_f32; ++p) pairs.bits[p] = low.bits[p] >> 16 | (high.bits[p] & 0xffff0000);
-    return pairs;
-  }
-  static __device__ __forceinline__ void multiply(const Rows& r, const char* row, int input, int end, int lane,
-                                                  const uint32_t (&a)[2][4], float (&sum)[2][4]) {
-    const Terms b0 = load(r, row, input + lane % 4 * 2, end), b1 = load(r, row, input + 8 + lane % 4 * 2, end);
-#pragma unroll
-    for (int p = planes_f32 - 1; p >= 0; --p) {
-      multiply_bf16(sum[0], a[0], b0.bits[p], b1.bits[p]);
-      multiply_bf16(sum[1], a[1], b0.bits[p], b1.bits[p]);
-    }
-  }
-};
-
-// A block multiplies one tile of outputs by 8 rows; its warps share the stages, and add up in their order.
-template <class T, int bits> __global__ void __launch_bounds__(rows_warps* warp_size, 2)
-    multiply_few_rows(const __grid_constant__ Rows r) {
-  constexpr int count = T::template lane_words<bits>, step_inputs = T::integers ? 32 : 16;
-  constexpr int batch = count < 8 ? 4 : count < 16 ? 2 : 1;  // stages whose words are under way at once
-  using Total = std::conditional_t<T::integers, int32_t, float>;
-  __shared__ Total totals[rows_warps][tile_outputs * rows_block];
-  const int lane = static_cast<int>(threadIdx.x) % warp_size, warp = static_cast<int>(threadIdx.x) / warp_size;
-  const int tile = static_cast<int>(blockIdx.x), stages = r.part_stages * r.parts;
-  const int row = static_cast<int>(blockIdx.y) * rows_block + lane / 4;
-  const char* x = row < r.rows ? r.x + row * r.stride[0] : nullptr;
-  constexpr int64_t stage_words = count * warp_size;
-  const uint32_t* from = r.weights.words + tile * stages * stage_words;
-
-  typename T::Sum sum[2][4] = {};
-  Total total[2][4] = {};
-  const int first = stages * warp / rows_warps, last = stages * (warp + 1) / rows_warps;
-  for (int s = first; s < last; s += batch) {
-    uint32_t words[batch][count];
-#pragma unroll
-    for (int k = 0; k < batch; ++k) load_words(words[k], from + min(s + k, last - 1) * stage_words, lane);
-#pragma unroll
-    for (int k = 0; k < batch; ++k) {
-      if (s + k >= last) break;
-      const int part = (s + k) / r.part_stages, in_part = (s + k) % r.part_stages * 2 * step_inputs;
-      const int end = (part + 1) * r.part_inputs;
-      for (int term = 0; term < r.weights.terms; ++term) {
-        if constexpr (bits == 16) {
-          if (term > 0) load_words(words[k], from + term * r.weights.term_words + (s + k) * stage_words, lane);
-        }
-#pragma unroll
-        for (int step = 0; step < 2; ++step) {
-          uint32_t a[2][4];
-          T::template unpack<bits>(a, words[k], r.weights.lookup[term], step);
-          RowReader<T>::multiply(r, x, part * r.part_inputs + in_part + step * step_inputs, end, lane, a, sum);
-        }
-      }
-#pragma unroll
-      for (int m = 0; m < 2; ++m)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if constexpr (T::integers) total[m][i] = sum[m][i];
-          else {
-            const int output = min(tile * tile_outputs + m * 16 + i / 2 * 8 + lane / 4, r.outputs - 1);
-            total[m][i] =
-                fmaf(sum[m][i], r.output.multiplier[static_cast<int64_t>(part) * r.outputs + output], total[m][i]);
-            sum[m][i] = 0;
-          }
-        }
-    }
-  }
-#pragma unroll
-  for (int m = 0; m < 2; ++m)
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      totals[warp][(m * 16 + i / 2 * 8 + lane / 4) * rows_block + lane % 4 * 2 + i % 2] = total[m][i];
-  barrier();
-  const int mine = static_cast<int>(threadIdx.x), output = tile * tile_outputs + mine / rows_block;
-  const int to = static_cast<int>(blockIdx.y) * rows_block + mine % rows_block;
-  if (output >= r.outputs || to >= r.rows) return;
-  Total y = totals[0][mine];
-  for (int w = 1; w < rows_warps; ++w) y += totals[w][mine];
-  finish(r.output, y, output, to * r.output.out_stride[3], to * r.output.residual_stride[3]);
-}
-
-unsigned blocks_of(int64_t count, int64_t in_block) { return static_cast<unsigned>((count + in_block - 1) / in_block); }
-
 template <class T, int bits, int warps, int eights, bool is_segmented>
 void launch_tiles(const Dense& d, cudaStream_t stream) {
   using P = Product<T, bits, warps, eights, is_segmented>;
@@ -455,32 +333,12 @@ template <class T, int bits> void launch_bits(const Dense& d, const Shape& shape
   launch_tiles<T, bits, 2, 4, false>(d, stream);
 }
 
-template <class T, int bits> void launch_rows(const Rows& r, cudaStream_t stream) {
-  launch(multiply_few_rows<T, bits>, dim3(static_cast<unsigned>(r.tiles), blocks_of(r.rows, rows_block)),
-         rows_warps * warp_size, 0, stream, r);
-}
-
-// Calls f<T, bits>() for the type and the codes of a layer.
-template <class F> void by_codes(bool integers, int bits, F f) {
-  switch (bits) {
-    case 1: return integers ? f.template run<Bytes, 1>() : f.template run<Floats, 1>();
-    case 2: return integers ? f.template run<Bytes, 2>() : f.template run<Floats, 2>();
-    case 4: return integers ? f.template run<Bytes, 4>() : f.template run<Floats, 4>();
-    default: return integers ? f.template run<Bytes, 8>() : f.template run<Floats, 16>();
-  }
-}
 struct MultiplyTiles {
   const Dense& d;
   const Shape& shape;
   cudaStream_t stream;
   template <class T, int bits> void run() const { launch_bits<T, bits>(d, shape, stream); }
 };
-struct MultiplyRows {
-  const Rows& r;
-  cudaStream_t stream;
-  template <class T, int bits> void run() const { launch_rows<T, bits>(r, stream); }
-};
-
 }  // namespace
 
 void stage(const Stage& s, void* stream) {
@@ -494,10 +352,6 @@ void stage(const Stage& s, void* stream) {
 
 void multiply(const Dense& d, const Shape& shape, void* stream) {
   by_codes(d.integers, d.weights.bits, MultiplyTiles{d, shape, static_cast<cudaStream_t>(stream)});
-}
-
-void multiply_rows(const Rows& r, void* stream) {
-  by_codes(r.dtype != DType::f32, r.weights.bits, MultiplyRows{r, static_cast<cudaStream_t>(stream)});
 }
 
 void* upload(const void* data, std::size_t bytes) {

@@ -31,6 +31,12 @@ class DeviceBuffer {
   std::size_t bytes_ = 0;
 };
 
+// Of a device.
+struct Limits {
+  int multiprocessors;
+  std::size_t shared_bytes = 227 << 10;  // of a block
+};
+
 // What runs for inputs of one size, and why.
 struct Plan {
   bool few_rows = false;
@@ -64,7 +70,7 @@ class DeviceLayer : public Layer {
 
 class DenseLayer final : public DeviceLayer {
  public:
-  DenseLayer(const Weights&, const Geometry&, const Activations&, int multiprocessors);
+  DenseLayer(const Weights&, const Geometry&, const Activations&, const Limits&);
   Plan plan(const std::array<int64_t, 4>& size) const override;
   void run(const Tensor& x, const Tensor& out, const Tensor* residual, const Epilogue&, char* workspace,
            void* stream) const override;
@@ -83,7 +89,7 @@ class DenseLayer final : public DeviceLayer {
   Stage make_stage(const Tensor& x, char* workspace) const;
   Dense make_dense(const Tensor& x, const Stage&, const Output&, const Plan&) const;
 
-  int multiprocessors_;
+  Limits limits_;
   bool gathers_;                      // staging gathers what an output reads
   int64_t part_inputs_;               // of a staged part
   int chunks_, staged_taps_, tiles_;  // chunks of a tap, taps, tiles of a group

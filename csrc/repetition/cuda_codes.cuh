@@ -28,7 +28,7 @@ template <int bits> __device__ __forceinline__ uint32_t look_up(const uint32_t* 
 // bytes; `step` is 0 or 1.
 struct Bytes {
   static constexpr bool integers = true;
-  static constexpr int planes = 1, depth = 4;  // depth: stages in shared memory
+  static constexpr int planes = 1, depth = depth_bytes;
   template <int bits> static constexpr int lane_words = cuda::lane_words(integers, bits);
   using Sum = int32_t;
 
@@ -48,7 +48,7 @@ struct Bytes {
 
 struct Floats {
   static constexpr bool integers = false;
-  static constexpr int planes = planes_f32, depth = 3;
+  static constexpr int planes = planes_f32, depth = depth_floats;
   template <int bits> static constexpr int lane_words = cuda::lane_words(integers, bits);
   using Sum = float;
 
@@ -106,6 +106,20 @@ __device__ __forceinline__ Terms split_float(float x) {
   terms.bits[1] = __float_as_uint(rest) & 0xffff0000;
   terms.bits[2] = __float_as_uint(__fsub_rn(rest, __uint_as_float(terms.bits[1])));
   return terms;
+}
+
+// Calls f<T, bits>() for the type and the codes of a layer.
+template <class F> void by_codes(bool integers, int bits, F f) {
+  switch (bits) {
+    case 1: return integers ? f.template run<Bytes, 1>() : f.template run<Floats, 1>();
+    case 2: return integers ? f.template run<Bytes, 2>() : f.template run<Floats, 2>();
+    case 4: return integers ? f.template run<Bytes, 4>() : f.template run<Floats, 4>();
+    default: return integers ? f.template run<Bytes, 8>() : f.template run<Floats, 16>();
+  }
+}
+
+inline unsigned blocks_of(int64_t count, int64_t in_block) {
+  return static_cast<unsigned>((count + in_block - 1) / in_block);
 }
 
 }  // namespace pycodesign::repetition::cuda

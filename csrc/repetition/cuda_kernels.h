@@ -4,6 +4,7 @@
 // sum stage by stage. A tile is 32 outputs.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "repetition/kernels.h"
@@ -11,7 +12,8 @@
 namespace pycodesign::repetition::cuda {
 
 inline constexpr int chunk_bytes = 16, stage_chunks = 4, tile_outputs = 32;
-inline constexpr int planes_f32 = 3;  // bfloat16 numbers whose sum a float is
+inline constexpr int depth_bytes = 4, depth_floats = 3;  // stages in shared memory
+inline constexpr int planes_f32 = 3;                     // bfloat16 numbers whose sum a float is
 
 constexpr int chunk_inputs(bool integers) { return integers ? chunk_bytes : chunk_bytes / 2; }
 // 32-bit words that a lane reads for a stage of a tile: codes of `bits` bits; of 8, or 16 for floats, the level itself
@@ -94,7 +96,14 @@ struct Rows {
 struct Shape {
   int warps;   // side by side along the outputs, each with a tile; 2 along the pixels
   int eights;  // of pixels, of a warp
-  int pixels() const { return 16 * eights; }
+  constexpr int pixels() const { return 16 * eights; }
+  constexpr int pitch() const { return 8 * eights + 1; }  // of a warp's sums in shared memory
+  // Stages of all planes, and then the sums in their place.
+  constexpr std::size_t shared_bytes(bool integers) const {
+    const int stages = pixels() * stage_chunks * chunk_bytes * (integers ? depth_bytes : depth_floats * planes_f32);
+    const int sums = 4 * 2 * warps * tile_outputs * pitch();
+    return static_cast<std::size_t>(stages > sums ? stages : sums);
+  }
 };
 inline constexpr Shape shapes[] = {{4, 8}, {2, 8}, {2, 4}};
 // Of 8 eights, which floats' sums and wide codes do not.

@@ -61,10 +61,8 @@ Output DeviceLayer::output(const Tensor& out, const Tensor* residual, const Epil
   return o;
 }
 
-DenseLayer::DenseLayer(const Weights& w, const Geometry& g, const Activations& a, int multiprocessors)
-    : DeviceLayer(w, g, a, Algorithm::dense),
-      multiprocessors_(multiprocessors),
-      center_(a.dtype == DType::u8 ? 128 : 0) {
+DenseLayer::DenseLayer(const Weights& w, const Geometry& g, const Activations& a, const Limits& limits)
+    : DeviceLayer(w, g, a, Algorithm::dense), limits_(limits), center_(a.dtype == DType::u8 ? 128 : 0) {
   // Few channels would leave most of a chunk empty at every tap.
   gathers_ = taps_ > 1 && taps_ * chunk_of(group_channels_) > 2 * chunk_of(group_channels_ * taps_);
   part_inputs_ = gathers_ ? group_channels_ * taps_ : group_channels_ / parts();
@@ -182,16 +180,19 @@ Plan DenseLayer::plan(const std::array<int64_t, 4>& size) const {
   double best_cost = std::numeric_limits<double>::infinity();
   for (const Shape& shape : shapes) {
     if ((is_segmented || !fits_registers(integers(), bits_)) && (shape.warps != 2 || shape.eights != 4)) continue;
+    if (shape.shared_bytes(integers()) > limits_.shared_bytes) continue;
     const int64_t blocks = divide_up(pixels, shape.pixels()) * divide_up(tiles_, shape.warps) * geometry_.groups;
-    const int64_t at_once = int64_t{multiprocessors_} * 4 / shape.warps;
+    const int64_t at_once = int64_t{limits_.multiprocessors} * 4 / shape.warps;
     const double products = 1.6 * 8 * shape.warps * shape.eights * planes * terms_,
                  bytes = shape.pixels() * 64.0 * planes / 32;
     for (int splits = 1; splits <= std::min(is_segmented ? 1 : 16, std::max(stages_ / 4, 1)); ++splits) {
-      const int64_t waves = divide_up(blocks * splits, at_once), here = divide_up(blocks * splits, multiprocessors_);
+      const int64_t waves = divide_up(blocks * splits, at_once),
+                    here = divide_up(blocks * splits, limits_.multiprocessors);
       double cost =
           static_cast<double>(here) * std::max(products, bytes) * static_cast<double>(divide_up(stages_, splits)) +
           2000.0 * static_cast<double>(waves);
-      if (splits > 1) cost += 3000 + static_cast<double>(pixels * outputs_ * 8 * splits) / (32.0 * multiprocessors_);
+      if (splits > 1)
+        cost += 3000 + static_cast<double>(pixels * outputs_ * 8 * splits) / (32.0 * limits_.multiprocessors);
       if (cost >= best_cost) continue;
       best_cost = cost;
       best.shape = shape;

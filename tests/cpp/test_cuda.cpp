@@ -139,7 +139,7 @@ class Check {
 
     std::unique_ptr<DeviceLayer> made;
     if (c_.is_factored) made = std::make_unique<FactoredLayer>(weights_, g_, activations_, Algorithm::tables);
-    else made = std::make_unique<DenseLayer>(weights_, g_, activations_, c_.multiprocessors);
+    else made = std::make_unique<DenseLayer>(weights_, g_, activations_, cuda::Limits{c_.multiprocessors});
     const DeviceLayer& layer = *made;
     const cuda::Plan plan = layer.plan(x.view.size);
     auto* workspace = static_cast<char*>(

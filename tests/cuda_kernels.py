@@ -47,7 +47,7 @@ def read_version(compiler: str) -> str:
 def compile_kernels(compiler: str, folder: Path) -> dict[str, str]:
     """Compile each family's kernels into ``FAMILY.sm_N.cubin``; return what the compiler says, also in files beside."""
     sources = sorted(path for path in ROOT.glob("csrc/*/*.cu") if "__global__" in path.read_text())
-    options = ["-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "-cubin"]
+    options = ["-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "-cubin"]
 
     def run(pair: tuple[Path, str]) -> tuple[str, str]:
         source, arch = pair

@@ -1,7 +1,7 @@
 #pragma once
 
 #include <cstdint>
-#include <span>
+#include <vector>
 
 #include "sharing/sharing.h"
 
@@ -23,7 +23,7 @@ struct Task {
 
 // As sharing::Call, with device memory.
 struct Call {
-  std::span<const Task> tasks;
+  std::vector<Task> tasks;
   int64_t tokens, outputs, inputs;
   const float* x;
   int64_t x_task, x_row;

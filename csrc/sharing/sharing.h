@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <memory>
-#include <span>
 #include <vector>
 
 #include "core/aligned_buffer.h"
@@ -73,11 +72,11 @@ DeltaPointer pack_dense(int64_t outputs, int64_t inputs, const float* w, const f
 // The sum starts at the bias (or 0) and takes one multiply-add after the other, whatever the tile, so that a result
 // depends on nothing but its own row of x, of delta and of base. Low rank: the same twice, first with A, then with B.
 struct Call {
-  std::span<const DeltaPointer> tasks;  // of one size
-  int64_t tokens;                       // rows for each task
-  const float* x;                       // strides in elements; within a row elements follow one another
-  int64_t x_task, x_row;                // x_task 0: all tasks read the same rows
-  const float* base;                    // null: zeros
+  std::vector<DeltaPointer> tasks;  // of one size
+  int64_t tokens;                   // rows for each task
+  const float* x;                   // strides in elements; within a row elements follow one another
+  int64_t x_task, x_row;            // x_task 0: all tasks read the same rows
+  const float* base;                // null: zeros
   int64_t base_task, base_row;
   float* z;  // apart from everything else
   int64_t z_task, z_row;

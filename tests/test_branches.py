@@ -318,7 +318,7 @@ def test_bad_placements() -> None:
         (graph, Placement.sequential(graph, CORES + 1), {}, ValueError, f"place: expected .* got {CORES + 1}"),
         (graph, "teams", {}, TypeError, "place: expected a Placement, got str"),
         (3, Placement.sequential(graph), {}, TypeError, "net: expected a Graph or a network of branches, got int"),
-        (graph, Placement.sequential(graph), {"backend": "mpi"}, ValueError, "backend: expected 'threads' or"),
+        (graph, Placement.sequential(graph), {"backend": "mpi"}, ValueError, "backend: expected 'threads', "),
         (graph, Placement.sequential(graph), {"widths": {"no": 1}}, ValueError, "widths: expected names"),
         (graph, Placement.sequential(graph), {"widths": {"stem": 2}}, ValueError, "widths: expected at most 1"),
         (graph, Placement.sequential(graph), {"pin": 1}, TypeError, "pin: expected a bool, got int"),

@@ -80,7 +80,7 @@ CASES = {
     "own levels": Case(12, 7, 8, BINARY, own_levels=True),
     "zeros only": Case(5, 3, 1, (0,)),
     "columns": Case(50, 9, 3, BINARY, columns=3, kernels=6),
-    "columns of two rows": Case(28, 5, 2, BINARY, columns=2),
+    "columns of two rows": Case(56, 5, 2, BINARY, columns=2),
     "columns of every second pixel": Case(50, 5, 3, BINARY, columns=3, kernels=6, stride=2),
     "columns of every third pixel": Case(50, 5, 3, BINARY, columns=3, kernels=6, stride=3),
     "columns apart": Case(50, 5, 3, BINARY, columns=3, kernels=6, dilation=2),

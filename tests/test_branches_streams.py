@@ -107,7 +107,7 @@ def test_events_are_enough_and_none_is_spare(graph: Graph) -> None:
 def test_no_gpu_is_said() -> None:
     graph = GRAPHS[0]
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("a GPU is here: nothing is missing")
     with pytest.raises(RuntimeError, match=r"^backend='cuda': torch sees no CUDA device; backend='threads' runs"):
         Executor(graph, Placement.by_chains(graph), "cuda")
 

@@ -32,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Objects of all kernels, and what the compiler says of them."""
     compiler = cuda_kernels.find_compiler()
     if compiler is None:
-        pytest.skip("no nvcc")
+        pytest.skip("no nvcc: what it makes of the kernels is checked where it is")
     folder = tmp_path_factory.mktemp("kernels")
     cuda_kernels.compile_kernels(compiler, folder)
     return folder
@@ -61,7 +61,7 @@ def test_registers_are_those_recorded(usage: dict[str, cuda_kernels.Usage]) -> N
 def test_machine_code_is_what_is_meant(folder: Path, architecture: str) -> None:
     disassembler = cuda_kernels.find_disassembler()
     if disassembler is None:
-        pytest.skip("no cuobjdump and nvdisasm")
+        pytest.skip("no cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm")
     found: dict[str, set[str]] = {}
     for target in folder.glob(f"*.sm_{architecture}.cubin"):
         found |= cuda_kernels.read_instructions(disassembler, target)

@@ -111,10 +111,10 @@ def test_time_limit_is_said(extraction):
 @pytest.mark.parametrize("extraction", ["ilp", "greedy"])
 @pytest.mark.filterwarnings("ignore:saturate:RuntimeWarning")
 def test_time_limit_is_kept(extraction):
-    q = random_quantized((64, 64), [-1, 0, 1], seed=0)
+    q = random_quantized((48, 48), [-1, 0, 1], seed=0)
     start = time.process_time()
     found = saturate(q, extraction=extraction, time_limit=1)
-    assert time.process_time() - start < 10  # of two threads; what runs when the time is over ends
+    assert time.process_time() - start < 5
     assert found.stopped == "time limit"
 
 

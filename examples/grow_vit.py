@@ -56,6 +56,7 @@ BATCH, SHIFT, RATE, WARMUP = 64, 2, 5e-3, 50  # images, pixels, learning rate, s
 EVERY, DECAY = 10, 0.95  # steps between evaluations; of the mean over steps of the weights that are evaluated
 CANDIDATES = ((48, 3), (48, 6), (64, 2), (64, 4), (80, 3), (96, 4))
 PROXY_STEPS = (20, 40, 80)
+SEARCH_RATE = 2e-3  # at which the deepest candidate still trains from scratch
 KINDS = ("scratch", "kept", "dropped")
 COLORS = ("#4477aa", "#228833", "#ee6677")
 
@@ -170,6 +171,8 @@ def train(
     seed: int,
     *,
     warmup: int = 0,
+    done: int = 0,
+    rate: float = RATE,
     mean: AveragedModel | None = None,
     schedule: growth.Schedule | None = None,
     keep: bool = True,
@@ -184,7 +187,7 @@ def train(
             if model is not before and not keep:
                 optimizer = build_optimizer(model)
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min(1.0, (step + 1) / warmup) if warmup else RATE
+            group["lr"] = rate * min(1.0, (done + step + 1) / warmup) if warmup else rate
         images, labels = next(batches)
         loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad()
@@ -243,7 +246,8 @@ def search(digits: Digits, seed: int, small_steps: int, final: int) -> dict[str,
     candidates = {f"{w}x{d}": lambda w=w, d=d: ViT(w, d) for w, d in CANDIDATES}
 
     def run(model: nn.Module, optimizer: Optimizer, first: int, last: int) -> None:
-        train(model, optimizer, digits, last - first, 10_000 * seed + first)
+        options: dict[str, Any] = {"warmup": WARMUP, "done": first, "rate": SEARCH_RATE}
+        train(model, optimizer, digits, last - first, 10_000 * seed + first, **options)
 
     def score(model: nn.Module) -> float:
         with torch.no_grad():
@@ -254,7 +258,7 @@ def search(digits: Digits, seed: int, small_steps: int, final: int) -> dict[str,
             return float((model(digits.test[0]).argmax(1) == digits.test[1]).float().mean())
 
     options: dict[str, Any] = {"optimizer": trained.optimizer, "spec": SPEC, "seed": seed}
-    options["build_optimizer"] = lambda parameters: AdamW(parameters, lr=RATE, weight_decay=0.05)
+    options["build_optimizer"] = lambda parameters: AdamW(parameters, lr=SEARCH_RATE, weight_decay=0.05)
     taus = growth.compare_proxies(
         small, candidates, run, score, steps=PROXY_STEPS, final_steps=final, final_score=measure_accuracy, **options
     )
@@ -328,7 +332,7 @@ def main(
     digits = Digits((x, labels), (test_x, test_labels))
     rows = []
     if searching:
-        rows = [search(digits, seed, small_steps, steps // 2) for seed in range(seeds)]
+        rows = [search(digits, seed, small_steps, steps) for seed in range(seeds)]
     else:
         with Progress(console=Console(stderr=True), transient=True) as progress:
             for seed in progress.track(range(seeds), description="seeds"):

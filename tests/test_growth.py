@@ -191,6 +191,19 @@ def test_every_16_bit_float_passes_through_float32(dtype: torch.dtype) -> None:
     assert torch.equal(ops.expand(w, index).view(torch.int16), w.view(torch.int16))  # copied: NaNs, too
 
 
+@pytest.mark.parametrize("scale", ["in_scale", "out_scale"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_instruction_set_rounds_to_the_same_16_bits(dtype: torch.dtype, scale: str) -> None:
+    w = torch.from_numpy(ALL_16_BITS.copy()).view(dtype)
+    w = w[None] if scale == "in_scale" else w[:, None]
+    factors = torch.linspace(-3, 3, 65536)
+    bits = []
+    for isa in ISAS:
+        pycodesign.set_isa(isa)
+        bits.append(ops.expand(w, np.arange(len(w)), **{scale: factors}).view(torch.int16))
+        assert torch.equal(bits[-1], bits[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rounding_to_16_bits_is_torchs(dtype: torch.dtype) -> None:
     # Products on and beside every boundary between two 16-bit floats: ties, subnormals, overflow.

@@ -53,8 +53,8 @@ std::vector<Isa> detect_isas() {
   };
   std::vector<Isa> found = {Isa::scalar};
   const CpuidLeaf basic = read_cpuid(1), extended = read_cpuid(7);
-  constexpr unsigned fma = 12, osxsave = 27, avx = 28;
-  if (!all(basic.ecx, {fma, osxsave, avx})) return found;
+  constexpr unsigned fma = 12, osxsave = 27, avx = 28, f16c = 29;
+  if (!all(basic.ecx, {fma, osxsave, avx, f16c})) return found;
 
   const unsigned saved = read_saved_state();
   constexpr unsigned xmm = 1, ymm = 2, opmask = 5, zmm_low = 6, zmm_high = 7;

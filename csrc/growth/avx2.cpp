@@ -1,6 +1,7 @@
 // Eight columns at once: the two halves of a register hold four each.
 #include <immintrin.h>
 
+#include "growth/half_loops.h"
 #include "growth/kernels.h"
 
 namespace pycodesign::growth {
@@ -53,12 +54,39 @@ int64_t gather(const float* quads, const int32_t* sources, const float* scale, i
   return i;
 }
 
+// What half_loops.h computes, NaNs too, by instructions of their own.
+void widen_f16(const uint16_t* from, int64_t n, float* to) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+  widen<AsFloat16>(from + i, n - i, to + i);
+}
+
+inline __attribute__((always_inline)) void store_f16(uint16_t* to, __m256 v) {
+  constexpr int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(v, nearest));
+}
+
+void scale_f16(const float* from, float factor, int64_t n, uint16_t* to) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) store_f16(to + i, _mm256_mul_ps(_mm256_loadu_ps(from + i), _mm256_set1_ps(factor)));
+  scale<AsFloat16>(from + i, factor, n - i, to + i);
+}
+
+void scale_each_f16(const float* from, const float* factors, int64_t n, uint16_t* to) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) store_f16(to + i, _mm256_mul_ps(_mm256_loadu_ps(from + i), _mm256_loadu_ps(factors + i)));
+  scale_each<AsFloat16>(from + i, factors + i, n - i, to + i);
+}
+
 }  // namespace
 
 void fill_avx2(Kernels& k) {
   k.stream = stream;
   k.interleave = interleave;
   k.gather = gather;
+  k.f16 = {widen_f16, scale_f16, scale_each_f16};
+  k.bf16 = half_kernels<AsBFloat16>;
 }
 
 }  // namespace pycodesign::growth

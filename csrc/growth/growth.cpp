@@ -43,19 +43,18 @@ template <class T> struct Same {
   using Stored = T;
   using Value = T;
   static T load(T stored) { return stored; }
-  static T store(T value) { return value; }
 };
 struct Float16 {
   using Stored = uint16_t;
   using Value = float;
   static float load(uint16_t bits) { return core::from_float16(bits); }
-  static uint16_t store(float value) { return core::to_float16(value); }
+  static const HalfKernels& loops() { return kernels().f16; }
 };
 struct BFloat16 {
   using Stored = uint16_t;
   using Value = float;
   static float load(uint16_t bits) { return core::from_bfloat16(bits); }
-  static uint16_t store(float value) { return core::to_bfloat16(value); }
+  static const HalfKernels& loops() { return kernels().bf16; }
 };
 
 int64_t element_bytes(DType dtype) {
@@ -145,22 +144,36 @@ void stage_row(const Expansion& x, const char* src, typename E::Value* __restric
     }
 }
 
-// quads[i][l] = element i of row l; rows whose elements follow one another.
+// quads[i][l] = rows[l][i]
+template <class V> void interleave(const std::array<const V*, lanes>& rows, int64_t n, V* __restrict quads) {
+  int64_t i = 0;
+  if constexpr (sizeof(V) == sizeof(float)) {
+    const std::array<const float*, lanes> sources{as_floats(rows[0]), as_floats(rows[1]), as_floats(rows[2]),
+                                                  as_floats(rows[3])};
+    i = kernels().interleave(sources.data(), n, as_floats(quads));
+  }
+  for (; i < n; ++i)
+    for (size_t l = 0; l < lanes; ++l) quads[lanes * static_cast<size_t>(i) + l] = rows[l][i];
+}
+
+// The same from rows as they are stored, elements that follow one another.
 template <class E>
 void stage_rows(const std::array<const char*, lanes>& rows, int64_t inputs, typename E::Value* __restrict quads) {
   using Stored = typename E::Stored;
-  const auto *a = reinterpret_cast<const Stored*>(rows[0]), *b = reinterpret_cast<const Stored*>(rows[1]),
-             *c = reinterpret_cast<const Stored*>(rows[2]), *d = reinterpret_cast<const Stored*>(rows[3]);
-  int64_t i = 0;
-  if constexpr (std::is_same_v<Stored, typename E::Value> && sizeof(Stored) == sizeof(float)) {
-    const std::array<const float*, lanes> sources{as_floats(a), as_floats(b), as_floats(c), as_floats(d)};
-    i = kernels().interleave(sources.data(), inputs, as_floats(quads));
-  }
-  for (; i < inputs; ++i) {
-    quads[lanes * i] = E::load(a[i]);
-    quads[lanes * i + 1] = E::load(b[i]);
-    quads[lanes * i + 2] = E::load(c[i]);
-    quads[lanes * i + 3] = E::load(d[i]);
+  using Value = typename E::Value;
+  std::array<const Value*, lanes> values{};
+  if constexpr (std::is_same_v<Stored, Value>) {
+    for (size_t l = 0; l < lanes; ++l) values[l] = reinterpret_cast<const Value*>(rows[l]);
+    interleave(values, inputs, quads);
+  } else {
+    constexpr int64_t most = 256;
+    alignas(64) Value wide[lanes][most];
+    for (size_t l = 0; l < lanes; ++l) values[l] = wide[l];
+    for (int64_t i = 0; i < inputs; i += most) {
+      const int64_t n = std::min(most, inputs - i);
+      for (size_t l = 0; l < lanes; ++l) E::loops().widen(reinterpret_cast<const Stored*>(rows[l]) + i, n, wide[l]);
+      interleave(values, n, quads + lanes * i);
+    }
   }
 }
 
@@ -192,14 +205,14 @@ void gather(const V* quads, const int32_t* sources, const V* scale, int64_t n, V
   }
 }
 
-// result[i] = row[sources[i]] * scale[i], run by run
-template <class V> void copy_runs(const V* row, const std::vector<Run>& runs, const V* scale, V* __restrict result) {
+// Zeros where a run has them, what `copy` writes elsewhere.
+template <class T, class Copy> void copy_runs(const std::vector<Run>& runs, T* result, Copy copy) {
   for (const Run& run : runs) {
-    V* to = result + run.to;
+    T* to = result + run.to;
     if (run.from < 0) {
-      std::memset(to, 0, sizeof(V) * static_cast<size_t>(run.length));
+      std::memset(to, 0, sizeof(T) * static_cast<size_t>(run.length));
     } else {
-      for (int32_t i = 0; i < run.length; ++i) to[i] = scaled(row[run.from + i], scale, run.to + i);
+      copy(run, to);
     }
   }
 }
@@ -258,10 +271,8 @@ template <class E> class Expander {
       if (!by_runs_) stage(from, staged.data());
       for (int64_t c = 0; c < outputs_; c += block_) {
         const int64_t count = std::min(block_, outputs_ - c);
-        const Value* values = by_runs_ ? expand_row(from[0], staged.data(), results.data())
-                                       : gather_block(staged.data(), c, count, results.data());
-        if constexpr (!is_same)
-          if (!x_.out_scale) store(values, used * count, Value(1), stored.data());
+        const Value* values = by_runs_ ? expand_row(from[0], staged.data(), results.data(), stored.data())
+                                       : gather_block(staged.data(), c, used, count, results.data(), stored.data());
         write_rows(r, last, c, count, values, stored.data());
       }
       r = last;
@@ -272,15 +283,26 @@ template <class E> class Expander {
  private:
   const Row& row(int64_t r) const { return rows_[static_cast<size_t>(r)]; }
 
-  const Value* expand_row(const char* from, Value* staged, Value* result) const {
+  const Value* expand_row(const char* from, Value* staged, Value* result, Stored* stored) const {
     const Value* source = staged;
-    if (is_same && is_contiguous_) {
+    if (!is_contiguous_) {
+      stage_row<E>(x_, from, staged, 1);
+    } else if constexpr (is_same) {
       source = reinterpret_cast<const Value*>(from);
     } else {
-      stage_row<E>(x_, from, staged, 1);
+      E::loops().widen(reinterpret_cast<const Stored*>(from), columns_.inputs, staged);
     }
     if (is_identity_) return source;
-    copy_runs(source, columns_.runs, scale_.data(), result);
+    if constexpr (!is_same)
+      if (!x_.out_scale) {
+        copy_runs(columns_.runs, stored, [&](const Run& run, Stored* to) {
+          E::loops().scale_each(source + run.from, scale_.data() + run.to, run.length, to);
+        });
+        return nullptr;
+      }
+    copy_runs(columns_.runs, result, [&](const Run& run, Value* to) {
+      for (int32_t i = 0; i < run.length; ++i) to[i] = scaled(source[run.from + i], scale_.data(), run.to + i);
+    });
     return result;
   }
 
@@ -289,9 +311,12 @@ template <class E> class Expander {
     for (int64_t l = 0; l < lanes; ++l) stage_row<E>(x_, from[static_cast<size_t>(l)], staged + l, lanes);
   }
 
-  const Value* gather_block(const Value* staged, int64_t column, int64_t count, Value* results) const {
+  const Value* gather_block(const Value* staged, int64_t column, int64_t rows, int64_t count, Value* results,
+                            Stored* stored) const {
     const Value* scale = scale_.empty() ? nullptr : scale_.data() + column;
     gather(staged, columns_.sources.data() + column, scale, count, results);
+    if constexpr (!is_same)
+      if (!x_.out_scale) E::loops().scale(results, Value(1), rows * count, stored);
     return results;
   }
 
@@ -315,7 +340,11 @@ template <class E> class Expander {
   }
 
   static void store(const Value* values, int64_t n, Value scale, Stored* __restrict to) {
-    for (int64_t i = 0; i < n; ++i) to[i] = E::store(values[i] * scale);
+    if constexpr (is_same) {
+      for (int64_t i = 0; i < n; ++i) to[i] = values[i] * scale;
+    } else {
+      E::loops().scale(values, scale, n, to);
+    }
   }
 
   void write(const void* stored, int64_t count, char* to) const {

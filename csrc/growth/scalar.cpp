@@ -1,4 +1,5 @@
 // Plain x86-64, which has SSE2; on other processors the callers' loops do all of it.
+#include "growth/half_loops.h"
 #include "growth/kernels.h"
 
 #if defined(__x86_64__)
@@ -52,6 +53,8 @@ int64_t gather(const float*, const int32_t*, const float*, int64_t, float*) { re
 
 }  // namespace
 
-void fill_scalar(Kernels& k) { k = {stream, finish_streams, interleave, gather}; }
+void fill_scalar(Kernels& k) {
+  k = {stream, finish_streams, interleave, gather, half_kernels<AsFloat16>, half_kernels<AsBFloat16>};
+}
 
 }  // namespace pycodesign::growth

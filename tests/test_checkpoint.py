@@ -411,6 +411,15 @@ def test_damaged_checkpoints(small: Path, damage: Callable[[Path], object], mess
 REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
     "narrower": ({"n_embd": 12}, "target_config: expected n_embd of at least 24, got 12"),
     "shallower": ({"n_layer": 1}, "target_config: expected n_layer of at least 2, got 1"),
+    "misspelled": ({"n_emdb": 48}, "target_config: expected 'n_embd', or another key of the config, got 'n_emdb'"),
+    "misspelled in a whole config": (
+        {"model_type": "gpt2", "n_layers": 4},
+        "target_config: expected 'n_layer', or another key of the config, got 'n_layers'",
+    ),
+    "another architecture's key": (
+        {"width": 48},
+        "target_config: expected keys of the config or of sizes (n_embd, n_head, n_inner, n_layer), got 'width'",
+    ),
     "vocabulary": ({"vocab_size": 64}, "target_config: expected vocab_size 50 as the source's, got 64"),
     "activation": (
         {"activation_function": "relu"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import json
 import os
@@ -174,8 +175,9 @@ def grow_checkpoint(
     Raises
     ------
     ValueError
-        Before anything is written: if a file is damaged or missing, a shape contradicts the config, no rule covers a
-        parameter, or the change cannot be exact (`Inexact`; the message says what would be).
+        Before anything is written: if a file is damaged or missing, a key of the target is one that neither source nor
+        spec knows, a shape contradicts the config, no rule covers a parameter, or the change cannot be exact
+        (`Inexact`; the message says what would be).
     OSError
         Before anything is written, if the disk has too little room.
 
@@ -212,7 +214,8 @@ def grow_checkpoint(
     if target.exists() and not target.is_dir():
         raise ValueError(f"dst: expected a directory, got the file {target}")
     old_config = _read_config("source_config", source / CONFIG if source_config is None else source_config)
-    new_config = {**old_config, **_read_config("target_config", target_config)}
+    changes = _read_config("target_config", target_config)
+    new_config = {**old_config, **changes}
     spec = spec if isinstance(spec, Spec) else find_spec(old_config if spec == "auto" else {"model_type": spec})
     checkpoint = read_checkpoint(source, MODEL)
     if checkpoint is None:
@@ -220,6 +223,7 @@ def grow_checkpoint(
         raise ValueError(f"src: expected {wanted} in {source}, got neither")
     if not checkpoint.tensors:
         raise ValueError(f"src: expected tensors in {source}, got none")
+    _check_keys(old_config, changes, spec)
     _check_configs(old_config, new_config, spec)
     plan = _make_plan(checkpoint, source, old_config, new_config, spec, mode, noise, seed)
     _scale_eps(old_config, new_config, plan)
@@ -252,6 +256,20 @@ def _read_config(name: str, config: Config) -> dict[str, Any]:
     if not isinstance(read, dict):
         raise ValueError(f"{name}: expected a JSON object, got {path} with {type(read).__name__}")
     return read
+
+
+def _check_keys(old: Mapping[str, Any], changes: Mapping[str, Any], spec: Spec) -> None:
+    """Refuse keys that would change nothing; a whole config may have some, if they are no misspelled sizes."""
+    sizes = sorted({key for size, key in spec.config.items() if size != "eps"})
+    for key in changes:
+        if key in {*old, *sizes, *KEPT}:
+            continue
+        if meant := difflib.get_close_matches(key, sizes, 1, 0.8):
+            raise ValueError(f"target_config: expected {meant[0]!r}, or another key of the config, got {key!r}")
+        if "model_type" not in changes:
+            raise ValueError(
+                f"target_config: expected keys of the config or of sizes ({', '.join(sizes)}), got {key!r}"
+            )
 
 
 def _check_configs(old: Mapping[str, Any], new: Mapping[str, Any], spec: Spec) -> None:

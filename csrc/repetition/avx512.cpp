@@ -192,9 +192,10 @@ template <class Residual, bool limited> void finish_four(const Bytes4& finish4, 
     if (at == run) at = 0, f.acc += stride;
     return here;
   };
-  for (; f.count >= 4 * lanes; f.count -= 4 * lanes, f.residual += 4 * lanes, f.out += 4 * lanes) {
+  for (; f.count >= 4 * lanes; f.count -= 4 * lanes, f.out += 4 * lanes) {
     for (const char*& vector : acc) vector = next();
     finish4.template operator()<Residual, limited>(acc, f.residual, f.out);
+    if constexpr (!std::is_void_v<Residual>) f.residual += 4 * lanes;
   }
   if (f.count == 0) return;
   // Fewer vectors than four, by way of copies.

@@ -1,5 +1,7 @@
 // Linear layers: lanes are outputs, so that weights stream once and rows need no transposition.
 #include <algorithm>
+#include <array>
+#include <bit>
 #include <cstring>
 #include <stdexcept>
 
@@ -61,31 +63,53 @@ PackedLinear::PackedLinear(const Weights& w, const Activations& a, Algorithm alg
   }
   group_words_ = (group_inputs_ + word_inputs_ - 1) / word_inputs_;
   weights_size_ = static_cast<size_t>(panel_count(outputs_) * scale_groups_ * group_words_ * panel_outputs);
-  uint32_t* to = weights_.reserve(weights_size_);
-  std::fill_n(to, weights_size_, 0u);
-  const auto base = static_cast<uint32_t>(std::max<size_t>(values_.size(), 2));
-  for (int64_t o = 0; o < outputs_; ++o)
-    for (int64_t i = 0; i < inputs_; ++i) {
-      const int64_t group = i / group_inputs_, at = i % group_inputs_, field = at % word_inputs_;
-      uint32_t& word =
-          to[((o / panel_outputs * scale_groups_ + group) * group_words_ + at / word_inputs_) * panel_outputs +
-             o % panel_outputs];
-      const float level = w.level(o, i);
-      const auto code =
-          static_cast<uint32_t>(std::lower_bound(values_.begin(), values_.end(), level) - values_.begin());
-      if (packed && is_float) {
-        uint32_t place = 1;
-        for (int64_t d = 0; d < field % code_inputs_; ++d) place *= base;
-        word += code * place << code_shift(field / code_inputs_, code_bits_);
-      } else if (packed) {
-        word |= code << (8 * (field % 4) + field / 4 * code_bits_);
-      } else if (is_float) {
-        std::memcpy(&word, &level, 4);
-      } else {
-        word |= (static_cast<uint32_t>(static_cast<int>(level)) & 0xff) << (8 * field);
-      }
+  if (!packed && is_float) {
+    pack_words(w, [](float level, int64_t) { return std::bit_cast<uint32_t>(level); });
+  } else if (!packed) {
+    pack_words(w, [](float level, int64_t field) {
+      return (static_cast<uint32_t>(static_cast<int>(level)) & 0xff) << 8 * field;
+    });
+  } else if (is_float) {
+    std::array<uint32_t, 64> unit{};  // of a field: what its code counts
+    const auto base = static_cast<uint32_t>(std::max<size_t>(values_.size(), 2));
+    for (int64_t field = 0; field < word_inputs_; ++field) {
+      uint32_t place = 1;
+      for (int64_t d = 0; d < field % code_inputs_; ++d) place *= base;
+      unit[static_cast<size_t>(field)] = place << code_shift(field / code_inputs_, code_bits_);
     }
+    pack_words(w, [&](float level, int64_t field) { return value_code(level) * unit[static_cast<size_t>(field)]; });
+  } else {
+    pack_words(
+        w, [&](float level, int64_t field) { return value_code(level) << (8 * (field % 4) + field / 4 * code_bits_); });
+  }
   if (narrow_run(w, a) >= 1) pack_runs();
+}
+
+// Without a branch that weights, which are random, would decide.
+uint32_t PackedLinear::value_code(float level) const {
+  uint32_t code = 0;
+  for (const float value : values_) code += value < level;
+  return code;
+}
+
+// visit(output, input, which of its word's inputs it is, the word's index)
+template <class Visit> void PackedLinear::visit_weights(Visit visit) const {
+  core::parallel_for(panel_count(outputs_), [&](int64_t panel, int) {
+    for (int64_t o = panel * panel_outputs; o < std::min(outputs_, (panel + 1) * panel_outputs); ++o) {
+      int64_t word = panel * scale_groups_ * group_words_ * panel_outputs + o % panel_outputs;
+      for (int64_t group = 0; group < inputs_; group += group_inputs_)
+        for (int64_t i = 0; i < group_inputs_; i += word_inputs_, word += panel_outputs)
+          for (int64_t field = 0; field < std::min(word_inputs_, group_inputs_ - i); ++field)
+            visit(o, group + i + field, field, word);
+    }
+  });
+}
+
+// A word is the sum of what `encode` makes of its levels and of their places in it.
+template <class Encode> void PackedLinear::pack_words(const Weights& w, Encode encode) {
+  uint32_t* const to = weights_.reserve(weights_size_);
+  std::fill_n(to, weights_size_, 0u);
+  visit_weights([&](int64_t o, int64_t i, int64_t field, int64_t word) { to[word] += encode(w.level(o, i), field); });
 }
 
 // Words of `dense`: the codes of a packed word are as many.
@@ -113,26 +137,22 @@ std::vector<uint8_t> PackedLinear::codes() const {
   std::vector<uint8_t> codes(static_cast<size_t>(outputs_ * inputs_));
   const bool is_float = activations_.dtype == DType::f32;
   const auto base = static_cast<uint32_t>(std::max<size_t>(values_.size(), 2));
-  for (int64_t o = 0; o < outputs_; ++o)
-    for (int64_t i = 0; i < inputs_; ++i) {
-      const int64_t group = i / group_inputs_, at = i % group_inputs_, field = at % word_inputs_;
-      const uint32_t word = weights_[static_cast<size_t>(
-          ((o / panel_outputs * scale_groups_ + group) * group_words_ + at / word_inputs_) * panel_outputs +
-          o % panel_outputs)];
-      float level;
-      if (algorithm_ == Algorithm::packed && is_float) {
-        uint32_t code = word >> code_shift(field / code_inputs_, code_bits_) & ((1u << code_bits_) - 1);
-        for (int64_t d = 0; d < field % code_inputs_; ++d) code /= base;
-        level = values_[code % base];
-      } else if (algorithm_ == Algorithm::packed) {
-        level = values_[word >> (8 * (field % 4) + field / 4 * code_bits_) & ((1u << code_bits_) - 1)];
-      } else if (is_float) {
-        std::memcpy(&level, &word, 4);
-      } else {
-        level = static_cast<float>(static_cast<int8_t>(word >> (8 * field)));
-      }
-      codes[static_cast<size_t>(o * inputs_ + i)] = code_of(o, level);
+  visit_weights([&](int64_t o, int64_t i, int64_t field, int64_t at) {
+    const uint32_t word = weights_[static_cast<size_t>(at)];
+    float level;
+    if (algorithm_ == Algorithm::packed && is_float) {
+      uint32_t code = word >> code_shift(field / code_inputs_, code_bits_) & ((1u << code_bits_) - 1);
+      for (int64_t d = 0; d < field % code_inputs_; ++d) code /= base;
+      level = values_[code % base];
+    } else if (algorithm_ == Algorithm::packed) {
+      level = values_[word >> (8 * (field % 4) + field / 4 * code_bits_) & ((1u << code_bits_) - 1)];
+    } else if (is_float) {
+      level = std::bit_cast<float>(word);
+    } else {
+      level = static_cast<float>(static_cast<int8_t>(word >> (8 * field)));
     }
+    codes[static_cast<size_t>(o * inputs_ + i)] = code_of(o, level);
+  });
   return codes;
 }
 

@@ -22,11 +22,10 @@ double narrow_run(const Weights& w, const Activations& a) {
   if (a.dtype == DType::f32 || !kernels().dense_narrow) return 0;
   double largest = 0, plus = 0, minus = 0;
   for (int64_t o = 0; o < w.outputs; ++o)
-    for (int64_t i = 0; i < w.inputs; ++i) {
-      const double level = w.level(o, i);
+    w.visit_levels(o, 0, w.inputs, [&](double level, int count) {
       largest = std::max(largest, std::abs(level));
-      (level > 0 ? plus : minus) += std::abs(level);
-    }
+      (level > 0 ? plus : minus) += std::abs(level) * count;
+    });
   const double input = 2 * largest_input(a), mean = std::max(plus, minus) / static_cast<double>(w.outputs * w.inputs);
   if (input * largest > most) return 0;
   const double run = mean == 0 ? double{dense_part_steps} : std::min(double{dense_part_steps}, most / (input * mean));

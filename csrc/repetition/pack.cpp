@@ -34,7 +34,7 @@ Layer::Layer(const Weights& w, const Activations& a, Algorithm algorithm)
   const int64_t range = std::max(std::abs(highest - a.zero_point), std::abs(lowest - a.zero_point));
   for (int64_t o = 0; o < w.outputs; ++o) {
     double magnitude = 0;
-    for (int64_t i = 0; i < w.inputs; ++i) magnitude += std::abs(static_cast<double>(w.level(o, i)));
+    w.visit_levels(o, 0, w.inputs, [&](double level, int count) { magnitude += std::abs(level) * count; });
     if (magnitude * static_cast<double>(range) > std::numeric_limits<int32_t>::max())
       throw std::invalid_argument("levels: expected sums that fit 32 bits, got output " + std::to_string(o) +
                                   " with a sum of |levels| of " + std::to_string(magnitude) + " over its " +
@@ -60,11 +60,13 @@ void Layer::set_correction(const Weights& w, int32_t center) {
   correction_.assign(static_cast<size_t>(w.outputs * scale_groups_), 0);
   const int64_t group = w.inputs / scale_groups_;
   const auto offset = static_cast<uint32_t>(activations_.zero_point - center);
-  for (int64_t o = 0; o < w.outputs; ++o)
-    for (int64_t i = 0; i < w.inputs; ++i) {
-      int32_t& sum = correction_[static_cast<size_t>(i / group * w.outputs + o)];  // modulo 2^32, as the sums are
-      sum = static_cast<int32_t>(static_cast<uint32_t>(sum) -
-                                 static_cast<uint32_t>(static_cast<int32_t>(w.level(o, i))) * offset);
+  for (int64_t g = 0; g < scale_groups_; ++g)
+    for (int64_t o = 0; o < w.outputs; ++o) {
+      uint32_t sum = 0;  // modulo 2^32, as the sums are
+      w.visit_levels(o, g * group, (g + 1) * group, [&](float level, int count) {
+        sum += static_cast<uint32_t>(static_cast<int32_t>(level)) * static_cast<uint32_t>(count);
+      });
+      correction_[static_cast<size_t>(g * w.outputs + o)] = static_cast<int32_t>(0 - sum * offset);
     }
 }
 

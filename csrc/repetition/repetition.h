@@ -2,6 +2,7 @@
 // family.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstdint>
@@ -49,6 +50,22 @@ struct Weights {
   float level(int64_t o, int64_t i) const {
     if (codebook) return codebook->level(o, i);
     return levels[(level_rows == 1 ? 0 : o) * level_count + codes[o * inputs + i]];
+  }
+
+  // visit(level, how often) until all of inputs [first, last) of output o are counted
+  template <class Visit> void visit_levels(int64_t o, int64_t first, int64_t last, Visit visit) const {
+    if (codebook) {
+      for (int64_t i = first; i < last; ++i) visit(level(o, i), 1);
+      return;
+    }
+    std::array<std::array<int32_t, 256>, 4> counts{};  // four, for codes that follow one another are often the same
+    const uint8_t* const row = codes + o * inputs;
+    for (; first < last; ++first) ++counts[static_cast<size_t>(first) % 4][row[first]];
+    const float* const here = levels + (level_rows == 1 ? 0 : o) * level_count;
+    for (size_t code = 0; code < std::min<size_t>(static_cast<size_t>(level_count), 256); ++code) {
+      const int32_t count = counts[0][code] + counts[1][code] + counts[2][code] + counts[3][code];
+      if (count > 0) visit(here[code], count);
+    }
   }
 };
 
@@ -253,6 +270,9 @@ class PackedLinear final : public PackedLayer {
 
  private:
   void stage_row(const Tensor& x, int64_t index, int64_t group_bytes, char* to) const;
+  uint32_t value_code(float level) const;
+  template <class Visit> void visit_weights(Visit) const;
+  template <class Encode> void pack_words(const Weights&, Encode);
   int64_t word_fields() const;
   void expand(const Kernels&, int64_t panel_group, int64_t word, int64_t words, char* to) const;
   void pack_runs();

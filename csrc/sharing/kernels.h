@@ -26,10 +26,12 @@ struct Tile {
   int64_t width;  // 16 or 32
 };
 
-// Sums (rows, width) to rows of the output: z[t][r] = base[t][r] + sums[r][t].
+// Sums of a block's rows to rows of the output: z[t][r] = base[t][r] + sums[t / lanes][r][t % lanes], with 256 rows
+// from one vector of tokens to the next. Of a part, sums begin at its first row and token; it lies in one vector of
+// tokens or begins with one.
 struct FinishedTile {
   const float* sums;
-  int64_t width, rows, tokens;
+  int64_t rows, tokens;
   const float* base;  // or null
   int64_t base_row;
   float* z;
@@ -51,9 +53,11 @@ struct PanelProduct {
 };
 
 struct Kernels {
+  int64_t lanes;
   // tile[c][t] = x[t][c] for `inputs` columns, not more; zeros for tokens beyond.
   void (*stage_tile)(const float* x, int64_t x_row, int64_t tokens, int64_t inputs, const Tile& tile);
-  // sums[r][t] = bias[r] + sum of the entries of row r times tile[column][t]; (256, width) of the block.
+  // sums[t / lanes][r][t % lanes] = bias[r] + sum of the entries of row r times tile[column][t]; (width / lanes, 256,
+  // lanes) of the block.
   void (*sum_tile)(const SparseGroups& groups, const Tile& tile, float* sums);
   void (*finish_tile)(const FinishedTile& tile);
   // sums[r] = bias[r] + sum of the entries of row r times x[column], with lanes that are rows; behind x lies a zero.

@@ -31,8 +31,8 @@ constexpr int64_t few_tokens = 2;                  // up to which each takes its
 constexpr int64_t staged_inputs = 256;             // transposed at once
 constexpr int64_t chunk_blocks = 4;                // blocks of outputs that a thread takes at once
 constexpr int64_t few_inputs = 32, few_rows = 12;  // of products that are little work
-constexpr int64_t summed_rows = 32;                // between two pieces
-constexpr int64_t piece_tokens = 16, piece_outputs = 64;
+constexpr int64_t piece_tokens = 8, piece_outputs = 64;
+constexpr int64_t line_floats = core::cache_line / sizeof(float);
 constexpr int64_t units_per_thread = 4;
 constexpr int64_t fewest_products = 1 << 15;  // less is not worth another thread
 
@@ -61,13 +61,14 @@ std::vector<Tokens> cut_tokens(int64_t tokens) {
   return cuts;
 }
 
-// Writes the sums of one tile piece by piece, while those of the next are summed: stores wait for memory, sums for the
-// caches.
+// Writes the sums of one block piece by piece, while those of the next are summed: stores wait for memory, sums for the
+// caches. What the next piece will write is fetched meanwhile, in step itself: GCC drops calls of a function that does
+// nothing else.
 class Pieces {
  public:
   explicit Pieces(const Kernels& kernels) : kernels_(kernels) {}
 
-  // After all pieces of the tile before it.
+  // After all pieces of the block before it.
   void begin(const FinishedTile& tile) {
     finish();
     tile_ = tile;
@@ -78,7 +79,8 @@ class Pieces {
   bool step() {
     if (token_ >= tile_.tokens) return false;
     FinishedTile piece = tile_;
-    piece.sums += output_ * tile_.width + token_;
+    const int64_t lanes = kernels_.lanes;
+    piece.sums += token_ / lanes * lanes * block_rows + output_ * lanes + token_ % lanes;
     piece.rows = std::min(piece_outputs, tile_.rows - output_);
     piece.tokens = std::min(piece_tokens, tile_.tokens - token_);
     if (piece.base) piece.base += token_ * tile_.base_row + output_;
@@ -89,6 +91,9 @@ class Pieces {
       output_ = 0;
       token_ += piece_tokens;
     }
+    for (int64_t t = token_; t < std::min(token_ + piece_tokens, tile_.tokens); ++t)
+      for (int64_t o = output_; o < std::min(output_ + piece_outputs, tile_.rows); o += line_floats)
+        __builtin_prefetch(tile_.z + t * tile_.z_row + o, 1);
     return true;
   }
 
@@ -240,7 +245,8 @@ class Run {
   void compute(int64_t first, int64_t last, int64_t begin, int64_t end) const {
     const auto cuts = static_cast<int64_t>(cuts_.size());
     const int64_t output = begin * block_rows, rows = std::min(end * block_rows, outputs_) - output;
-    const int64_t size = (end - begin) * block_rows * widest_tile;
+    constexpr int64_t size = block_rows * widest_tile;
+    static_assert(size >= chunk_blocks * block_rows);
     float* sums = scratch(2, 2 * size);
     int64_t buffer = 0;  // of two: the other one's sums are being written
     Pieces pieces(kernels_);
@@ -259,14 +265,17 @@ class Run {
           kernels_.finish_token(to, rows, base(n, token + t, output), z(n, token + t, output));
         }
       } else {
-        for (int64_t block = begin; block < end; ++block)
+        for (int64_t block = begin; block < end; ++block) {
+          to = sums + buffer * size;
           for_groups(groups_of(n, block), [&](const SparseGroups& groups) {
-            kernels_.sum_tile(groups, tile(n, cut), to + (block - begin) * block_rows * width);
+            kernels_.sum_tile(groups, tile(n, cut), to);
             pieces.step();
           });
-        pieces.begin(
-            {to, width, rows, count, base(n, token, output), call_.base_row, z(n, token, output), call_.z_row});
-        buffer = 1 - buffer;
+          const int64_t first_row = block * block_rows;
+          pieces.begin({to, std::min(block_rows, outputs_ - first_row), count, base(n, token, first_row),
+                        call_.base_row, z(n, token, first_row), call_.z_row});
+          buffer = 1 - buffer;
+        }
       }
     }
     pieces.finish();
@@ -286,15 +295,14 @@ class Run {
             delta.bias.empty() ? nullptr : delta.bias.data() + block * block_rows};
   }
 
-  // Calls use(groups) for a few groups of a block after the other.
+  // Calls use(groups) for one group of a block after the other.
   template <class Use> static void for_groups(SparseGroups groups, Use use) {
-    groups.rows = summed_rows;
-    for (int64_t row = 0; row < block_rows; row += summed_rows) {
+    groups.rows = group_rows;
+    for (int64_t row = 0; row < block_rows; row += group_rows) {
       use(groups);
-      int64_t slots = 0;
-      for (int64_t g = 0; g < summed_rows; g += group_rows) slots += groups.count[g / octet_rows] * group_rows;
-      groups.count += summed_rows / octet_rows;
-      groups.order += summed_rows;
+      const int64_t slots = groups.count[0] * group_rows;
+      groups.count += group_rows / octet_rows;
+      groups.order += group_rows;
       groups.index += slots;
       groups.value = static_cast<const char*>(groups.value) + slots * (groups.storage == Storage::f32 ? 4 : 2);
     }

@@ -2,7 +2,7 @@
 // internal linkage:
 //
 //   lanes, f32v                  a vector; lanes divide 16
-//   tile_vectors, joint_rows     sums of a row, and rows of an octet, that are kept in registers
+//   tile_vectors, joint_sums     sums of a row, and of rows of an octet, that are kept in registers, at most
 //   panel_rows, panel_vectors    sums of a product of panels that are
 //   load, store, splat           unaligned
 //   load_bf16(p)                 `lanes` values of 16 bits as a vector
@@ -69,21 +69,26 @@ inline void sum_rows(const uint16_t* index, const Value* value, int64_t count, c
 }
 
 template <class Value, int width> void sum_tile_of(const SparseGroups& groups, const float* tile, float* sums) {
-  constexpr int R = joint_rows, V = width / lanes < tile_vectors ? width / lanes : tile_vectors;
+  constexpr int V = width / lanes < tile_vectors ? width / lanes : tile_vectors;
+  constexpr int R = joint_sums / V < octet_rows ? joint_sums / V : octet_rows;
   const uint16_t* index = groups.index;
   const auto* value = static_cast<const Value*>(groups.value);
   for (int64_t l = 0; l < groups.rows; l += R) {
     const int64_t lane = l % group_rows, count = groups.count[l / octet_rows];
     const uint8_t* order = groups.order + l;
+    float* to[R];
+    f32v start[R];
+    for (int r = 0; r < R; ++r) {
+      to[r] = sums + order[r] * lanes;
+      start[r] = splat(groups.bias ? groups.bias[order[r]] : 0);
+    }
     for (int64_t token = 0; token < width; token += V * lanes) {
       f32v sum[R][V];
-      for (int r = 0; r < R; ++r) {
-        const f32v start = splat(groups.bias ? groups.bias[order[r]] : 0);
-        for (int v = 0; v < V; ++v) sum[r][v] = start;
-      }
+      for (int r = 0; r < R; ++r)
+        for (int v = 0; v < V; ++v) sum[r][v] = start[r];
       sum_rows<Value, R, V, width>(index + lane, value + lane, count, tile + token, sum);
       for (int r = 0; r < R; ++r)
-        for (int v = 0; v < V; ++v) store(sums + order[r] * width + token + v * lanes, sum[r][v]);
+        for (int v = 0; v < V; ++v) store(to[r] + (token + v * lanes) * block_rows, sum[r][v]);
     }
     if (lane + R == group_rows) {
       const int64_t longest = groups.count[l / group_rows * group_rows / octet_rows];
@@ -112,31 +117,35 @@ inline void store_sum(f32v sum, const float* base, float* to, int64_t n) {
   }
 }
 
-// Four tokens of as many rows as there are lanes. All loads come before all stores: rows often are a multiple of 4 KB
-// apart, and then a load would wait for the store before it.
-inline void finish_four(const float* sums, int64_t width, const float* base, int64_t base_row, float* z,
-                        int64_t z_row) {
-  f32v v[4];
-  load_transposed(sums, width, v);
+// Four tokens of 16 rows: whole lines where z is aligned, one after the other. All loads come before all stores: rows
+// often are a multiple of 4 KB apart, and then a load would wait for the store before it.
+inline void finish_four(const float* sums, const float* base, int64_t base_row, float* z, int64_t z_row) {
+  constexpr int V = group_rows / lanes;
+  f32v sum[V][4];
+  for (int v = 0; v < V; ++v) load_transposed(sums + v * lanes * lanes, lanes, sum[v]);
   if (base)
-    for (int l = 0; l < 4; ++l) v[l] = load(base + l * base_row) + v[l];
-  for (int l = 0; l < 4; ++l) store(z + l * z_row, v[l]);
+    for (int l = 0; l < 4; ++l)
+      for (int v = 0; v < V; ++v) sum[v][l] = load(base + l * base_row + v * lanes) + sum[v][l];
+  for (int l = 0; l < 4; ++l)
+    for (int v = 0; v < V; ++v) store(z + l * z_row + v * lanes, sum[v][l]);
 }
 
 void finish_tile(const FinishedTile& f) {
-  const int64_t rows = f.rows, tokens = f.tokens, width = f.width, base_row = f.base_row, z_row = f.z_row;
+  const int64_t rows = f.rows, tokens = f.tokens, base_row = f.base_row, z_row = f.z_row;
   for (int64_t t = 0; t < tokens; t += 4)
-    for (int64_t r = 0; r < rows; r += lanes) {
-      const float* sums = f.sums + r * width + t;
+    for (int64_t r = 0; r < rows; r += group_rows) {
+      const float* sums = f.sums + t / lanes * lanes * block_rows + r * lanes + t % lanes;
       const float* base = f.base ? f.base + t * base_row + r : nullptr;
       float* z = f.z + t * z_row + r;
-      if (t + 4 <= tokens && r + lanes <= rows) {
-        finish_four(sums, width, base, base_row, z, z_row);
+      if (t + 4 <= tokens && r + group_rows <= rows) {
+        finish_four(sums, base, base_row, z, z_row);
       } else {
-        float four[4 * lanes];
-        finish_four(sums, width, nullptr, 0, four, lanes);
+        float four[4 * group_rows];
+        finish_four(sums, nullptr, 0, four, group_rows);
         for (int64_t l = 0; l < least(4, tokens - t); ++l)
-          store_sum(load(four + l * lanes), base ? base + l * base_row : nullptr, z + l * z_row, rows - r);
+          for (int64_t v = 0; v < least(group_rows, rows - r); v += lanes)
+            store_sum(load(four + l * group_rows + v), base ? base + l * base_row + v : nullptr, z + l * z_row + v,
+                      rows - r - v);
       }
     }
 }
@@ -220,7 +229,7 @@ void multiply_panels(const PanelProduct& p) {
   p.storage == Storage::f32 ? multiply_panels_as<float>(p) : multiply_panels_as<uint16_t>(p);
 }
 
-void fill(Kernels& k) { k = {stage_tile, sum_tile, finish_tile, sum_token, finish_token, multiply_panels}; }
+void fill(Kernels& k) { k = {lanes, stage_tile, sum_tile, finish_tile, sum_token, finish_token, multiply_panels}; }
 
 }  // namespace
 }  // namespace pycodesign::sharing

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -170,7 +170,7 @@ def counts_cells(row: Mapping[str, Any]) -> list[str]:
 
 
 @main.command()
-@click.argument("suite", type=click.Choice(["resnet18", "other", "linear", "models", "branches"]))
+@click.argument("suite", type=click.Choice(["resnet18", "other", "linear", "models", "branches", "deltas"]))
 @click.option("--weights", multiple=True, default=("ternary",), show_default=True, help="Or binary, uniform4, ...")
 @click.option(
     "--dtype",
@@ -195,7 +195,8 @@ def counts_cells(row: Mapping[str, Any]) -> list[str]:
     help="Write the result there, with the machine's facts; - for standard output, without the tables.",
 )
 def bench(suite: str, file: Path | None, **options: Any) -> None:
-    """Time the layers of SUITE, or whole networks (models, branches), beside every engine that is installed.
+    """Time the layers of SUITE, whole networks (models, branches) or many tasks on one layer (deltas), beside every
+    engine that is installed.
 
     Each contender is checked against a reference, then timed in turns with the others, with its weights in the caches
     (hot) and with other data there (cold); the tables show the cold timings. An option that may be given several times
@@ -210,36 +211,47 @@ def bench(suite: str, file: Path | None, **options: Any) -> None:
     pycodesign bench other --batch 1 --weights binary --weights ternary --isa avx2
     pycodesign bench models --quick
     pycodesign bench branches --quick
+    pycodesign bench deltas --quick
     """
     from pycodesign.bench import print_table, run_suite
     from pycodesign.bench.harness import format_result
-    from pycodesign.bench.models import run_models
-    from pycodesign.bench.network_report import print_models
 
     options = {name: value for name, value in options.items() if value}
+    show: Callable[[dict[str, Any], Console], None]
     with plain_errors():
+        if suite in ("branches", "deltas") and options.get("weights") == ("ternary",):
+            del options["weights"]  # the default
         if suite == "branches":
             from pycodesign.bench.branches import print_branches, run_branch_suite
 
-            if options.get("weights") == ("ternary",):
-                del options["weights"]  # the default, and what these networks have
-            for name in options.keys() - {"contenders", "layers", "rounds", "quick"}:
-                raise ValueError(f"{name}: expected none for branches, got {options[name]!r}")
+            refuse_options(options, suite, {"contenders", "layers", "rounds", "quick"})
             options["networks"] = options.pop("layers", None) or ("parnet", "inception")
-            result = run_branch_suite(**options)
+            result, show = run_branch_suite(**options), print_branches
+        elif suite == "deltas":
+            from pycodesign.bench.deltas import print_deltas, run_delta_suite
+
+            refuse_options(options, suite, {"threads", "rounds", "quick"})
+            result, show = run_delta_suite(**options), print_deltas
         elif suite == "models":
-            for name in options.keys() & {"algorithms", "isa"}:
-                raise ValueError(f"{name}: expected none for whole networks, got {options[name]!r}")
+            from pycodesign.bench.models import run_models
+            from pycodesign.bench.network_report import print_models
+
+            refuse_options(options, "whole networks", options.keys() - {"algorithms", "isa"})
             options["networks"] = options.pop("layers", None)
-            result = run_models(**options)
+            result, show = run_models(**options), print_models
         else:
-            result = run_suite(suite, **options)
+            result, show = run_suite(suite, **options), print_table
     if file:
         with plain_errors(), click.open_file(file, "w") as stream:
             stream.write(format_result(result))
     if file != Path("-"):
-        show = print_branches if suite == "branches" else print_models if suite == "models" else print_table
         show(result, open_console())
+
+
+def refuse_options(options: Mapping[str, Any], suite: str, known: Set[str]) -> None:
+    """Raise ValueError for an option that a suite does not know."""
+    for name in options.keys() - known:
+        raise ValueError(f"{name}: expected none for {suite}, got {options[name]!r}")
 
 
 @main.command()

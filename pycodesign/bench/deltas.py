@@ -1,36 +1,41 @@
-"""Check, then time `ops.delta_linear` beside torch's sparse CSR, scipy and dense products, in turns in one process.
+"""Time `ops.delta_linear` beside torch's sparse CSR, scipy and dense products, in turns in one process.
 
 The others compute one product for each task. torch's CSR and scipy's take inputs and give results with tokens one after
 another, as suits them best ("by feature"); ours, and "torch CSR, rows", take and give rows (T, I) and (N, T, O), as the
 layers of a network do, and torch transposes for it. Only results that exist already are added to: torch adds the shared
 layer's output in the same call; scipy's product leaves it out. The floor is the larger of two times: to read and write
 what must be at least, at the bandwidth at which torch fills memory of that size, and of one multiply-add for each entry
-and 16 tokens at two for each cycle of 4 GHz. Prints a table and exits with 1 if a contender computed something else;
-writes nothing unless ``--json`` is given.
+and 16 tokens at two for each cycle of 4 GHz.
 """
 
 from __future__ import annotations
 
-import argparse
+import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy.sparse
-import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 import pycodesign
 from pycodesign import ops
 from pycodesign.bench import harness
+from pycodesign.bench.suites import progress_bar
+
+try:
+    import scipy.sparse
+    import torch
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError('deltas are timed beside torch and scipy: pip install "pycodesign[bench]"') from error
+
+__all__ = ["print_deltas", "run_delta_suite"]
 
 INPUTS, OUTPUTS, TASKS = 768, 3072, 8
+ROUNDS, QUICK_ROUNDS = 25, 5
 OURS = "pycodesign"
 
 
@@ -70,7 +75,7 @@ class Way:
     adds_base: bool = True
 
 
-def make_deltas(setting: Setting) -> list[Any]:
+def _make_deltas(setting: Setting) -> list[Any]:
     rng = np.random.default_rng(0)
     if setting.rank:
         shapes = (OUTPUTS, setting.rank), (setting.rank, INPUTS)
@@ -78,12 +83,12 @@ def make_deltas(setting: Setting) -> list[Any]:
     return [scipy.sparse.random(OUTPUTS, INPUTS, setting.density, "csr", np.float32, n) for n in range(TASKS)]
 
 
-def to_csr(matrix: Any) -> torch.Tensor:
-    arrays = matrix.indptr.astype(np.int32), matrix.indices.astype(np.int32), matrix.data
-    return torch.sparse_csr_tensor(*map(torch.from_numpy, arrays), size=matrix.shape)
+def _to_csr(matrix: Any) -> torch.Tensor:
+    starts, columns = (torch.from_numpy(indices.astype(np.int32)) for indices in (matrix.indptr, matrix.indices))
+    return torch.sparse_csr_tensor(starts, columns, torch.from_numpy(matrix.data), matrix.shape)
 
 
-def make_ways(setting: Setting, deltas: list[Any], x: torch.Tensor, base: torch.Tensor) -> list[Way]:
+def _make_ways(setting: Setting, deltas: list[Any], x: torch.Tensor, base: torch.Tensor) -> list[Way]:
     """Return every way, ours first; of pooled settings all but ours compute that one token alone, too."""
     packed = ops.prepack_deltas(deltas, dtype=setting.dtype)
     positions = [0] if setting.pooled else None
@@ -115,7 +120,7 @@ def make_ways(setting: Setting, deltas: list[Any], x: torch.Tensor, base: torch.
         ways.append(Way("torch, two products for each task", low_rank, lambda _: stacked.numpy()))
         ways.append(Way("torch, A stacked, batched B", low_rank_stacked, lambda _: stacked.numpy()))
         return ways
-    matrices = [to_csr(d) for d in deltas]
+    matrices = [_to_csr(d) for d in deltas]
     dense = [torch.from_numpy(d.toarray().T.copy()) for d in deltas]
     arrays = columns.numpy()
 
@@ -142,7 +147,7 @@ def make_ways(setting: Setting, deltas: list[Any], x: torch.Tensor, base: torch.
     return ways
 
 
-def check(ways: list[Way], setting: Setting, deltas: list[Any], x: torch.Tensor, base: torch.Tensor) -> None:
+def _check(ways: list[Way], setting: Setting, deltas: list[Any], x: torch.Tensor, base: torch.Tensor) -> None:
     x64, base64 = (t[: 1 if setting.pooled else None].double().numpy() for t in (x, base))
     full = [b @ a if setting.rank else d.toarray() for d in deltas for b, a in [d if setting.rank else (d, d)]]
     exact = np.stack([x64 @ w.T.astype(np.float64) for w in full])
@@ -154,7 +159,7 @@ def check(ways: list[Way], setting: Setting, deltas: list[Any], x: torch.Tensor,
             )
 
 
-def measure(ways: list[Way], rounds: int) -> dict[Way, harness.Spread]:
+def _measure(ways: list[Way], rounds: int) -> dict[Way, harness.Spread]:
     """Time the ways in turns: a pause for the other threads to rest, a run to wake one's own, and the timing."""
     seconds: dict[Way, list[float]] = {way: [] for way in ways}
     for turn in range(rounds):
@@ -168,7 +173,7 @@ def measure(ways: list[Way], rounds: int) -> dict[Way, harness.Spread]:
     return {way: harness.Spread.of(values) for way, values in seconds.items()}
 
 
-def find_floor(setting: Setting, deltas: list[Any], threads: int) -> float:
+def _find_floor(setting: Setting, deltas: list[Any], threads: int) -> float:
     """Seconds below which nothing can be: memory to write and read, and multiply-adds."""
     tokens = 1 if setting.pooled else setting.tokens
     values = sum(b.size + a.size for b, a in deltas) if setting.rank else sum(d.nnz for d in deltas)
@@ -178,66 +183,87 @@ def find_floor(setting: Setting, deltas: list[Any], threads: int) -> float:
         start = time.perf_counter()
         z.zero_()
         fills.append(time.perf_counter() - start)
-    return max(min(fills), values * max(tokens, 16) / 16 / 2 / 4e9 / threads)
+    return float(max(min(fills), values * max(tokens, 16) / 16 / 2 / 4e9 / threads))
 
 
-def run(settings: tuple[Setting, ...], threads: tuple[int, ...], rounds: int) -> dict[str, Any]:
+def run_delta_suite(
+    *,
+    threads: Sequence[int] | None = None,
+    rounds: int | None = None,
+    quick: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Check and time eight tasks on one layer, 768 -> 3072: sparse and low-rank deltas, several numbers of tokens.
+
+    Parameters
+    ----------
+    threads : sequence of int, optional
+        One and two by default, as far as there are cores.
+    rounds : int, optional
+        Turns of each way, 25 by default.
+    quick : bool
+        Three settings of 16 tokens, five rounds, one thread, where nothing else is asked for.
+    progress : bool
+        Show a bar on standard error.
+
+    Returns
+    -------
+    dict
+        ``suite``, ``schema``, ``options``, ``facts``, and ``rows``, one for each setting, thread count and way, in
+        milliseconds; ``ratio`` is the way's median over ours.
+
+    Raises
+    ------
+    CheckError
+        If a way computes something else.
+    """
+    settings = QUICK if quick else SETTINGS
+    threads = list(threads or ([1] if quick else range(1, min(len(os.sched_getaffinity(0)), 2) + 1)))
+    rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
     facts = harness.gather_facts()
     facts["packages"]["scipy"] = harness.package_version("scipy")
+    before = pycodesign.get_num_threads(), torch.get_num_threads()
+    rows: list[dict[str, Any]] = []
+    with warnings.catch_warnings(), progress_bar(len(threads) * len(settings), progress) as update:
+        warnings.filterwarnings("ignore", message="Sparse (invariant|CSR)")
+        for count in threads:
+            pycodesign.set_num_threads(count)
+            torch.set_num_threads(count)
+            for setting in settings:
+                update(description=f"{setting}, {setting.tokens} tokens")
+                rows += _measure_setting(setting, count, rounds)
+                update(advance=1)
+    pycodesign.set_num_threads(before[0])
+    torch.set_num_threads(before[1])
+    options = {"threads": threads, "rounds": rounds, "shape": [OUTPUTS, INPUTS], "tasks": TASKS}
+    return {"schema": harness.SCHEMA, "suite": "deltas", "options": options, "facts": facts, "rows": rows}
+
+
+def _measure_setting(setting: Setting, threads: int, rounds: int) -> list[dict[str, Any]]:
+    deltas = _make_deltas(setting)
     rng = np.random.default_rng(1)
-    result_rows = []
-    cases = [(count, setting) for count in threads for setting in settings]
-    for count, setting in track(cases, "timing", console=Console(stderr=True), transient=True):
-        torch.set_num_threads(count)
-        pycodesign.set_num_threads(count)
-        deltas = make_deltas(setting)
-        x = torch.from_numpy(rng.standard_normal((setting.tokens, INPUTS), np.float32))
-        base = torch.from_numpy(rng.standard_normal((setting.tokens, OUTPUTS), np.float32))
-        ways = make_ways(setting, deltas, x, base)
-        check(ways, setting, deltas, x, base)
-        floor = find_floor(setting, deltas, count)
-        spreads = measure(ways, rounds)
-        ours = spreads[ways[0]]
-        for way, spread in spreads.items():
-            result_rows.append(
-                {"deltas": str(setting), "tokens": setting.tokens, "threads": count, "way": way.name}
-                | harness.spread_ms(spread, 1)
-                | {"ratio": round(spread.median / ours.median, 3), "floor_ms": round(1e3 * floor, 4)}
-            )
-    return {
-        "schema": harness.SCHEMA,
-        "suite": "deltas",
-        "options": {"threads": list(threads), "rounds": rounds, "shape": [OUTPUTS, INPUTS], "tasks": TASKS},
-        "facts": facts,
-        "rows": result_rows,
-    }
+    x, base = (torch.from_numpy(rng.standard_normal((setting.tokens, size), np.float32)) for size in (INPUTS, OUTPUTS))
+    ways = _make_ways(setting, deltas, x, base)
+    _check(ways, setting, deltas, x, base)
+    floor = _find_floor(setting, deltas, threads)
+    spreads = _measure(ways, rounds)
+    ours = spreads[ways[0]]
+    return [
+        {"deltas": str(setting), "tokens": setting.tokens, "threads": threads, "way": way.name}
+        | harness.spread_ms(spread, 1)
+        | {"ratio": round(spread.median / ours.median, 3), "floor_ms": round(1e3 * floor, 4)}
+        for way, spread in spreads.items()
+    ]
 
 
-def print_result(result: dict[str, Any]) -> None:
+def print_deltas(result: dict[str, Any], console: Console | None = None) -> None:
+    """Print the table of a result."""
     table = Table("deltas", "tokens", "threads", "way", "median ms", "min ms", "floor ms", "times ours")
     for row in result["rows"]:
         times = (f"{row[key]:.3f}" for key in ("median", "minimum", "floor_ms"))
         ratio = f"{row['ratio']:.2f}" if row["way"] != OURS else ""
         table.add_row(row["deltas"], str(row["tokens"]), str(row["threads"]), row["way"], *times, ratio)
-    Console(width=140).print(table)
+    console = console or Console(width=140)
+    console.print(table)
     outputs, inputs = result["options"]["shape"]
-    print(f"{inputs} -> {outputs}, {result['options']['tasks']} tasks; times ours: its time over ours")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, action="append", help="several times for several; 1 and 2 by default")
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--quick", action="store_true", help="few settings and rounds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there")
-    arguments = parser.parse_args()
-    warnings.filterwarnings("ignore", message="Sparse (invariant|CSR)")
-    settings, rounds = (QUICK, 5) if arguments.quick else (SETTINGS, arguments.rounds)
-    result = run(settings, tuple(arguments.threads or (1, 2)), rounds)
-    print_result(result)
-    if arguments.json:
-        arguments.json.write_text(harness.format_result(result))
-
-
-if __name__ == "__main__":
-    main()
+    console.print(f"{inputs} -> {outputs}, {result['options']['tasks']} tasks; times ours: its time over ours")

@@ -20,14 +20,7 @@ inline f32v load_bf16(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
 }
 inline f32v fma(f32v a, f32v b, f32v c) { return _mm256_fmadd_ps(a, b, c); }
-inline f32v gather(const float* x, const uint16_t* index) {
-  return _mm256_i32gather_ps(x, _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(index))), 4);
-}
-inline f32v select_first(int64_t n, f32v a, f32v b) {
-  const __m256i first =
-      _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-  return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(first));
-}
+inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
 // Rows r and r + 4 as the halves of a vector: what remains is to transpose 4 x 4 in each half.
 inline void load_transposed(const float* p, int64_t step, f32v (&v)[4]) {

@@ -20,12 +20,7 @@ inline f32v load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
 inline f32v fma(f32v a, f32v b, f32v c) { return _mm512_fmadd_ps(a, b, c); }
-inline f32v gather(const float* x, const uint16_t* index) {
-  return _mm512_i32gather_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(index))), x, 4);
-}
-inline f32v select_first(int64_t n, f32v a, f32v b) {
-  return _mm512_mask_mov_ps(b, static_cast<__mmask16>((1u << (n < lanes ? n : lanes)) - 1), a);
-}
+inline float fma(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 
 // Rows r, r + 4, r + 8, r + 12 as the quarters of a vector, which loads can do without the port that shuffles: what
 // remains is to transpose 4 x 4 in each quarter.
@@ -52,5 +47,48 @@ inline void load_transposed(const float* p, int64_t step, f32v (&v)[4]) {
 #include "sharing/loops.h"
 
 namespace pycodesign::sharing {
-void fill_avx512(Kernels& k) { fill(k); }
+namespace {
+
+inline f32v gather(const float* x, const uint16_t* index) {
+  return _mm512_i32gather_ps(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(index))), x, 4);
+}
+inline f32v select_first(int64_t n, f32v a, f32v b) {
+  return _mm512_mask_mov_ps(b, static_cast<__mmask16>((1u << (n < lanes ? n : lanes)) - 1), a);
+}
+
+// Lanes are rows: one gather for 16 of them.
+template <class Value> void gather_token_as(const SparseGroups& groups, const float* x, float* sums) {
+  constexpr int V = group_rows / lanes;
+  const uint16_t* index = groups.index;
+  const auto* value = static_cast<const Value*>(groups.value);
+  for (int64_t g = 0; g < groups.rows; g += group_rows) {
+    const uint8_t* order = groups.order + g;
+    float lane[group_rows];
+    for (int l = 0; l < group_rows; ++l) lane[l] = groups.bias ? groups.bias[order[l]] : 0;
+    f32v sum[V];
+    for (int v = 0; v < V; ++v) sum[v] = load(lane + v * lanes);
+    constexpr int64_t octets = group_rows / octet_rows;
+    const uint32_t* count = groups.count + g / octet_rows;
+    int64_t j = 0;
+    for (int64_t active = octets; active > 0; --active)  // until the last of them ends
+      for (; j < count[active - 1]; ++j, index += group_rows, value += group_rows)
+        for (int v = 0; v < V; ++v) {
+          const f32v next = fma(load_values(value + v * lanes), gather(x, index + v * lanes), sum[v]);
+          sum[v] = select_first(active * octet_rows - v * lanes, next, sum[v]);
+        }
+    for (int v = 0; v < V; ++v) store(lane + v * lanes, sum[v]);
+    for (int l = 0; l < group_rows; ++l) sums[order[l]] = lane[l];
+  }
+}
+
+void gather_token(const SparseGroups& groups, const float* x, float* sums) {
+  groups.storage == Storage::f32 ? gather_token_as<float>(groups, x, sums) : gather_token_as<uint16_t>(groups, x, sums);
+}
+
+}  // namespace
+
+void fill_avx512(Kernels& k) {
+  fill(k);
+  k.sum_token = gather_token;
+}
 }  // namespace pycodesign::sharing

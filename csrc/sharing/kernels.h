@@ -60,7 +60,7 @@ struct Kernels {
   // lanes) of the block.
   void (*sum_tile)(const SparseGroups& groups, const Tile& tile, float* sums);
   void (*finish_tile)(const FinishedTile& tile);
-  // sums[r] = bias[r] + sum of the entries of row r times x[column], with lanes that are rows; behind x lies a zero.
+  // sums[r] = bias[r] + sum of the entries of row r times x[column]; behind x lies a zero.
   void (*sum_token)(const SparseGroups& groups, const float* x, float* sums);
   // z[r] = base[r] + sums[r]
   void (*finish_token)(const float* sums, int64_t rows, const float* base, float* z);

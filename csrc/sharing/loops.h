@@ -6,9 +6,7 @@
 //   panel_rows, panel_vectors    sums of a product of panels that are
 //   load, store, splat           unaligned
 //   load_bf16(p)                 `lanes` values of 16 bits as a vector
-//   fma(a, b, c)                 a * b + c
-//   gather(x, index)             x[index[l]] in lane l
-//   select_first(n, a, b)        a in the first n lanes, b in the others
+//   fma(a, b, c)                 a * b + c, of vectors and of floats alike
 //   load_transposed(p, step, v)  lane r of v[t] is p[r * step + t], for t < 4
 #pragma once
 
@@ -150,27 +148,27 @@ void finish_tile(const FinishedTile& f) {
     }
 }
 
+// Eight sums at once, each in a register. Behind a SIMD gather is a load for each lane, too.
 template <class Value> void sum_token_as(const SparseGroups& groups, const float* x, float* sums) {
-  constexpr int V = group_rows / lanes;
   const uint16_t* index = groups.index;
   const auto* value = static_cast<const Value*>(groups.value);
-  for (int64_t g = 0; g < groups.rows; g += group_rows) {
-    const uint8_t* order = groups.order + g;
-    float lane[group_rows];
-    for (int l = 0; l < group_rows; ++l) lane[l] = groups.bias ? groups.bias[order[l]] : 0;
-    f32v sum[V];
-    for (int v = 0; v < V; ++v) sum[v] = load(lane + v * lanes);
-    constexpr int64_t octets = group_rows / octet_rows;
-    const uint32_t* count = groups.count + g / octet_rows;
-    int64_t j = 0;
-    for (int64_t active = octets; active > 0; --active)  // until the last of them ends
-      for (; j < count[active - 1]; ++j, index += group_rows, value += group_rows)
-        for (int v = 0; v < V; ++v) {
-          const f32v next = fma(load_values(value + v * lanes), gather(x, index + v * lanes), sum[v]);
-          sum[v] = select_first(active * octet_rows - v * lanes, next, sum[v]);
-        }
-    for (int v = 0; v < V; ++v) store(lane + v * lanes, sum[v]);
-    for (int l = 0; l < group_rows; ++l) sums[order[l]] = lane[l];
+  for (int64_t l = 0; l < groups.rows; l += octet_rows) {
+    const uint8_t* order = groups.order + l;
+    const uint32_t* count = groups.count + l / octet_rows;
+    const int64_t lane = l % group_rows;
+    float sum[octet_rows];
+    for (int r = 0; r < octet_rows; ++r) sum[r] = groups.bias ? groups.bias[order[r]] : 0;
+    const uint16_t* i = index + lane;
+    const Value* v = value + lane;
+    for (uint32_t j = 0; j < *count; ++j, i += group_rows, v += group_rows)
+#pragma GCC unroll 8
+      for (int r = 0; r < octet_rows; ++r) sum[r] = fma(to_float(v[r]), x[i[r]], sum[r]);
+    for (int r = 0; r < octet_rows; ++r) sums[order[r]] = sum[r];
+    if (lane + octet_rows == group_rows) {
+      const int64_t longest = groups.count[(l - lane) / octet_rows];
+      index += longest * group_rows;
+      value += longest * group_rows;
+    }
   }
 }
 

@@ -26,12 +26,7 @@ inline f32v load_bf16(const uint16_t* p) {
   return reinterpret_cast<f32v>(bits << 16);
 }
 inline f32v fma(f32v a, f32v b, f32v c) { return a * b + c; }
-inline f32v gather(const float* x, const uint16_t* i) { return f32v{x[i[0]], x[i[1]], x[i[2]], x[i[3]]}; }
-inline f32v select_first(int64_t n, f32v a, f32v b) {
-  for (int l = 0; l < lanes; ++l)
-    if (l < n) b[l] = a[l];
-  return b;
-}
+inline float fma(float a, float b, float c) { return a * b + c; }
 inline void load_transposed(const float* p, int64_t step, f32v (&v)[4]) {
   const f32v a = load(p), b = load(p + step), c = load(p + 2 * step), d = load(p + 3 * step);
   for (int l = 0; l < lanes; ++l) v[l] = f32v{a[l], b[l], c[l], d[l]};

@@ -113,7 +113,7 @@ def with_tf32(allow: bool, run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def make_layer(layer: Layer) -> Task:
-    """A ternary layer: float32, bytes to bytes, and what torch has."""
+    """A ternary layer: float32, float16, bytes to bytes, and what torch has."""
     torch.manual_seed(0)
     conv, channels_last = layer.is_conv, torch.channels_last if layer.is_conv else torch.contiguous_format
     q = quantize.ternary(np.random.default_rng(0).standard_normal(layer.weight_shape, np.float32))
@@ -133,9 +133,12 @@ def make_layer(layer: Layer) -> Task:
     out = run(x, floats)
     out_bytes = run(x_bytes, integers, out_dtype="uint8", out_scale=0.02)
     half = [t.half().to(memory_format=channels_last) if t.dim() == 4 else t.half() for t in (x, w)]
+    shorts = prepack(q, device=PREPACK_DEVICE, input_dtype="float16", **geometry)
+    out_half = torch.empty_like(multiply(*half))  # in their order
     ways = [
         Way("ours float32", lambda: run(x, floats, out=out)),
         Way("ours uint8", lambda: run(x_bytes, integers, out_dtype="uint8", out_scale=0.02, out=out_bytes)),
+        Way("ours float16", lambda: run(half[0], shorts, out_dtype="float16", out=out_half)),
         Way("torch float32", with_tf32(False, lambda: multiply(x, w))),
         Way("torch TF32", with_tf32(True, lambda: multiply(x, w))),
         Way("torch float16", lambda: multiply(*half)),

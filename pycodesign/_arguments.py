@@ -20,6 +20,7 @@ Pair: TypeAlias = int | Sequence[int]
 
 OUTPUT_DTYPES = ("float32", "uint8", "int8", "int32")
 INPUT_RANGES = {"float32": (0, 0), "uint8": (0, 255), "int8": (-128, 127)}
+SHORT_FLOATS = ("float16", "bfloat16")  # inputs, residuals and outputs on a GPU, besides
 LARGEST_INTEGER = 1 << 24  # of options: float32 holds it exactly
 
 
@@ -140,19 +141,20 @@ def check_weights(q: Any, ndim: int, shape: str) -> None:
 
 
 def check_inputs(
-    q: QuantizedTensor | KernelCodebook, dtype: str, scale: float, zero_point: int, bits: int | None
+    q: QuantizedTensor | KernelCodebook, dtype: str, scale: float, zero_point: int, bits: int | None, on_gpu: bool
 ) -> dict[str, Any]:
     """Return the options that describe the input."""
-    if not isinstance(dtype, str) or dtype not in INPUT_RANGES:
-        raise ValueError(f"input_dtype: expected 'float32', 'uint8' or 'int8', got {dtype!r}")
+    dtypes = (*INPUT_RANGES, *(SHORT_FLOATS if on_gpu else ()))
+    if not isinstance(dtype, str) or dtype not in dtypes:
+        raise ValueError(f"input_dtype: expected {join_names(map(repr, dtypes))}, got {dtype!r}")
     scale = to_number("input_scale", scale)
     zero_point = to_integer("input_zero_point", zero_point)
     if not (math.isfinite(scale) and scale > 0):
         raise ValueError(f"input_scale: expected a positive finite number, got {scale}")
-    if dtype == "float32":
+    if "float" in dtype:
         if scale != 1.0 or zero_point != 0 or bits is not None:
             raise ValueError(
-                "input_scale, input_zero_point, input_bits: expected their defaults for float32 inputs, got others"
+                f"input_scale, input_zero_point, input_bits: expected their defaults for {dtype} inputs, got others"
             )
     else:
         low, high = INPUT_RANGES[dtype]
@@ -214,11 +216,13 @@ def check_epilogue(
     out_dtype: str,
     out_scale: float | None,
     out_zero_point: int,
+    *,
     shape: tuple[int, ...] | None = None,
+    dtypes: tuple[str, ...] = OUTPUT_DTYPES,
 ) -> dict[str, Any]:
     """Arguments of the native call; `shape` is the output's where residual rows are to be flattened to it."""
-    if not isinstance(out_dtype, str) or out_dtype not in OUTPUT_DTYPES:
-        raise ValueError(f"out_dtype: expected {join_names(map(repr, OUTPUT_DTYPES))}, got {out_dtype!r}")
+    if not isinstance(out_dtype, str) or out_dtype not in dtypes:
+        raise ValueError(f"out_dtype: expected {join_names(map(repr, dtypes))}, got {out_dtype!r}")
     added = None if residual is None else to_numpy("residual", residual)[0]
     if added is not None and shape is not None:
         check_array("residual", added, tuple(INPUT_RANGES), str(shape), added.shape == shape)

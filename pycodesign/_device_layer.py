@@ -11,7 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from pycodesign._arguments import INPUT_RANGES, Array, check_epilogue, to_integer
+from pycodesign._arguments import (
+    INPUT_RANGES,
+    OUTPUT_DTYPES,
+    SHORT_FLOATS,
+    Array,
+    check_epilogue,
+    join_names,
+    to_integer,
+)
 from pycodesign._device import Device, find_device, load_native
 from pycodesign.quantize import KernelCodebook, QuantizedTensor
 
@@ -96,7 +104,7 @@ class DeviceLayer:
         plan = self.plan(size)
         out_shape = (*shape[:-1], self.q.shape[0]) if is_linear else tuple(plan["shape"])
         if residual is not None:
-            _check(device, "residual", residual, tuple(INPUT_RANGES), out_shape)
+            _check(device, "residual", residual, (*INPUT_RANGES, *SHORT_FLOATS), out_shape)
         if out is not None:
             _check(device, "out", out, (epilogue["out_dtype"],), out_shape)
         y = device.empty(out_shape, epilogue["out_dtype"]) if out is None else out
@@ -131,7 +139,7 @@ def run_layer(
     out: Array | None,
 ) -> Array:
     """Run `ops.conv2d` or `ops.linear`; `numbers` are what `check_epilogue` takes after the residual."""
-    epilogue = check_epilogue(None, *numbers)
+    epilogue = check_epilogue(None, *numbers, dtypes=(*OUTPUT_DTYPES, *SHORT_FLOATS))
     _check_promise(x, options)
     return layer.run(x, residual, epilogue, out)
 
@@ -148,7 +156,7 @@ def _check(device: Device, name: str, array: Array, dtypes: Sequence[str], shape
     dtype, got = device.dtype_name(array), tuple(array.shape)
     if dtype in dtypes and got == shape:
         return
-    text = f"{name}: expected {' or '.join(dtypes)} {shape}, got {dtype} {got}"
+    text = f"{name}: expected {join_names(dtypes)} {shape}, got {dtype} {got}"
     raise (ValueError if dtype in dtypes else TypeError)(text)
 
 

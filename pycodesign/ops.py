@@ -319,6 +319,7 @@ def prepack_conv2d(
     groups : int
         Divides C and O.
     input_dtype : {"float32", "uint8", "int8"}
+        On a GPU also ``"float16"`` and ``"bfloat16"``.
     input_scale, input_zero_point : float, int
         Real value of an integer input: ``input_scale * (x - input_zero_point)``.
     input_bits : int, optional
@@ -376,10 +377,10 @@ def prepack_conv2d(
         "dilation": to_pair("dilation", dilation, 1),
         "groups": groups,
     }
-    inputs = check_inputs(q, input_dtype, input_scale, input_zero_point, input_bits)
     check_algorithm(algorithm, CONV2D_ALGORITHMS)
     check_tune(tune, algorithm)
     index = _check_device(device, algorithm, tune)
+    inputs = check_inputs(q, input_dtype, input_scale, input_zero_point, input_bits, index is not None)
     return Packed(q, check_bias(bias, q), {**options, **inputs, "algorithm": algorithm}, tune, index)
 
 
@@ -429,13 +430,13 @@ def prepack_linear(
     (2, 10)
     """
     check_weights(q, 2, "(O, I)")
-    inputs = check_inputs(q, input_dtype, input_scale, input_zero_point, input_bits)
     check_algorithm(algorithm, LINEAR_ALGORITHMS)
     if algorithm in BY_PATTERNS and q.scale.ndim == 2 and q.scale.shape[1] > 1:
         wanted = f"'dense' or 'packed' for one scale per group of inputs {q.scale.shape}"
         raise ValueError(f"algorithm: expected {wanted}, got {algorithm!r}")
     check_tune(tune, algorithm)
     index = _check_device(device, algorithm, tune)
+    inputs = check_inputs(q, input_dtype, input_scale, input_zero_point, input_bits, index is not None)
     return Packed(q, check_bias(bias, q), {**inputs, "algorithm": algorithm}, tune, index)
 
 
@@ -462,21 +463,22 @@ def conv2d(
         y = clamp(y);  integer outputs: saturate(rint(y / out_scale) + out_zero_point)
 
     Float inputs give the same in float arithmetic, within ``8 eps sqrt(K) sum |w| |x|`` for K weights per output, the
-    same bits from run to run.
+    same bits from run to run. Outputs of 16 bits are y, rounded once more.
 
     Parameters
     ----------
-    x : float32, uint8 or int8 (N, C, H, W)
+    x : float32, uint8 or int8 (N, C, H, W), or on a GPU float16 or bfloat16
         Of the packed `input_dtype`; any strides. An infinite or NaN element makes the outputs that read it through a
         nonzero weight infinite or NaN; through a zero weight it may or may not. No other output sees it.
     packed : Packed
-    residual : float32, uint8 or int8 (N, O, OH, OW), optional
+    residual : float32, uint8 or int8 (N, O, OH, OW), or on a GPU float16 or bfloat16, optional
         Added before the clamp.
     residual_scale, residual_zero_point : float, int
     clamp : pair of float or None, optional
         Lowest and highest value; ReLU is ``(0, None)``.
     out_dtype : {"float32", "int32", "uint8", "int8"}
-        ``"int32"`` gives `acc` itself, without bias (integer inputs only).
+        ``"int32"`` gives `acc` itself, without bias (integer inputs only). On a GPU also ``"float16"`` and
+        ``"bfloat16"``.
     out_scale, out_zero_point : float, int
         For uint8 and int8 outputs. NaN becomes the lowest value.
     out : array (N, O, OH, OW), optional
@@ -534,7 +536,7 @@ def linear(
 
     Parameters
     ----------
-    x : float32, uint8 or int8 (..., I)
+    x : float32, uint8 or int8 (..., I), or on a GPU float16 or bfloat16
     packed : Packed
     residual : array (..., O), optional
     residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point
@@ -570,7 +572,7 @@ def linear(
     shape = (*given.shape[:-1], outputs)
     flat = given.reshape(math.prod(given.shape[:-1]), inputs)
     epilogue = residual, residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point
-    arguments = check_epilogue(*epilogue, shape)
+    arguments = check_epilogue(*epilogue, shape=shape)
     target = None if out is None else flatten_out(to_numpy("out", out)[0], shape, out_dtype)
     y = packed._run(given, lambda native: native.run_rows(flat, **arguments, out=target))  # type: ignore[union-attr]
     return out if out is not None else from_numpy(y.reshape(shape), kind)
@@ -695,7 +697,7 @@ def _warn_once() -> None:
 
 
 def _exceed_int8(levels: NDArray[np.float32], options: dict[str, Any]) -> bool:
-    return options["input_dtype"] != "float32" and bool(np.abs(levels + 0.5).max() > 127.5)
+    return "float" not in options["input_dtype"] and bool(np.abs(levels + 0.5).max() > 127.5)
 
 
 def _check_packed(packed: Any, kind: str) -> None:

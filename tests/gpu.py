@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -112,14 +113,22 @@ class Gpu:
         if array is None:
             return None
         if self.kind == "torch":
-            tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+            tensor = array
+            if isinstance(array, np.ndarray) and array.dtype == ml_dtypes.bfloat16:
+                tensor = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+            elif isinstance(array, np.ndarray):
+                tensor = torch.from_numpy(array)
             return tensor if self.is_emulated else tensor.cuda()
+        if array.dtype == ml_dtypes.bfloat16:
+            pytest.skip("CuPy has no bfloat16")
         return EmulatedArray(array) if self.is_emulated else sys.modules["cupy"].asarray(array)
 
     def get(self, array: Any) -> NDArray[Any]:
         """Return a copy in host memory."""
         if self.kind == "torch":
             assert isinstance(array, torch.Tensor)
+            if array.dtype == torch.bfloat16:
+                return array.cpu().view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
             return array.cpu().numpy().copy()
         assert isinstance(array, sys.modules["cupy"].ndarray)
         return array.get()

@@ -18,11 +18,14 @@ INTENDED = {
     "sharing::add_deltas<[48]>": ("LDS.128", "STS.128", "FFMA"),
     "sharing::add_deltas": ("FFMA", "LDG.*CONSTANT"),
     "repetition::multiply_tiles<repetition::Bytes": ("IMMA.16832.S8.S8", "LDSM.16.M88.4", "LDGSTS.*128"),
-    "repetition::multiply_tiles<repetition::Floats": ("HMMA.16816.F32.BF16", "LDSM.16.M88.4", "LDGSTS.*128"),
+    "repetition::multiply_tiles<repetition::(Floats|BFloat16)": ("HMMA.16816.F32.BF16", "LDSM.16.M88.4", "LDGSTS.*128"),
+    "repetition::multiply_tiles<repetition::Float16": ("HMMA.16816.F32$", "LDSM.16.M88.4", "LDGSTS.*128"),
     "repetition::multiply_.*, [12]": ("PRMT",),
     "repetition::multiply_few_rows<repetition::Bytes": ("IMMA.16832", "LDG.*(64|128)"),
-    "repetition::multiply_few_rows<repetition::Floats": ("HMMA.16816.F32", "LDG"),
+    "repetition::multiply_few_rows<repetition::(Floats|BFloat16)": ("HMMA.16816.F32.BF16", "LDG"),
+    "repetition::multiply_few_rows<repetition::Float16": ("HMMA.16816.F32$", "LDG"),
     "repetition::stage_chunks_of": ("STG.*128",),
+    "repetition::stage_chunks_of<(signed|unsigned)": ("LDG.*128",),
     "repetition::add_factored": ("LDS", "STS", "LDG.*128"),
 }
 

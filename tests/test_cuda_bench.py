@@ -66,7 +66,8 @@ def test_tasks(bench: Any) -> None:
     for task in tasks:
         rows = list(bench.time_task(task, 2))
         assert [row["way"] for row in rows[::2]] == [way.name for way in task.ways]
-        assert all(row["error"] is None or row["error"] < 1e-5 for row in rows if row["way"].startswith("ours"))
+        for row in (row for row in rows if row["way"].startswith("ours")):
+            assert row["error"] is None or row["error"] < (1.5e-3 if "float16" in row["way"] else 1e-5)
         assert rows[0]["ratio"] == 1
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -24,17 +26,20 @@ from test_repetition import (
 )
 
 from pycodesign import ops, quantize
+from pycodesign._arguments import SHORT_FLOATS
 from pycodesign.quantize import QuantizedTensor
 from pycodesign.reference import repetition as reference
 
 F32 = np.float32
+FLOATS = ("float32", *SHORT_FLOATS)
+DTYPES = (*INPUT_DTYPES, *SHORT_FLOATS)
 SIXTEEN = tuple(range(-8, 8))
 MANY = tuple(range(-60, 68))
 CASES = {
     "3x3": Case((1, 64, 8, 8), (64, 64, 3, 3), {"padding": 1}),
     "3x3, remainders": Case((2, 17, 7, 5), (33, 17, 3, 3), {"padding": 1}, SIXTEEN),
     "first layer": Case((1, 3, 20, 21), (24, 3, 7, 7), {"stride": 2, "padding": 3}, BINARY),
-    "1x1": Case((3, 40, 5, 5), (65, 40, 1, 1), {}, QUATERNARY),
+    "1x1": Case((3, 48, 5, 5), (65, 48, 1, 1), {}, QUATERNARY),
     "strides": Case((1, 33, 11, 9), (8, 33, 3, 2), {"stride": (2, 3), "padding": (0, 1)}, MANY),
     "dilation": Case((1, 20, 12, 12), (17, 20, 3, 3), {"dilation": (2, 3), "padding": 2}, TERNARY),
     "groups": Case((2, 48, 6, 6), (66, 24, 3, 3), {"groups": 2, "padding": 1}, TERNARY),
@@ -70,14 +75,18 @@ def bound(case: Case, x: Any) -> Any:
     return 4e-6 * total + 1e-9
 
 
-@pytest.mark.parametrize("dtype", INPUT_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_sizes(gpu: Any, name: str, dtype: str) -> None:
     case = CASES[name]
     x, packed = make_input(case.x, dtype), pack(case, dtype)
     y, wanted = run(gpu, packed, x), expect(case, x)
     assert y.shape == wanted.shape and y.dtype == F32
-    if dtype == "float32":
+    if dtype in SHORT_FLOATS:
+        short = run(gpu, packed, x, out_dtype=dtype)
+        assert short.dtype == dtype
+        np.testing.assert_array_equal(short, y.astype(dtype))  # one rounding
+    if dtype in FLOATS:
         assert (np.abs(y - expect(case, x, out_dtype="float64")) <= bound(case, x)).all()
     else:
         np.testing.assert_array_equal(y, wanted)
@@ -85,32 +94,43 @@ def test_sizes(gpu: Any, name: str, dtype: str) -> None:
             np.testing.assert_array_equal(run(gpu, packed, x, out_dtype="int32"), expect(case, x, out_dtype="int32"))
 
 
-@pytest.mark.parametrize("out_dtype", ["float32", "uint8", "int8"])
-@pytest.mark.parametrize("residual_dtype", [None, "float32", "uint8", "int8"])
+@pytest.mark.parametrize(
+    ("residual_dtype", "out_dtype"),
+    [
+        *product((None, *INPUT_DTYPES), INPUT_DTYPES),
+        *((None, dtype) for dtype in SHORT_FLOATS),
+        *((dtype, dtype) for dtype in SHORT_FLOATS),
+        ("float16", "int8"),
+        ("int8", "float16"),
+    ],
+)
 @pytest.mark.parametrize("name", ["3x3, remainders", "rows", "many rows"])
 def test_epilogue(gpu: Any, name: str, residual_dtype: str | None, out_dtype: str) -> None:
     case = CASES[name]
     epilogue: dict[str, Any] = {"clamp": (-1.25, 2), "out_dtype": out_dtype}
-    if out_dtype != "float32":
+    if out_dtype not in FLOATS:
         epilogue |= {"out_scale": 0.013, "out_zero_point": 7}
-    for dtype in ("int8", "uint8", "float32"):
+    for dtype in ("int8", "uint8", "float32", "float16"):
         x, packed = make_input(case.x, dtype), pack(case, dtype)
         if residual_dtype is not None:
             epilogue["residual"] = make_input(expect(case, x).shape, residual_dtype, 1)
             epilogue |= {"residual_scale": 0.017, "residual_zero_point": -3}
         y, wanted = run(gpu, packed, x, **epilogue), expect(case, x, **epilogue)
         assert y.dtype == wanted.dtype
-        if dtype != "float32":
+        if dtype not in FLOATS:
             np.testing.assert_array_equal(y, wanted)
-        elif out_dtype == "float32":
-            assert (np.abs(y - wanted) <= bound(case, x) + 1e-6).all()
+        elif out_dtype in FLOATS:
+            exact = expect(case, x, **epilogue | {"out_dtype": "float64"})
+            rounding = {"float32": 0, "float16": 2.0**-11, "bfloat16": 2.0**-8}[out_dtype] * (np.abs(exact) + 1e-3)
+            assert (np.abs(y.astype(float) - exact) <= bound(case, x) + 1e-6 + rounding).all()
         else:
             assert (np.abs(y.astype(int) - wanted) <= 1).all()
 
 
-@pytest.mark.parametrize("dtype", INPUT_DTYPES)
-def test_strides(gpu: Any, dtype: str) -> None:
-    case = CASES["3x3, remainders"]
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["3x3", "3x3, remainders", "1x1"])
+def test_strides(gpu: Any, name: str, dtype: str) -> None:
+    case = CASES[name]
     packed, x = pack(case, dtype), make_input(case.x, dtype)
     y = run(gpu, packed, x)
     views = [
@@ -138,15 +158,30 @@ def test_rows_into_out(gpu: Any) -> None:
         ops.linear(gpu.put(x), packed, out=gpu.put(np.zeros((3, 9, 33), F32)[:, :5]))
 
 
-def test_fractional_levels(gpu: Any) -> None:
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_fractional_levels(gpu: Any, dtype: str) -> None:
     for case in (
         Case((1, 30, 6, 6), (20, 30, 3, 3), {"padding": 1}, (-1.1, 0.3, 0.7)),
         Case((2, 90), (20, 90), {}, tuple(0.1 * i for i in range(-9, 20))),
     ):
-        packed, x = pack(case, "float32"), make_input(case.x, "float32")
+        packed, x = pack(case, dtype), make_input(case.x, dtype)
         y = run(gpu, packed, x)
         assert (np.abs(y - expect(case, x, out_dtype="float64")) <= bound(case, x)).all()
-        assert "3 terms" in packed.explain()["why"]
+        assert "weights in 3 terms" in packed.explain()["why"]
+
+
+@pytest.mark.parametrize("dtype", SHORT_FLOATS)
+def test_extreme_short_floats(gpu: Any, dtype: str) -> None:
+    """Subnormal inputs count, sums may leave the range of the inputs, and results outside of it are infinite."""
+    case = Case((3, 40), (5, 40), {}, (-3e-5, 0, 2e5), bias=False)
+    packed = pack(case, dtype)
+    for value in (ml_dtypes.finfo(dtype).smallest_subnormal, {"float16": 65504, "bfloat16": 1e30}[dtype]):
+        x = np.full(case.x, value, dtype)
+        y = run(gpu, packed, x)
+        error = np.abs(y - expect(case, x, out_dtype="float64"))
+        assert (error <= 4e-6 * reference.abs_bound(x, make_weights(case)[0])).all()
+        with np.errstate(over="ignore"):
+            np.testing.assert_array_equal(run(gpu, packed, x, out_dtype=dtype), y.astype(dtype))
 
 
 def test_extreme_floats(gpu: Any) -> None:
@@ -166,7 +201,7 @@ def test_no_pixels(gpu: Any) -> None:
     assert run(gpu, packed, np.zeros((1, 5, 2, 4), F32)).shape == (1, 3, 0, 2)
 
 
-@pytest.mark.parametrize("dtype", INPUT_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "name", [name for name, case in CASES.items() if len(case.levels) <= 16 and case.scale_groups < 2]
 )
@@ -175,7 +210,7 @@ def test_tables(gpu: Any, name: str, dtype: str) -> None:
     x, packed = make_input(case.x, dtype), pack(case, dtype, algorithm="tables")
     assert "shared by all outputs" in packed.explain()["why"]
     y = run(gpu, packed, x)
-    if dtype == "float32":
+    if dtype in FLOATS:
         assert (np.abs(y - expect(case, x, out_dtype="float64")) <= tolerance(case, x)).all()
     else:
         np.testing.assert_array_equal(y, expect(case, x))
@@ -189,7 +224,7 @@ def test_wide_levels(gpu: Any) -> None:
 
 
 @pytest.mark.parametrize("algorithm", ["auto", "codebook"])
-@pytest.mark.parametrize("dtype", INPUT_DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_codebook(gpu: Any, dtype: str, algorithm: str) -> None:
     for case in (
         Case((1, 16, 5, 5), (9, 16, 3, 3), {"padding": 1}, BINARY, kernels=6),
@@ -202,7 +237,7 @@ def test_codebook(gpu: Any, dtype: str, algorithm: str) -> None:
         packed = ops.prepack_conv2d(codebook, bias, device="cuda", **options)
         assert packed.algorithm == ("dense" if algorithm == "auto" else algorithm)
         y = run(gpu, packed, x)
-        if dtype == "float32":
+        if dtype in FLOATS:
             assert (np.abs(y - expect(case, x, out_dtype="float64")) <= tolerance(case, x)).all()
         else:
             np.testing.assert_array_equal(y, expect(case, x))
@@ -231,6 +266,18 @@ def test_torch_operators(gpu: Any) -> None:
         if not gpu.is_emulated:
             operator = getattr(torch.ops.pycodesign, case.kind)
             np.testing.assert_array_equal(gpu.get(operator(*arguments)), wanted)
+        for dtype in SHORT_FLOATS:
+            packed, x = pack(case, dtype), make_input(case.x, dtype)
+            arguments = (
+                gpu.put(x),
+                *weights,
+                None,
+                json.dumps({**case.geometry, "input_dtype": dtype, "out_dtype": dtype}),
+            )
+            got = torch_ops.run_on_device(case.kind, *arguments)
+            np.testing.assert_array_equal(gpu.get(got), run(gpu, packed, x, out_dtype=dtype))
+            fake = torch_ops.fake_conv2d if case.kind == "conv2d" else torch_ops.fake_linear
+            assert fake(*arguments).dtype == got.dtype == getattr(torch, dtype)
 
 
 def test_explain_and_files(gpu: Any, tmp_path: Path) -> None:
@@ -250,7 +297,7 @@ def test_explain_and_files(gpu: Any, tmp_path: Path) -> None:
     np.testing.assert_array_equal(ops.conv2d(x, on_cpu), run(gpu, packed, x))
 
 
-def test_refusals(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES["3x3"]
     q, _ = make_weights(case)
     with pytest.raises(ValueError, match="algorithm: expected 'auto', 'dense', 'tables' or 'codebook' on a GPU"):
@@ -269,6 +316,20 @@ def test_refusals(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = QuantizedTensor(np.zeros((1, 1), np.uint8), np.array([200], F32), np.ones(1, F32))
     with pytest.raises(ValueError, match="q: expected levels from -128 to 127 for 'dense'"):
         ops.prepack_linear(wide, device="cuda", input_dtype="int8", algorithm="dense")
+    with pytest.raises(ValueError, match="input_dtype: expected 'float32', 'uint8' or 'int8', got 'float16'"):
+        ops.prepack_conv2d(q, input_dtype="float16")
+    with pytest.raises(ValueError, match="expected 'float32', 'uint8', 'int8', 'float16' or 'bfloat16', got 'float64'"):
+        ops.prepack_conv2d(q, device="cuda", input_dtype="float64")
+    with pytest.raises(ValueError, match="input_bits: expected their defaults for bfloat16 inputs, got others"):
+        ops.prepack_conv2d(q, device="cuda", input_dtype="bfloat16", input_bits=4)
+    short = pack(case, "float16")
+    with pytest.raises(TypeError, match=re.escape("x: expected float16 (N, C, H, W), got float32 (1, 64, 8, 8)")):
+        ops.conv2d(gpu.put(np.zeros(case.x, F32)), short)
+    with pytest.raises(ValueError, match=r"out_dtype: expected .* for float16 inputs, got 'int32'"):
+        ops.conv2d(gpu.put(np.zeros(case.x, np.float16)), short, out_dtype="int32")
+    short.save(tmp_path / "short")
+    with pytest.raises(ValueError, match="input_dtype: expected 'float32', 'uint8' or 'int8', got 'float16'"):
+        ops.load_packed(tmp_path / "short")
     packed = pack(case, "float32", algorithm="dense")
     with pytest.raises(ValueError, match="packed: expected a layer in host memory for a chain, got one on cuda:0"):
         packed.to_chain()
@@ -278,7 +339,9 @@ def test_refusals(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         ops.conv2d(gpu.put(np.zeros(case.x, np.int8)), packed)
     with pytest.raises(ValueError, match=re.escape("x: expected (N, 64, H, W)")):
         ops.conv2d(gpu.put(np.zeros((1, 5, 8, 8), F32)), packed)
-    with pytest.raises(ValueError, match=re.escape("residual: expected float32 or uint8 or int8 (1, 64, 8, 8)")):
+    with pytest.raises(
+        ValueError, match=re.escape("residual: expected float32, uint8, int8, float16 or bfloat16 (1, 64, 8, 8)")
+    ):
         ops.conv2d(gpu.put(np.zeros(case.x, F32)), packed, residual=gpu.put(np.zeros((1, 64, 8, 7), F32)))
     with pytest.raises(TypeError, match=re.escape("out: expected float32 (1, 64, 8, 8), got int8")):
         ops.conv2d(gpu.put(np.zeros(case.x, F32)), packed, out=gpu.put(np.zeros((1, 64, 8, 8), np.int8)))

@@ -86,14 +86,14 @@ def make_weights(case: Case) -> tuple[QuantizedTensor, Array | None]:
 
 def make_input(shape: tuple[int, ...], dtype: str, seed: int = 0) -> Array:
     rng = np.random.default_rng(seed)
-    if dtype == "float32":
-        return rng.normal(size=shape).astype(F32)
+    if "float" in dtype:
+        return rng.normal(size=shape).astype(dtype)
     limits = np.iinfo(dtype)
     return rng.integers(limits.min, limits.max + 1, shape, dtype=dtype)
 
 
 def input_options(dtype: str) -> dict[str, Any]:
-    return {} if dtype == "float32" else {"input_scale": 0.0173, "input_zero_point": ZERO_POINTS[dtype]}
+    return {} if "float" in dtype else {"input_scale": 0.0173, "input_zero_point": ZERO_POINTS[dtype]}
 
 
 def pack(case: Case, dtype: str, algorithm: str) -> ops.Packed:

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -66,17 +67,30 @@ inline const char* dtype_name(repetition::DType dtype) {
     case repetition::DType::f32: return "float32";
     case repetition::DType::u8: return "uint8";
     case repetition::DType::i8: return "int8";
+    case repetition::DType::f16: return "float16";
+    case repetition::DType::bf16: return "bfloat16";
     default: return "int32";
   }
 }
 
-inline repetition::DType parse_dtype(const std::string& name, const char* argument, bool allow_int32) {
-  if (name == "float32") return repetition::DType::f32;
-  if (name == "uint8") return repetition::DType::u8;
-  if (name == "int8") return repetition::DType::i8;
-  if (allow_int32 && name == "int32") return repetition::DType::i32;
-  throw py::value_error(std::string(argument) + ": expected 'float32', 'uint8'" +
-                        (allow_int32 ? ", 'int8' or 'int32'" : " or 'int8'") + ", got '" + name + "'");
+// What layers take and give, in host memory and on a GPU.
+using DTypes = std::initializer_list<repetition::DType>;
+inline constexpr DTypes host_inputs = {repetition::DType::f32, repetition::DType::u8, repetition::DType::i8};
+inline constexpr DTypes host_outputs = {repetition::DType::f32, repetition::DType::u8, repetition::DType::i8,
+                                        repetition::DType::i32};
+inline constexpr DTypes device_inputs = {repetition::DType::f32, repetition::DType::f16, repetition::DType::bf16,
+                                         repetition::DType::u8, repetition::DType::i8};
+inline constexpr DTypes device_outputs = {repetition::DType::f32, repetition::DType::f16, repetition::DType::bf16,
+                                          repetition::DType::u8,  repetition::DType::i8,  repetition::DType::i32};
+
+inline repetition::DType parse_dtype(const std::string& name, const char* argument, DTypes dtypes) {
+  std::string wanted;
+  for (const repetition::DType& dtype : dtypes) {
+    if (name == dtype_name(dtype)) return dtype;
+    if (&dtype != dtypes.begin()) wanted += &dtype + 1 == dtypes.end() ? " or " : ", ";
+    wanted += std::string("'") + dtype_name(dtype) + "'";
+  }
+  throw py::value_error(std::string(argument) + ": expected " + wanted + ", got '" + name + "'");
 }
 
 // First and one-past-last byte an array can touch; null, null when it is empty.

@@ -131,7 +131,8 @@ void bind_chain(py::module_& m) {
   py::class_<Chain, std::shared_ptr<Chain>> chain(m, "Chain");
   chain.def(py::init());
   chain.def(
-      "add_input", [](Chain& c, const std::string& dtype) { return c.add_input(parse_dtype(dtype, "dtype", false)); },
+      "add_input",
+      [](Chain& c, const std::string& dtype) { return c.add_input(parse_dtype(dtype, "dtype", host_inputs)); },
       py::arg("dtype"));
   chain.def(
       "add_layer",

@@ -36,9 +36,10 @@ std::shared_ptr<Placed> place(const repetition::Weights& w, const repetition::Ge
                               const repetition::Activations& in, repetition::Algorithm algorithm, int device) {
   using repetition::Algorithm;
   const core::cuda::DeviceProperties properties = core::cuda::device_properties(device);
-  if (algorithm == Algorithm::dense && properties.capability_major < 8 && in.dtype == DType::f32)
-    throw py::value_error("input_dtype: expected 'uint8' or 'int8' for 'dense' on " + properties.name +
-                          ", which has no bfloat16 products (capability 8.0 has), got 'float32'");
+  if (algorithm == Algorithm::dense && properties.capability_major < 8 &&
+      (in.dtype == DType::f32 || in.dtype == DType::bf16))
+    throw py::value_error("input_dtype: expected 'float16', 'uint8' or 'int8' for 'dense' on " + properties.name +
+                          ", which has no bfloat16 products (capability 8.0 has), got '" + dtype_name(in.dtype) + "'");
   auto placed = std::make_shared<Placed>();
   placed->device = device;
   const core::cuda::DeviceGuard guard(device);
@@ -60,7 +61,7 @@ std::shared_ptr<Placed> place_codes(py::array codes, py::array levels, py::array
   const auto g = geometry(channels, groups, kernel, stride, padding, dilation);
   if (!fits(a.weights, g) || (a.weights.scale_groups != 1 && (g.groups != 1 || g.kernel[0] * g.kernel[1] != 1)))
     throw py::value_error("codes: expected (O, C / groups * kH * kW), got " + describe(a.codes));
-  const auto in = activations(input_dtype, input_scale, input_zero_point, input_bits);
+  const auto in = activations(input_dtype, input_scale, input_zero_point, input_bits, device_inputs);
   return place(a.weights, g, in, parse_algorithm(algorithm), device);
 }
 
@@ -74,7 +75,7 @@ std::shared_ptr<Placed> place_codebook(py::array index, py::array sign, py::arra
                          std::move(bias));
   const auto g = geometry(channels, groups, kernel, stride, padding, dilation);
   if (!fits(a.weights, g)) throw py::value_error("kernels: expected (C, U, p * kH * kW), got " + describe(a.kernels));
-  const auto in = activations(input_dtype, input_scale, input_zero_point, input_bits);
+  const auto in = activations(input_dtype, input_scale, input_zero_point, input_bits, device_inputs);
   return place(a.weights, g, in, repetition::Algorithm::codebook, device);
 }
 
@@ -117,9 +118,10 @@ py::dict plan(const Placed& placed, const std::vector<int64_t>& x) {
 }
 
 DType residual_dtype(const DeviceArray& a) {
-  if (a.dtype == "float32") return DType::f32;
-  if (a.dtype == "uint8" || a.dtype == "int8") return a.dtype == "uint8" ? DType::u8 : DType::i8;
-  throw py::type_error("residual: expected float32, uint8 or int8, got " + a.dtype + " " + show_shape(a.shape));
+  for (const DType dtype : device_inputs)
+    if (a.dtype == dtype_name(dtype)) return dtype;
+  throw py::type_error("residual: expected a float of 16 or 32 bits, uint8 or int8, got " + a.dtype + " " +
+                       show_shape(a.shape));
 }
 
 void run(const Placed& placed, const py::object& x_, const py::object& residual_, float residual_scale,
@@ -132,7 +134,7 @@ void run(const Placed& placed, const py::object& x_, const py::object& residual_
   check_device_array(x, "x", dtype_name(dtype), std::vector<int64_t>(x.ndim(), -1));
   check_x_shape(layer, x.shape);
   repetition::Epilogue epilogue =
-      parse_epilogue(dtype, !residual_.is_none(), lo, hi, out_dtype, out_scale, out_zero_point);
+      parse_epilogue(dtype, !residual_.is_none(), lo, hi, out_dtype, out_scale, out_zero_point, device_outputs);
   const std::vector<int64_t> shape = output_shape(layer, x.shape);
   check_device_array(out, "out", dtype_name(epilogue.out_dtype), shape);
   check_writeable(out);

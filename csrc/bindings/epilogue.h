@@ -11,15 +11,17 @@ namespace pycodesign::bindings {
 
 inline repetition::Epilogue parse_epilogue(repetition::DType input_dtype, bool has_residual, std::optional<float> lo,
                                            std::optional<float> hi, const std::string& out_dtype,
-                                           std::optional<float> out_scale, int out_zero_point) {
+                                           std::optional<float> out_scale, int out_zero_point,
+                                           DTypes outputs = host_outputs) {
   using repetition::DType;
-  const bool integers = input_dtype != DType::f32;
+  const bool integers = !repetition::is_float(input_dtype);
   repetition::Epilogue epilogue;
   epilogue.acc_dtype = integers ? DType::i32 : DType::f32;
-  epilogue.out_dtype = parse_dtype(out_dtype, "out_dtype", true);
+  epilogue.out_dtype = parse_dtype(out_dtype, "out_dtype", outputs);
   if (epilogue.out_dtype == DType::i32) {
     if (!integers)
-      throw py::value_error("out_dtype: expected 'float32', 'uint8' or 'int8' for float32 inputs, got 'int32'");
+      throw py::value_error(std::string("out_dtype: expected 'float32', 'uint8' or 'int8' for ") +
+                            dtype_name(input_dtype) + " inputs, got 'int32'");
     if (has_residual || lo || hi)
       throw py::value_error("out_dtype: 'int32' gives the exact sums; expected no residual and no clamp with it");
   }

@@ -115,8 +115,9 @@ inline repetition::Algorithm parse_algorithm(const std::string& name) {
   throw py::value_error("algorithm: expected 'codegen', 'tables', 'dense' or 'packed', got '" + name + "'");
 }
 
-inline repetition::Activations activations(const std::string& dtype, double scale, int zero_point, int bits) {
-  return {parse_dtype(dtype, "input_dtype", false), scale, zero_point, bits};
+inline repetition::Activations activations(const std::string& dtype, double scale, int zero_point, int bits,
+                                           DTypes dtypes = host_inputs) {
+  return {parse_dtype(dtype, "input_dtype", dtypes), scale, zero_point, bits};
 }
 
 inline repetition::Geometry geometry(int64_t channels, int64_t groups, std::array<int64_t, 2> kernel,

@@ -16,35 +16,38 @@ using namespace core::cuda;
 
 constexpr int stage_threads = 256;
 
-template <class T> __device__ __forceinline__ void pack_chunk(const Stage&, uint4* to, const T (&element)[16]) {
+__device__ __forceinline__ void pack_chunk(const Stage&, uint4* to, const int32_t (&element)[16]) {
   uint32_t words[4] = {};
 #pragma unroll
   for (int i = 0; i < 16; ++i) words[i / 4] |= static_cast<uint32_t>(element[i] & 0xff) << i % 4 * 8;
   *to = make_uint4(words[0], words[1], words[2], words[3]);
 }
-__device__ __forceinline__ void pack_chunk(const Stage& s, uint4* to, const float (&element)[8]) {
-  uint32_t words[planes_f32][4];
+template <class T> __device__ __forceinline__ void pack_chunk(const Stage& s, uint4* to, const T (&element)[8]) {
+  constexpr int planes = sizeof(T) == 4 ? planes_f32 : 1;
+  uint32_t words[4][planes];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const Terms low = split_float(element[2 * i]), high = split_float(element[2 * i + 1]);
+  for (int i = 0; i < 4; ++i) pair_inputs(words[i], element[2 * i], element[2 * i + 1]);
 #pragma unroll
-    for (int p = 0; p < planes_f32; ++p) words[p][i] = low.bits[p] >> 16 | (high.bits[p] & 0xffff0000);
-  }
-#pragma unroll
-  for (int p = 0; p < planes_f32; ++p) to[p * s.plane] = make_uint4(words[p][0], words[p][1], words[p][2], words[p][3]);
+  for (int p = 0; p < planes; ++p) to[p * s.plane] = make_uint4(words[0][p], words[1][p], words[2][p], words[3][p]);
 }
 
-// Reads x; padding is `pad`. An integer is centered.
-template <class T> struct Reader {
-  static __device__ __forceinline__ int32_t load(const Stage& s, const char* at) {
-    return static_cast<int32_t>(*reinterpret_cast<const T*>(at)) - s.center;
+// An element of x; an integer is centered, a 16-bit float is its bits.
+template <class T> __device__ __forceinline__ auto load_element(const Stage& s, const char* at) {
+  const T value = *reinterpret_cast<const T*>(at);
+  if constexpr (sizeof(T) == 1) return static_cast<int32_t>(value) - s.center;
+  else return value;
+}
+
+// A chunk of x that is packed, or of padding.
+__device__ __forceinline__ uint4 load_chunk(const Stage& s, const char* at, bool is_inside) {
+  if (!is_inside) {
+    const uint32_t pad = static_cast<uint32_t>(s.pad & 0xff) * 0x01010101;
+    return make_uint4(pad, pad, pad, pad);
   }
-};
-template <> struct Reader<float> {
-  static __device__ __forceinline__ float load(const Stage&, const char* at) {
-    return *reinterpret_cast<const float*>(at);
-  }
-};
+  const uint32_t flip = s.center ? 0x80808080 : 0;  // x - 128
+  const uint4 chunk = *reinterpret_cast<const uint4*>(at);
+  return make_uint4(chunk.x ^ flip, chunk.y ^ flip, chunk.z ^ flip, chunk.w ^ flip);
+}
 
 // A thread makes a chunk. Neighbors take neighboring pixels where those are nearer to each other than channels.
 template <class T> __global__ void __launch_bounds__(stage_threads) stage_chunks_of(const __grid_constant__ Stage s) {
@@ -59,11 +62,20 @@ template <class T> __global__ void __launch_bounds__(stage_threads) stage_chunks
   const auto column = static_cast<int>(pixel % s.columns), row = static_cast<int>(pixel / s.columns % s.rows);
   const char* image = s.x + pixel / s.columns / s.rows * s.stride[0];
   const int part = slot / s.chunks, taps = s.gathers ? s.kernel[0] * s.kernel[1] : 1;
-  const int first_channel = part * (s.part_inputs / taps);
-  decltype(Reader<T>::load(s, nullptr)) element[count];
+  const int first_channel = part * (s.part_inputs / taps), first_input = slot % s.chunks * count;
+  uint4* to = reinterpret_cast<uint4*>(s.out) + pixel * slots + slot;
+  if (sizeof(T) < 4 && s.is_packed) {
+    const int y = row - s.padding[0], x = column - s.padding[1];
+    const bool is_inside = y >= 0 && y < s.height && x >= 0 && x < s.width;
+    const char* at = image + (first_channel + first_input) * s.stride[1] + y * s.stride[2] + x * s.stride[3];
+    *to = first_input < s.part_inputs ? load_chunk(s, at, is_inside) : make_uint4(0, 0, 0, 0);
+    return;
+  }
+  using Element = decltype(load_element<T>(s, nullptr));
+  Element element[count];
 #pragma unroll
   for (int e = 0; e < count; ++e) {
-    const int input = slot % s.chunks * count + e, tap = input % taps, channel = first_channel + input / taps;
+    const int input = first_input + e, tap = input % taps, channel = first_channel + input / taps;
     int y = row - s.padding[0], x = column - s.padding[1];
     if (s.gathers) {
       y = row * s.stride_hw[0] + tap / s.kernel[1] * s.dilation[0] - s.padding[0];
@@ -72,10 +84,10 @@ template <class T> __global__ void __launch_bounds__(stage_threads) stage_chunks
     const bool is_inside = y >= 0 && y < s.height && x >= 0 && x < s.width;
     element[e] = 0;
     if (input < s.part_inputs)
-      element[e] = is_inside ? Reader<T>::load(s, image + channel * s.stride[1] + y * s.stride[2] + x * s.stride[3])
-                             : static_cast<decltype(element[e] + 0)>(s.pad);
+      element[e] = is_inside ? load_element<T>(s, image + channel * s.stride[1] + y * s.stride[2] + x * s.stride[3])
+                             : static_cast<Element>(s.pad);
   }
-  pack_chunk(s, reinterpret_cast<uint4*>(s.out) + pixel * slots + slot, element);
+  pack_chunk(s, to, element);
 }
 
 // In shared memory a pixel's 4 chunks of a stage lie in a row of 64 bytes, exchanged so that 8 rows' chunks c are in 8
@@ -121,9 +133,10 @@ template <class T, int bits, int warps, int eights, bool is_segmented> struct Pr
   static constexpr int threads = 2 * warps * warp_size, pixels = 16 * eights, count = T::template lane_words<bits>;
   static constexpr int copies = pixels * stage_chunks / threads, row_step = threads / stage_chunks;
   static constexpr int slot_chunks = T::planes * pixels * stage_chunks;
+  static constexpr int depth = depth_of(T::planes);
   static constexpr Shape shape{warps, eights};
   static constexpr int pitch = shape.pitch(), warp_sums = tile_outputs * pitch;
-  static constexpr std::size_t shared_bytes = shape.shared_bytes(T::integers);
+  static constexpr std::size_t shared_bytes = shape.shared_bytes(T::planes);
   static constexpr bool scales = is_segmented || !T::integers;  // sums are scaled on the way
   using Total = std::conditional_t<scales, float, Sum>;
 
@@ -212,7 +225,7 @@ __global__ void __launch_bounds__(2 * warps * warp_size, 4 / warps) multiply_til
   const int row = thread / stage_chunks, column = thread % stage_chunks;
   Source<P::copies> source(d, first_pixel, row, P::row_step, column, group, first);
 #pragma unroll
-  for (int s = 0; s < T::depth - 1; ++s) P::copy(d, source, shared + s * P::slot_chunks, row, column, first + s < last);
+  for (int s = 0; s < P::depth - 1; ++s) P::copy(d, source, shared + s * P::slot_chunks, row, column, first + s < last);
 
   // A warp behind the last tile does that one again and writes nothing.
   constexpr int64_t stage_words = P::count * warp_size;
@@ -234,17 +247,17 @@ __global__ void __launch_bounds__(2 * warps * warp_size, 4 / warps) multiply_til
   load_words(words, from + first * stage_words, lane);
   int segment = first / d.segment_stages, segment_end = (segment + 1) * d.segment_stages;
   for (int s = first; s < last; ++s) {
-    copy_wait<T::depth - 2>();
+    copy_wait<P::depth - 2>();
     barrier();  // the stage is there, and nobody reads the slot that is filled next
-    P::copy(d, source, shared + (s - first + T::depth - 1) % T::depth * P::slot_chunks, row, column,
-            s + T::depth - 1 < last);
+    P::copy(d, source, shared + (s - first + P::depth - 1) % P::depth * P::slot_chunks, row, column,
+            s + P::depth - 1 < last);
     uint32_t now[P::count];
 #pragma unroll
     for (int i = 0; i < P::count; ++i) now[i] = words[i];
     if (s + 1 < last) load_words(words, from + (s + 1) * stage_words, lane);
-    const uint4* slot = shared + (s - first) % T::depth * P::slot_chunks;
+    const uint4* slot = shared + (s - first) % P::depth * P::slot_chunks;
     P::multiply_stage(d.weights.lookup[0], now, slot, half * 8 * eights, lane, sum);
-    for (int term = 1; term < d.weights.terms; ++term) {  // of levels that are no bfloat16
+    for (int term = 1; term < d.weights.terms; ++term) {  // of levels that are no 16-bit numbers
       if constexpr (bits == 16) load_words(now, from + term * d.weights.term_words + s * stage_words, lane);
       P::multiply_stage(d.weights.lookup[term], now, slot, half * 8 * eights, lane, sum);
     }
@@ -344,14 +357,15 @@ struct MultiplyTiles {
 void stage(const Stage& s, void* stream) {
   const int64_t chunks = s.images * s.rows * s.columns * s.parts * s.chunks;
   const unsigned blocks = blocks_of(chunks, stage_threads);
-  const auto kernel = s.dtype == DType::f32  ? stage_chunks_of<float>
-                      : s.dtype == DType::u8 ? stage_chunks_of<uint8_t>
-                                             : stage_chunks_of<int8_t>;
+  const auto kernel = s.dtype == DType::f32        ? stage_chunks_of<float>
+                      : element_bytes(s.dtype) > 1 ? stage_chunks_of<uint16_t>
+                      : s.dtype == DType::u8       ? stage_chunks_of<uint8_t>
+                                                   : stage_chunks_of<int8_t>;
   launch(kernel, blocks, stage_threads, 0, static_cast<cudaStream_t>(stream), s);
 }
 
 void multiply(const Dense& d, const Shape& shape, void* stream) {
-  by_codes(d.integers, d.weights.bits, MultiplyTiles{d, shape, static_cast<cudaStream_t>(stream)});
+  by_codes(d.dtype, d.weights.bits, MultiplyTiles{d, shape, static_cast<cudaStream_t>(stream)});
 }
 
 void* upload(const void* data, std::size_t bytes) {

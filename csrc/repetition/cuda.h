@@ -61,7 +61,7 @@ class DeviceLayer : public Layer {
   DeviceLayer(const Weights&, const Geometry&, const Activations&, Algorithm);
   void upload_epilogue(const Weights&, int32_t center);  // for sums of level * (x - center)
   Output output(const Tensor& out, const Tensor* residual, const Epilogue&) const;
-  bool integers() const { return activations_.dtype != DType::f32; }
+  bool integers() const { return !is_float(activations_.dtype); }
 
   Geometry geometry_;
   int64_t taps_, group_channels_, group_outputs_;
@@ -82,11 +82,13 @@ class DenseLayer final : public DeviceLayer {
   int chunk_of(int64_t size) const;  // chunks that hold so many inputs
   void choose_codes(const Weights&);
   std::vector<uint32_t> pack(const Weights&) const;
+  std::array<uint16_t, most_terms> split(float level) const;
   uint32_t code_of(const Weights&, int64_t output, int64_t input, int term) const;
   int64_t find_input(int64_t place) const;
   DenseWeights weights() const;
   void run_rows(const Tensor& x, const Output&, void* stream) const;
   Stage make_stage(const Tensor& x, char* workspace) const;
+  bool is_staged(const Tensor& x, const Stage&) const;
   Dense make_dense(const Tensor& x, const Stage&, const Output&, const Plan&) const;
 
   Limits limits_;
@@ -95,8 +97,9 @@ class DenseLayer final : public DeviceLayer {
   int chunks_, staged_taps_, tiles_;  // chunks of a tap, taps, tiles of a group
   int stages_, segment_stages_;
   int bits_ = 0, terms_ = 1;
+  int exponent_ = 0;           // float16: levels times 2^exponent_, which use its range
   std::vector<float> values_;  // levels by code
-  Lookup lookup_[planes_f32] = {};
+  Lookup lookup_[most_terms] = {};
   int32_t center_ = 0;
   DeviceBuffer words_;  // on the device
 };

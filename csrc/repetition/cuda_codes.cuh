@@ -1,8 +1,8 @@
-// Codes to levels in registers, and floats to bfloat16 terms.
+// Codes to levels in registers, and floats to 16-bit ones.
 //
 // A lane reads its codes for a stage of a tile at once. They lie in quads of 4; a quad's code i is at bit i * 4 of its
 // half word, so that after one shift a quad selects 4 of 8 bytes of levels in one byte permutation. A quad gives 4
-// bytes of a fragment's register, or 2 registers of 2 bfloat16 each.
+// bytes of a fragment's register, or 2 registers of 2 16-bit floats each.
 #pragma once
 
 #include "core/warp.cuh"
@@ -28,7 +28,7 @@ template <int bits> __device__ __forceinline__ uint32_t look_up(const uint32_t* 
 // bytes; `step` is 0 or 1.
 struct Bytes {
   static constexpr bool integers = true;
-  static constexpr int planes = 1, depth = depth_bytes;
+  static constexpr int planes = 1;
   template <int bits> static constexpr int lane_words = cuda::lane_words(integers, bits);
   using Sum = int32_t;
 
@@ -46,9 +46,10 @@ struct Bytes {
   }
 };
 
-struct Floats {
+// An input is the sum of `planes` 16-bit floats.
+template <int planes_> struct Pairs {
   static constexpr bool integers = false;
-  static constexpr int planes = planes_f32, depth = depth_floats;
+  static constexpr int planes = planes_;
   template <int bits> static constexpr int lane_words = cuda::lane_words(integers, bits);
   using Sum = float;
 
@@ -69,8 +70,20 @@ struct Floats {
       }
     }
   }
-  static __device__ __forceinline__ void multiply(Sum (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+};
+struct Floats : Pairs<planes_f32> {
+  static __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     core::cuda::multiply_bf16(c, a, b0, b1);
+  }
+};
+struct BFloat16 : Pairs<1> {
+  static __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    core::cuda::multiply_bf16(c, a, b0, b1);
+  }
+};
+struct Float16 : Pairs<1> {
+  static __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    core::cuda::multiply_f16(c, a, b0, b1);
   }
 };
 
@@ -108,13 +121,31 @@ __device__ __forceinline__ Terms split_float(float x) {
   return terms;
 }
 
+// Neighboring inputs as the halves of a register, in every plane.
+__device__ __forceinline__ void pair_inputs(uint32_t (&pair)[planes_f32], float first, float second) {
+  const Terms low = split_float(first), high = split_float(second);
+#pragma unroll
+  for (int p = 0; p < planes_f32; ++p) pair[p] = low.bits[p] >> 16 | (high.bits[p] & 0xffff0000);
+}
+__device__ __forceinline__ void pair_inputs(uint32_t (&pair)[1], uint16_t first, uint16_t second) {
+  pair[0] = first | static_cast<uint32_t>(second) << 16;
+}
+
 // Calls f<T, bits>() for the type and the codes of a layer.
-template <class F> void by_codes(bool integers, int bits, F f) {
+template <class T, class F> void by_bits(int bits, F f) {
   switch (bits) {
-    case 1: return integers ? f.template run<Bytes, 1>() : f.template run<Floats, 1>();
-    case 2: return integers ? f.template run<Bytes, 2>() : f.template run<Floats, 2>();
-    case 4: return integers ? f.template run<Bytes, 4>() : f.template run<Floats, 4>();
-    default: return integers ? f.template run<Bytes, 8>() : f.template run<Floats, 16>();
+    case 1: return f.template run<T, 1>();
+    case 2: return f.template run<T, 2>();
+    case 4: return f.template run<T, 4>();
+    default: return f.template run<T, T::integers ? 8 : 16>();
+  }
+}
+template <class F> void by_codes(DType dtype, int bits, F f) {
+  switch (dtype) {
+    case DType::f32: return by_bits<Floats>(bits, f);
+    case DType::f16: return by_bits<Float16>(bits, f);
+    case DType::bf16: return by_bits<BFloat16>(bits, f);
+    default: return by_bits<Bytes>(bits, f);
   }
 }
 

@@ -21,7 +21,7 @@ template <class T> __device__ __forceinline__ T load_input(const Factored& f, co
   const int row = y + tap / f.kernel[1] * f.dilation[0], column = x + tap % f.kernel[1] * f.dilation[1];
   if (i >= f.inputs || row < 0 || row >= f.height || column < 0 || column >= f.width) return 0;
   const char* at = image + i / taps * f.stride[1] + row * f.stride[2] + column * f.stride[3];
-  if (f.dtype == DType::f32) return static_cast<T>(*reinterpret_cast<const float*>(at));
+  if constexpr (std::is_same_v<T, float>) return load_float(f.dtype, at);
   const int value = f.dtype == DType::u8 ? *reinterpret_cast<const uint8_t*>(at) : *reinterpret_cast<const int8_t*>(at);
   return static_cast<T>(value - f.zero_point);
 }
@@ -96,7 +96,7 @@ void add_patterns(const Factored& f, void* stream) {
   const dim3 grid(static_cast<unsigned>((f.pixels + warp_size - 1) / warp_size), static_cast<unsigned>(f.blocks),
                   static_cast<unsigned>(f.groups));
   const std::size_t shared = static_cast<std::size_t>(f.at_once) * (f.pattern + f.entries) * warp_size * 4;
-  const auto kernel = f.dtype == DType::f32 ? add_factored<float> : add_factored<int32_t>;
+  const auto kernel = is_float(f.dtype) ? add_factored<float> : add_factored<int32_t>;
   launch(kernel, grid, warps * warp_size, shared, static_cast<cudaStream_t>(stream), f);
 }
 

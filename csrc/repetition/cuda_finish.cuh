@@ -1,14 +1,17 @@
 // From sums to outputs: the epilogue, in one order, every step rounded to float32 and none contracted.
 #pragma once
 
+#include "core/half.cuh"
 #include "core/launch.cuh"
 #include "repetition/cuda_kernels.h"
 
 namespace pycodesign::repetition::cuda {
 
-__device__ __forceinline__ float load_residual(const Epilogue& e, const char* at) {
-  if (e.residual_dtype == DType::f32) return *reinterpret_cast<const float*>(at);
-  if (e.residual_dtype == DType::u8) return static_cast<float>(*reinterpret_cast<const uint8_t*>(at));
+__device__ __forceinline__ float load_float(DType dtype, const char* at) {
+  if (dtype == DType::f32) return *reinterpret_cast<const float*>(at);
+  if (dtype == DType::f16) return core::from_float16(*reinterpret_cast<const uint16_t*>(at));
+  if (dtype == DType::bf16) return core::from_bfloat16(*reinterpret_cast<const uint16_t*>(at));
+  if (dtype == DType::u8) return static_cast<float>(*reinterpret_cast<const uint8_t*>(at));
   return static_cast<float>(*reinterpret_cast<const int8_t*>(at));
 }
 
@@ -18,7 +21,7 @@ __device__ __forceinline__ void finish_scaled(const Output& o, float y, int outp
   const Epilogue& e = o.epilogue;
   if (o.bias) y = __fadd_rn(y, o.bias[output]);
   if (e.has_residual) {
-    const float r = load_residual(e, o.residual + residual_at + output * o.residual_stride[1]);
+    const float r = load_float(e.residual_dtype, o.residual + residual_at + output * o.residual_stride[1]);
     y = __fadd_rn(y, __fmul_rn(e.residual_scale, __fsub_rn(r, e.residual_zero_point)));
   }
   if (e.has_lo) y = y < e.lo ? e.lo : y;  // keeps NaN
@@ -26,6 +29,10 @@ __device__ __forceinline__ void finish_scaled(const Output& o, float y, int outp
   char* to = o.out + out_at + output * o.out_stride[1];
   if (e.out_dtype == DType::f32) {
     *reinterpret_cast<float*>(to) = y;
+    return;
+  }
+  if (e.out_dtype == DType::f16 || e.out_dtype == DType::bf16) {
+    *reinterpret_cast<uint16_t*>(to) = e.out_dtype == DType::f16 ? core::to_float16(y) : core::to_bfloat16(y);
     return;
   }
   const float lowest = static_cast<float>((e.out_dtype == DType::i8 ? -128 : 0) - e.out_zero_point);

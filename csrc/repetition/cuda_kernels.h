@@ -1,7 +1,7 @@
 // What the CUDA kernels of this family take. README.md beside this file says how they work, section "On a GPU".
 //
-// A chunk is 16 bytes: 16 inputs as bytes, or 8 as bfloat16. A stage is 4 chunks of the inputs of a pixel; the kernels
-// sum stage by stage. A tile is 32 outputs.
+// A chunk is 16 bytes: 16 inputs as bytes, or 8 as 16-bit floats. A stage is 4 chunks of the inputs of a pixel; the
+// kernels sum stage by stage. A tile is 32 outputs.
 #pragma once
 
 #include <cstddef>
@@ -12,15 +12,18 @@
 namespace pycodesign::repetition::cuda {
 
 inline constexpr int chunk_bytes = 16, stage_chunks = 4, tile_outputs = 32;
-inline constexpr int depth_bytes = 4, depth_floats = 3;  // stages in shared memory
-inline constexpr int planes_f32 = 3;                     // bfloat16 numbers whose sum a float is
+inline constexpr int planes_f32 = 3;  // bfloat16 numbers whose sum a float32 is
+inline constexpr int most_terms = 3;  // 16-bit numbers whose sum a level is
+constexpr int planes_of(DType d) { return d == DType::f32 ? planes_f32 : 1; }
+constexpr int depth_of(int planes) { return planes == 1 ? 4 : 3; }  // stages in shared memory
 
 constexpr int chunk_inputs(bool integers) { return integers ? chunk_bytes : chunk_bytes / 2; }
 // 32-bit words that a lane reads for a stage of a tile: codes of `bits` bits; of 8, or 16 for floats, the level itself
 constexpr int lane_words(bool integers, int bits) { return (integers ? 64 : 32) * bits / 32; }
 
-// x -> rows of chunks: integers as signed bytes x - center, floats as three planes of bfloat16. A part is what one
-// group of the convolution, or one group of inputs with a scale of its own, reads of a pixel. Zeros fill up the parts.
+// x -> rows of chunks: integers as signed bytes x - center, float32 as three planes of bfloat16, 16-bit floats as they
+// are. A part is what one group of the convolution, or one group of inputs with a scale of its own, reads of a pixel.
+// Zeros fill up the parts.
 struct Stage {
   const char* x;
   DType dtype;
@@ -35,6 +38,7 @@ struct Stage {
   bool gathers;  // a pixel of `out` holds all that an output reads, in the order of the weights: c, r, s
   int kernel[2], stride_hw[2], dilation[2];
   int32_t center, pad;
+  bool is_packed;  // every chunk is one of x, but for the center: aligned, 16 bytes one after another
 };
 
 // Where an output is, and what the epilogue adds to it.
@@ -48,7 +52,7 @@ struct Output {
   const int32_t* correction;                  // (segments, outputs), of integer sums
 };
 
-// Levels by code, as bytes: of integers the first 16; of floats low bytes of bfloat16, then high ones.
+// Levels by code, as bytes: of integers the first 16; of floats low bytes of the 16-bit numbers, then high ones.
 struct Lookup {
   uint32_t word[8];
 };
@@ -56,16 +60,16 @@ struct Lookup {
 struct DenseWeights {
   const uint32_t* words;  // [term][group][tile][stage][vector of a lane's words][lane]
   int bits;
-  int terms;  // bfloat16 numbers whose sum a level is: 1 or 3
+  int terms;  // 16-bit numbers whose sum a level is
   int64_t term_words;
-  Lookup lookup[planes_f32];
+  Lookup lookup[most_terms];
 };
 
 // Outputs as products of weights and staged pixels.
 struct Dense {
   DenseWeights weights;
   Output output;
-  bool integers;
+  DType dtype;
   int groups, group_outputs, tiles;  // tiles of a group
   const char* staged;
   int64_t plane;  // chunks
@@ -88,7 +92,7 @@ struct Rows {
   int64_t stride[2];  // bytes
   int rows, outputs, tiles;
   int part_inputs, part_stages, parts;  // inputs with a scale of their own
-  bool is_packed;                       // inputs side by side, 4 of bytes or 2 of floats aligned and whole
+  bool is_packed;                       // inputs side by side, 4 bytes or 2 floats aligned and whole
   int32_t center;
 };
 
@@ -99,8 +103,8 @@ struct Shape {
   constexpr int pixels() const { return 16 * eights; }
   constexpr int pitch() const { return 8 * eights + 1; }  // of a warp's sums in shared memory
   // Stages of all planes, and then the sums in their place.
-  constexpr std::size_t shared_bytes(bool integers) const {
-    const int stages = pixels() * stage_chunks * chunk_bytes * (integers ? depth_bytes : depth_floats * planes_f32);
+  constexpr std::size_t shared_bytes(int planes) const {
+    const int stages = pixels() * stage_chunks * chunk_bytes * planes * depth_of(planes);
     const int sums = 4 * 2 * warps * tile_outputs * pitch();
     return static_cast<std::size_t>(stages > sums ? stages : sums);
   }

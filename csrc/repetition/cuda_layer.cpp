@@ -1,27 +1,18 @@
 // Layers for a GPU: how codes are packed, what is chosen for a size, and the arguments of the kernels.
 #include <algorithm>
 #include <bit>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
 
+#include "core/half.h"
 #include "repetition/cuda.h"
 
 namespace pycodesign::repetition::cuda {
 namespace {
 
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
-// The bfloat16 numbers whose sum a float is, the largest first: each takes the next 8 bits.
-std::array<uint16_t, planes_f32> split_float(float value) {
-  std::array<uint16_t, planes_f32> terms;
-  for (uint16_t& term : terms) {
-    const uint32_t bits = std::bit_cast<uint32_t>(value) & 0xffff0000;
-    term = static_cast<uint16_t>(bits >> 16);
-    value -= std::bit_cast<float>(bits);
-  }
-  return terms;
-}
 
 int to_int(int64_t value, const char* what) {
   if (value > std::numeric_limits<int32_t>::max())
@@ -73,6 +64,7 @@ DenseLayer::DenseLayer(const Weights& w, const Geometry& g, const Activations& a
   segment_stages_ = stages_ / parts();
   tiles_ = to_int(divide_up(group_outputs_, tile_outputs), "outputs");
   choose_codes(w);
+  for (float& m : multiplier_) m = std::ldexp(m, -exponent_);
   upload_epilogue(w, center_);
   words_.fill(pack(w));
 }
@@ -80,27 +72,45 @@ DenseLayer::DenseLayer(const Weights& w, const Geometry& g, const Activations& a
 std::string DenseLayer::describe() const {
   const std::string codes = std::to_string(bits_) + "-bit " + (bits_ < 8 ? "codes unpacked in registers" : "levels");
   if (integers()) return "matrix unit, " + codes + ", exact 8-bit products";
-  return "matrix unit, " + codes + ", inputs in 3 bfloat16 terms, " +
-         (terms_ == 1 ? "exact weights" : "weights in 3 terms");
+  const char* inputs = activations_.dtype == DType::f32   ? "inputs in 3 bfloat16 terms"
+                       : activations_.dtype == DType::f16 ? "float16 inputs"
+                                                          : "bfloat16 inputs";
+  return "matrix unit, " + codes + ", " + inputs + ", " +
+         (terms_ == 1 ? "exact weights" : "weights in " + std::to_string(terms_) + " terms");
 }
 
 int DenseLayer::chunk_of(int64_t size) const { return to_int(divide_up(size, chunk_inputs(integers())), "inputs"); }
+
+// The 16-bit numbers whose sum a level is, the largest first. Of bfloat16 each takes the next 8 bits, of float16 it is
+// rounded: the sum is the level, or differs by at most 2^-39 of the largest.
+std::array<uint16_t, most_terms> DenseLayer::split(float level) const {
+  const bool is_f16 = activations_.dtype == DType::f16;
+  std::array<uint16_t, most_terms> terms;
+  level = std::ldexp(level, exponent_);
+  for (uint16_t& term : terms) {
+    term = is_f16 ? core::to_float16(level) : static_cast<uint16_t>(std::bit_cast<uint32_t>(level) >> 16);
+    level -= is_f16 ? core::from_float16(term) : core::from_bfloat16(term);
+  }
+  return terms;
+}
 
 // Codes of as few bits as name the levels, looked up in registers; beyond 16 levels the level itself.
 void DenseLayer::choose_codes(const Weights& w) {
   values_ = distinct_levels(w);
   const size_t count = values_.size();
   bits_ = count <= 2 ? 1 : count <= 4 ? 2 : count <= 16 ? 4 : integers() ? 8 : 16;
-  const auto is_bf16 = [](float level) { return (std::bit_cast<uint32_t>(level) & 0xffff) == 0; };
-  if (!integers() && !std::all_of(values_.begin(), values_.end(), is_bf16)) terms_ = planes_f32;
+  const float largest = std::max(std::fabs(values_.front()), std::fabs(values_.back()));
+  if (activations_.dtype == DType::f16 && largest > 0) exponent_ = 14 - std::ilogb(largest);
   auto* bytes = reinterpret_cast<unsigned char*>(lookup_);
-  for (size_t i = 0; i < count && count <= 16; ++i) {
+  for (size_t i = 0; i < count; ++i) {
     if (integers()) {
-      bytes[i] = static_cast<unsigned char>(static_cast<int>(values_[i]));
+      if (count <= 16) bytes[i] = static_cast<unsigned char>(static_cast<int>(values_[i]));
       continue;
     }
-    const auto terms = split_float(values_[i]);
-    for (size_t t = 0; t < planes_f32; ++t) {
+    const auto terms = split(values_[i]);
+    for (size_t t = 0; t < most_terms; ++t) {
+      if (terms[t]) terms_ = std::max(terms_, static_cast<int>(t) + 1);
+      if (count > 16) continue;
       bytes[t * sizeof(Lookup) + i] = static_cast<unsigned char>(terms[t]);
       bytes[t * sizeof(Lookup) + 16 + i] = static_cast<unsigned char>(terms[t] >> 8);
     }
@@ -110,7 +120,7 @@ void DenseLayer::choose_codes(const Weights& w) {
 uint32_t DenseLayer::code_of(const Weights& w, int64_t output, int64_t input, int term) const {
   const float level = w.level(output, input);
   if (bits_ == 8) return static_cast<uint8_t>(static_cast<int>(level));
-  if (bits_ == 16) return split_float(level)[static_cast<size_t>(term)];
+  if (bits_ == 16) return split(level)[static_cast<size_t>(term)];
   return static_cast<uint32_t>(std::lower_bound(values_.begin(), values_.end(), level) - values_.begin());
 }
 
@@ -173,14 +183,14 @@ Plan DenseLayer::plan(const std::array<int64_t, 4>& size) const {
   }
   const int64_t staged_pixels =
       gathers_ ? pixels : size[0] * (size[2] + 2 * geometry_.padding[0]) * (size[3] + 2 * geometry_.padding[1]);
-  const int planes = integers() ? 1 : planes_f32;
+  const int planes = planes_of(activations_.dtype);
   best.staged_bytes = staged_pixels * geometry_.groups * parts() * chunks_ * chunk_bytes * planes;
   best.staged_bytes = divide_up(best.staged_bytes, 256) * 256;
   const bool is_segmented = integers() && parts() > 1;
   double best_cost = std::numeric_limits<double>::infinity();
   for (const Shape& shape : shapes) {
     if ((is_segmented || !fits_registers(integers(), bits_)) && (shape.warps != 2 || shape.eights != 4)) continue;
-    if (shape.shared_bytes(integers()) > limits_.shared_bytes) continue;
+    if (shape.shared_bytes(planes) > limits_.shared_bytes) continue;
     const int64_t blocks = divide_up(pixels, shape.pixels()) * divide_up(tiles_, shape.warps) * geometry_.groups;
     const int64_t at_once = int64_t{limits_.multiprocessors} * 4 / shape.warps;
     const double products = 1.6 * 8 * shape.warps * shape.eights * planes * terms_,
@@ -227,7 +237,7 @@ void DenseLayer::run_rows(const Tensor& x, const Output& o, void* stream) const 
   r.parts = parts();
   r.part_stages = segment_stages_;
   r.center = center_;
-  const int64_t element = integers() ? 1 : 4, word = integers() ? 4 : 8;
+  const int64_t element = element_bytes(r.dtype), word = integers() ? 4 : 2 * element;
   r.is_packed = r.stride[1] == element && (r.rows == 1 || r.stride[0] % word == 0) &&
                 part_inputs_ * element % word == 0 &&
                 reinterpret_cast<uintptr_t>(r.x) % static_cast<uintptr_t>(word) == 0;
@@ -262,14 +272,31 @@ Stage DenseLayer::make_stage(const Tensor& x, char* workspace) const {
   s.gathers = gathers_;
   s.center = center_;
   s.pad = activations_.zero_point - center_;
+  const int64_t element = element_bytes(s.dtype);
+  s.is_packed = !gathers_ && s.stride[1] == element && part_inputs_ % chunk_inputs(integers()) == 0 &&
+                reinterpret_cast<uintptr_t>(s.x) % chunk_bytes == 0 && s.stride[0] % chunk_bytes == 0 &&
+                s.stride[2] % chunk_bytes == 0 && s.stride[3] % chunk_bytes == 0;
   return s;
+}
+
+// Whether x lies in memory as it would be staged.
+bool DenseLayer::is_staged(const Tensor& x, const Stage& s) const {
+  int64_t step = int64_t{s.parts} * s.chunks * chunk_bytes;
+  if (!s.is_packed || planes_of(s.dtype) > 1 || s.center || s.padding[0] || s.padding[1] ||
+      step != x.size[1] * element_bytes(s.dtype))
+    return false;
+  for (const size_t axis : {3, 2, 0}) {
+    if (x.size[axis] > 1 && x.stride[axis] != step) return false;
+    step *= x.size[axis];
+  }
+  return true;
 }
 
 Dense DenseLayer::make_dense(const Tensor& x, const Stage& s, const Output& o, const Plan& plan) const {
   Dense d{};
   d.weights = weights();
   d.output = o;
-  d.integers = integers();
+  d.dtype = activations_.dtype;
   d.groups = static_cast<int>(geometry_.groups);
   d.group_outputs = static_cast<int>(group_outputs_);
   d.tiles = tiles_;
@@ -303,8 +330,10 @@ void DenseLayer::run(const Tensor& x, const Tensor& out, const Tensor* residual,
   const Output o = output(out, residual, epilogue);
   if (chosen.few_rows) return run_rows(x, o, stream);
   const Stage s = make_stage(x, workspace);
-  stage(s, stream);
-  multiply(make_dense(x, s, o, chosen), chosen.shape, stream);
+  Dense d = make_dense(x, s, o, chosen);
+  if (is_staged(x, s)) d.staged = x.data;
+  else stage(s, stream);
+  multiply(d, chosen.shape, stream);
 }
 
 Counts DenseLayer::counts() const {

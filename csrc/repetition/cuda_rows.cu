@@ -13,7 +13,38 @@ namespace {
 using namespace core::cuda;
 
 // Fragments of B of one step, from a row of x itself; a lane without a row has zeros.
-template <class T> struct RowReader;
+template <class T> struct RowReader {
+  using Element = std::conditional_t<T::planes == 1, uint16_t, float>;
+  struct alignas(2 * sizeof(Element)) Two {
+    Element first, second;
+  };
+
+  // 2 inputs from `input` on
+  static __device__ __forceinline__ void load(uint32_t (&pair)[T::planes], const Rows& r, const char* row, int input,
+                                              int end) {
+    Two two{};
+    if (row && input < end) {
+      if (r.is_packed) {
+        two = *reinterpret_cast<const Two*>(row + input * static_cast<int>(sizeof(Element)));
+      } else {
+        two.first = *reinterpret_cast<const Element*>(row + input * r.stride[1]);
+        if (input + 1 < end) two.second = *reinterpret_cast<const Element*>(row + (input + 1) * r.stride[1]);
+      }
+    }
+    pair_inputs(pair, two.first, two.second);
+  }
+  static __device__ __forceinline__ void multiply(const Rows& r, const char* row, int input, int end, int lane,
+                                                  const uint32_t (&a)[2][4], float (&sum)[2][4]) {
+    uint32_t b0[T::planes], b1[T::planes];
+    load(b0, r, row, input + lane % 4 * 2, end);
+    load(b1, r, row, input + 8 + lane % 4 * 2, end);
+#pragma unroll
+    for (int p = T::planes - 1; p >= 0; --p) {
+      T::multiply(sum[0], a[0], b0[p], b1[p]);
+      T::multiply(sum[1], a[1], b0[p], b1[p]);
+    }
+  }
+};
 template <> struct RowReader<Bytes> {
   // 4 bytes of inputs from `input` on
   static __device__ __forceinline__ uint32_t load(const Rows& r, const char* row, int input, int end) {
@@ -38,32 +69,6 @@ template <> struct RowReader<Bytes> {
     const uint32_t b1 = row ? load(r, row, input + 16 + lane % 4 * 4, end) : 0;
     multiply_s8(sum[0], a[0], b0, b1);
     multiply_s8(sum[1], a[1], b0, b1);
-  }
-};
-template <> struct RowReader<Floats> {
-  // 2 floats from `input` on, as pairs of bfloat16
-  static __device__ __forceinline__ Terms load(const Rows& r, const char* row, int input, int end) {
-    Terms pairs;
-    float2 two = make_float2(0, 0);
-    if (row && r.is_packed && input < end) {
-      two = *reinterpret_cast<const float2*>(row + input * 4);
-    } else if (row && !r.is_packed) {
-      if (input < end) two.x = *reinterpret_cast<const float*>(row + input * r.stride[1]);
-      if (input + 1 < end) two.y = *reinterpret_cast<const float*>(row + (input + 1) * r.stride[1]);
-    }
-    const Terms low = split_float(two.x), high = split_float(two.y);
-#pragma unroll
-    for (int p = 0; p < planes_f32; ++p) pairs.bits[p] = low.bits[p] >> 16 | (high.bits[p] & 0xffff0000);
-    return pairs;
-  }
-  static __device__ __forceinline__ void multiply(const Rows& r, const char* row, int input, int end, int lane,
-                                                  const uint32_t (&a)[2][4], float (&sum)[2][4]) {
-    const Terms b0 = load(r, row, input + lane % 4 * 2, end), b1 = load(r, row, input + 8 + lane % 4 * 2, end);
-#pragma unroll
-    for (int p = planes_f32 - 1; p >= 0; --p) {
-      multiply_bf16(sum[0], a[0], b0.bits[p], b1.bits[p]);
-      multiply_bf16(sum[1], a[1], b0.bits[p], b1.bits[p]);
-    }
   }
 };
 
@@ -146,7 +151,7 @@ struct MultiplyRows {
 }  // namespace
 
 void multiply_rows(const Rows& r, void* stream) {
-  by_codes(r.dtype != DType::f32, r.weights.bits, MultiplyRows{r, static_cast<cudaStream_t>(stream)});
+  by_codes(r.dtype, r.weights.bits, MultiplyRows{r, static_cast<cudaStream_t>(stream)});
 }
 
 }  // namespace pycodesign::repetition::cuda

@@ -9,7 +9,11 @@
 
 namespace pycodesign::repetition {
 
-enum class DType : uint8_t { f32, u8, i8, i32 };
+enum class DType : uint8_t { f32, u8, i8, i32, f16, bf16 };  // the last two: on a GPU
+constexpr bool is_float(DType d) { return d == DType::f32 || d == DType::f16 || d == DType::bf16; }
+constexpr int64_t element_bytes(DType d) {
+  return d == DType::f32 || d == DType::i32 ? 4 : d == DType::f16 || d == DType::bf16 ? 2 : 1;
+}
 
 // How staging turns input elements into words.
 enum class Staging : uint8_t {

@@ -25,7 +25,7 @@ Layer::Layer(const Weights& w, const Activations& a, Algorithm algorithm)
     for (int64_t o = 0; o < w.outputs; ++o)
       multiplier_.push_back(static_cast<float>(a.scale * static_cast<double>(w.scale[o * w.scale_groups + g])));
   if (w.bias) bias_.assign(w.bias, w.bias + w.outputs);
-  if (a.dtype == DType::f32) return;
+  if (is_float(a.dtype)) return;
 
   // Largest |x - zero point| that the input type, or the promised bits, allow.
   const bool is_signed = a.dtype == DType::i8;
@@ -56,7 +56,7 @@ Layer::Layer(Copy, const Layer& other, Algorithm algorithm)
 
 // sum level * (x - z) = sum level * (x - center) - (z - center) * sum level
 void Layer::set_correction(const Weights& w, int32_t center) {
-  if (activations_.dtype == DType::f32) return;
+  if (is_float(activations_.dtype)) return;
   correction_.assign(static_cast<size_t>(w.outputs * scale_groups_), 0);
   const int64_t group = w.inputs / scale_groups_;
   const auto offset = static_cast<uint32_t>(activations_.zero_point - center);

@@ -11,8 +11,6 @@ namespace pycodesign::repetition {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-inline int64_t element_bytes(DType d) { return d == DType::f32 || d == DType::i32 ? 4 : 1; }
-
 // Weights of so many steps stay in the first-level cache: of a block of outputs, and of a panel.
 inline constexpr int64_t dense_part_steps = 256, linear_part_words = 64;
 // Appends those of weights [steps][outputs] words of four bytes.

@@ -10,7 +10,8 @@ Options are the keyword arguments of `pycodesign.ops.prepack_conv2d` and `pycode
 in a cache for as long as the weights live.
 
 Every operator has a kernel for the CPU, and may have one for CUDA, one for fake tensors, whose sizes may be symbols,
-one for autograd, which knows the gradient to the input, and one for autocast, which keeps float32.
+one for autograd, which knows the gradient to the input, and one for autocast, which gives a layer the float inputs that
+it was packed for.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -29,6 +30,8 @@ from torch import Tensor
 from pycodesign import _device
 from pycodesign._arguments import (
     INPUT_RANGES,
+    OUTPUT_DTYPES,
+    SHORT_FLOATS,
     check_array,
     check_epilogue,
     check_promise,
@@ -61,7 +64,7 @@ EPILOGUE = {
     "out_scale": None,
     "out_zero_point": 0,
 }
-DTYPES = {"float32": torch.float32, "uint8": torch.uint8, "int8": torch.int8, "int32": torch.int32}
+DTYPES = {name: getattr(torch, name) for name in (*OUTPUT_DTYPES, *SHORT_FLOATS)}
 
 library = torch.library.Library("pycodesign", "DEF")
 prepared: TensorCache[Prepared] = TensorCache()
@@ -75,10 +78,11 @@ def define(
     fake: Callable[..., Any],
     differentiable: Callable[..., Any] | None,
     cuda: Callable[..., Any] | None = None,
+    cast: Callable[..., Sequence[Any]] | None = None,
 ) -> None:
     """Define an operator with its kernels; `differentiable(operator, *args)` calls it, and has a gradient.
 
-    Without a kernel for CUDA it refuses tensors there.
+    Without a kernel for CUDA it refuses tensors there. Under autocast it takes `cast(*args)`: float32 by default.
     """
     name = schema[: schema.index("(")]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -101,7 +105,7 @@ def define(
 
     def autocast(device: str, *args: Any) -> Any:
         with torch.autocast(device, enabled=False):
-            return operator(*map(_to_float32, args))
+            return operator(*(cast(*args) if cast else _to_float32(args)))
 
     def check_device(*args: Any, **kwargs: Any) -> Any:
         if cuda is None and _is_on_cuda(args[0]):
@@ -133,6 +137,15 @@ def _to_float32(argument: Any) -> Any:
         return [_to_float32(tensor) for tensor in argument]
     half = isinstance(argument, Tensor) and argument.dtype in (torch.float16, torch.bfloat16)
     return argument.float() if half else argument
+
+
+def cast_layer(kind: str, x: Tensor, *others: Any) -> tuple[Any, ...]:
+    """Return the arguments of a layer under autocast."""
+    options = others[-1] if isinstance(others[-1], str) else "{}"
+    asked = parse_options(options, kind)[0]["input_dtype"]
+    if asked in SHORT_FLOATS and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+        return x.to(DTYPES[asked]), *others
+    return _to_float32(x), *_to_float32(others)
 
 
 def refuse_cuda(*_: Any) -> Any:
@@ -370,5 +383,6 @@ ARGUMENTS = (
     "str options='{}') -> Tensor"
 )
 on_device = {kind: functools.partial(run_on_device, kind) for kind in ("conv2d", "linear")}
-define(f"conv2d{ARGUMENTS}", run_conv2d, fake_conv2d, LayerGradient.apply, on_device["conv2d"])
-define(f"linear{ARGUMENTS}", run_linear, fake_linear, LayerGradient.apply, on_device["linear"])
+casts = {kind: functools.partial(cast_layer, kind) for kind in ("conv2d", "linear")}
+define(f"conv2d{ARGUMENTS}", run_conv2d, fake_conv2d, LayerGradient.apply, on_device["conv2d"], casts["conv2d"])
+define(f"linear{ARGUMENTS}", run_linear, fake_linear, LayerGradient.apply, on_device["linear"], casts["linear"])

@@ -11,8 +11,8 @@ A codebook's sum is one of sums: each small kernel's convolution of a channel, c
 
     acc[o] = sum_j sign[o, j] * (kernels[c(j), index[o, j]] * x)[j]
 
-and equal, too. For float32 inputs it is the value to come near to: within 8 eps sqrt(K) `abs_bound`, K terms a sum,
-eps = 2^-23.
+and equal, too. For float inputs it is the value to come near to: within 8 eps sqrt(K) `abs_bound`, K terms a sum,
+eps = 2^-23, and one rounding to 16-bit outputs.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ def conv2d(
 
     Parameters
     ----------
-    x : float32, float64, uint8 or int8 (N, C, H, W)
+    x : float16, bfloat16, float32, float64, uint8 or int8 (N, C, H, W)
     q : QuantizedTensor or KernelCodebook (O, C / groups, R, S)
     bias : float32 (O,), optional
-    residual : float32, uint8 or int8 (N, O, OH, OW), optional
+    residual : float16, bfloat16, float32, uint8 or int8 (N, O, OH, OW), optional
     **epilogue
         Of `ops.conv2d`: residual_scale, residual_zero_point, clamp, out_dtype, out_scale, out_zero_point. For float
         inputs out_dtype="float64" returns the result unrounded.

@@ -1,5 +1,6 @@
 // The CUDA kernels of the repetition family, run by the emulation, against plain loops: integers to the bit, floats
-// within 4e-6 of the sum of magnitudes. x, out and residual are allocations of their own, for the sanitizers.
+// within 4e-6 of the sum of magnitudes and one rounding to out. x, out and residual are allocations of their own, for
+// the sanitizers.
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -9,10 +10,12 @@
 #include <vector>
 
 #include "check.h"
+#include "core/half.h"
 #include "emulated_cuda.h"
 #include "repetition/cuda.h"
 
 using namespace pycodesign::repetition;
+namespace core = pycodesign::core;
 using cuda::DenseLayer, cuda::DeviceLayer, cuda::FactoredLayer;
 namespace emulated = pycodesign::core::cuda::emulated;
 
@@ -34,8 +37,6 @@ struct Case {
   bool is_factored = false;
 };
 
-int64_t bytes_of(DType dtype) { return dtype == DType::f32 || dtype == DType::i32 ? 4 : 1; }
-
 // (N, C, H, W) in memory that ends with its last element.
 struct Array {
   std::unique_ptr<char[]> memory;
@@ -43,7 +44,7 @@ struct Array {
   DType dtype;
 
   Array(std::array<int64_t, 4> size, DType dtype_, bool channels_last) : dtype(dtype_) {
-    const int64_t element = bytes_of(dtype), count = size[0] * size[1] * size[2] * size[3];
+    const int64_t element = element_bytes(dtype), count = size[0] * size[1] * size[2] * size[3];
     memory.reset(new char[static_cast<size_t>(count * element)]);
     view = {memory.get(), size, {}};
     const int order[2][4] = {{3, 2, 1, 0}, {1, 3, 2, 0}};
@@ -54,7 +55,9 @@ struct Array {
     }
     for (int64_t i = 0; i < count; ++i) {
       const float value = static_cast<float>(draw(2001) - 1000) / 256;
+      const uint16_t bits = dtype == DType::f16 ? core::to_float16(value) : core::to_bfloat16(value);
       if (element == 4) std::memcpy(memory.get() + 4 * i, &value, 4);
+      else if (element == 2) std::memcpy(memory.get() + 2 * i, &bits, 2);
       else memory[static_cast<size_t>(i)] = static_cast<char>(draw(256));
     }
   }
@@ -66,10 +69,13 @@ struct Array {
     const char* p = at(n, c, y, x);
     float value;
     int32_t integer;
+    uint16_t bits;
     switch (dtype) {
       case DType::u8: return static_cast<uint8_t>(*p);
       case DType::i8: return static_cast<int8_t>(*p);
       case DType::i32: std::memcpy(&integer, p, 4); return integer;
+      case DType::f16: std::memcpy(&bits, p, 2); return core::from_float16(bits);
+      case DType::bf16: std::memcpy(&bits, p, 2); return core::from_bfloat16(bits);
       default: std::memcpy(&value, p, 4); return value;
     }
   }
@@ -112,7 +118,7 @@ class Check {
     weights_ = {c.outputs, inputs,        codes_.data(),  levels_.data(), rows_,
                 count,     scale_.data(), c.scale_groups, bias_.data()};
     activations_.dtype = c.dtype;
-    if (c.dtype != DType::f32) {
+    if (!is_float(c.dtype)) {
       activations_.scale = 0.037;
       activations_.zero_point = c.dtype == DType::u8 ? 119 : -5;
     }
@@ -122,17 +128,17 @@ class Check {
     const int64_t height = g_.output_size(0, c_.height), width = g_.output_size(1, c_.width);
     const Array x({c_.images, c_.channels, c_.height, c_.width}, c_.dtype, c_.channels_last);
     const Array out({c_.images, c_.outputs, height, width}, c_.out_dtype, c_.channels_last);
-    const DType residual_dtype = c_.out_dtype == DType::f32 ? DType::f32 : DType::u8;
+    const DType residual_dtype = is_float(c_.out_dtype) ? c_.out_dtype : DType::u8;
     const Array residual({c_.images, c_.outputs, height, width}, residual_dtype, !c_.channels_last);
     Epilogue& e = epilogue_;
-    e.acc_dtype = c_.dtype == DType::f32 ? DType::f32 : DType::i32;
+    e.acc_dtype = is_float(c_.dtype) ? DType::f32 : DType::i32;
     e.out_dtype = c_.out_dtype;
     e.has_residual = c_.residual;
     e.residual_dtype = residual_dtype;
     e.residual_scale = 0.3f;
-    e.residual_zero_point = residual_dtype == DType::f32 ? 0 : 17;
+    e.residual_zero_point = is_float(residual_dtype) ? 0 : 17;
     if (c_.out_dtype != DType::i32) e.has_lo = true, e.lo = -6.1f;
-    e.has_hi = c_.out_dtype == DType::f32 && c_.residual;
+    e.has_hi = is_float(c_.out_dtype) && c_.residual;
     e.hi = 29;
     e.out_scale = 0.21f;
     e.out_zero_point = c_.out_dtype == DType::u8 ? 121 : c_.out_dtype == DType::i8 ? -3 : 0;
@@ -153,9 +159,11 @@ class Check {
           for (int64_t column = 0; column < width; ++column) {
             const Sum sum = add(x, n, o, y, column);
             const double got = out.get(n, o, y, column), r = c_.residual ? residual.get(n, o, y, column) : 0;
-            const double wanted = c_.dtype == DType::f32 ? finish<double>(sum, o, r) : finish<float>(sum, o, r);
-            double bound = c_.dtype != DType::f32 ? 0 : 4e-6 * (sum.magnitude * std::fabs(scale_of(o, 0)) + 20);
-            if (c_.dtype == DType::f32 && c_.out_dtype != DType::f32) bound = 1;
+            const double wanted = is_float(c_.dtype) ? finish<double>(sum, o, r) : finish<float>(sum, o, r);
+            double bound = !is_float(c_.dtype) ? 0 : 4e-6 * (sum.magnitude * std::fabs(scale_of(o, 0)) + 20);
+            if (is_float(c_.dtype) && !is_float(c_.out_dtype)) bound = 1;
+            if (element_bytes(c_.out_dtype) == 2)
+              bound += std::ldexp(std::fabs(wanted) + bound, c_.out_dtype == DType::f16 ? -11 : -8);
             if (!(std::fabs(got - wanted) <= bound) && ++wrong <= 3)
               check::fail(__FILE__, __LINE__,
                           describe(plan) + ": output " + std::to_string(n) + " " + std::to_string(o) + " " +
@@ -208,7 +216,7 @@ class Check {
       y = y + static_cast<Real>(e.residual_scale) * (static_cast<Real>(r) - static_cast<Real>(e.residual_zero_point));
     if (e.has_lo && y < static_cast<Real>(e.lo)) y = static_cast<Real>(e.lo);
     if (e.has_hi && y > static_cast<Real>(e.hi)) y = static_cast<Real>(e.hi);
-    if (e.out_dtype == DType::f32) return static_cast<double>(y);
+    if (is_float(e.out_dtype)) return static_cast<double>(y);
     const int lowest = e.out_dtype == DType::i8 ? -128 : 0;
     const double v = std::nearbyint(static_cast<double>(y / static_cast<Real>(e.out_scale))) + e.out_zero_point;
     return std::min(std::max(v, static_cast<double>(lowest)), lowest + 255.0);
@@ -224,7 +232,7 @@ class Check {
   Epilogue epilogue_;
 };
 
-constexpr DType inputs[] = {DType::f32, DType::u8, DType::i8};
+constexpr DType inputs[] = {DType::f32, DType::u8, DType::i8, DType::f16, DType::bf16};
 constexpr Levels integer_levels[] = {Levels::binary, Levels::ternary, Levels::four_bits, Levels::eight_bits};
 
 void test_convolutions() {
@@ -244,8 +252,8 @@ void test_convolutions() {
     for (const DType dtype : inputs)
       for (const Levels levels : integer_levels) {
         ++turn;
-        const DType outs[] = {DType::f32, DType::u8, DType::i8, DType::i32};
-        const DType out = outs[turn % (dtype == DType::f32 ? 3 : 4)];
+        const DType outs[] = {DType::f32, DType::u8, DType::f16, DType::bf16, DType::i8, DType::i32};
+        const DType out = outs[turn % (is_float(dtype) ? 5 : 6)];
         Case c{s.images,
                s.channels,
                s.height,
@@ -265,21 +273,22 @@ void test_convolutions() {
 }
 
 void test_float_levels() {
-  for (const Levels levels : {Levels::fractional, Levels::own_fractional})
-    for (const int64_t pixels : {2, 9}) {
-      Case c{1,          37,         4,      pixels, 18,   {37, 1, {3, 1}, {1, 1}, {1, 0}, {1, 1}},
-             DType::f32, DType::f32, levels, false,  true, 132};
-      Check(c).run();
-      c.is_factored = true;
-      Check(c).run();
-      Case linear{1,          70,         1,      pixels, 33,    {70, 1, {1, 1}, {1, 1}, {0, 0}, {1, 1}},
-                  DType::f32, DType::f32, levels, true,   false, 132};
-      Check(linear).run();
-    }
+  for (const DType dtype : {DType::f32, DType::f16, DType::bf16})
+    for (const Levels levels : {Levels::fractional, Levels::own_fractional})
+      for (const int64_t pixels : {2, 9}) {
+        Case c{1,     37,         4,      pixels, 18,   {37, 1, {3, 1}, {1, 1}, {1, 0}, {1, 1}},
+               dtype, DType::f32, levels, false,  true, 132};
+        Check(c).run();
+        c.is_factored = true;
+        Check(c).run();
+        Case linear{1,     70,         1,      pixels, 33,    {70, 1, {1, 1}, {1, 1}, {0, 0}, {1, 1}},
+                    dtype, DType::f32, levels, true,   false, 132};
+        Check(linear).run();
+      }
 }
 
 void test_rows() {
-  for (const int64_t rows : {1, 7, 9, 16, 17, 65})
+  for (const int64_t rows : {1, 7, 9, 16, 17, 66})
     for (const int64_t channels : {1, 30, 256, 1030})
       for (const DType dtype : inputs)
         for (const Levels levels : integer_levels) {
@@ -305,7 +314,7 @@ void test_scale_groups() {
     for (const int64_t groups : {2, 5})
       for (const DType dtype : inputs)
         for (const Levels levels : {Levels::ternary, Levels::eight_bits}) {
-          const int64_t channels = groups * (dtype == DType::f32 ? 35 : 64);
+          const int64_t channels = groups * (is_float(dtype) ? 35 : 64);
           Case c{1,      channels, 1,     rows, 40,    {channels, 1, {1, 1}, {1, 1}, {0, 0}, {1, 1}}, dtype, DType::f32,
                  levels, true,     false, 132,  groups};
           Check(c).run();

@@ -135,6 +135,8 @@ def test_strides(gpu: Any, name: str, dtype: str) -> None:
     y = run(gpu, packed, x)
     views = [
         np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2),
+        np.repeat(x.transpose(0, 2, 3, 1), 2, axis=2)[:, :, ::2].transpose(0, 3, 1, 2),
+        np.concatenate([x, x[:, :1]], axis=1).transpose(0, 2, 3, 1).copy()[..., :-1].transpose(0, 3, 1, 2),
         np.ascontiguousarray(x.transpose(3, 1, 0, 2)).transpose(2, 1, 3, 0),
         np.repeat(x, 2, axis=3)[..., ::2],
     ]
@@ -248,6 +250,7 @@ def test_codebook(gpu: Any, dtype: str, algorithm: str) -> None:
 
 
 def test_torch_operators(gpu: Any) -> None:
+    from pycodesign import nn
     from pycodesign.nn import ops as torch_ops
 
     if gpu.kind != "torch":
@@ -266,18 +269,17 @@ def test_torch_operators(gpu: Any) -> None:
         if not gpu.is_emulated:
             operator = getattr(torch.ops.pycodesign, case.kind)
             np.testing.assert_array_equal(gpu.get(operator(*arguments)), wanted)
+        kind = nn.Conv2d if case.kind == "conv2d" else nn.Linear
         for dtype in SHORT_FLOATS:
-            packed, x = pack(case, dtype), make_input(case.x, dtype)
-            arguments = (
-                gpu.put(x),
-                *weights,
-                None,
-                json.dumps({**case.geometry, "input_dtype": dtype, "out_dtype": dtype}),
-            )
-            got = torch_ops.run_on_device(case.kind, *arguments)
-            np.testing.assert_array_equal(gpu.get(got), run(gpu, packed, x, out_dtype=dtype))
+            given = gpu.put(make_input(case.x, dtype))
+            layer = kind.from_quantized(q, bias, input_dtype=dtype, out_dtype=dtype, **case.geometry).to(given.device)
+            weights = [layer.codes, layer.levels, layer.scale, layer.bias, None, layer.options_json]
+            y = torch_ops.run_on_device(case.kind, given, *weights) if gpu.is_emulated else layer(given)
+            call = ops.conv2d if case.kind == "conv2d" else ops.linear
+            assert torch.equal(y, call(given, pack(case, dtype), out_dtype=dtype))
             fake = torch_ops.fake_conv2d if case.kind == "conv2d" else torch_ops.fake_linear
-            assert fake(*arguments).dtype == got.dtype == getattr(torch, dtype)
+            assert fake(given, *weights).dtype == y.dtype == given.dtype
+            assert torch.equal(torch_ops.cast_layer(case.kind, given.float(), *weights)[0], given)  # for autocast
 
 
 def test_explain_and_files(gpu: Any, tmp_path: Path) -> None:
@@ -330,6 +332,7 @@ def test_refusals(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     short.save(tmp_path / "short")
     with pytest.raises(ValueError, match="input_dtype: expected 'float32', 'uint8' or 'int8', got 'float16'"):
         ops.load_packed(tmp_path / "short")
+    assert "float16 inputs" in ops.load_packed(tmp_path / "short", device="cuda").explain()["why"]
     packed = pack(case, "float32", algorithm="dense")
     with pytest.raises(ValueError, match="packed: expected a layer in host memory for a chain, got one on cuda:0"):
         packed.to_chain()

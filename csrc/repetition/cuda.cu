@@ -45,7 +45,7 @@ __device__ __forceinline__ uint4 load_chunk(const Stage& s, const char* at, bool
     return make_uint4(pad, pad, pad, pad);
   }
   const uint32_t flip = s.center ? 0x80808080 : 0;  // x - 128
-  const uint4 chunk = *reinterpret_cast<const uint4*>(at);
+  const uint4 chunk = __ldg(reinterpret_cast<const uint4*>(at));
   return make_uint4(chunk.x ^ flip, chunk.y ^ flip, chunk.z ^ flip, chunk.w ^ flip);
 }
 
@@ -339,7 +339,7 @@ void launch_tiles(const Dense& d, cudaStream_t stream) {
 
 template <class T, int bits> void launch_bits(const Dense& d, const Shape& shape, cudaStream_t stream) {
   if (T::integers && d.segment_stages < d.stages) return launch_tiles<T, bits, 2, 4, T::integers>(d, stream);
-  if constexpr (fits_registers(T::integers, bits)) {
+  if constexpr (fits_registers(T::planes, bits)) {
     if (shape.warps == 4) return launch_tiles<T, bits, 4, 8, false>(d, stream);
     if (shape.eights == 8) return launch_tiles<T, bits, 2, 8, false>(d, stream);
   }

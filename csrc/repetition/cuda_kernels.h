@@ -110,8 +110,8 @@ struct Shape {
   }
 };
 inline constexpr Shape shapes[] = {{4, 8}, {2, 8}, {2, 4}};
-// Of 8 eights, which floats' sums and wide codes do not.
-constexpr bool fits_registers(bool integers, int bits) { return integers || bits < 4; }
+// Of 8 eights, which three planes do not with more than 4 levels, nor one with levels of 16 bits.
+constexpr bool fits_registers(int planes, int bits) { return bits < (planes == 1 ? 16 : 4); }
 inline constexpr int rows_warps = 8, rows_block = 8;
 
 // Sums over patterns of inputs, one after another in the order of the weights; 32 pixels by 128 outputs a block.

@@ -189,7 +189,7 @@ Plan DenseLayer::plan(const std::array<int64_t, 4>& size) const {
   const bool is_segmented = integers() && parts() > 1;
   double best_cost = std::numeric_limits<double>::infinity();
   for (const Shape& shape : shapes) {
-    if ((is_segmented || !fits_registers(integers(), bits_)) && (shape.warps != 2 || shape.eights != 4)) continue;
+    if ((is_segmented || !fits_registers(planes, bits_)) && (shape.warps != 2 || shape.eights != 4)) continue;
     if (shape.shared_bytes(planes) > limits_.shared_bytes) continue;
     const int64_t blocks = divide_up(pixels, shape.pixels()) * divide_up(tiles_, shape.warps) * geometry_.groups;
     const int64_t at_once = int64_t{limits_.multiprocessors} * 4 / shape.warps;

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pycodesign import quantize
-from pycodesign._arguments import Array, join_names, to_numpy
+from pycodesign._arguments import SHORT_FLOATS, Array, join_names, to_numpy
 from pycodesign._quantized import FewValued, from_arrays, to_arrays
 from pycodesign.nn import ops
 from pycodesign.nn.program import LayerWeights, Program, find_chain, join_weights, parse_program
@@ -62,7 +62,7 @@ class Layer(nn.Module):
     def from_quantized(
         cls: type[L], q: FewValued, bias: Array | None = None, *, packed: Packed | None = None, **options: Any
     ) -> L:
-        """Make a layer from quantized weights, and pack it.
+        """Make a layer from quantized weights, and pack it; one of 16-bit floats, at its first call on a GPU.
 
         Parameters
         ----------
@@ -86,7 +86,8 @@ class Layer(nn.Module):
         if bias is not None:
             arrays.append(to_numpy("bias", bias)[0])
         layer = cls(*(torch.from_numpy(np.array(array)) for array in arrays), **options)
-        layer.packed(packed)
+        if options.get("input_dtype") not in SHORT_FLOATS:
+            layer.packed(packed)
         return layer
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # named as in torch's layers

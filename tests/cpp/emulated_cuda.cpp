@@ -281,6 +281,11 @@ void run(dim3 grid, dim3 size, std::size_t shared_size, const std::function<void
       }
 }
 
+void check_aligned(const void* pointer, std::size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(pointer) % bytes)
+    fail("__ldg: expected an address aligned to " + std::to_string(bytes) + " bytes");
+}
+
 void block_barrier() { meet(block.everyone, "barrier"); }
 
 const void* gather_bytes(const char* what, const void* mine, std::size_t bytes) {

@@ -2,7 +2,7 @@
 // no GPU. Blocks run one after another. The threads of a block are fibers that change places at barriers and warp
 // collectives, in an order drawn from a seed, so that a missing barrier gives wrong results. Also found: threads that
 // meet at different collectives or wait forever (std::logic_error), writes behind dynamic shared memory, reads of
-// asynchronous copies before the wait, and with sanitizers what those find.
+// asynchronous copies before the wait, __ldg of unaligned addresses, and with sanitizers what those find.
 #pragma once
 
 #include <algorithm>
@@ -111,7 +111,13 @@ inline int32_t __float_as_int(float value) { return std::bit_cast<int32_t>(value
 inline int __float2int_rn(float value) { return static_cast<int>(std::nearbyintf(value)); }
 uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector);
 int __dp4a(int a, int b, int c);
-template <class T> T __ldg(const T* pointer) { return *pointer; }
+namespace pycodesign::core::cuda::emulated {
+void check_aligned(const void* pointer, std::size_t bytes);
+}
+template <class T> T __ldg(const T* pointer) {
+  pycodesign::core::cuda::emulated::check_aligned(pointer, sizeof(T));
+  return *pointer;
+}
 template <class T> T __ldcs(const T* pointer) { return *pointer; }
 template <class T> void __stcs(T* pointer, T value) { *pointer = value; }
 template <class T> T atomicAdd(T* pointer, T value) {

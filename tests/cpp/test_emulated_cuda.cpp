@@ -114,6 +114,7 @@ void diverging_kernel(int fault) {
   if (fault == 1 && threadIdx.x == 40) warp_barrier();
   if (fault == 2) shared_memory<char>()[64] = 0;
   if (fault == 3 && threadIdx.x == 40) copy_async(shared_memory<char>() + 4, nullptr, false);
+  if (fault == 4) __ldg(reinterpret_cast<const uint4*>(shared_memory<char>() + 8));
   if (fault == 1) shuffle(1, 0);
   barrier();
 }
@@ -131,7 +132,8 @@ void test_faults() {
   CHECK_THROWS(launch(diverging_kernel, 1, 64, 64, nullptr, 1), std::logic_error, "of its warp at");
   CHECK_THROWS(launch(diverging_kernel, 1, 64, 64, nullptr, 2), std::logic_error, "outside the dynamic shared memory");
   CHECK_THROWS(launch(diverging_kernel, 1, 64, 64, nullptr, 3), std::logic_error, "aligned to 16");
-  launch(diverging_kernel, dim3(2, 2), 64, 64, nullptr, 4);
+  CHECK_THROWS(launch(diverging_kernel, 1, 64, 64, nullptr, 4), std::logic_error, "__ldg: expected an address");
+  launch(diverging_kernel, dim3(2, 2), 64, 64, nullptr, 5);
 }
 
 void test_warp() {

@@ -342,7 +342,8 @@ def main(
         suite = "grow_vit_search" if searching else "grow_vit"
         shapes = {"small": SMALL, "stages": STAGES}
         options = {"steps": steps, "small_steps": small_steps, "threads": threads, **shapes}
-        options |= {"batch": BATCH, "rate": RATE, "warmup": WARMUP, "every": EVERY, "decay": DECAY}
+        rate = SEARCH_RATE if searching else RATE
+        options |= {"batch": BATCH, "rate": rate, "warmup": WARMUP, "every": EVERY, "decay": DECAY}
         result = {"schema": SCHEMA, "suite": suite, "facts": gather_facts(), "options": options, "rows": rows}
         json_path.write_text(format_result(result))
     if plot:

@@ -11,7 +11,7 @@ namespace pycodesign::core {
 // A level includes those before it, except that the AVX-512 levels do not need AVX-VNNI.
 enum class Isa {
   scalar,
-  avx2,         // AVX2, FMA
+  avx2,         // AVX2, FMA, F16C
   avx2_vnni,    // + AVX-VNNI
   avx512,       // F, BW, VL, DQ, VNNI
   avx512_vbmi,  // + VBMI

@@ -105,20 +105,6 @@ def measure_bandwidth() -> float:
     return 3 * source.nbytes / min(seconds)
 
 
-def measure(ways: list[Way], rounds: int) -> dict[Way, harness.Spread]:
-    """Time the ways in turns: a pause for the other threads to rest, a run to wake one's own, and the timing."""
-    seconds: dict[Way, list[float]] = {way: [] for way in ways}
-    for turn in range(rounds):
-        first = turn % len(ways)
-        for way in [*ways[first:], *ways[:first]]:
-            time.sleep(harness.PAUSE_SECONDS)
-            way.run()
-            start = time.perf_counter()
-            way.run()
-            seconds[way].append(time.perf_counter() - start)
-    return {way: harness.Spread.of(values) for way, values in seconds.items()}
-
-
 def run(threads: int, rounds: int, dtypes: tuple[str, ...]) -> dict[str, Any]:
     torch.set_num_threads(threads)
     pycodesign.set_num_threads(threads)
@@ -136,7 +122,7 @@ def run(threads: int, rounds: int, dtypes: tuple[str, ...]) -> dict[str, Any]:
         expected = (w.to(scale.dtype)[row_map][:, column_map] * scale).double()
         check(ways, expected, out)
         floor = (w.nbytes + out.nbytes) / bandwidth
-        spreads = measure(ways, rounds)
+        spreads = harness.measure_hot(ways, rounds)
         others = [spread for way, spread in spreads.items() if way is not ways[0]]
         for way, spread in spreads.items():
             rows.append(

@@ -194,13 +194,12 @@ def test_every_16_bit_float_passes_through_float32(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("scale", ["in_scale", "out_scale"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_instruction_set_rounds_to_the_same_16_bits(dtype: torch.dtype, scale: str) -> None:
-    w = torch.from_numpy(ALL_16_BITS.copy()).view(dtype)
-    w = w[None] if scale == "in_scale" else w[:, None]
-    factors = torch.linspace(-3, 3, 65536)
+    w = torch.from_numpy(ALL_16_BITS.copy()).view(dtype).view(256, 256)
+    factors = torch.linspace(-3, 3, 256)
     bits = []
     for isa in ISAS:
         pycodesign.set_isa(isa)
-        bits.append(ops.expand(w, np.arange(len(w)), **{scale: factors}).view(torch.int16))
+        bits.append(ops.expand(w, np.arange(256), **{scale: factors}).view(torch.int16))
         assert torch.equal(bits[-1], bits[0])
 
 

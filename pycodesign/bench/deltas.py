@@ -159,20 +159,6 @@ def _check(ways: list[Way], setting: Setting, deltas: list[Any], x: torch.Tensor
             )
 
 
-def _measure(ways: list[Way], rounds: int) -> dict[Way, harness.Spread]:
-    """Time the ways in turns: a pause for the other threads to rest, a run to wake one's own, and the timing."""
-    seconds: dict[Way, list[float]] = {way: [] for way in ways}
-    for turn in range(rounds):
-        first = turn % len(ways)
-        for way in [*ways[first:], *ways[:first]]:
-            time.sleep(harness.PAUSE_SECONDS)
-            way.run()
-            start = time.perf_counter()
-            way.run()
-            seconds[way].append(time.perf_counter() - start)
-    return {way: harness.Spread.of(values) for way, values in seconds.items()}
-
-
 def _find_floor(setting: Setting, deltas: list[Any], threads: int) -> float:
     """Seconds below which nothing can be: memory to write and read, and multiply-adds."""
     tokens = 1 if setting.pooled else setting.tokens
@@ -246,7 +232,7 @@ def _measure_setting(setting: Setting, threads: int, rounds: int) -> list[dict[s
     ways = _make_ways(setting, deltas, x, base)
     _check(ways, setting, deltas, x, base)
     floor = _find_floor(setting, deltas, threads)
-    spreads = _measure(ways, rounds)
+    spreads = harness.measure_hot(ways, rounds)
     ours = spreads[ways[0]]
     return [
         {"deltas": str(setting), "tokens": setting.tokens, "threads": threads, "way": way.name}

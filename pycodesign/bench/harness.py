@@ -203,6 +203,20 @@ def measure(
     return {contender: Timing(summarize(hot[contender]), summarize(cold[contender])) for contender in contenders}
 
 
+def measure_hot(contenders: Sequence[AnyContender], rounds: int) -> dict[AnyContender, Spread]:
+    """Time in turns: a pause for the other threads to rest, a run to wake one's own, and the timing."""
+    seconds: dict[AnyContender, list[float]] = {contender: [] for contender in contenders}
+    for turn in range(rounds):
+        first = turn % len(contenders)
+        for contender in [*contenders[first:], *contenders[:first]]:
+            time.sleep(PAUSE_SECONDS)
+            contender.run()
+            start = time.perf_counter()
+            contender.run()
+            seconds[contender].append(time.perf_counter() - start)
+    return {contender: Spread.of(values) for contender, values in seconds.items()}
+
+
 def gather_facts() -> dict[str, Any]:
     """Describe the machine and the software: what a timing means nothing without.
 

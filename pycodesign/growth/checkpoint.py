@@ -223,8 +223,8 @@ def grow_checkpoint(
         raise ValueError(f"src: expected {wanted} in {source}, got neither")
     if not checkpoint.tensors:
         raise ValueError(f"src: expected tensors in {source}, got none")
-    _check_keys(old_config, changes, spec)
     _check_configs(old_config, new_config, spec)
+    _check_keys(old_config, changes, spec)
     plan = _make_plan(checkpoint, source, old_config, new_config, spec, mode, noise, seed)
     _scale_eps(old_config, new_config, plan)
     parts = [_plan_model(checkpoint, plan)]

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 
 from pycodesign import _core, _packed_file
 from pycodesign._arguments import (
+    SHORT_FLOATS,
     Array,
     Pair,
     check_algorithm,
@@ -596,7 +597,7 @@ def load_packed(path: str | os.PathLike[str], *, device: Any = None) -> Packed:
     OSError
         If the file cannot be read.
     ValueError
-        If it is no such file, or is damaged.
+        If it is no such file, is damaged, or holds a layer of 16-bit floats and `device` is no GPU.
     """
     data = Path(path).read_bytes()
     index = parse_device(device)
@@ -606,12 +607,14 @@ def load_packed(path: str | os.PathLike[str], *, device: Any = None) -> Packed:
         prepack = prepack_conv2d if len(q.shape) == 4 else prepack_linear
         if index is not None:
             return prepack(q, bias, **options | {"algorithm": "auto", "device": index})
-        packed = prepack(q, bias, **options)
-        packed._why = why
-        return packed
+        if options.get("input_dtype") not in SHORT_FLOATS:
+            packed = prepack(q, bias, **options)
+            packed._why = why
+            return packed
     except (SafetensorError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:
         wanted = "a packed layer of pycodesign"
         raise ValueError(f"{os.fspath(path)}: expected {wanted}, got a damaged or foreign file: {e}") from e
+    raise ValueError(f"device: expected a GPU for a layer of {options['input_dtype']} inputs, got none")
 
 
 def _choose(q: QuantizedTensor | KernelCodebook, options: dict[str, Any]) -> tuple[str, str]:

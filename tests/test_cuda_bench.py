@@ -67,7 +67,8 @@ def test_tasks(bench: Any) -> None:
         rows = list(bench.time_task(task, 2))
         assert [row["way"] for row in rows[::2]] == [way.name for way in task.ways]
         for row in (row for row in rows if row["way"].startswith("ours")):
-            assert row["error"] is None or row["error"] < (1.5e-3 if "float16" in row["way"] else 1e-5)
+            rounding = 2 * 2**-11 if "float16" in row["way"] else 0  # of inputs and of outputs
+            assert row["error"] is None or row["error"] < 1e-5 + rounding
         assert rows[0]["ratio"] == 1
 
 

@@ -60,6 +60,13 @@ LAYERS = {
     "integers": ((20, 7, 25, (1, 3, 3), "integers"), (1, 7, 10, 12), {"padding": 1}),
     "integers, 200 kernels, codebooks": ((20, 8, 200, (1, 3, 3), "integers", 4), (1, 8, 10, 12), {"padding": 1}),
     "ternary patterns": ((20, 3, 40, (5, 1, 1), "ternary"), (1, 15, 6, 6), {}),
+    "columns": ((21, 7, 32, (1, 3, 3), "sign"), (2, 7, 13, 11), {"padding": 1}),
+    "columns with zeros, two codebooks": ((21, 8, 60, (1, 3, 3), "ternary", 2), (1, 8, 9, 20), {"padding": 2}),
+    "columns, strides": ((21, 7, 32, (1, 3, 3), "ternary"), (1, 7, 13, 16), {"stride": (1, 2), "padding": 1}),
+    "columns, far apart": ((9, 3, 20, (1, 3, 3), "sign"), (1, 3, 15, 15), {"dilation": 7, "stride": 2, "padding": 3}),
+    "columns, groups": ((12, 4, 17, (1, 2, 3), "sign"), (1, 8, 7, 7), {"groups": 2}),
+    "columns, 3x2": ((12, 5, 17, (1, 3, 2), "ternary"), (1, 5, 30, 31), {"stride": 3, "padding": (2, 1)}),
+    "columns, 2x2": ((12, 5, 9, (1, 2, 2), "ternary"), (3, 5, 5, 5), {"padding": 1}),
 }
 
 
@@ -88,6 +95,20 @@ def test_conv2d(name: str, isa: str) -> None:
         index, sign = packed._native.indices()
         np.testing.assert_array_equal(index, q.index)
         np.testing.assert_array_equal(sign, q.sign)
+
+
+def test_kernels_share_columns() -> None:
+    """Columns are summed once: four of -1 and 1 up to sign; kernels then add three."""
+    channels, outputs, kernels = 7, 21, 32
+    q = draw(outputs, channels, kernels, (1, 3, 3), "sign")
+    told = ops.prepack_conv2d(q, algorithm="codebook").explain()
+    assert told["multiplies"] == 0
+    assert told["adds"] == channels * (4 * 2 + kernels * 2) + outputs * (channels - 1)
+    told = ops.prepack_conv2d(q, algorithm="codebook", stride=2).explain()  # two phases
+    assert told["adds"] == channels * (2 * 4 * 2 + kernels * 2) + outputs * (channels - 1)
+    told = ops.prepack_conv2d(draw(outputs, channels, kernels, (1, 3, 3), "integers"), algorithm="codebook").explain()
+    assert told["adds"] == channels * kernels * 8 + outputs * (channels - 1)
+    assert told["multiplies"] == channels * kernels * 9
 
 
 @pytest.mark.parametrize("rows", [1, 5, 33])

@@ -1,8 +1,11 @@
 // Convolutions whose weights are indices into a codebook of small kernels: every kernel of a pattern's channels is
-// summed once, as an entry of a table; an output adds one entry for each pattern.
+// summed once, as an entry of a table, by products or by columns that kernels share; an output adds one entry for each
+// pattern.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
+#include <set>
 #include <stdexcept>
 
 #include "repetition/plan.h"
@@ -13,12 +16,50 @@ namespace {
 
 constexpr double vector_bytes = 64;
 
+// The columns of all kernels up to sign, and of which ones each is the sum; none where kernels have other values than
+// -1, 0 and 1, or another size.
+struct KernelColumns {
+  std::vector<ColumnPattern> patterns;  // ascending
+  std::vector<ColumnTerm> terms;        // [book][kernel][column]
+};
+KernelColumns columns_of(const Codebook& book, const Geometry& g) {
+  const auto& [rows, columns] = g.kernel;
+  const auto small = [](int64_t size, int64_t most) { return 2 <= size && size <= most; };
+  if (book.inputs != rows * columns || !small(rows, max_column_rows) || !small(columns, max_kernel_columns)) return {};
+  std::vector<ColumnPattern> all;
+  KernelColumns found;
+  for (int64_t k = 0; k < book.books * book.kernels; ++k)
+    for (int64_t s = 0; s < columns; ++s) {
+      ColumnPattern pattern{};
+      float sign = 0;
+      for (int64_t r = 0; r < rows; ++r) {
+        const float value = book.values[k * book.inputs + r * columns + s];
+        if (value != 0 && std::abs(value) != 1) return {};
+        if (sign == 0) sign = value;
+        pattern[static_cast<size_t>(r)] = static_cast<int8_t>(sign * value);
+      }
+      all.push_back(pattern);
+      found.terms.push_back({0, sign < 0});
+    }
+  const std::set<ColumnPattern> distinct(all.begin(), all.end());
+  found.patterns.assign(distinct.begin(), distinct.end());
+  for (size_t i = 0; i < all.size(); ++i)
+    found.terms[i].pattern = static_cast<uint8_t>(std::distance(distinct.begin(), distinct.find(all[i])));
+  return found;
+}
+
 // Cycles per vector of pixels, with `block` tables alive at a time over tiles of `vectors`.
-double block_cost(const Codebook& book, int64_t outputs, double block, double vectors, bool is_float) {
+double block_cost(const Codebook& book, const Geometry& g, int64_t columns, int64_t outputs, double block,
+                  double vectors, bool is_float) {
   const auto kernels = static_cast<double>(book.kernels), patterns = static_cast<double>(book.patterns);
-  const double product = is_float ? 1.1 : 2.2;  // 32-bit multiplications take two
   const double sums = tile_cost(vectors, vectors, kernels, block, static_cast<double>(outputs), block, vector_bytes);
-  return patterns * (sums / (block * vectors) + kernels * static_cast<double>(book.inputs) * product);
+  double build = kernels * static_cast<double>(book.inputs) * (is_float ? 1.1 : 2.2);  // products: of 32 bits two
+  if (columns) {
+    const double term = 1.1, width = (vectors + static_cast<double>(g.kernel[1]) - 1) / vectors;
+    build =
+        term * (kernels * static_cast<double>(g.kernel[1]) + static_cast<double>(columns * (g.kernel[0] + 1)) * width);
+  }
+  return patterns * (sums / (block * vectors) + build);
 }
 
 }  // namespace
@@ -28,9 +69,11 @@ CodebookChoice choose_codebook(const Codebook& book, const Geometry& g, int64_t 
   const double times = static_cast<double>(g.groups) * (kernels().lanes == 8 ? with_avx2 : 1);
   CodebookChoice best{1, std::numeric_limits<double>::infinity()};
   const int64_t patterns = book.patterns / book.books;  // tables of one book at a time
+  const auto columns = static_cast<int64_t>(columns_of(book, g).patterns.size());
   for (int block = 1; block <= 8 && block <= patterns; ++block)
     for (const double vectors : {4, 6, 8}) {
-      const double cost = times * block_cost(book, outputs / g.groups, block, vectors, a.dtype == DType::f32);
+      const double cost =
+          times * block_cost(book, g, columns, outputs / g.groups, block, vectors, a.dtype == DType::f32);
       if (patterns % block == 0 && cost < best.cost) best = {block, cost};
     }
   return best;
@@ -54,9 +97,12 @@ void PackedConv2d::pack_codebook(const Weights& w) {
   entry_bytes_ = book.kernels > max_table_entries ? 2 : 1;
   book_units_ = book.patterns / book.books;
 
+  KernelColumns columns = columns_of(book, geometry_);
+  columns_ = std::move(columns.patterns);
+  column_terms_ = std::move(columns.terms);
   const int64_t blocks = block_count(book.kernels);
-  kernels_.assign(static_cast<size_t>(book.books * blocks * book.inputs * dense_outputs), 0);
-  for (int64_t b = 0; b < book.books; ++b)
+  if (columns_.empty()) kernels_.assign(static_cast<size_t>(book.books * blocks * book.inputs * dense_outputs), 0);
+  for (int64_t b = 0; columns_.empty() && b < book.books; ++b)
     for (int64_t u = 0; u < book.kernels; ++u)
       for (int64_t i = 0; i < book.inputs; ++i) {
         const float value = book.values[(b * book.kernels + u) * book.inputs + i];
@@ -101,9 +147,15 @@ std::pair<std::vector<uint8_t>, std::vector<int8_t>> PackedConv2d::indices() con
 
 // The tables of `units` patterns from `first` on, over the vectors of one tile.
 void PackedConv2d::build_kernels(const Kernels& k, const LiftPlan& lift, const char* x, int64_t first, int64_t units,
-                                 int vectors, char* tables) const {
+                                 int vectors, char* column_sums, char* tables) const {
   const int64_t bytes = k.lanes * 4, entry_bytes = lift.tables.width * bytes,
                 block_words = group_size_ * taps_ * dense_outputs, blocks = block_count(max_entries_);
+  x += first * group_size_ * lift.unit_bytes;
+  if (!columns_.empty()) {
+    for (int64_t u = 0; u < units; ++u, x += lift.unit_bytes, tables += max_entries_ * entry_bytes)
+      add_columns(k, lift, x, (first + u) / book_units_, vectors, column_sums, tables);
+    return;
+  }
   DenseTile d{};
   const std::span<const int64_t> source = list_sources(lift, group_size_, 1);
   d.source = source.data();
@@ -113,7 +165,7 @@ void PackedConv2d::build_kernels(const Kernels& k, const LiftPlan& lift, const c
   for (int64_t u = 0; u < units; ++u)
     for (int64_t b = 0; b < blocks; ++b)
       for (int v = 0; v < vectors; v += k.max_dense_vectors) {
-        d.x = x + (first + u) * group_size_ * lift.unit_bytes + v * bytes;
+        d.x = x + u * group_size_ * lift.unit_bytes + v * bytes;
         d.weights = reinterpret_cast<const char*>(
             &kernels_[static_cast<size_t>(((first + u) / book_units_ * blocks + b) * block_words)]);
         d.acc = tables + (u * max_entries_ + b * dense_outputs) * entry_bytes + v * bytes;
@@ -121,6 +173,39 @@ void PackedConv2d::build_kernels(const Kernels& k, const LiftPlan& lift, const c
         d.vectors = std::min(k.max_dense_vectors, vectors - v);
         (staging_ == Staging::f32 ? k.dense_f32 : k.dense_i32)(d);
       }
+}
+
+// One table: every column that occurs is summed once, for all kernels that have it.
+void PackedConv2d::add_columns(const Kernels& k, const LiftPlan& lift, const char* x, int64_t book, int vectors,
+                               char* sums, char* table) const {
+  const int64_t bytes = k.lanes * 4, rows = geometry_.kernel[0];
+  const std::vector<ColumnTap>& columns = lift.tables.columns;
+  KernelTable t{};
+  t.step = static_cast<int64_t>(columns_.size()) * bytes;
+  t.terms = &column_terms_[static_cast<size_t>(book * max_entries_) * columns.size()];
+  t.entries = max_entries_;
+  t.columns = static_cast<int>(columns.size());
+  t.vectors = vectors;
+  t.table = table;
+  t.entry_bytes = lift.tables.width * bytes;
+  for (size_t s = 0; s < columns.size(); ++s) {
+    size_t first = 0;  // column of the same phase
+    while (columns[first].phase != columns[s].phase) ++first;
+    if (first == s) {
+      ColumnSums c{};
+      for (int64_t r = 0; r < rows; ++r) c.row[r] = x + lift.tap_source[static_cast<size_t>(r) * columns.size() + s];
+      c.patterns = columns_.data()->data();
+      c.count = static_cast<int64_t>(columns_.size());
+      c.vectors = vectors + phase_reach(columns, columns[s].phase);
+      c.sums = sums;
+      (staging_ == Staging::f32 ? k.sum_columns_f32 : k.sum_columns_i32)(c);
+      t.sums[s] = sums;
+      sums += c.vectors * t.step;
+    } else {
+      t.sums[s] = t.sums[first] + columns[s].shift * t.step;
+    }
+  }
+  (staging_ == Staging::f32 ? k.add_columns_f32 : k.add_columns_i32)(t);
 }
 
 }  // namespace pycodesign::repetition

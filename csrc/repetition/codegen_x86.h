@@ -37,6 +37,7 @@ struct ColumnTap {
   int64_t shift;
 };
 std::vector<ColumnTap> column_taps(const Geometry&);
+int64_t phase_reach(const std::vector<ColumnTap>&, int phase);  // the largest shift
 
 // One function. Vectors are 64 bytes (AVX-512) or 32 (AVX2); of integers, 32 bits hold two pixels.
 //   x: staged plane of channel `channel`, at one vector; channel c and tap t of the group are read at

@@ -88,7 +88,8 @@ ConvCase PackedConv2d::conv_case(const Kernels& k, int64_t images, int64_t heigh
           code                              ? static_cast<int64_t>(code->chunks()[0].segments.size())
           : algorithm_ == Algorithm::tables ? units_
                                             : 1,
-          code ? static_cast<int64_t>(code->columns().patterns.size()) : 0};
+          code ? static_cast<int64_t>(code->columns().patterns.size()) : 0,
+          !columns_.empty()};
 }
 
 std::shared_ptr<ConvPlan> PackedConv2d::make_plan(const ConvCase& c, const Pitch& pitch, const Cut& cut,
@@ -98,7 +99,8 @@ std::shared_ptr<ConvPlan> PackedConv2d::make_plan(const ConvCase& c, const Pitch
   for (LiftPlan& lift : made->bands)
     if (algorithm_ == Algorithm::tables) lift.tables = TablePlan(lift, max_entries_, block_units_, outputs, c.kernels);
     else if (algorithm_ == Algorithm::codebook)
-      lift.tables = TablePlan::of_codebook(lift, max_entries_, block_units_, outputs, c.kernels);
+      lift.tables = TablePlan::of_codebook(lift, columns_.empty() ? std::vector<ColumnTap>{} : column_taps(geometry_),
+                                           max_entries_, block_units_, outputs, c.kernels);
   return made;
 }
 
@@ -425,7 +427,10 @@ void PackedConv2d::sum_tables(const Call& call, const LiftPlan& lift, const char
   const bool is_float = activations_.dtype == DType::f32;
   const TablePlan& t = lift.tables;
   const int64_t entry_bytes = t.width * vector_bytes, unit_bytes = entry_bytes * max_entries_;
-  const int64_t row_bytes = (group_size_ + 1) * entry_bytes, table_bytes = unit_bytes * block_units_;
+  const int64_t row_bytes = algorithm_ == Algorithm::codebook
+                                ? t.column_vectors * static_cast<int64_t>(columns_.size()) * vector_bytes
+                                : (group_size_ + 1) * entry_bytes,
+                table_bytes = unit_bytes * block_units_;
   TableBuild build{};
   build.channel_stride = channel_bytes;
   build.segment_source = t.segment_source.data();
@@ -456,7 +461,8 @@ void PackedConv2d::sum_tables(const Call& call, const LiftPlan& lift, const char
       const int64_t units_here = std::min<int64_t>(block_units_, table_units_ - block * block_units_),
                     slots = units_here * unit_slots_;
       if (algorithm_ == Algorithm::codebook) {
-        build_kernels(k, lift, x + j * vector_bytes, block * block_units_, units_here, sum.vectors, build.tables);
+        build_kernels(k, lift, x + j * vector_bytes, block * block_units_, units_here, sum.vectors, build.rows,
+                      build.tables);
       } else {
         build.x = x + block * block_units_ * group_size_ * channel_bytes + j * vector_bytes;
         build.units = units_here;

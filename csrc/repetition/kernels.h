@@ -93,6 +93,22 @@ struct ColumnSums {
   char* sums;
 };
 
+// entry[v] = sum over columns of plus or minus one of their sums, as above, from vector v on.
+inline constexpr int max_kernel_columns = 3;
+struct ColumnTerm {
+  uint8_t pattern;
+  bool minus;
+};
+struct KernelTable {
+  const char* sums[max_kernel_columns];  // of each column of the filter: those of its phase, at its first vector
+  int64_t step;                          // bytes from the sums of one vector to those of the next
+  const ColumnTerm* terms;               // [entries][columns]
+  int64_t entries;
+  int columns, vectors;
+  char* table;
+  int64_t entry_bytes;
+};
+
 // One step of building a table: entry[plus] = entry[parent] + coefficient * row[channel], entry[minus] = entry[parent]
 // - the same. Index -1: no such entry; parent -1, channel -1: zeros.
 struct TableStep {
@@ -291,6 +307,9 @@ struct Kernels {
   void (*max_pool)(const MaxPool&);
   void (*sum_columns_f32)(const ColumnSums&);
   void (*sum_columns_i16)(const ColumnSums&);
+  void (*sum_columns_i32)(const ColumnSums&);
+  void (*add_columns_f32)(const KernelTable&);
+  void (*add_columns_i32)(const KernelTable&);
   void (*build_tables_f32)(const TableBuild&);
   void (*build_tables_i32)(const TableBuild&);
   void (*sum_tables_f32)(const TableSum&);

@@ -40,6 +40,7 @@ struct Float {
     return reinterpret_cast<vec>(splat_bits(0x3f800000u | (code >> top) << 31));
   }
   static vec add_entry(vec acc, vec entry, vec sign) { return fma(entry, sign, acc); }
+  static vec owed(int) { return vec{}; }  // to a sum of so many negative entries
 };
 struct Int {
   using vec = i32v;
@@ -56,6 +57,7 @@ struct Int {
   static vec add_entry(vec acc, vec entry, vec sign) {
     return reinterpret_cast<vec>(u32v(acc) + u32v(entry ^ sign));
   }  // one too little when negative
+  static vec owed(int negative) { return splat(negative); }
 };
 struct Byte : Int {
   static vec multiply_add(vec acc, vec x, vec w) { return dot4(acc, x, w); }
@@ -65,7 +67,12 @@ constexpr int64_t vector_bytes = lanes * 4;
 typedef uint16_t u16v __attribute__((vector_size(lanes * 4), may_alias));
 typedef uint8_t bytesv __attribute__((vector_size(lanes), may_alias));
 
-// Pairs of int16, modulo 2^16.
+// Sums modulo 2^32, and of pairs modulo 2^16.
+struct Words {
+  using vec = u32v;
+  static vec load(const void* p) { return *static_cast<const vec*>(p); }
+  static void store(void* p, vec v) { *static_cast<vec*>(p) = v; }
+};
 struct Pairs {
   using vec = u16v;
   static vec load(const void* p) { return *static_cast<const vec*>(p); }
@@ -118,6 +125,9 @@ void fill(Kernels& k) {
        max_pool,
        sum_columns<Float>,
        sum_columns<Pairs>,
+       sum_columns<Words>,
+       add_columns<Float>,
+       add_columns<Int>,
        build_tables<Float>,
        build_tables<Int>,
        sum_tables<Float>,

@@ -211,7 +211,8 @@ void restage(const Restage& s) {
 template <class Math, int terms, bool minus1, bool minus2>
 void sum_column(const char* const* row, int64_t vectors, int64_t step, char* to) {
   for (int64_t at = 0; at < vectors * vector_bytes; at += vector_bytes, to += step) {
-    auto sum = Math::load(row[0] + at);
+    typename Math::vec sum{};
+    if constexpr (terms > 0) sum = Math::load(row[0] + at);
     if constexpr (terms > 1) sum = minus1 ? sum - Math::load(row[1] + at) : sum + Math::load(row[1] + at);
     if constexpr (terms > 2) sum = minus2 ? sum - Math::load(row[2] + at) : sum + Math::load(row[2] + at);
     Math::store(to, sum);
@@ -245,7 +246,8 @@ template <class Math> void sum_columns(const ColumnSums& s) {
     constexpr decltype(&sum_column<Math, 1, false, false>) three[] = {
         sum_column<Math, 3, false, false>, sum_column<Math, 3, false, true>, sum_column<Math, 3, true, false>,
         sum_column<Math, 3, true, true>};
-    const auto sum = n == 1   ? sum_column<Math, 1, false, false>
+    const auto sum = n == 0   ? sum_column<Math, 0, false, false>
+                     : n == 1 ? sum_column<Math, 1, false, false>
                      : n == 2 ? two[minus[1]]
                               : three[2 * minus[1] + minus[2]];
     sum(row, s.vectors, step, s.sums + i * vector_bytes);

@@ -41,6 +41,30 @@ template <class Math> void build_tables(const TableBuild& b) {
   }
 }
 
+template <class Math, int columns> void add_columns_of(const KernelTable& t) {
+  const ColumnTerm* term = t.terms;
+  for (int64_t e = 0; e < t.entries; ++e, term += columns) {
+    const char* from[columns];
+    typename Math::vec sign[columns];
+    int negative = 0;
+    for (int s = 0; s < columns; ++s) {
+      from[s] = t.sums[s] + term[s].pattern * vector_bytes;
+      sign[s] = Math::template sign<uint8_t>(term[s].minus << 7);
+      negative += term[s].minus;
+    }
+    const auto owed = Math::owed(negative);
+    char* const to = t.table + e * t.entry_bytes;
+    for (int64_t v = 0; v < t.vectors; ++v) {
+      auto sum = owed;
+      for (int s = 0; s < columns; ++s) sum = Math::add_entry(sum, Math::load(from[s] + v * t.step), sign[s]);
+      Math::store(to + v * vector_bytes, sum);
+    }
+  }
+}
+template <class Math> void add_columns(const KernelTable& t) {
+  t.columns == 2 ? add_columns_of<Math, 2>(t) : add_columns_of<Math, 3>(t);
+}
+
 template <class Math, int V, class Entry> void sum_tables_of(const TableSum& s) {
   using vec = typename Math::vec;
   constexpr uint32_t top = 1u << (8 * sizeof(Entry) - 1);  // the sign

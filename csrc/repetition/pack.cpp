@@ -386,10 +386,20 @@ Counts PackedConv2d::counts() const {
     return c;
   }
   if (algorithm_ == Algorithm::codebook) {
-    const int64_t inputs = group_size_ * taps_, products = geometry_.groups * table_units_ * max_entries_ * inputs;
-    c.bytes += static_cast<int64_t>(kernels_.size() * 4);
-    c.multiplies = products;
-    c.adds = products / inputs * (inputs - 1) + outputs_ * (table_units_ - 1);
+    const int64_t inputs = group_size_ * taps_, tables = geometry_.groups * table_units_;
+    c.bytes += static_cast<int64_t>(kernels_.size() * 4 + columns_.size() * sizeof(columns_[0]) +
+                                    column_terms_.size() * sizeof(ColumnTerm));
+    c.adds = outputs_ * (table_units_ - 1);
+    if (columns_.empty()) {
+      c.multiplies = tables * max_entries_ * inputs;
+      c.adds += tables * max_entries_ * (inputs - 1);
+      return c;
+    }
+    const std::vector<ColumnTap> columns = column_taps(geometry_);
+    const int64_t phases = std::count_if(columns.begin(), columns.end(), [](const auto& s) { return s.shift == 0; });
+    for (const auto& column : columns_)
+      c.adds += tables * phases * std::max<int64_t>(2 - std::count(column.begin(), column.end(), 0), 0);
+    c.adds += tables * max_entries_ * (geometry_.kernel[1] - 1);
     return c;
   }
   // A table is built once per row of the filter and column phase of the stride, and read once per tap.

@@ -200,6 +200,13 @@ std::vector<ColumnTap> column_taps(const Geometry& g) {
   return taps;
 }
 
+int64_t phase_reach(const std::vector<ColumnTap>& columns, int phase) {
+  int64_t reach = 0;
+  for (const ColumnTap& c : columns)
+    if (c.phase == phase) reach = std::max(reach, c.shift);
+  return reach;
+}
+
 // Bytes of a unit's vectors and planes, so that neighboring units begin in cache sets far apart.
 static int64_t spread_lines(int64_t lines) {
   constexpr int64_t sets = 64;
@@ -208,7 +215,7 @@ static int64_t spread_lines(int64_t lines) {
 }
 
 LiftPlan::LiftPlan(const Geometry& g, int64_t height, int64_t width, const Band& band, const Pitch& pitch,
-                   int word_lanes, int halves, int64_t column_planes)
+                   int word_lanes, int halves, int64_t column_planes, bool adds_columns)
     : band(band), columns(g.output_size(1, width)), lanes(word_lanes * halves) {
   const Axis y = plan_axis(g, 0, height, band.row, band.rows), x = plan_axis(g, 1, width, 0, columns);
   row_pitch = pitch.row;
@@ -228,9 +235,8 @@ LiftPlan::LiftPlan(const Geometry& g, int64_t height, int64_t width, const Band&
       taps.push_back({at->second, at_y / g.stride[0] * row_pitch + at_x / g.stride[1]});
     }
   }
-  // A tap reads the vectors [offset, offset + segment): they either extend the last span or begin one. The taps of a
-  // row keep their distances where whole columns are summed.
-  const int64_t gap = column_planes ? x.reach : 0;
+  // A tap reads the vectors [offset, offset + segment): they either extend the last span or begin one.
+  const int64_t gap = column_planes || adds_columns ? x.reach : 0;
   int64_t plane_vectors = 0;
   for (const int t : ascending_taps()) {
     Tap& tap = taps[static_cast<size_t>(t)];
@@ -401,8 +407,8 @@ ConvPlan::ConvPlan(const ConvCase& c, const Pitch& pitch, const Cut& cut, int64_
     for (int64_t r = 0; r < cut.row_bands; ++r) {
       const int64_t image = c.images * i / cut.image_bands, row = rows * r / cut.row_bands;
       const Band band{image, c.images * (i + 1) / cut.image_bands - image, row, rows * (r + 1) / cut.row_bands - row};
-      LiftPlan& lift =
-          bands.emplace_back(c.geometry, c.height, c.width, band, pitch, c.word_lanes, c.halves, c.column_planes);
+      LiftPlan& lift = bands.emplace_back(c.geometry, c.height, c.width, band, pitch, c.word_lanes, c.halves,
+                                          c.column_planes, c.adds_columns);
       lift.vectors_before = vectors;
       vectors += lift.segment;
     }
@@ -465,7 +471,8 @@ TablePlan::TablePlan(const LiftPlan& lift, int entries, int block, int64_t outpu
 }
 
 // One run of `vectors` vectors for each entry, and one slot for each table.
-TablePlan TablePlan::of_codebook(const LiftPlan& lift, int entries, int block, int64_t outputs, const Kernels& k) {
+TablePlan TablePlan::of_codebook(const LiftPlan& lift, std::vector<ColumnTap> columns, int entries, int block,
+                                 int64_t outputs, const Kernels& k) {
   TablePlan plan;
   double best = std::numeric_limits<double>::max();
   const int64_t vector_bytes = k.lanes * 4;
@@ -478,6 +485,9 @@ TablePlan TablePlan::of_codebook(const LiftPlan& lift, int entries, int block, i
   }
   plan.width = plan.vectors;
   for (int64_t unit = 0; unit < block; ++unit) plan.slot_offset.push_back(unit * entries * plan.width * vector_bytes);
+  for (const ColumnTap& c : columns)
+    if (c.shift == 0) plan.column_vectors += plan.vectors + phase_reach(columns, c.phase);
+  plan.columns = std::move(columns);
   return plan;
 }
 

@@ -70,7 +70,9 @@ struct LiftPlan;
 struct TablePlan {
   TablePlan() = default;
   TablePlan(const LiftPlan&, int entries, int block, int64_t outputs, const Kernels&);
-  static TablePlan of_codebook(const LiftPlan&, int entries, int block, int64_t outputs, const Kernels&);
+  // `columns` of the filter, where tables are made of their sums.
+  static TablePlan of_codebook(const LiftPlan&, std::vector<ColumnTap> columns, int entries, int block, int64_t outputs,
+                               const Kernels&);
 
   int vectors = 0;                      // of the widest tile
   int64_t tiles = 0;                    // of the segment
@@ -79,6 +81,8 @@ struct TablePlan {
   std::vector<int64_t> segment_at;
   std::vector<int> segment_shift;
   std::vector<int64_t> slot_offset;  // bytes, as in TableSum
+  std::vector<ColumnTap> columns;    // codebook
+  int64_t column_vectors = 0;        // of the sums of each column that occurs
 };
 
 // One call: what to compute, and with what.
@@ -116,9 +120,10 @@ struct Pitch {
 // holds the positions j + l * segment. A tap is then a whole number of vectors. Planes keep only the spans of vectors
 // that taps read. Words of 16-bit pairs hold two lanes: l in their low halves, l + word lanes in their high halves.
 struct LiftPlan {
-  // With `column_planes` sums of every filter column, units are staged one after another and then summed up.
+  // With `column_planes` sums of every filter column, units are staged one after another and then summed up. The taps
+  // of a row keep their distances there, and where one `adds_columns` itself.
   LiftPlan(const Geometry&, int64_t height, int64_t width, const Band&, const Pitch&, int word_lanes, int halves,
-           int64_t column_planes = 0);
+           int64_t column_planes = 0, bool adds_columns = false);
   void plan_restaging(const std::vector<LiftPlan>& bands);  // of inputs in the lanes of the same bands
   size_t flat_bytes() const { return static_cast<size_t>((positions + half) * 4); }  // to stage or unlift a plane
   int64_t summed_bytes() const { return column_bytes ? column_bytes : unit_bytes; }  // of what is summed, of a unit
@@ -175,6 +180,7 @@ struct ConvCase {
   int64_t outputs, blocks;  // blocks of outputs: what threads can share
   int64_t segments;         // of the weights: each sees its planes once, of all blocks
   int64_t column_planes;    // of every unit, for `codegen` that reads sums of columns
+  bool adds_columns;        // a `codebook` that does so tile by tile
   bool lifted_input = false, lifted_output = false;
 
   bool keeps_size() const;    // so that input and output can share bands

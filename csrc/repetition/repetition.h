@@ -213,7 +213,9 @@ class PackedConv2d final : public PackedLayer {
   void sum_code(const Call&, const LiftPlan&, const char* staged, int64_t first, int64_t last) const;
   void sum_tables(const Call&, const LiftPlan&, const char* x, int64_t group, int64_t first, int64_t last) const;
   void build_kernels(const Kernels&, const LiftPlan&, const char* x, int64_t first, int64_t units, int vectors,
-                     char* tables) const;
+                     char* column_sums, char* tables) const;
+  void add_columns(const Kernels&, const LiftPlan&, const char* x, int64_t book, int vectors, char* sums,
+                   char* table) const;
   void sum_dense(const Call&, const LiftPlan&, const char* x, int64_t group, int64_t first, int64_t last) const;
   void sum_matrix(const Call&, const LiftPlan&, const char* x, int64_t group, int64_t first, int64_t last) const;
   void finish_outputs(const Call&, const LiftPlan&, const Sums&) const;
@@ -244,10 +246,12 @@ class PackedConv2d final : public PackedLayer {
   int64_t table_units_ = 0, unit_slots_ = 0;  // slots: entries that an output adds of a table
   std::vector<TableStep> steps_;              // one list for every table of the layer
 
-  // codebook: its kernels are the tables' entries
+  // codebook: its kernels are the tables' entries: products, or sums of columns
   std::vector<uint32_t> kernels_;
-  int64_t book_units_ = 0;  // that share a book
-  int entry_bytes_ = 1;     // of the stream
+  std::vector<std::array<int8_t, 3>> columns_;  // as in ColumnSums
+  std::vector<ColumnTerm> column_terms_;        // [book][kernel][column of the filter]
+  int64_t book_units_ = 0;                      // that share a book
+  int entry_bytes_ = 1;                         // of the stream
 
   // codegen: machine code for each kind of vectors, made when first needed, and tables for where there is none
   int code_bits_ = 0;

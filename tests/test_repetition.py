@@ -305,6 +305,9 @@ LINEARS = {
     "33 inputs": Case((8, 33), (70, 33), levels=QUATERNARY),
     "one row": Case((1, 257), (130, 257)),
     "32 rows": Case((32, 61), (67, 61)),
+    "17 rows": Case((17, 70), (70, 70)),
+    "45 rows": Case((45, 150), (100, 150), levels=tuple(range(-6, 6))),
+    "140 rows": Case((140, 70), (33, 70)),
     "a vector": Case((23,), (9, 23)),
     "leading dimensions": Case((2, 3, 4, 11), (10, 11)),
     "scale groups": Case((7, 24), (70, 24), scale_groups=3),
@@ -787,7 +790,7 @@ def test_dense_sums_of_worst_inputs(isa: str, largest: int, dtype: str, bits: in
 
 @each_isa
 @pytest.mark.parametrize("algorithm", ["dense", "packed"])
-@pytest.mark.parametrize("rows", [1, 3, 4, 7])
+@pytest.mark.parametrize("rows", [1, 3, 4, 7, 39])
 @pytest.mark.parametrize(("largest", "bits"), [(1, None), (8, None), (8, 4), (64, None), (127, None)])
 def test_linear_sums_of_worst_inputs(isa: str, algorithm: str, rows: int, largest: int, bits: int | None) -> None:
     pycodesign.set_isa(isa)

@@ -188,11 +188,70 @@ template <bool bf16> void multiply(const MatrixSum& m) {
   _tile_release();
 }
 
+// Rows of x are the other operand here as they lie, 16 of 16 words, and so are the words of a panel, 16 of 16 outputs.
+// Tiles 0 to 3: sums of two blocks of rows at two of outputs. 4, 5: rows; 6, 7: weights.
+template <int rows> void multiply_panel(const LinearTile& t, int64_t first, int64_t last, bool zero) {
+  constexpr int64_t panel_bytes = panel_outputs * 4, block = 16;
+  char *const acc = t.acc, *const next_acc = acc + block * t.acc_stride;
+  if (zero) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if constexpr (rows > 1) _tile_zero(2);
+    if constexpr (rows > 1) _tile_zero(3);
+  } else {
+    _tile_loadd(0, acc, t.acc_stride);
+    _tile_loadd(1, acc + row_bytes, t.acc_stride);
+    if constexpr (rows > 1) _tile_loadd(2, next_acc, t.acc_stride);
+    if constexpr (rows > 1) _tile_loadd(3, next_acc + row_bytes, t.acc_stride);
+  }
+  for (int64_t word = first; word < last; word += block_words) {
+    const char *const x = t.x + word * 4, *const w = t.weights + word * panel_bytes;
+    _tile_loadd(4, x, t.x_stride);
+    if constexpr (rows > 1) _tile_loadd(5, x + block * t.x_stride, t.x_stride);
+    _tile_loadd(6, w, panel_bytes);
+    _tile_loadd(7, w + row_bytes, panel_bytes);
+    _tile_dpbusd(0, 4, 6);
+    _tile_dpbusd(1, 4, 7);
+    if constexpr (rows > 1) _tile_dpbusd(2, 5, 6);
+    if constexpr (rows > 1) _tile_dpbusd(3, 5, 7);
+  }
+  _tile_stored(0, acc, t.acc_stride);
+  _tile_stored(1, acc + row_bytes, t.acc_stride);
+  if constexpr (rows > 1) _tile_stored(2, next_acc, t.acc_stride);
+  if constexpr (rows > 1) _tile_stored(3, next_acc + row_bytes, t.acc_stride);
+}
+
+void linear(const LinearTile& t) {
+  const int64_t whole = t.words / block_words * block_words;
+  const auto multiply_words = [&](int64_t first, int64_t last, bool zero) {
+    for (int64_t o = 0; o < panel_outputs; o += 32) {
+      LinearTile part = t;
+      part.weights += o * 4;
+      part.acc += o * 4;
+      for (int row = 0; row < t.rows; row += 32, part.x += 32 * t.x_stride, part.acc += 32 * t.acc_stride)
+        t.rows - row > 16 ? multiply_panel<2>(part, first, last, zero) : multiply_panel<1>(part, first, last, zero);
+    }
+  };
+  if (whole) {
+    _tile_loadconfig(&whole_tiles);
+    multiply_words(0, whole, t.first);
+  }
+  if (const auto rest = static_cast<uint8_t>(t.words - whole)) {
+    TileConfig config;
+    config.row_bytes[4] = config.row_bytes[5] = static_cast<uint16_t>(4 * rest);
+    config.rows[6] = config.rows[7] = rest;
+    _tile_loadconfig(&config);
+    multiply_words(whole, t.words, t.first && !whole);
+  }
+  _tile_release();
+}
+
 }  // namespace
 
 void fill_avx512_amx(Kernels& k) {
   k.has_matrix_unit = true;
   k.multiply_i8 = multiply<false>;
   k.multiply_bf16 = multiply<true>;
+  k.linear_matrix_i8 = linear;
 }
 }  // namespace pycodesign::repetition

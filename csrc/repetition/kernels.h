@@ -322,7 +322,8 @@ struct Kernels {
   void (*multiply_bf16)(const MatrixSum&);
   void (*linear_f32)(const LinearTile&);
   void (*linear_i8)(const LinearTile&);
-  void (*linear_narrow)(const LinearTile&);  // or null, as dense_narrow
+  void (*linear_narrow)(const LinearTile&);     // or null, as dense_narrow
+  void (*linear_matrix_i8)(const LinearTile&);  // or null; x and acc have rows for whole blocks
   void (*expand_codes)(const CodeExpansion&);
   void (*build_lookup)(const LookupBuild&);
   void (*linear_packed_f32)(const LinearTile&);

@@ -188,6 +188,7 @@ void PackedLinear::stage_row(const Tensor& x, int64_t index, int64_t group_bytes
 // are expanded once for all of them.
 void PackedLinear::sum_panel(const Kernels& k, int64_t panel_group, LinearTile t) const {
   constexpr int least_expanded_rows = 4;
+  constexpr int64_t matrix_part_words = 256;  // sums go through memory in between, which takes it long
   const bool is_float = activations_.dtype == DType::f32, packed = algorithm_ == Algorithm::packed;
   const bool expands = packed && !is_float && t.rows >= least_expanded_rows;
   const char* const weights =
@@ -199,15 +200,15 @@ void PackedLinear::sum_panel(const Kernels& k, int64_t panel_group, LinearTile t
     t.level_bytes = level_bytes_.data();
     return (is_float ? k.linear_packed_f32 : k.linear_packed_i8)(t);
   }
-  const bool narrow = k.linear_narrow && !runs_.empty();
-  const auto sum = is_float ? k.linear_f32 : narrow ? k.linear_narrow : k.linear_i8;
-  const int64_t fields = word_fields(), words = group_words_ * fields, parts = ceil_div(words, linear_part_words),
-                together = t.rows == 1 ? parts : 1;
-  char* const expanded = expands ? scratch(3, linear_part_words * panel_outputs * 4) : nullptr;
+  const bool narrow = k.linear_narrow && !runs_.empty(), matrix = k.linear_matrix_i8 && t.rows >= (packed ? 8 : 4);
+  const auto sum = is_float ? k.linear_f32 : narrow ? k.linear_narrow : matrix ? k.linear_matrix_i8 : k.linear_i8;
+  const int64_t part_words = matrix ? matrix_part_words : linear_part_words, fields = word_fields(),
+                words = group_words_ * fields, parts = ceil_div(words, part_words), together = t.rows == 1 ? parts : 1;
+  char* const expanded = expands ? scratch(3, static_cast<size_t>(part_words * panel_outputs * 4)) : nullptr;
   const char* const x = t.x;
   for (int64_t part = 0; part < parts; part += together) {
-    const int64_t word = part * linear_part_words;
-    t.words = std::min(together * linear_part_words, words - word);
+    const int64_t word = part * part_words;
+    t.words = std::min(together * part_words, words - word);
     t.x = x + word * 4;
     t.weights = weights + word * panel_outputs * 4;
     if (expands) expand(k, panel_group, word / fields, t.words / fields, expanded), t.weights = expanded;
@@ -226,8 +227,11 @@ void PackedLinear::run(const Tensor& x, const Tensor& out, const Tensor* residua
 
   // Rows as the kernels read them, each scale group padded with zeros to whole words; a few at a time, so that they
   // (and their lookup tables) stay in the second-level cache while the weights pass.
-  const int64_t padded = group_words_ * word_inputs_, row_bytes = round_up(G * padded * element, 64);
-  const int64_t positions = lookup ? G * group_words_ * codes_per_word_ : 0, step = lookup ? 6 : 48;
+  const int64_t padded = group_words_ * word_inputs_, row_bytes = ((G * padded * element + 63) / 64 | 1) * 64;
+  const int64_t positions = lookup ? G * group_words_ * codes_per_word_ : 0, step = lookup ? 6
+                                                                                    : k.linear_matrix_i8 && !is_float
+                                                                                        ? 128
+                                                                                        : 48;
   Epilogue last = epilogue;
   if (G > 1 && epilogue.out_dtype != DType::i32) last.acc_dtype = DType::f32;
   static constexpr auto ones = [] {
@@ -237,7 +241,8 @@ void PackedLinear::run(const Tensor& x, const Tensor& out, const Tensor* residua
   }();
   for (int64_t first = 0; first < T; first += step) {
     const int64_t count = std::min(step, T - first);
-    char* rows = scratch(0, static_cast<size_t>(count * row_bytes));
+    const int64_t room = round_up(count, 16);  // a matrix unit's rows
+    char* rows = scratch(0, static_cast<size_t>(room * row_bytes));
     core::parallel_for(count, [&](int64_t t, int) { stage_row(x, first + t, padded * element, rows + t * row_bytes); });
     float* tables = nullptr;
     if (lookup) {
@@ -251,7 +256,7 @@ void PackedLinear::run(const Tensor& x, const Tensor& out, const Tensor* residua
       });
     }
     core::parallel_for(panel_count(outputs_), [&](int64_t panel, int) {
-      const int64_t sums_bytes = count * panel_outputs * 4;
+      const int64_t sums_bytes = room * panel_outputs * 4;
       char* sums = scratch(2, static_cast<size_t>(2 * sums_bytes));
       char* total = G > 1 ? sums + sums_bytes : sums;
       const int64_t outputs_here = std::min<int64_t>(panel_outputs, outputs_ - panel * panel_outputs);

@@ -141,6 +141,7 @@ void fill(Kernels& k) {
        linear<Float>,
        linear<Byte>,
        nullptr,
+       nullptr,
        expand_codes,
        build_lookup,
        linear_packed_f32,

@@ -8,8 +8,8 @@ namespace {
 
 struct TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  uint16_t row_bytes[16] = {64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16};
 };
 constexpr TileConfig whole_tiles;
 
@@ -63,22 +63,15 @@ template <int terms, int vectors> void gather(const MatrixSum& m, int64_t first)
     }
 }
 
-// Tiles 0 to 3: sums of two blocks of outputs at two vectors of pixels. 4, 5: weights; 6, 7: words of pixels.
-template <bool bf16> inline void multiply_00() {
-  if constexpr (bf16) _tile_dpbf16ps(0, 4, 6);
-  else _tile_dpbsud(0, 4, 6);
+// Few tiles: see README.md. 0 and 1: sums of a block of outputs at two vectors of pixels. 2: weights, 3: words of
+// pixels.
+template <bool bf16> inline void multiply_0() {
+  if constexpr (bf16) _tile_dpbf16ps(0, 2, 3);
+  else _tile_dpbsud(0, 2, 3);
 }
-template <bool bf16> inline void multiply_01() {
-  if constexpr (bf16) _tile_dpbf16ps(1, 4, 7);
-  else _tile_dpbsud(1, 4, 7);
-}
-template <bool bf16> inline void multiply_10() {
-  if constexpr (bf16) _tile_dpbf16ps(2, 5, 6);
-  else _tile_dpbsud(2, 5, 6);
-}
-template <bool bf16> inline void multiply_11() {
-  if constexpr (bf16) _tile_dpbf16ps(3, 5, 7);
-  else _tile_dpbsud(3, 5, 7);
+template <bool bf16> inline void multiply_1() {
+  if constexpr (bf16) _tile_dpbf16ps(1, 2, 3);
+  else _tile_dpbsud(1, 2, 3);
 }
 
 // Where the words of two vectors of pixels lie: of each step from `source`, or one step after another.
@@ -89,11 +82,10 @@ struct Words {
   int64_t at;                       // of the first vector
 };
 
-// Steps [first, last) of two blocks of outputs from `block` on.
+// Steps [first, last) of block `block` of outputs.
 struct Part {
   int64_t block, first, last;
-  char* expanded;        // of its first step
-  int64_t block_stride;  // bytes there from one block of outputs to the next
+  char* expanded;  // of its first step
 };
 
 // So many steps of weights and of pixels stay in the first-level cache; reading both from the second takes longer than
@@ -101,135 +93,110 @@ struct Part {
 template <bool bf16> constexpr int64_t part_steps = bf16 ? 6 : 9;
 
 // `expands`: codes become weights a step before they are multiplied, while the matrix unit is busy with that step.
-template <bool bf16, int blocks, int vectors, bool expands>
+template <bool bf16, int vectors, bool expands>
 void multiply_part(const MatrixSum& m, const Words& words, const Part& part) {
-  const bool coded = m.codes.bits != 0;
-  const int64_t code_bytes = block_bytes / (bf16 ? 16 : 8) * m.codes.bits,
-                stride = coded ? part.block_stride : m.steps * block_bytes;
-  const char *const weights = coded ? part.expanded : m.weights + part.block * stride + part.first * block_bytes,
-                    *const next_weights = weights + stride;
-  const int64_t steps = part.last - part.first;
+  const int64_t first = part.block * m.steps + part.first, steps = part.last - part.first;
+  const char* const weights = m.codes.bits ? part.expanded : m.weights + first * block_bytes;
   const auto expand_step = [&](int64_t s) {
-    for (int64_t b = 0; b < blocks; ++b)
-      expand<bf16>(m.codes.codes + ((part.block + b) * m.steps + part.first + s) * code_bytes, m.codes,
-                   m.codes.levels + (part.block + b) * block_outputs * m.codes.level_stride,
-                   part.expanded + b * stride + s * block_bytes);
+    const int64_t code_bytes = block_bytes / (bf16 ? 16 : 8) * m.codes.bits;
+    expand<bf16>(m.codes.codes + (first + s) * code_bytes, m.codes,
+                 m.codes.levels + part.block * block_outputs * m.codes.level_stride, part.expanded + s * block_bytes);
   };
   char* const acc = m.acc + part.block * block_outputs * m.acc_stride + words.at;
-  char* const next_acc = acc + block_outputs * m.acc_stride;
   if constexpr (expands) expand_step(0);
   if (part.first == 0) {
     _tile_zero(0);
     if constexpr (vectors > 1) _tile_zero(1);
-    if constexpr (blocks > 1) _tile_zero(2);
-    if constexpr (blocks > 1 && vectors > 1) _tile_zero(3);
   } else {
     _tile_loadd(0, acc, m.acc_stride);
     if constexpr (vectors > 1) _tile_loadd(1, acc + row_bytes, m.acc_stride);
-    if constexpr (blocks > 1) _tile_loadd(2, next_acc, m.acc_stride);
-    if constexpr (blocks > 1 && vectors > 1) _tile_loadd(3, next_acc + row_bytes, m.acc_stride);
   }
   for (int64_t s = 0; s < steps; ++s) {
     const char* x = words.x + (words.source ? words.source[part.first + s] : s * words.step);
-    _tile_loadd(4, weights + s * block_bytes, row_bytes);
-    if constexpr (blocks > 1) _tile_loadd(5, next_weights + s * block_bytes, row_bytes);
+    _tile_loadd(2, weights + s * block_bytes, row_bytes);
     for (int t = 0; t < (bf16 ? bf16_terms : 1); ++t, x += words.term) {
-      _tile_loadd(6, x, words.row);
-      if constexpr (vectors > 1) _tile_loadd(7, x + words.vector, words.row);
-      multiply_00<bf16>();
-      if constexpr (vectors > 1) multiply_01<bf16>();
-      if constexpr (blocks > 1) multiply_10<bf16>();
-      if constexpr (blocks > 1 && vectors > 1) multiply_11<bf16>();
+      _tile_loadd(3, x, words.row);
+      multiply_0<bf16>();
+      if constexpr (vectors > 1) {
+        _tile_loadd(3, x + words.vector, words.row);
+        multiply_1<bf16>();
+      }
     }
     if constexpr (expands)
       if (s + 1 < steps) expand_step(s + 1);
   }
   _tile_stored(0, acc, m.acc_stride);
   if constexpr (vectors > 1) _tile_stored(1, acc + row_bytes, m.acc_stride);
-  if constexpr (blocks > 1) _tile_stored(2, next_acc, m.acc_stride);
-  if constexpr (blocks > 1 && vectors > 1) _tile_stored(3, next_acc + row_bytes, m.acc_stride);
 }
 
-template <bool bf16, int blocks, int vectors> void multiply_vectors(const MatrixSum& m, int64_t v, const Part& part) {
+template <bool bf16, int vectors> void multiply_vectors(const MatrixSum& m, int64_t v, const Part& part) {
   const int64_t at = v * row_bytes;
   constexpr int64_t terms = bf16 ? bf16_terms : 1;
   const Words words =
       m.gathered ? Words{m.words, nullptr, terms * 2 * block_bytes, 2 * block_bytes, block_bytes, row_bytes, at}
                  : Words{m.x + at, m.source, 0, m.term_stride, row_bytes, m.row_stride, at};
-  if (v == 0 && m.codes.bits) multiply_part<bf16, blocks, vectors, true>(m, words, part);
-  else multiply_part<bf16, blocks, vectors, false>(m, words, part);
+  if (v == 0 && m.codes.bits) multiply_part<bf16, vectors, true>(m, words, part);
+  else multiply_part<bf16, vectors, false>(m, words, part);
 }
 
 template <bool bf16> void multiply_pair(const MatrixSum& m, int64_t v, const Part& part) {
-  const bool two_blocks = part.block + 1 < (m.outputs + block_outputs - 1) / block_outputs;
-  if (v + 2 <= m.vectors)
-    two_blocks ? multiply_vectors<bf16, 2, 2>(m, v, part) : multiply_vectors<bf16, 1, 2>(m, v, part);
-  else two_blocks ? multiply_vectors<bf16, 2, 1>(m, v, part) : multiply_vectors<bf16, 1, 1>(m, v, part);
+  v + 2 <= m.vectors ? multiply_vectors<bf16, 2>(m, v, part) : multiply_vectors<bf16, 1>(m, v, part);
 }
 
 template <bool bf16> void multiply(const MatrixSum& m) {
   _tile_loadconfig(&whole_tiles);
   const int64_t blocks = (m.outputs + block_outputs - 1) / block_outputs;
   if (m.gathered) {
-    const int64_t bytes = m.steps * block_bytes;
     for (int64_t v = 0; v < m.vectors; v += 2) {
       v + 2 <= m.vectors ? gather<bf16 ? bf16_terms : 1, 2>(m, v) : gather<bf16 ? bf16_terms : 1, 1>(m, v);
-      for (int64_t b = 0; b < blocks; b += 2) multiply_pair<bf16>(m, v, {b, 0, m.steps, m.expanded + b * bytes, bytes});
+      for (int64_t b = 0; b < blocks; ++b)
+        multiply_pair<bf16>(m, v, {b, 0, m.steps, m.expanded + b * m.steps * block_bytes});
     }
   } else {
-    const int64_t steps = m.steps < part_steps<bf16> ? m.steps : part_steps<bf16>;
-    for (int64_t b = 0; b < blocks; b += 2)
-      for (int64_t s = 0; s < m.steps; s += steps) {
-        const int64_t last = s + steps < m.steps ? s + steps : m.steps;
-        for (int64_t v = 0; v < m.vectors; v += 2)
-          multiply_pair<bf16>(m, v, {b, s, last, m.expanded, steps * block_bytes});
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int64_t s = 0; s < m.steps; s += part_steps<bf16>) {
+        const int64_t last = s + part_steps<bf16> < m.steps ? s + part_steps<bf16> : m.steps;
+        for (int64_t v = 0; v < m.vectors; v += 2) multiply_pair<bf16>(m, v, {b, s, last, m.expanded});
       }
   }
   _tile_release();
 }
 
 // Rows of x are the other operand here as they lie, 16 of 16 words, and so are the words of a panel, 16 of 16 outputs.
-// Tiles 0 to 3: sums of two blocks of rows at two of outputs. 4, 5: rows; 6, 7: weights.
-template <int rows> void multiply_panel(const LinearTile& t, int64_t first, int64_t last, bool zero) {
-  constexpr int64_t panel_bytes = panel_outputs * 4, block = 16;
-  char *const acc = t.acc, *const next_acc = acc + block * t.acc_stride;
+// Tiles 0 and 1: sums of two blocks of rows at one of outputs. 2: rows, 3: weights.
+template <int blocks> void multiply_rows(const LinearTile& t, int64_t first, int64_t last, bool zero) {
+  constexpr int64_t panel_bytes = panel_outputs * 4;
+  char *const acc = t.acc, *const next_acc = acc + block_outputs * t.acc_stride;
   if (zero) {
     _tile_zero(0);
-    _tile_zero(1);
-    if constexpr (rows > 1) _tile_zero(2);
-    if constexpr (rows > 1) _tile_zero(3);
+    if constexpr (blocks > 1) _tile_zero(1);
   } else {
     _tile_loadd(0, acc, t.acc_stride);
-    _tile_loadd(1, acc + row_bytes, t.acc_stride);
-    if constexpr (rows > 1) _tile_loadd(2, next_acc, t.acc_stride);
-    if constexpr (rows > 1) _tile_loadd(3, next_acc + row_bytes, t.acc_stride);
+    if constexpr (blocks > 1) _tile_loadd(1, next_acc, t.acc_stride);
   }
   for (int64_t word = first; word < last; word += block_words) {
-    const char *const x = t.x + word * 4, *const w = t.weights + word * panel_bytes;
-    _tile_loadd(4, x, t.x_stride);
-    if constexpr (rows > 1) _tile_loadd(5, x + block * t.x_stride, t.x_stride);
-    _tile_loadd(6, w, panel_bytes);
-    _tile_loadd(7, w + row_bytes, panel_bytes);
-    _tile_dpbusd(0, 4, 6);
-    _tile_dpbusd(1, 4, 7);
-    if constexpr (rows > 1) _tile_dpbusd(2, 5, 6);
-    if constexpr (rows > 1) _tile_dpbusd(3, 5, 7);
+    const char* const x = t.x + word * 4;
+    _tile_loadd(3, t.weights + word * panel_bytes, panel_bytes);
+    _tile_loadd(2, x, t.x_stride);
+    _tile_dpbusd(0, 2, 3);
+    if constexpr (blocks > 1) {
+      _tile_loadd(2, x + block_outputs * t.x_stride, t.x_stride);
+      _tile_dpbusd(1, 2, 3);
+    }
   }
   _tile_stored(0, acc, t.acc_stride);
-  _tile_stored(1, acc + row_bytes, t.acc_stride);
-  if constexpr (rows > 1) _tile_stored(2, next_acc, t.acc_stride);
-  if constexpr (rows > 1) _tile_stored(3, next_acc + row_bytes, t.acc_stride);
+  if constexpr (blocks > 1) _tile_stored(1, next_acc, t.acc_stride);
 }
 
 void linear(const LinearTile& t) {
   const int64_t whole = t.words / block_words * block_words;
   const auto multiply_words = [&](int64_t first, int64_t last, bool zero) {
-    for (int64_t o = 0; o < panel_outputs; o += 32) {
+    for (int64_t o = 0; o < panel_outputs; o += block_outputs) {
       LinearTile part = t;
       part.weights += o * 4;
       part.acc += o * 4;
       for (int row = 0; row < t.rows; row += 32, part.x += 32 * t.x_stride, part.acc += 32 * t.acc_stride)
-        t.rows - row > 16 ? multiply_panel<2>(part, first, last, zero) : multiply_panel<1>(part, first, last, zero);
+        t.rows - row > 16 ? multiply_rows<2>(part, first, last, zero) : multiply_rows<1>(part, first, last, zero);
     }
   };
   if (whole) {
@@ -238,8 +205,8 @@ void linear(const LinearTile& t) {
   }
   if (const auto rest = static_cast<uint8_t>(t.words - whole)) {
     TileConfig config;
-    config.row_bytes[4] = config.row_bytes[5] = static_cast<uint16_t>(4 * rest);
-    config.rows[6] = config.rows[7] = rest;
+    config.row_bytes[2] = static_cast<uint16_t>(4 * rest);
+    config.rows[3] = rest;
     _tile_loadconfig(&config);
     multiply_words(whole, t.words, t.first && !whole);
   }

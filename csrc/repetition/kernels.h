@@ -192,7 +192,7 @@ struct MatrixSum {
   int64_t steps;
   BlockCodes codes;     // [blocks of outputs][steps]
   const char* weights;  // the same blocks whole, or
-  char* expanded;       // where codes become so, room for two blocks of outputs, gathered: for all
+  char* expanded;       // where codes become so, room for a block of outputs, gathered: for all
   char* words;          // scratch, gathered: [steps][terms][2] blocks
   char* acc;
   int64_t acc_stride;  // bytes between outputs

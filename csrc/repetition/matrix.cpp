@@ -81,7 +81,7 @@ void PackedConv2d::pack_matrix(const Weights& w) {
   stage_channels_ = unit_channels_;
   stage_planes_ = terms_of(activations_);
   units_ = ceil_div(group_channels_, unit_channels_) * stage_planes_;
-  blocks_ = geometry_.groups * ceil_div(group_outputs_, 2 * block_outputs);
+  blocks_ = geometry_.groups * ceil_div(group_outputs_, block_outputs);
   staging_ = is_float ? Staging::bf16_terms : Staging::bytes4;
   set_correction(w, activations_.dtype == DType::i8 ? -128 : 0);
   cycles_ = matrix_cycles(w, geometry_, activations_);
@@ -163,7 +163,7 @@ void PackedConv2d::sum_matrix(const Call& call, const LiftPlan& lift, const char
   const int64_t terms = stage_planes_, vector_bytes = call.vector_bytes();
   const int64_t plane = (lift.segment | 1) * vector_bytes, output_block_bytes = shape.steps * block_bytes;
   const int64_t expanded_bytes = shape.gathered ? 256 << 10 : 0;
-  const int64_t together = std::clamp<int64_t>(expanded_bytes / output_block_bytes, 2,
+  const int64_t together = std::clamp<int64_t>(expanded_bytes / output_block_bytes, 1,
                                                ceil_div(group_outputs_, block_outputs));  // blocks of outputs
   const std::span<const int64_t> source = list_sources(lift, units_, shape.gathered ? terms : block_words * terms);
   MatrixSum m{};

@@ -237,22 +237,60 @@ inline __m512i transpose_bytes(__m512i v) {
       v, _mm512_broadcast_i32x4(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15)));
 }
 
-// 64 vectors at a time, as 16 x 16 words of four.
+// Of half h of the lanes, vectors [at, at + 4): a word of four bytes for each lane, and back.
+inline __m512i load_words(const ByteRows& b, int64_t at, int h) {
+  const char* from = b.lifted + at * b.lanes;
+  __m512i four = _mm512_loadu_si512(from);
+  if (b.lanes > lanes) {
+    const __m512i next = _mm512_loadu_si512(from + 64);
+    four = h == 0 ? _mm512_shuffle_i32x4(four, next, 0x88) : _mm512_shuffle_i32x4(four, next, 0xdd);
+  }
+  return transpose_bytes(transpose_words(four));
+}
+inline void store_words(const ByteRows& b, int64_t at, int h, __m512i words) {
+  const __m512i four = transpose_words(transpose_bytes(words));
+  char* to = b.lifted + at * b.lanes + h * lanes;
+  if (b.lanes == lanes) return _mm512_storeu_si512(to, four);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_castsi512_si128(four));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 32), _mm512_extracti32x4_epi32(four, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 64), _mm512_extracti32x4_epi32(four, 2));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 96), _mm512_extracti32x4_epi32(four, 3));
+}
+
+// In each 128 bits 4 x 4 words: of lanes 4 q to 4 q + 3, one of which is a row, in part q.
+inline void transpose_parts(__m512i (&w)[4]) {
+  const __m512i a = _mm512_unpacklo_epi32(w[0], w[1]), b = _mm512_unpackhi_epi32(w[0], w[1]),
+                c = _mm512_unpacklo_epi32(w[2], w[3]), d = _mm512_unpackhi_epi32(w[2], w[3]);
+  w[0] = _mm512_unpacklo_epi64(a, c);
+  w[1] = _mm512_unpackhi_epi64(a, c);
+  w[2] = _mm512_unpacklo_epi64(b, d);
+  w[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+// 64 vectors at a time, as 16 x 16 words of four; the last ones, where 16 are left or fewer, as 16 x 4.
 void unlift_bytes(const ByteRows& b) {
   alignas(64) char words[16 * 64];
-  const bool halves = b.lanes > lanes;
   for (int64_t j = (b.segment - 1) / 64 * 64; j >= 0; j -= 64)  // as unlift: the owner of a byte writes it last
     for (int h = 0; h < b.lanes / lanes; ++h) {
-      for (int i = 0; i < 16; ++i) {
-        const char* from = b.lifted + (j + 4 * i) * b.lanes;
-        __m512i four = _mm512_loadu_si512(from);
-        if (halves) {
-          const __m512i next = _mm512_loadu_si512(from + 64);
-          four = h == 0 ? _mm512_shuffle_i32x4(four, next, 0x88) : _mm512_shuffle_i32x4(four, next, 0xdd);
-        }
-        _mm512_store_si512(words + i * 64, transpose_bytes(transpose_words(four)));
+      char* flat = b.flat + h * lanes * b.segment + j;
+      const int64_t left = b.segment - j;
+      const auto load = [&](int i) { return 4 * i < left ? load_words(b, j + 4 * i, h) : _mm512_setzero_si512(); };
+      if (left > 16) {
+        for (int i = 0; i < 16; ++i) _mm512_store_si512(words + i * 64, load(i));
+        transpose(words, 64, 16, flat, b.segment, 16);
+        continue;
       }
-      transpose(words, 64, 16, b.flat + h * lanes * b.segment + j, b.segment, 16);
+      __m512i w[4];
+      for (int i = 0; i < 4; ++i) w[i] = load(i);
+      transpose_parts(w);
+      const auto store_part = [&](auto part) {
+        for (int i = 0; i < 4; ++i, flat += b.segment)
+          _mm_storeu_si128(reinterpret_cast<__m128i*>(flat), _mm512_extracti32x4_epi32(w[i], part.value));
+      };
+      store_part(std::integral_constant<int, 0>{});
+      store_part(std::integral_constant<int, 1>{});
+      store_part(std::integral_constant<int, 2>{});
+      store_part(std::integral_constant<int, 3>{});
     }
   for_rows(b, [&](const char* flat, char* row) { copy_bytes(flat, row, b.columns); });
 }
@@ -260,22 +298,25 @@ void unlift_bytes(const ByteRows& b) {
 void lift_bytes(const ByteRows& b) {
   for_rows(b, [&](char* flat, const char* row) { copy_bytes(row, flat, b.columns); });
   alignas(64) char words[16 * 64];
-  const bool halves = b.lanes > lanes;
   for (int64_t j = 0; j < b.segment; j += 64)
     for (int h = 0; h < b.lanes / lanes; ++h) {
-      transpose(b.flat + h * lanes * b.segment + j, b.segment, 16, words, 64, 16);
-      for (int i = 0; i < 16; ++i) {
-        const __m512i four = transpose_words(transpose_bytes(_mm512_load_si512(words + i * 64)));
-        char* to = b.lifted + (j + 4 * i) * b.lanes + h * lanes;
-        if (!halves) {
-          _mm512_storeu_si512(to, four);
-          continue;
-        }
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_castsi512_si128(four));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 32), _mm512_extracti32x4_epi32(four, 1));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 64), _mm512_extracti32x4_epi32(four, 2));
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 96), _mm512_extracti32x4_epi32(four, 3));
+      const char* flat = b.flat + h * lanes * b.segment + j;
+      const int64_t left = b.segment - j;
+      if (left > 16) {
+        transpose(flat, b.segment, 16, words, 64, 16);
+        for (int i = 0; i < 16 && 4 * i < left; ++i) store_words(b, j + 4 * i, h, _mm512_load_si512(words + i * 64));
+        continue;
       }
+      __m512i w[4];
+      for (int i = 0; i < 4; ++i) {
+        const auto row = [&](int part) {
+          return _mm_loadu_si128(reinterpret_cast<const __m128i*>(flat + (4 * part + i) * b.segment));
+        };
+        w[i] = _mm512_inserti32x4(_mm512_castsi128_si512(row(0)), row(1), 1);
+        w[i] = _mm512_inserti32x4(_mm512_inserti32x4(w[i], row(2), 2), row(3), 3);
+      }
+      transpose_parts(w);
+      for (int i = 0; i < 4 && 4 * i < left; ++i) store_words(b, j + 4 * i, h, w[i]);
     }
 }
 

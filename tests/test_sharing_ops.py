@@ -31,7 +31,7 @@ Array = NDArray[Any]
 ISAS = _core.supported_isas()
 EPS = np.finfo(np.float32).eps
 KINDS = ("sparse", "low_rank", "none", "dense", "sparse", "low_rank", "sparse")
-TOKENS = (1, 2, 3, 15, 16, 17, 32, 33, 64, 65, 130)
+TOKENS = (1, 2, 3, 15, 16, 17, 32, 33, 49, 64, 65, 130)
 SIZES = ((1, 1), (3, 5), (16, 16), (63, 31), (64, 33), (65, 300), (200, 47), (600, 40))
 
 

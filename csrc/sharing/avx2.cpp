@@ -7,7 +7,7 @@ namespace pycodesign::sharing {
 namespace {
 
 constexpr int lanes = 8;
-constexpr int tile_vectors = 4, joint_sums = 8;
+constexpr int widest_tile = 32, tile_vectors = 4, joint_sums = 8;
 constexpr int panel_rows = 6, panel_vectors = 2;
 
 typedef __m256 f32v;

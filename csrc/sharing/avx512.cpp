@@ -7,7 +7,7 @@ namespace pycodesign::sharing {
 namespace {
 
 constexpr int lanes = 16;
-constexpr int tile_vectors = 2, joint_sums = 16;
+constexpr int widest_tile = 64, tile_vectors = 4, joint_sums = 16;
 constexpr int panel_rows = 6, panel_vectors = 4;
 
 typedef __m512 f32v;

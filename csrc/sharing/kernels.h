@@ -23,7 +23,7 @@ struct SparseGroups {
 // Tokens side by side: x transposed, `width` tokens for each input, and zeros for the index behind the last.
 struct Tile {
   float* data;    // (inputs + 1, width), on a cache line
-  int64_t width;  // 16 or 32
+  int64_t width;  // 16, 32 or the kernels' widest
 };
 
 // Sums of a block's rows to rows of the output: z[t][r] = base[t][r] + sums[t / lanes][r][t % lanes], with 256 rows
@@ -53,7 +53,7 @@ struct PanelProduct {
 };
 
 struct Kernels {
-  int64_t lanes;
+  int64_t lanes, widest_tile;
   // tile[c][t] = x[t][c] for `inputs` columns, not more; zeros for tokens beyond.
   void (*stage_tile)(const float* x, int64_t x_row, int64_t tokens, int64_t inputs, const Tile& tile);
   // sums[t / lanes][r][t % lanes] = bias[r] + sum of the entries of row r times tile[column][t]; (width / lanes, 256,

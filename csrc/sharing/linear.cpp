@@ -26,12 +26,11 @@ const Kernels& kernels() {
 
 namespace {
 
-constexpr int64_t widest_tile = 32;                // tokens
 constexpr int64_t few_tokens = 2;                  // up to which each takes its own way through the entries
 constexpr int64_t staged_inputs = 256;             // transposed at once
 constexpr int64_t chunk_blocks = 4;                // blocks of outputs that a thread takes at once
 constexpr int64_t few_inputs = 32, few_rows = 12;  // of products that are little work
-constexpr int64_t piece_tokens = 8, piece_outputs = 64;
+constexpr int64_t piece_outputs = 64;
 constexpr int64_t line_floats = core::cache_line / sizeof(float);
 constexpr int64_t units_per_thread = 4;
 constexpr int64_t fewest_products = 1 << 15;  // less is not worth another thread
@@ -50,11 +49,11 @@ struct Tokens {
   int64_t staged() const { return width == 1 ? count : width; }
 };
 
-std::vector<Tokens> cut_tokens(int64_t tokens) {
+std::vector<Tokens> cut_tokens(int64_t tokens, int64_t widest_tile) {
   std::vector<Tokens> cuts;
   for (int64_t first = 0; first < tokens;) {
     const int64_t left = tokens - first;
-    const int64_t width = left > 16 ? widest_tile : left > few_tokens ? 16 : 1;
+    const int64_t width = left > 48 ? widest_tile : left > 16 ? 32 : left > few_tokens ? 16 : 1;
     cuts.push_back({first, width == 1 ? left : std::min(left, width), width});
     first += cuts.back().count;
   }
@@ -66,7 +65,7 @@ std::vector<Tokens> cut_tokens(int64_t tokens) {
 // nothing else.
 class Pieces {
  public:
-  explicit Pieces(const Kernels& kernels) : kernels_(kernels) {}
+  explicit Pieces(const Kernels& kernels) : kernels_(kernels), piece_tokens_(kernels.widest_tile / 4) {}
 
   // After all pieces of the block before it.
   void begin(const FinishedTile& tile) {
@@ -82,16 +81,16 @@ class Pieces {
     const int64_t lanes = kernels_.lanes;
     piece.sums += token_ / lanes * lanes * block_rows + output_ * lanes + token_ % lanes;
     piece.rows = std::min(piece_outputs, tile_.rows - output_);
-    piece.tokens = std::min(piece_tokens, tile_.tokens - token_);
+    piece.tokens = std::min(piece_tokens_, tile_.tokens - token_);
     if (piece.base) piece.base += token_ * tile_.base_row + output_;
     piece.z += token_ * tile_.z_row + output_;
     kernels_.finish_tile(piece);
     output_ += piece_outputs;
     if (output_ >= tile_.rows) {
       output_ = 0;
-      token_ += piece_tokens;
+      token_ += piece_tokens_;
     }
-    for (int64_t t = token_; t < std::min(token_ + piece_tokens, tile_.tokens); ++t)
+    for (int64_t t = token_; t < std::min(token_ + piece_tokens_, tile_.tokens); ++t)
       for (int64_t o = output_; o < std::min(output_ + piece_outputs, tile_.rows); o += line_floats)
         __builtin_prefetch(tile_.z + t * tile_.z_row + o, 1);
     return true;
@@ -103,6 +102,7 @@ class Pieces {
 
  private:
   const Kernels& kernels_;
+  const int64_t piece_tokens_;  // of the widest tile as many pieces as a block has groups
   FinishedTile tile_{};
   int64_t token_ = 0, output_ = 0;
 };
@@ -112,7 +112,7 @@ class Run {
   explicit Run(const Call& call)
       : call_(call),
         kernels_(kernels()),
-        cuts_(cut_tokens(call.tokens)),
+        cuts_(cut_tokens(call.tokens, kernels_.widest_tile)),
         tasks_(static_cast<int64_t>(call.tasks.size())),
         outputs_(call.tasks[0]->outputs),
         inputs_(call.tasks[0]->inputs),
@@ -245,8 +245,7 @@ class Run {
   void compute(int64_t first, int64_t last, int64_t begin, int64_t end) const {
     const auto cuts = static_cast<int64_t>(cuts_.size());
     const int64_t output = begin * block_rows, rows = std::min(end * block_rows, outputs_) - output;
-    constexpr int64_t size = block_rows * widest_tile;
-    static_assert(size >= chunk_blocks * block_rows);
+    const int64_t size = block_rows * std::max(kernels_.widest_tile, chunk_blocks);
     float* sums = scratch(2, 2 * size);
     int64_t buffer = 0;  // of two: the other one's sums are being written
     Pieces pieces(kernels_);

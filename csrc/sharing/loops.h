@@ -2,6 +2,7 @@
 // internal linkage:
 //
 //   lanes, f32v                  a vector; lanes divide 16
+//   widest_tile                  tokens of a tile, at most: 32 or 64
 //   tile_vectors, joint_sums     sums of a row, and of rows of an octet, that are kept in registers, at most
 //   panel_rows, panel_vectors    sums of a product of panels that are
 //   load, store, splat           unaligned
@@ -97,7 +98,9 @@ template <class Value, int width> void sum_tile_of(const SparseGroups& groups, c
 }
 
 template <class Value> void sum_tile_as(const SparseGroups& groups, const Tile& tile, float* sums) {
-  tile.width == 16 ? sum_tile_of<Value, 16>(groups, tile.data, sums) : sum_tile_of<Value, 32>(groups, tile.data, sums);
+  if (tile.width == 16) sum_tile_of<Value, 16>(groups, tile.data, sums);
+  else if (tile.width == 32) sum_tile_of<Value, 32>(groups, tile.data, sums);
+  else sum_tile_of<Value, widest_tile>(groups, tile.data, sums);
 }
 
 void sum_tile(const SparseGroups& groups, const Tile& tile, float* sums) {
@@ -227,7 +230,9 @@ void multiply_panels(const PanelProduct& p) {
   p.storage == Storage::f32 ? multiply_panels_as<float>(p) : multiply_panels_as<uint16_t>(p);
 }
 
-void fill(Kernels& k) { k = {lanes, stage_tile, sum_tile, finish_tile, sum_token, finish_token, multiply_panels}; }
+void fill(Kernels& k) {
+  k = {lanes, widest_tile, stage_tile, sum_tile, finish_tile, sum_token, finish_token, multiply_panels};
+}
 
 }  // namespace
 }  // namespace pycodesign::sharing

@@ -8,7 +8,7 @@ namespace pycodesign::sharing {
 namespace {
 
 constexpr int lanes = 4;
-constexpr int tile_vectors = 2, joint_sums = 8;
+constexpr int widest_tile = 32, tile_vectors = 2, joint_sums = 8;
 constexpr int panel_rows = 2, panel_vectors = 4;
 
 typedef float f32v __attribute__((vector_size(16), may_alias));

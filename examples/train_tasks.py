@@ -7,10 +7,10 @@ The texts and how to fetch them: task_texts.py. Then, in a folder with the model
 
 `full` trains all weights and `lora` trains peft's adapters in all projections, both on 2,000 labeled texts of a task.
 `heads` trains a layer on the frozen model's mean over tokens. `labels` trains sharing's tasks on the same labels;
-`shared` does so on what three fully fine-tuned models, those of the first seeds, say on the mean of them and of more
-texts without labels, as distillation does: such a task starts from frozen features, and few labels overfit there.
-Rates were chosen on validation texts; the test was read at the end of each run. Each run is a line in `--rows`, and is
-not repeated.
+`shared` does so on what three fully fine-tuned models, those of the first seeds, say on the mean of them and of up to
+9,000 more texts without labels, as distillation does: such a task starts from frozen features, and few labels overfit
+there. Rates were chosen on validation texts; the test was read at the end of each run. Each run is a line in `--rows`,
+and is not repeated.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from pycodesign import sharing
 from pycodesign.bench.harness import SCHEMA, format_result, gather_facts, package_version
 
 METHODS = ("full", "lora", "heads", "labels", "shared")
-LABELED, UNLABELED, LENGTH, BATCH = 2000, 4000, 32, 32
+LABELED, UNLABELED, LENGTH, BATCH = 2000, 9000, 32, 32
 TEACHERS = 3  # seeds of full fine-tuning whose mean `shared` learns
 RATE = {"full": 2e-4, "lora": 2e-3, "heads": 1e-3, "shared": 1e-3, "labels": 1e-3}
 OTHER_RATES = {("full", "reviews"): 1e-4, ("full", "tweets"): 1e-4, ("heads", "newsgroups"): 3e-3}
-HEAD_RATE = {"full": 1e-3, "lora": 1e-3, "shared": 2e-3, "labels": 2e-3}
-EPOCHS = {"full": 2, "lora": 2, "heads": 30, "shared": 5, "labels": 4}
+HEAD_RATE = {"full": 1e-3, "lora": 1e-3, "shared": 1e-3, "labels": 1e-3}
+EPOCHS = {"full": 2, "lora": 2, "heads": 30, "shared": 4, "labels": 4}
 DELTAS: dict[str, Any] = {"delta": {"up": "rows", "down": "sparse"}, "density": 0.0405, "aggregator": "concat"}
 TEMPERATURE = 1.5  # of what the fine-tuned models say
 COLORS = {"full": "#1d3c6e", "lora": "#5f86c4", "heads": "#9a9a9a", "labels": "#e3a54f", "shared": "#c0392b"}

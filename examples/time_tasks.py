@@ -34,7 +34,7 @@ from pycodesign.sharing.costs import make_random
 
 COUNTS = (1, 2, 4, 8)
 CLASSES = 8
-DELTAS = {"up": "rows", "down": "sparse"}  # as train_tasks.py trains them
+DELTAS = {"up": "rows", "down": "sparse"}  # as train_tasks.py trained them for the recorded accuracies
 DENSITY = 0.045
 
 

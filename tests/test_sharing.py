@@ -104,6 +104,35 @@ def test_tasks_and_engine(backbone, texts, delta, positions, tmp_path):
     assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
 
 
+def test_heads_on_all_layers(backbone, texts, tmp_path):
+    """The head reads every layer's features at mean 0 and variance 1; engine and files give the same again."""
+    tasks = sharing.MultiTask(backbone, LABELS, delta="rows", density=0.1, aggregator="concat")
+    train(tasks, texts)
+    tasks.train()
+    for name in tasks.tasks:
+        for _ in range(200):  # until the running averages are those of these texts
+            tasks.run(name, tasks.read(name, texts))
+    tasks.eval()
+    task, features = tasks.get_task("tone"), tasks.read("tone", texts)
+    joined = task.aggregator(features.slots)
+    assert joined.shape == (3, 1, 4 * 32)
+    frozen = torch.cat(list(features.slots[:, :, 0]), 1)
+    slots, (mean, variance) = joined[:, 0], (task.aggregator.norm.running_mean, task.aggregator.norm.running_var)
+    torch.testing.assert_close(slots * (variance + 1e-5).sqrt() + mean, frozen, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mean[:32], frozen[:, :32].mean(0), atol=1e-5, rtol=1e-4)  # no delta is before those
+    torch.testing.assert_close(variance[:32], frozen[:, :32].var(0), atol=1e-5, rtol=1e-4)
+    deltas = sum(parameter.numel() for parameter in task.deltas.parameters())
+    assert task.count_parameters() == {"components": deltas + 3 * 32 * 2, "head": 33 * 2}
+    with torch.no_grad():
+        logits = tasks(texts)
+    for name, own in tasks.build_engine()(texts).items():
+        torch.testing.assert_close(own, logits[name], atol=2e-5, rtol=1e-4)
+    tasks.save_pretrained(tmp_path)
+    with torch.no_grad():
+        again = sharing.MultiTask.from_pretrained(backbone, tmp_path).eval()(texts)
+    assert all(torch.equal(own, logits[name]) for name, own in again.items())
+
+
 @pytest.mark.parametrize("delta", KINDS, ids=str)
 def test_a_task_is_the_same_to_the_bit_alone_and_among_others(backbone, texts, delta):
     names = {f"task{n}": 2 + n for n in range(5)} | {"names": ("tokens", 3), "first": 2}
@@ -420,6 +449,7 @@ def test_files_of_other_backbones(backbone, texts, tmp_path):
         ({"positions": "all"}, "positions: expected 'all' for labels of tokens and no others"),
         ({"delta": "full"}, "delta: expected one of sparse, rows, low_rank, dense, none, got 'full'"),
         ({"delta": {"gate": "sparse"}}, "delta: expected projections among query"),
+        ({"aggregator": "mean"}, "aggregator: expected one of attention, concat, got 'mean'"),
         ({"layers": [3]}, "layers: expected numbers from 0 to 2, got 3"),
     ],
 )

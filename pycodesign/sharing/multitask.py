@@ -53,6 +53,10 @@ class MultiTask(nn.Module):
         What heads read: the mean over a text's tokens, or its first token. Labels of tokens read all.
     layers : sequence of int, optional
         With components; all by default.
+    aggregator : {"attention", "concat"}
+        How heads read the layers: by an attention over them, or all side by side, each feature at mean 0 and variance
+        1 (the batch norm without parameters takes both from training, which then needs batches of at least two texts).
+        The latter has more parameters for each class, and is easier to train.
     dropout : float
         Before the head, in training.
 
@@ -87,6 +91,7 @@ class MultiTask(nn.Module):
         rank: int | None = None,
         positions: str = "mean",
         layers: Sequence[int] | None = None,
+        aggregator: str = "attention",
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
@@ -95,7 +100,7 @@ class MultiTask(nn.Module):
         self.tasks = nn.ModuleDict()
         self._hash: str | None = None
         options = {"delta": delta, "density": density, "rank": rank, "positions": positions}
-        self._options: dict[str, Any] = {**options, "layers": layers, "dropout": dropout}
+        self._options: dict[str, Any] = {**options, "layers": layers, "aggregator": aggregator, "dropout": dropout}
         for name, labels in tasks.items():
             self.add_task(name, labels)
 
@@ -121,6 +126,7 @@ class MultiTask(nn.Module):
             deltas=_list_places(chosen["delta"], chosen["layers"], len(self.encoder.layers)),
             rank=chosen["rank"],
             density=chosen["density"],
+            aggregator=chosen["aggregator"],
         )
         task = Task(spec, self.encoder, chosen["dropout"])
         for place, what in spec.deltas.items():

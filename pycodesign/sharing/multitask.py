@@ -55,8 +55,9 @@ class MultiTask(nn.Module):
         With components; all by default.
     aggregator : {"attention", "concat"}
         How heads read the layers: by an attention over them, or all side by side, each feature at mean 0 and variance
-        1 (the batch norm without parameters takes both from training, which then needs batches of at least two texts).
-        The latter has more parameters for each class, and is easier to train.
+        1 (the batch norm without parameters takes both from training, which then needs batches of at least two texts;
+        for labels of tokens they are those of padding, too). The latter has more parameters for each class, and is
+        easier to train.
     dropout : float
         Before the head, in training.
 

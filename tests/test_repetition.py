@@ -442,6 +442,18 @@ def test_epilogue(kind: str, bias: bool, name: str, isa: str, record: Record) ->
 
 
 @each_isa
+@pytest.mark.parametrize("width", [9, 40, 100, 130, 190, 250, 260, 390, 1025, 1290, 2300])
+def test_bytes_of_any_width(width: int, isa: str, record: Record) -> None:
+    """Bytes leave the lanes, and residuals enter them, 64 or 16 vectors at a time."""
+    case = Case((1, 3, 1, width), (2, 3, 1, 1))
+    epilogue = {"residual_scale": 0.11, "out_dtype": "uint8", "out_scale": 0.07, "out_zero_point": 100}
+    residual = make_input((1, 2, 1, width), "uint8", seed=1)
+    for algorithm in ("dense", "codegen"):
+        packed = pack(case, "uint8", algorithm)
+        check(case, make_input(case.x, "uint8"), packed, record, isa, residual=residual, **epilogue)
+
+
+@each_isa
 @pytest.mark.parametrize("name", ["padding beyond kernel", "3x3 on padding", "3x3 padded", "7x7 stem"])
 def test_residual_in_bytes(name: str, isa: str, record: Record) -> None:
     """Where padding is wider than the kernel, outputs share positions in the lanes, but not residuals."""

@@ -54,17 +54,9 @@ double magnitude_of(const CodeLayer& l, const CodeForm& f, int64_t output, const
 
 // The levels of column `s` up to sign, the first that is not zero positive, and whether the sign was turned.
 ColumnPattern column_of(const CodeLayer& l, int64_t output, int64_t channel, int64_t s, bool& minus) {
-  const auto& [rows, columns] = l.geometry.kernel;
-  ColumnPattern p{};
-  int sign = 0;
-  for (size_t r = 0; r < std::min(p.size(), static_cast<size_t>(rows)); ++r) {
-    const int64_t tap = static_cast<int64_t>(r) * columns + s;
-    const auto level = static_cast<int>(l.weights->level(output, channel * rows * columns + tap));
-    if (sign == 0) sign = level;
-    p[r] = static_cast<int8_t>(level * sign);
-  }
-  minus = sign < 0;
-  return p;
+  const int64_t rows = l.geometry.kernel[0], columns = l.geometry.kernel[1];
+  return column_pattern(
+      rows, [&](int64_t r) { return l.weights->level(output, (channel * rows + r) * columns + s); }, minus);
 }
 
 // The columns that occur, where all levels are -1, 0 or 1; none where filters are of another size, or where planes

@@ -24,22 +24,19 @@ struct KernelColumns {
 };
 KernelColumns columns_of(const Codebook& book, const Geometry& g) {
   const auto& [rows, columns] = g.kernel;
-  const auto small = [](int64_t size, int64_t most) { return 2 <= size && size <= most; };
-  if (book.inputs != rows * columns || !small(rows, max_column_rows) || !small(columns, max_kernel_columns)) return {};
+  const auto fits = [](int64_t size, int64_t most) { return 2 <= size && size <= most; };
+  if (book.inputs != rows * columns || !fits(rows, max_column_rows) || !fits(columns, max_kernel_columns)) return {};
+  const float* const values = book.values;
+  const auto small_level = [](float value) { return value == 0 || std::abs(value) == 1; };
+  if (!std::all_of(values, values + book.books * book.kernels * book.inputs, small_level)) return {};
   std::vector<ColumnPattern> all;
   KernelColumns found;
   for (int64_t k = 0; k < book.books * book.kernels; ++k)
-    for (int64_t s = 0; s < columns; ++s) {
-      ColumnPattern pattern{};
-      float sign = 0;
-      for (int64_t r = 0; r < rows; ++r) {
-        const float value = book.values[k * book.inputs + r * columns + s];
-        if (value != 0 && std::abs(value) != 1) return {};
-        if (sign == 0) sign = value;
-        pattern[static_cast<size_t>(r)] = static_cast<int8_t>(sign * value);
-      }
-      all.push_back(pattern);
-      found.terms.push_back({0, sign < 0});
+    for (int64_t s = 0; s < g.kernel[1]; ++s) {
+      bool minus;
+      all.push_back(
+          column_pattern(g.kernel[0], [&](int64_t r) { return values[k * book.inputs + r * g.kernel[1] + s]; }, minus));
+      found.terms.push_back({0, minus});
     }
   const std::set<ColumnPattern> distinct(all.begin(), all.end());
   found.patterns.assign(distinct.begin(), distinct.end());

@@ -28,6 +28,18 @@ struct CodeLayer {
 // sums of the rows of every column that occurs, up to sign, for each channel, side by side for each vector.
 inline constexpr int64_t max_column_rows = 3, max_columns = 3;
 using ColumnPattern = std::array<int8_t, max_column_rows>;  // the first level that is not zero is 1
+// Of the levels -1, 0 and 1 of `rows` rows, or of the first ones; and whether their signs were turned.
+template <class Level> ColumnPattern column_pattern(int64_t rows, Level level, bool& minus) {
+  ColumnPattern p{};
+  int sign = 0;
+  for (size_t r = 0; r < std::min(p.size(), static_cast<size_t>(rows)); ++r) {
+    const auto value = static_cast<int>(level(static_cast<int64_t>(r)));
+    if (sign == 0) sign = value;
+    p[r] = static_cast<int8_t>(value * sign);
+  }
+  minus = sign < 0;
+  return p;
+}
 struct Columns {
   std::vector<ColumnPattern> patterns;  // ascending; none: code reads the planes of the input
 };

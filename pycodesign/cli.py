@@ -427,9 +427,6 @@ def grow(src: Path, dst: Path, target: Path, as_json: bool, shard_size: int, dry
 def info(as_json: bool) -> None:
     """Print what was detected, forced and built, and which optional packages are installed.
 
-    Used are the kernels of the best instruction set that was built and is not above isa: avx512_vbmi has none of its
-    own, it runs those of avx512.
-
     \b
     pycodesign info
     PYCODESIGN_ISA=avx2 PYCODESIGN_NUM_THREADS=1 pycodesign info --json

@@ -61,7 +61,7 @@ def test_baseline_objects_run_on_every_x86_64(objects):
 
 
 @x86_64
-@pytest.mark.parametrize("isa", ["avx2", "avx2_vnni", "avx512"])
+@pytest.mark.parametrize("isa", ["avx2", "avx2_vnni", "avx512", "avx512_vbmi"])
 def test_isa_objects_use_their_isa(objects, isa):
     assert all(find_instructions_above_baseline(path) for path in objects[isa])
 

@@ -454,6 +454,19 @@ def test_bytes_of_any_width(width: int, isa: str, record: Record) -> None:
 
 
 @each_isa
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+@pytest.mark.parametrize("side", [2, 3, 5, 7, 8, 12, 14, 15, 16])
+def test_results_of_small_maps(side: int, dtype: str, isa: str, record: Record) -> None:
+    """Those of up to 64 words or 256 bytes of lanes go to their rows, and residuals come from there, in one step."""
+    case = Case((1, 3, side, side), (70, 3, 3, 3), {"padding": 1})
+    epilogue: dict[str, Any] = {"residual": make_input((1, 70, side, side), dtype, seed=1), "residual_scale": 0.11}
+    if dtype == "uint8":
+        epilogue |= {"out_dtype": "uint8", "out_scale": 0.07, "out_zero_point": 100}
+    for algorithm in ("dense", "codegen"):
+        check(case, make_input(case.x, dtype), pack(case, dtype, algorithm), record, isa, **epilogue)
+
+
+@each_isa
 @pytest.mark.parametrize("name", ["padding beyond kernel", "3x3 on padding", "3x3 padded", "7x7 stem"])
 def test_residual_in_bytes(name: str, isa: str, record: Record) -> None:
     """Where padding is wider than the kernel, outputs share positions in the lanes, but not residuals."""

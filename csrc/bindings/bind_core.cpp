@@ -38,7 +38,7 @@ void bind_core(py::module_& m) {
 #endif
     info["version"] = PYCODESIGN_VERSION;
 #if defined(__x86_64__)
-    info["isas"] = std::vector<std::string>{"scalar", "avx2", "avx2_vnni", "avx512", "avx512_amx"};
+    info["isas"] = std::vector<std::string>{"scalar", "avx2", "avx2_vnni", "avx512", "avx512_vbmi", "avx512_amx"};
 #else
     info["isas"] = std::vector<std::string>{"scalar"};
 #endif

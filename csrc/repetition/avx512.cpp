@@ -109,15 +109,16 @@ namespace {
 struct Bytes4 {
   __m512 multiplier, bias, residual_scale, residual_zero, scale, reciprocal, lo, hi;
   __m512i correction, zero_point;
-  bool is_signed, limited;
+  float largest_residual;
+  bool is_signed, clamps, limited;
 
-  explicit Bytes4(const Finish& f) {
-    const Epilogue& e = *f.epilogue;
+  static float magnitude(float x) { return x < 0 ? -x : x; }
+
+  // Of any output.
+  explicit Bytes4(const Epilogue& e) {
     is_signed = e.out_dtype == DType::i8;
     const float lowest = static_cast<float>((is_signed ? -128 : 0) - e.out_zero_point);
     const auto splat = [](float x) { return _mm512_set1_ps(x); };
-    multiplier = splat(*f.multiplier);
-    bias = splat(f.bias ? *f.bias : 0);
     residual_scale = splat(e.residual_scale);
     residual_zero = splat(e.residual_zero_point);
     scale = splat(e.out_scale);
@@ -125,15 +126,19 @@ struct Bytes4 {
     const float from = e.has_lo ? e.lo / e.out_scale : lowest, to = e.has_hi ? e.hi / e.out_scale : lowest + 255;
     lo = splat(from > lowest ? from < lowest + 255 ? from : lowest + 255 : lowest);
     hi = splat(to < lowest + 255 ? to > lowest ? to : lowest : lowest + 255);
-    // Without clamping, conversions to shorter integers saturate, if nothing leaves int32 before.
-    const auto magnitude = [](float x) { return x < 0 ? -x : x; };
-    const float largest =
-        (2147483648.0f * magnitude(*f.multiplier) + magnitude(f.bias ? *f.bias : 0) +
-         (e.has_residual ? magnitude(e.residual_scale) * (256 + magnitude(e.residual_zero_point)) : 0)) /
-        e.out_scale;
-    limited = from > lowest || to < lowest + 255 || !(largest < 1e9f);
-    correction = _mm512_set1_epi32(f.correction ? *f.correction : 0);
+    clamps = from > lowest || to < lowest + 255;
     zero_point = _mm512_set1_epi16(static_cast<short>(e.out_zero_point));
+    largest_residual = e.has_residual ? magnitude(e.residual_scale) * (256 + magnitude(e.residual_zero_point)) : 0;
+  }
+
+  void take(const Finish& f) {  // of its first output
+    const float b = f.bias ? *f.bias : 0;
+    multiplier = _mm512_set1_ps(*f.multiplier);
+    bias = _mm512_set1_ps(b);
+    correction = _mm512_set1_epi32(f.correction ? *f.correction : 0);
+    // Without clamping, conversions to shorter integers saturate, if nothing leaves int32 before.
+    const float largest = 2147483648.0f * magnitude(*f.multiplier) + magnitude(b) + largest_residual;
+    limited = clamps || !(largest < 1e9f * f.epilogue->out_scale);
   }
 
   // Where no step can overflow to infinity, nor a scale's reciprocal be less than normal.
@@ -141,9 +146,11 @@ struct Bytes4 {
     const Epilogue& e = *f.epilogue;
     const auto moderate = [](float x) { return x > -1e20f && x < 1e20f; };
     const auto bound = [](bool has, float x) { return !has || x == x; };
-    return moderate(*f.multiplier) && (!f.bias || moderate(*f.bias)) && moderate(e.residual_scale) &&
-           moderate(e.residual_zero_point) && e.out_scale > 1e-10f && e.out_scale < 1e10f && bound(e.has_lo, e.lo) &&
-           bound(e.has_hi, e.hi) && !(e.has_lo && e.has_hi && e.lo > e.hi);
+    bool all = true;
+    for (int64_t o = 0; o < f.outputs; ++o) all &= moderate(f.multiplier[o]) && (!f.bias || moderate(f.bias[o]));
+    return all && moderate(e.residual_scale) && moderate(e.residual_zero_point) && e.out_scale > 1e-10f &&
+           e.out_scale < 1e10f && bound(e.has_lo, e.lo) && bound(e.has_hi, e.hi) &&
+           !(e.has_lo && e.has_hi && e.lo > e.hi);
   }
 
   template <class Residual> __m512 value(const char* acc, const char* residual) const {
@@ -156,9 +163,8 @@ struct Bytes4 {
   }
   template <bool limited> __m512 limit(__m512 v) const { return limited ? _mm512_min_ps(_mm512_max_ps(v, lo), hi) : v; }
 
-  // acc: of four vectors; residual and out: side by side.
-  template <class Residual, bool limited>
-  void operator()(const char* const* acc, const char* residual, char* out) const {
+  // acc: of four vectors; residual: side by side, as the result.
+  template <class Residual, bool limited> __m512i operator()(const char* const* acc, const char* residual) const {
     __m512 y[4], v[4];
     __m512 farthest = _mm512_setzero_ps();  // from the nearest integer
     for (int i = 0; i < 4; ++i) {
@@ -174,13 +180,14 @@ struct Bytes4 {
     const __m512i bytes =
         is_signed ? _mm512_packs_epi16(shorts(0), shorts(2)) : _mm512_packus_epi16(shorts(0), shorts(2));
     constexpr auto order = [](int i) { return i % 4 * 4 + i / 4; };  // of words of each vector, within 128 bits
-    _mm512_storeu_si512(
-        out, _mm512_permutexvar_epi32(_mm512_setr_epi32(order(0), order(1), order(2), order(3), order(4), order(5),
-                                                        order(6), order(7), order(8), order(9), order(10), order(11),
-                                                        order(12), order(13), order(14), order(15)),
-                                      bytes));
+    return _mm512_permutexvar_epi32(
+        _mm512_setr_epi32(order(0), order(1), order(2), order(3), order(4), order(5), order(6), order(7), order(8),
+                          order(9), order(10), order(11), order(12), order(13), order(14), order(15)),
+        bytes);
   }
 };
+
+inline __mmask64 first_bytes(int64_t count) { return ~uint64_t{0} >> (64 - count); }  // 1 to 64
 
 template <class Residual, bool limited> void finish_four(const Bytes4& finish4, Finish f) {
   const int64_t run = f.run ? f.run * 4 : vector_bytes, stride = f.run ? f.run_stride : vector_bytes;
@@ -194,38 +201,35 @@ template <class Residual, bool limited> void finish_four(const Bytes4& finish4, 
   };
   for (; f.count >= 4 * lanes; f.count -= 4 * lanes, f.out += 4 * lanes) {
     for (const char*& vector : acc) vector = next();
-    finish4.template operator()<Residual, limited>(acc, f.residual, f.out);
+    _mm512_storeu_si512(f.out, finish4.template operator()<Residual, limited>(acc, f.residual));
     if constexpr (!std::is_void_v<Residual>) f.residual += 4 * lanes;
   }
   if (f.count == 0) return;
-  // Fewer vectors than four, by way of copies.
-  alignas(64) char sums[4 * vector_bytes] = {};
-  char residual[4 * lanes] = {}, out[4 * lanes];
-  for (int64_t i = 0; i < f.count; i += lanes) {
-    const int64_t count = f.count - i < lanes ? f.count - i : lanes;
-    std::memcpy(sums + i * 4, next(), static_cast<size_t>(count) * 4);
-  }
-  for (int i = 0; i < 4; ++i) acc[i] = sums + i * vector_bytes;
-  if constexpr (!std::is_void_v<Residual>) std::memcpy(residual, f.residual, static_cast<size_t>(f.count));
-  finish4.template operator()<Residual, limited>(acc, residual, out);
-  std::memcpy(f.out, out, static_cast<size_t>(f.count));
+  // Fewer vectors than four: the first in place of those that are missing.
+  for (int64_t i = 0; i < 4; ++i) acc[i] = i * lanes < f.count ? next() : acc[0];
+  const __mmask64 here = first_bytes(f.count);
+  alignas(64) char residual[4 * lanes];
+  if constexpr (!std::is_void_v<Residual>) _mm512_store_si512(residual, _mm512_maskz_loadu_epi8(here, f.residual));
+  _mm512_mask_storeu_epi8(f.out, here, finish4.template operator()<Residual, limited>(acc, residual));
 }
 
-template <class Residual> void finish_bytes(const Finish& f) {
-  const Bytes4 finish4(f);
-  finish4.limited ? finish_four<Residual, true>(finish4, f) : finish_four<Residual, false>(finish4, f);
+template <class Residual> void finish_bytes(Finish f) {
+  Bytes4 finish4(*f.epilogue);
+  for (int64_t o = 0; o < f.outputs; ++o, f.next_output()) {
+    finish4.take(f);
+    finish4.limited ? finish_four<Residual, true>(finish4, f) : finish_four<Residual, false>(finish4, f);
+  }
 }
 
 inline void copy_bytes(const char* from, char* to, int64_t count) {
   for (; count > 64; count -= 64, from += 64, to += 64) _mm512_storeu_si512(to, _mm512_loadu_si512(from));
-  const auto rest = static_cast<__mmask64>(~uint64_t{0} >> (64 - count));
-  _mm512_mask_storeu_epi8(to, rest, _mm512_maskz_loadu_epi8(rest, from));
+  _mm512_mask_storeu_epi8(to, first_bytes(count), _mm512_maskz_loadu_epi8(first_bytes(count), from));
 }
-template <class Copy> void for_rows(const ByteRows& b, Copy copy) {
+template <class Copy> void for_rows(const ByteRows& b, char* data, Copy copy) {
   if (b.columns == 0) return;
   for (int64_t n = 0; n < b.images; ++n)
     for (int64_t r = 0; r < b.rows; ++r)
-      copy(b.flat + n * b.image_pitch + r * b.row_pitch, b.data + n * b.stride_n + r * b.stride_h);
+      copy(b.flat + n * b.image_pitch + r * b.row_pitch, data + n * b.stride_n + r * b.stride_h);
 }
 
 // Four vectors of 16 bytes <-> 16 words of a byte of each.
@@ -238,8 +242,8 @@ inline __m512i transpose_bytes(__m512i v) {
 }
 
 // Of half h of the lanes, vectors [at, at + 4): a word of four bytes for each lane, and back.
-inline __m512i load_words(const ByteRows& b, int64_t at, int h) {
-  const char* from = b.lifted + at * b.lanes;
+inline __m512i load_words(const ByteRows& b, const char* lifted, int64_t at, int h) {
+  const char* from = lifted + at * b.lanes;
   __m512i four = _mm512_loadu_si512(from);
   if (b.lanes > lanes) {
     const __m512i next = _mm512_loadu_si512(from + 64);
@@ -247,9 +251,9 @@ inline __m512i load_words(const ByteRows& b, int64_t at, int h) {
   }
   return transpose_bytes(transpose_words(four));
 }
-inline void store_words(const ByteRows& b, int64_t at, int h, __m512i words) {
+inline void store_words(const ByteRows& b, char* lifted, int64_t at, int h, __m512i words) {
   const __m512i four = transpose_words(transpose_bytes(words));
-  char* to = b.lifted + at * b.lanes + h * lanes;
+  char* to = lifted + at * b.lanes + h * lanes;
   if (b.lanes == lanes) return _mm512_storeu_si512(to, four);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_castsi512_si128(four));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 32), _mm512_extracti32x4_epi32(four, 1));
@@ -268,13 +272,15 @@ inline void transpose_parts(__m512i (&w)[4]) {
 }
 
 // 64 vectors at a time, as 16 x 16 words of four; the last ones, where 16 are left or fewer, as 16 x 4.
-void unlift_bytes(const ByteRows& b) {
+void unlift_one(const ByteRows& b, const char* lifted, char* data) {
   alignas(64) char words[16 * 64];
   for (int64_t j = (b.segment - 1) / 64 * 64; j >= 0; j -= 64)  // as unlift: the owner of a byte writes it last
     for (int h = 0; h < b.lanes / lanes; ++h) {
       char* flat = b.flat + h * lanes * b.segment + j;
       const int64_t left = b.segment - j;
-      const auto load = [&](int i) { return 4 * i < left ? load_words(b, j + 4 * i, h) : _mm512_setzero_si512(); };
+      const auto load = [&](int i) {
+        return 4 * i < left ? load_words(b, lifted, j + 4 * i, h) : _mm512_setzero_si512();
+      };
       if (left > 16) {
         for (int i = 0; i < 16; ++i) _mm512_store_si512(words + i * 64, load(i));
         transpose(words, 64, 16, flat, b.segment, 16);
@@ -292,11 +298,14 @@ void unlift_bytes(const ByteRows& b) {
       store_part(std::integral_constant<int, 2>{});
       store_part(std::integral_constant<int, 3>{});
     }
-  for_rows(b, [&](const char* flat, char* row) { copy_bytes(flat, row, b.columns); });
+  for_rows(b, data, [&](const char* flat, char* row) { copy_bytes(flat, row, b.columns); });
+}
+void unlift_bytes(const ByteRows& b) {
+  for (int64_t o = 0; o < b.outputs; ++o) unlift_one(b, b.lifted + o * b.lifted_step, b.data + o * b.data_step);
 }
 
-void lift_bytes(const ByteRows& b) {
-  for_rows(b, [&](char* flat, const char* row) { copy_bytes(row, flat, b.columns); });
+void lift_one(const ByteRows& b, char* data, char* lifted) {
+  for_rows(b, data, [&](char* flat, const char* row) { copy_bytes(row, flat, b.columns); });
   alignas(64) char words[16 * 64];
   for (int64_t j = 0; j < b.segment; j += 64)
     for (int h = 0; h < b.lanes / lanes; ++h) {
@@ -304,7 +313,8 @@ void lift_bytes(const ByteRows& b) {
       const int64_t left = b.segment - j;
       if (left > 16) {
         transpose(flat, b.segment, 16, words, 64, 16);
-        for (int i = 0; i < 16 && 4 * i < left; ++i) store_words(b, j + 4 * i, h, _mm512_load_si512(words + i * 64));
+        for (int i = 0; i < 16 && 4 * i < left; ++i)
+          store_words(b, lifted, j + 4 * i, h, _mm512_load_si512(words + i * 64));
         continue;
       }
       __m512i w[4];
@@ -316,8 +326,38 @@ void lift_bytes(const ByteRows& b) {
         w[i] = _mm512_inserti32x4(_mm512_inserti32x4(w[i], row(2), 2), row(3), 3);
       }
       transpose_parts(w);
-      for (int i = 0; i < 4 && 4 * i < left; ++i) store_words(b, j + 4 * i, h, w[i]);
+      for (int i = 0; i < 4 && 4 * i < left; ++i) store_words(b, lifted, j + 4 * i, h, w[i]);
     }
+}
+void lift_bytes(const ByteRows& b) {
+  for (int64_t o = 0; o < b.outputs; ++o) lift_one(b, b.data + o * b.data_step, b.lifted + o * b.lifted_step);
+}
+
+template <int registers> void order_from(const Order& b) {
+  const auto first_words = [](int64_t count) {
+    return static_cast<__mmask16>(count >= 16 ? 0xffff : count > 0 ? 0xffff >> (16 - count) : 0);
+  };
+  const char* from = b.from;
+  char* to = b.to;
+  for (int64_t o = 0; o < b.outputs; ++o, from += b.from_step, to += b.to_step) {
+    __m512i source[registers];
+    for (int i = 0; i < registers; ++i)
+      source[i] = _mm512_maskz_loadu_epi32(first_words(b.from_count - 16 * i), from + 64 * i);
+    for (int64_t i = 0; i < b.count; i += 16) {
+      const __mmask16 here = first_words(b.count - i);
+      const __m512i index = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(here, b.index + i));
+      __m512i words;
+      if constexpr (registers == 1) words = _mm512_permutexvar_epi32(index, source[0]);
+      else words = _mm512_permutex2var_epi32(source[0], index, source[1]);
+      if constexpr (registers == 4)
+        words = _mm512_mask_blend_epi32(_mm512_test_epi32_mask(index, _mm512_set1_epi32(32)), words,
+                                        _mm512_permutex2var_epi32(source[2], index, source[3]));
+      _mm512_mask_storeu_epi32(to + i * 4, here, words);
+    }
+  }
+}
+void order_words(const Order& b) {
+  b.from_count <= 16 ? order_from<1>(b) : b.from_count <= 32 ? order_from<2>(b) : order_from<4>(b);
 }
 
 void finish_avx512(const Finish& f) {
@@ -337,5 +377,6 @@ void fill_avx512(Kernels& k) {
   k.finish = finish_avx512;
   k.lift_bytes = lift_bytes;
   k.unlift_bytes = unlift_bytes;
+  k.order_words = order_words;
 }
 }  // namespace pycodesign::repetition

@@ -185,7 +185,7 @@ CodeEstimate estimate(const CodeLayer& l, CodeForm f, bool avx512) {
       std::max<int64_t>(static_cast<int64_t>(segment_bytes * rows / (instructions * instruction_bytes + 1)), 1));
   double segments = rows * share / static_cast<double>(f.segment_rows);
   if (!is_float) segments = std::max(segments, magnitude / outputs * share * static_cast<double>(l.range) / max_word);
-  const double slow = f.planes() && !is_float ? 1.4 : 1;  // whose code also reads ahead
+  const double slow = f.planes() && !is_float && cost.drops_prefetches ? 1.4 : 1;  // whose code also reads ahead
   const double sums = slow * std::max(instructions / cost.instructions, loads / cost.loads) * share;
   const double keep = outputs * (is_float ? cost.keep_f32 : f.complement ? 1.3 * cost.keep_words : cost.keep_words);
   const double columns = f.planes() ? cost.store * static_cast<double>(f.planes() + 2) : 0;  // of a channel, to make

@@ -12,6 +12,7 @@
 #include "core/jitdump.h"
 #include "repetition/assembler_x86.h"
 #include "repetition/code_steps.h"
+#include "repetition/costs.h"
 
 namespace pycodesign::repetition {
 
@@ -62,7 +63,7 @@ struct Generator {
   Constant constant(float);
 
   const CodeLayer& layer_;
-  const bool is_float_;
+  const bool is_float_, reads_ahead_;
   const std::vector<ColumnTap> column_taps_;
   Assembler assembler_;
   std::map<float, int64_t> constants_;
@@ -77,6 +78,7 @@ Generator::Generator(const CodeLayer& layer, bool avx512)
     : form(choose_form(layer, avx512).form),
       layer_(layer),
       is_float_(layer.dtype == DType::f32),
+      reads_ahead_(form.planes() && !is_float_ && costs(avx512).drops_prefetches),
       column_taps_(column_taps(layer.geometry)),
       assembler_(avx512),
       units_(units_of(layer, form, layer.channels())),
@@ -250,13 +252,13 @@ void Generator::store(int64_t vector, Vector from, bool is_first) {
   assembler_.vmovups(accumulator(vector), from);
 }
 
-// A line for each prefetch_bytes of the segment so far. From sums of columns of integers Zen 5 drops most prefetches
-// (README.md); reading every second line keeps the code to memory's pace.
+// A line for each prefetch_bytes of the segment so far. Where prefetches would be dropped, reading every second line
+// keeps the code to memory's pace.
 void Generator::prefetch(CodeSegment& segment) {
   while (assembler_.size() - segment.begin >= (segment.prefetch_lines + 1) * prefetch_bytes &&
          (segment.prefetch_lines + 1) * 64 <= max_touched_bytes) {
     const Address line{General::r8, 0, General::rax, 64 * segment.prefetch_lines++};
-    if (form.planes() && !is_float_ && segment.prefetch_lines % 2) assembler_.test(line);
+    if (reads_ahead_ && segment.prefetch_lines % 2) assembler_.test(line);
     else assembler_.prefetcht1(line);
   }
 }

@@ -4,6 +4,7 @@
 
 #include "core/thread_pool.h"
 #include "repetition/codegen_x86.h"
+#include "repetition/costs.h"
 #include "repetition/plan.h"
 
 namespace pycodesign::repetition {
@@ -289,56 +290,64 @@ void PackedConv2d::finish_outputs(const Call& call, const LiftPlan& lift, const 
     return f;
   };
   const DType out_dtype = call.epilogue.out_dtype, residual_dtype = call.epilogue.residual_dtype;
-  const auto finish_lanes = [&](int64_t i, const char* residual_lanes, char* to) {
-    Finish f = finish_of(sums.first_output + i);
-    f.acc = sums.data + i * sums.output_stride;
+  const int64_t lanes = lift.segment * lift.lanes;
+  const auto finish_lanes = [&](int64_t first, int64_t count, const char* residual_lanes, char* to) {
+    Finish f = finish_of(sums.first_output + first);
+    f.acc = sums.data + first * sums.output_stride;
     f.run = lift.lanes;
     f.run_stride = sums.vector_stride;
-    f.count = lift.segment * lift.lanes;
+    f.count = lanes;
     f.out = to;
     f.out_stride = element_bytes(out_dtype);
     f.residual = residual_lanes;
     f.residual_stride = element_bytes(residual_dtype);
+    f.outputs = count;
+    f.acc_step = sums.output_stride;
+    f.out_step = lanes * f.out_stride;
+    f.residual_step = lanes * f.residual_stride;
     call.k.finish(f);
   };
-  if (out.lifted) {
-    for (int64_t i = 0; i < sums.outputs; ++i) {
-      const int64_t o = sums.first_output + i;
-      finish_lanes(i, residual ? lifted_channel(*residual, lift, o, residual_dtype) : nullptr,
-                   lifted_channel(out, lift, o, out_dtype));
-    }
-    return;
-  }
-  // Outputs of nothing but padding may share a position in the lanes: their sums are the same, their residuals not.
+  if (out.lifted)
+    return finish_lanes(0, sums.outputs,
+                        residual ? lifted_channel(*residual, lift, sums.first_output, residual_dtype) : nullptr,
+                        lifted_channel(out, lift, sums.first_output, out_dtype));
+  // In the lanes, if their elements can move from there to rows. Outputs of nothing but padding may share a position:
+  // their sums are the same, their residuals not.
   const bool apart = lift.row_pitch >= columns && (band.images == 1 || lift.image_pitch >= band.rows * lift.row_pitch);
-  if (call.k.unlift_bytes && element_bytes(out_dtype) == 1 && out.stride[3] == 1 &&
-      (!residual || (apart && element_bytes(residual_dtype) == 1 && residual->stride[3] == 1))) {
-    const int64_t lane_bytes = (lift.segment + 64) * lift.lanes;  // as much for flat bytes
-    char* const bytes = scratch(1, static_cast<size_t>(3 * lane_bytes));
-    ByteRows rows{bytes,
-                  static_cast<int>(lift.lanes),
-                  lift.segment,
-                  bytes + 2 * lane_bytes,
-                  band.images,
-                  band.rows,
-                  columns,
-                  lift.image_pitch,
-                  lift.row_pitch,
-                  nullptr,
-                  0,
-                  0};
-    const auto at = [&](const Tensor& t, int64_t o, char* lanes) {
-      rows.lifted = lanes;
-      rows.data = t.data + band.image * t.stride[0] + o * t.stride[1] + band.row * t.stride[2];
-      rows.stride_n = t.stride[0];
-      rows.stride_h = t.stride[2];
-      return rows;
+  const auto order_of = [&](const Tensor& t, DType dtype) -> void (*)(const Order&) {
+    const int64_t bytes = element_bytes(dtype);
+    if (lift.lane_pixels.empty() || dtype == DType::i32 || t.stride[3] != bytes ||
+        (band.rows > 1 && t.stride[2] != columns * bytes))
+      return nullptr;
+    return bytes == 1 ? call.k.order_bytes : lanes <= 64 ? call.k.order_words : nullptr;
+  };
+  const auto moves = [&](const Tensor& t, DType dtype) {
+    return order_of(t, dtype) || (call.k.unlift_bytes && element_bytes(dtype) == 1 && t.stride[3] == 1);
+  };
+  if (moves(out, out_dtype) && (!residual || (apart && moves(*residual, residual_dtype)))) {
+    const int64_t out_lanes = lanes * element_bytes(out_dtype), residual_lanes = lanes * element_bytes(residual_dtype);
+    const int64_t together = std::clamp<int64_t>(4096 / lanes, 1, sums.outputs), spare = 64 * lift.lanes;
+    char* const out_at =
+        scratch(1, static_cast<size_t>(together * (out_lanes + residual_lanes) + 2 * spare + lanes + 64));
+    char* const residual_at = out_at + together * out_lanes + spare;
+    char* const flat = residual_at + together * residual_lanes + spare;
+    const auto move = [&](const Tensor& t, DType dtype, int64_t first, int64_t count, char* at, bool lifts) {
+      char* const rows =
+          t.data + band.image * t.stride[0] + (sums.first_output + first) * t.stride[1] + band.row * t.stride[2];
+      const int64_t lanes_step = lanes * element_bytes(dtype);
+      if (const auto order = order_of(t, dtype); order && lifts)
+        order({rows, pixels, t.stride[1], lift.lane_pixels.data(), lanes, at, lanes_step, count});
+      else if (order) order({at, lanes, lanes_step, lift.pixel_lanes.data(), pixels, rows, t.stride[1], count});
+      else
+        (lifts ? call.k.lift_bytes : call.k.unlift_bytes)(
+            {at, static_cast<int>(lift.lanes), lift.segment, flat, band.images, band.rows, columns, lift.image_pitch,
+             lift.row_pitch, rows, t.stride[0], t.stride[2], count, lanes_step, t.stride[1]});
     };
-    for (int64_t i = 0; i < sums.outputs; ++i) {
-      const int64_t o = sums.first_output + i;
-      if (residual) call.k.lift_bytes(at(*residual, o, bytes + lane_bytes));
-      finish_lanes(i, residual ? bytes + lane_bytes : nullptr, bytes);
-      call.k.unlift_bytes(at(out, o, bytes));
+    for (int64_t i = 0; i < sums.outputs; i += together) {
+      const int64_t count = std::min(together, sums.outputs - i);
+      if (residual) move(*residual, residual_dtype, i, count, residual_at, true);
+      finish_lanes(i, count, residual ? residual_at : nullptr, out_at);
+      move(out, out_dtype, i, count, out_at, false);
     }
     return;
   }
@@ -405,7 +414,7 @@ void PackedConv2d::sum_code(const Call& call, const LiftPlan& lift, const char* 
       const CodeSegment& segment = chunk(i).segments[s];
       // The first runs of a segment touch the next one's code, a second time where there is time for it, as prefetches
       // may have been dropped. The others touch what is near.
-      const int64_t touching = lift.segment < 6 ? 1 : 2;
+      const int64_t touching = lift.segment < 6 && costs(call.vector_bytes() == 64).drops_prefetches ? 1 : 2;
       const CodeSegment& next = i + 1 < last ? chunk(i + 1).segments[s] : chunk(first).segments[(s + 1) % segments];
       const char* at = x + ((chunk(i).group - first_group) * planes + segment.channel - from) * channel_bytes;
       char* acc = sums + sums_at(i);

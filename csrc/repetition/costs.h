@@ -16,6 +16,7 @@ struct Costs {
   double call;                  // cycles to begin a segment
   double memory;                // bytes of weights or code a cycle, from memory
   double multiply_add, dot4;    // cycles of the products of `dense`
+  bool drops_prefetches;        // of code, while sums of columns of integers are added (README.md)
 };
 // Of this processor, for AVX-512 or AVX2 (at `avx2`, dot4 is many instructions).
 const Costs& costs(bool avx512);

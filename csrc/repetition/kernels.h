@@ -249,14 +249,20 @@ struct Finish {
   const Epilogue* epilogue;
   const char* acc;  // count words: runs of `run` of them, run_stride bytes apart; 0: one run
   int64_t count, run, run_stride;
-  bool per_element;  // multiplier, bias, correction have `count` values (else one)
+  bool per_element;  // multiplier, bias, correction have `count` values (else one for each output)
   const float* multiplier;
   const float* bias;          // or null
   const int32_t* correction;  // added to integer acc first
   const char* residual;
   int64_t residual_stride;  // bytes
   char* out;
-  int64_t out_stride;  // bytes
+  int64_t out_stride;                                                  // bytes
+  int64_t outputs = 1, acc_step = 0, residual_step = 0, out_step = 0;  // bytes from one to the next
+
+  void next_output() {
+    acc += acc_step, residual += residual ? residual_step : 0, out += out_step;
+    ++multiplier, bias += bias != nullptr, correction += correction != nullptr;
+  }
 };
 
 // Lifted plane -> `rows` rows of `columns` words, one after another.
@@ -270,7 +276,7 @@ struct Unlift {
   char* out;
 };
 
-// Bytes in lanes, [vector][lane], and the same in rows.
+// Bytes in lanes, [vector][lane], of some outputs, and the same in rows.
 struct ByteRows {
   char* lifted;  // room for 64 vectors more
   int lanes;     // 16, or 32 of halves
@@ -279,6 +285,19 @@ struct ByteRows {
   int64_t images, rows, columns, image_pitch, row_pitch;
   char* data;
   int64_t stride_n, stride_h;  // bytes
+  int64_t outputs, lifted_step, data_step;
+};
+
+// to[i] = from[index[i]], i < count, for each of some outputs.
+struct Order {
+  const char* from;
+  int64_t from_count;  // at most 256 bytes or 64 words
+  int64_t from_step;   // bytes from one output to the next
+  const uint8_t* index;
+  int64_t count;
+  char* to;
+  int64_t to_step;
+  int64_t outputs;
 };
 
 // A row of the largest of `rows` x `columns` elements, `stride` elements apart; NaN wins.
@@ -303,6 +322,8 @@ struct Kernels {
   void (*unlift)(const Unlift&);
   void (*lift_bytes)(const ByteRows&);    // or null, as the next
   void (*unlift_bytes)(const ByteRows&);  // so that epilogues run in lanes and transpose a quarter
+  void (*order_bytes)(const Order&);      // or null, as the next
+  void (*order_words)(const Order&);
   void (*finish)(const Finish&);
   void (*max_pool)(const MaxPool&);
   void (*sum_columns_f32)(const ColumnSums&);
@@ -335,6 +356,7 @@ void fill_scalar(Kernels&);
 void fill_avx2(Kernels&);
 void fill_avx2_vnni(Kernels&);
 void fill_avx512(Kernels&);
+void fill_avx512_vbmi(Kernels&);
 void fill_avx512_amx(Kernels&);
 
 const Kernels& kernels();  // of the active instruction set

@@ -121,6 +121,8 @@ void fill(Kernels& k) {
        unlift,
        nullptr,
        nullptr,
+       nullptr,
+       nullptr,
        finish,
        max_pool,
        sum_columns<Float>,

@@ -180,13 +180,16 @@ template <class Acc> void finish_side_by_side(const Finish& f) {
   }
 }
 
-void finish(const Finish& f) {
-  const Epilogue& e = *f.epilogue;
+void finish(const Finish& all) {
+  const Epilogue& e = *all.epilogue;
   const auto bytes = [](DType d) { return d == DType::f32 ? 4 : 1; };
-  if (!f.per_element && e.out_dtype != DType::i32 && f.out_stride == bytes(e.out_dtype) &&
-      (!e.has_residual || f.residual_stride == bytes(e.residual_dtype)))
-    return e.acc_dtype == DType::i32 ? finish_side_by_side<uint32_t>(f) : finish_side_by_side<float>(f);
-  f.per_element ? finish_as<true>(f) : finish_as<false>(f);
+  const bool side_by_side = !all.per_element && e.out_dtype != DType::i32 && all.out_stride == bytes(e.out_dtype) &&
+                            (!e.has_residual || all.residual_stride == bytes(e.residual_dtype));
+  const auto finish_one = !side_by_side               ? all.per_element ? finish_as<true> : finish_as<false>
+                          : e.acc_dtype == DType::i32 ? finish_side_by_side<uint32_t>
+                                                      : finish_side_by_side<float>;
+  Finish f = all;
+  for (int64_t o = 0; o < all.outputs; ++o, f.next_output()) finish_one(f);
 }
 
 // The largest of each column first, then of neighboring columns, then every stride-th. NaN is larger than any number.

@@ -25,6 +25,7 @@ const Kernels& kernels() {
       if (isa >= core::Isa::avx2) fill_avx2(k);
       if (isa == core::Isa::avx2_vnni) fill_avx2_vnni(k);
       if (isa >= core::Isa::avx512) fill_avx512(k);
+      if (isa >= core::Isa::avx512_vbmi) fill_avx512_vbmi(k);
       if (isa >= core::Isa::avx512_amx) fill_avx512_amx(k);
     }
 #endif
@@ -254,6 +255,15 @@ LiftPlan::LiftPlan(const Geometry& g, int64_t height, int64_t width, const Band&
   unit_bytes = spread_lines(plane_lines * static_cast<int64_t>(phases.size())) * line;
   for (const Tap& tap : taps) tap_source.push_back(tap.phase * plane_bytes + tap.offset * word_lanes * 4);
   if (column_planes) plan_columns(g, column_planes, word_lanes * 4);
+  if (band.images == 1 && segment * lanes <= 256 && row_pitch >= columns) {
+    lane_pixels.resize(static_cast<size_t>(segment * lanes));
+    for (int64_t y = 0; y < band.rows; ++y)
+      for (int64_t x = 0; x < columns; ++x) {
+        const int64_t position = y * row_pitch + x, at = position % segment * lanes + position / segment;
+        lane_pixels[static_cast<size_t>(at)] = static_cast<uint8_t>(pixel_lanes.size());
+        pixel_lanes.push_back(static_cast<uint8_t>(at));
+      }
+  }
 }
 
 void LiftPlan::plan_columns(const Geometry& g, int64_t planes, int64_t vector_bytes) {
@@ -342,10 +352,11 @@ namespace {
 // Cycles of one layer so cut, and the best number of parts for its outputs.
 double cut_cost(const ConvCase& c, const Pitch& pitch, const Cut& cut, int threads, int64_t& splits) {
   const double stage = c.lifted_input ? 4 : 10, column = 2, finish = c.lifted_output ? 10 : 16;  // cycles per vector
-  constexpr double item = 2000, meeting = 8000;  // cycles to begin a piece of work, and for threads to wait for all
-  const double weight_bytes_per_cycle = costs(c.word_lanes == 16).memory;  // behind the sums of the vectors before
-  constexpr double first_weight_bytes_per_cycle = 24;                      // what the first vector waits for
-  constexpr double crossing = 2, crossed = 1.12;  // writing planes that other threads read, and reading theirs
+  const double output = c.lifted_output ? 20 : 60;  // cycles to begin to finish one
+  constexpr double item = 2000, meeting = 4000;     // cycles to begin a piece of work, and for threads to wait for all
+  const double weight_bytes_per_cycle = costs(c.word_lanes == 16).memory / (threads == 1 ? 1 : 1.5);  // shared
+  constexpr double first_weight_bytes_per_cycle = 24;  // what the first vector waits for
+  constexpr double crossing = 1.5, crossed = 1.06;     // writing planes that other threads read, and reading theirs
   constexpr double second_level = 640 << 10, spilled = 1.1;  // bytes, and what exceeding them costs
   const Geometry& g = c.geometry;
   const int64_t rows = g.output_size(0, c.height), columns = g.output_size(1, c.width), lanes = c.word_lanes * c.halves;
@@ -363,10 +374,11 @@ double cut_cost(const ConvCase& c, const Pitch& pitch, const Cut& cut, int threa
   // What sums of one segment of the weights go through again and again.
   const double resident = (c.column_planes ? columns_staged : staged) / static_cast<double>(c.segments) +
                           (c.segments > 1 ? outputs * c.halves * vectors : 0);
-  const double sums = (std::max(vectors * c.cycles, c.weight_bytes / weight_bytes_per_cycle) +
+  // Weights come behind the sums of the first vector.
+  const double sums = ((vectors - 1) * c.cycles + std::max(c.cycles, c.weight_bytes / weight_bytes_per_cycle) +
                        c.weight_bytes / first_weight_bytes_per_cycle) *
                           (resident * c.word_lanes * 4 > second_level ? spilled : 1) +
-                      outputs * c.halves * vectors * finish;
+                      outputs * (output + c.halves * vectors * finish);
   const double planes = staged * stage + columns_staged * column;
   double best = std::numeric_limits<double>::max();
   for (int64_t s = 1; s <= c.blocks && s <= (threads == 1 ? 1 : 4 * threads); ++s) {

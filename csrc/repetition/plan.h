@@ -160,6 +160,9 @@ struct LiftPlan {
   std::vector<int64_t> column_source;  // bytes from the unit's first sum to those of each phase
   int64_t column_bytes = 0;            // from the sums of one unit to those of the next
 
+  // Of one image and so few lanes that bytes count them: where each pixel lies in them, and each lane's pixel.
+  std::vector<uint8_t> pixel_lanes, lane_pixels;
+
   // Lifted activations: [band][channel][vector][lane], so many vectors of one channel lie in the bands before.
   int64_t lanes;
   int64_t vectors_before = 0;

@@ -75,6 +75,7 @@ class Plan {
   void run_task(Team& team, int task);
   bool is_blocked(const Team& team) const;
   bool can_go_on(const Team* mine) const;
+  Team* missing_team(Team* mine);
   bool adopt(Team* mine);
   bool take_part();
   void wait_for_others(Team* mine);

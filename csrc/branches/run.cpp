@@ -2,6 +2,7 @@
 #include <chrono>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "branches/branches.h"
@@ -229,14 +230,22 @@ bool Plan::can_go_on(const Team* mine) const {
   return false;
 }
 
-// Claims a team that one of `mine` waits for and nobody runs.
-bool Plan::adopt(Team* mine) {
+// One that nobody runs yet, though one of `mine` waits for it; null where there is none.
+Plan::Team* Plan::missing_team(Team* mine) {
   for (Team* team = mine; team; team = team->also) {
     if (team->next == team->instructions.size()) continue;
     Team& awaited = teams_[static_cast<size_t>(team->instructions[team->next].index)];
-    if (!claim(awaited)) continue;
-    awaited.also = mine->also;
-    mine->also = &awaited;
+    if (awaited.claimed != run_) return &awaited;
+  }
+  return nullptr;
+}
+
+// Claims a team that is missing.
+bool Plan::adopt(Team* mine) {
+  while (Team* team = missing_team(mine)) {
+    if (!claim(*team)) continue;
+    team->also = mine->also;
+    mine->also = team;
     return true;
   }
   return false;
@@ -268,6 +277,7 @@ void Plan::wait_for_others(Team* mine) {
     }
     const auto waited = Clock::now() - start;
     if (mine && waited >= options_.patience && adopt(mine)) return;
+    if (mine && waited >= core::wakeup && missing_team(mine)) std::this_thread::yield();
     if (waited >= options_.spin && waited >= options_.patience)
       park([&] { return can_go_on(mine) || (has_loops_ && take_part()); });
   }

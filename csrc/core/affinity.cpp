@@ -30,4 +30,13 @@ Pin::~Pin() {
   if (is_set_) sched_setaffinity(0, sizeof before_, &before_);
 }
 
+void leave_core(int core) {
+  cpu_set_t before;
+  if (core < 0 || core >= CPU_SETSIZE || sched_getcpu() != core || sched_getaffinity(0, sizeof before, &before)) return;
+  cpu_set_t others = before;
+  CPU_CLR(core, &others);
+  if (CPU_COUNT(&others) > 0 && sched_setaffinity(0, sizeof others, &others) == 0)
+    sched_setaffinity(0, sizeof before, &before);
+}
+
 }  // namespace pycodesign::core

@@ -30,4 +30,8 @@ class Pin {
   bool is_set_ = false;
 };
 
+// Moves the calling thread away if it runs on this core; afterwards it may run where it could before. In a virtual
+// machine an idle core looks busy, so a thread that wakes up often begins on the core of whoever woke it.
+void leave_core(int core);
+
 }  // namespace pycodesign::core

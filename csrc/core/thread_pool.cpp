@@ -16,6 +16,7 @@
 #include <thread>
 #include <vector>
 
+#include "core/affinity.h"
 #include "core/cpu.h"
 
 #if defined(__x86_64__)
@@ -122,27 +123,39 @@ class alignas(64) Worker {
 
   void post(Job* job) {
     job_ = job;
-    if (state_.exchange(posted) == parked) state_.notify_one();
+    poster_core_ = sched_getcpu();
+    woken_ = {};
+    if (state_.exchange(posted) != parked) return;
+    woken_ = std::chrono::steady_clock::now();
+    state_.notify_one();
   }
 
   // Returns when the worker is through with the posted job, or has not begun: then it never will, so that
   // nobody waits for a thread that is slow to wake up.
   void finish() {
     int state = state_.load(std::memory_order_acquire);
-    if (state == posted && state_.compare_exchange_strong(state, idle)) return;
+    if (state == posted && state_.compare_exchange_strong(state, idle)) {
+      // It may have been waiting for this core all the time: let it leave for another.
+      if (woken_ != Time{} && std::chrono::steady_clock::now() - woken_ > default_spin) std::this_thread::yield();
+      return;
+    }
     if (spin_until(job_->spin, [this] { return state_.load(std::memory_order_acquire) == idle; })) return;
     state = busy;
     if (state_.compare_exchange_strong(state, awaited)) state_.wait(awaited);
   }
 
  private:
+  using Time = std::chrono::steady_clock::time_point;
   enum State : int { idle, parked, posted, busy, awaited };
 
   [[noreturn]] void serve() {
     for (Nanoseconds spin = default_spin;;) {
       if (!spin_until(spin, [this] { return state_.load(std::memory_order_relaxed) == posted; })) {
         int state = idle;
-        if (state_.compare_exchange_strong(state, parked)) state_.wait(parked);
+        if (state_.compare_exchange_strong(state, parked)) {
+          state_.wait(parked);
+          leave_core(poster_core_);
+        }
       }
       int state = posted;
       if (!state_.compare_exchange_strong(state, busy)) continue;
@@ -154,6 +167,8 @@ class alignas(64) Worker {
 
   std::atomic<int> state_ = idle;
   Job* job_ = nullptr;
+  std::atomic<int> poster_core_ = -1;
+  Time woken_;  // by the last post
   int member_;
 };
 
@@ -183,6 +198,7 @@ struct OpenMp {
   int (*get_max_threads)() = nullptr;
   int (*in_parallel)() = nullptr;
   int (*get_thread_num)() = nullptr;
+  int (*get_num_threads)() = nullptr;
   std::string path;
 };
 
@@ -221,6 +237,7 @@ std::unique_ptr<OpenMp> load_runtime(const std::string& path) {
       find_function(library, "omp_get_max_threads", runtime->get_max_threads) &&
       find_function(library, "omp_in_parallel", runtime->in_parallel) &&
       find_function(library, "omp_get_thread_num", runtime->get_thread_num) &&
+      find_function(library, "omp_get_num_threads", runtime->get_num_threads) &&
       dladdr(reinterpret_cast<void*>(runtime->parallel), &info)) {
     runtime->path = info.dli_fname;
     return runtime;
@@ -270,12 +287,24 @@ void run_on_openmp(const OpenMp& runtime, Job& job, int members) {
   struct Call {
     const OpenMp& runtime;
     Job& job;
+    int core = sched_getcpu();
+    std::atomic<int> arrived = 0;
   } call{runtime, job};
   const int size = std::max({num_threads(), runtime.get_max_threads(), members});
   runtime.parallel(
       [](void* data) {
-        const Call& c = *static_cast<Call*>(data);
-        c.job.run(c.runtime.get_thread_num());
+        Call& c = *static_cast<Call*>(data);
+        const int member = c.runtime.get_thread_num();
+        if (member > 0) leave_core(c.core);
+        c.arrived.fetch_add(1, std::memory_order_relaxed);
+        c.job.run(member);
+        if (member > 0) return;
+        // The runtime waits for all of its threads, and spins without yielding.
+        const auto all_arrived = [&] {
+          return c.arrived.load(std::memory_order_relaxed) == c.runtime.get_num_threads();
+        };
+        if (!spin_until(wakeup, all_arrived))
+          while (!all_arrived()) std::this_thread::yield();
       },
       &call, static_cast<unsigned>(size), 0);
 }

@@ -33,6 +33,9 @@ template <class F> void parallel_for(int64_t chunks, F&& body, int max_threads =
 using MemberBody = void (*)(void* context, int member);
 using Nanoseconds = std::chrono::nanoseconds;
 inline constexpr Nanoseconds default_spin{50'000};
+// Whoever waits longer than this for a thread to come yields: it may have been woken on the waiter's own core, where it
+// would begin only after a time slice, milliseconds.
+inline constexpr Nanoseconds wakeup{8'000};
 
 // Calls body(context, member), which does not throw, on threads of the team; the caller is member 0, and a thread has
 // the same number, below `members`, in every call. Nobody waits for a thread that is slow to come, so a member may not

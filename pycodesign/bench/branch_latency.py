@@ -20,7 +20,11 @@ __all__ = ["measure_latencies"]
 
 STEPS = 200  # forks and joins, or barriers, in one run
 NEVER = 1e6  # microseconds of patience: no team does another's work
-SPIN = 500.0  # microseconds: a caller that spins meets a thread that wakes up
+PARKED = (  # microseconds to spin, and of patience: a caller that spins meets a thread that wakes up
+    ("the caller spins", 500.0, NEVER),
+    ("the caller parks, too", 0.0, NEVER),
+    ("the caller does all that nobody has begun", 50.0, 5.0),
+)
 RESTS = {"pool": 0.003, "openmp": 0.02}  # seconds until every thread sleeps; an OpenMP runtime's spin for some ms
 
 
@@ -55,8 +59,8 @@ def measure_latencies(rounds: int = 300, parked_rounds: int = 100) -> list[dict[
         }
         for what, (run, steps) in spinning.items():
             rows.append(_row(what, "spinning", _time(run, rounds * (1 if steps > 1 else 10), 0.0, steps)))
-        for name, spin in (("the caller spins", SPIN), ("the caller parks, too", 0.0)):
-            seconds = _time(partial(fork.run, spin, NEVER, pin), parked_rounds, rest, 1)
+        for name, spin, patience in PARKED:
+            seconds = _time(partial(fork.run, spin, patience, pin), parked_rounds, rest, 1)
             rows.append(_row(f"call of a plan that forks and joins{pinned}, {name}", "parked", seconds))
     call = partial(ops.run_branches, [nothing, nothing])
     rows.append(_row("run_branches of two empty functions", "spinning", _time(call, 10 * rounds, 0.0, 1)))

@@ -298,6 +298,17 @@ void test_cores() {
     const cpu_set_t after = affinity();
     CHECK(CPU_EQUAL(&before, &after));
   }
+  bool left = false;
+  for (int attempt = 0; attempt < 1000 && !left; ++attempt) {  // the system may move it at any time
+    const int here = sched_getcpu();
+    core::leave_core(here);
+    left = sched_getcpu() != here;
+  }
+  CHECK(left);
+  core::leave_core(-1);
+  core::leave_core(CPU_SETSIZE);
+  const cpu_set_t after = affinity();
+  CHECK(CPU_EQUAL(&before, &after));
   const core::CoreChoice none(CPU_COUNT(&before) + 1);
   CHECK_EQUAL(none.of(0), -1);
   const core::CoreChoice two(2);

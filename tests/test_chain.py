@@ -25,8 +25,8 @@ import pytest
 from conftest import ALGORITHMS, INPUT_DTYPES, ISAS, THREADS, to_codebook
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layers import BINARY, LAYOUTS, QUATERNARY, TERNARY, assert_guards_untouched, guarded, make_input
 from numpy.typing import NDArray
-from test_repetition import BINARY, LAYOUTS, QUATERNARY, TERNARY, assert_guards_untouched, guarded, make_input
 
 import pycodesign
 from pycodesign import ops

@@ -13,17 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import INPUT_DTYPES, to_codebook
-from test_repetition import (
-    BINARY,
-    QUATERNARY,
-    TERNARY,
-    Case,
-    expect,
-    input_options,
-    make_input,
-    make_weights,
-    tolerance,
-)
+from layers import BINARY, QUATERNARY, TERNARY, Case, expect, input_options, make_input, make_weights, tolerance
 
 from pycodesign import ops, quantize
 from pycodesign._arguments import SHORT_FLOATS

@@ -15,8 +15,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from layers import LAYOUTS, assert_guards_untouched, guarded
 from numpy.typing import NDArray
-from test_repetition import LAYOUTS, assert_guards_untouched, guarded
 
 import pycodesign
 from pycodesign import _core, ops

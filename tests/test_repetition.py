@@ -7,167 +7,38 @@ blocks of 8 outputs, words of 4 channels, panels of 64 outputs of a linear layer
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from functools import cache
-from itertools import permutations
 from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ALGORITHMS, INPUT_DTYPES, ISAS, THREADS, to_codebook
+from conftest import ALGORITHMS, INPUT_DTYPES, ISAS, THREADS
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
+from layers import (
+    BINARY,
+    F32,
+    QUATERNARY,
+    TERNARY,
+    Case,
+    Record,
+    assert_near,
+    check,
+    each_conv2d,
+    each_isa,
+    each_linear,
+    expect,
+    make_input,
+    make_weights,
+    pack,
+    run,
+)
 
 import pycodesign
-from pycodesign import _core, ops, quantize
+from pycodesign import ops, quantize
 from pycodesign.quantize import KernelCodebook, QuantizedTensor
 from pycodesign.reference import repetition as reference
-
-F32 = np.float32
-EPS = 2.0**-23
-Array = NDArray[Any]
-Record = Callable[[ops.Packed], None]
-
-each_isa = pytest.mark.parametrize("isa", ISAS)
-each_conv2d = pytest.mark.parametrize("algorithm", ALGORITHMS["conv2d"])
-each_linear = pytest.mark.parametrize("algorithm", ALGORITHMS["linear"])
-
-BINARY, TERNARY, QUATERNARY = (-1, 1), (-1, 0, 1), (-2, -1, 0, 1)
-ZERO_POINTS = {"float32": 0, "uint8": 131, "int8": -7}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A layer and the shape of its input."""
-
-    x: tuple[int, ...]  # (N, C, H, W) or (..., I)
-    w: tuple[int, ...]  # (O, C / groups, R, S) or (O, I)
-    geometry: dict[str, Any] = field(default_factory=dict)
-    levels: tuple[float, ...] = TERNARY
-    own_levels: bool = False  # per output: levels, and levels + 1
-    scale_groups: int = 0
-    bias: bool = True
-    kernels: int = 0  # filters are any of so many; 0: all are random
-
-    @property
-    def kind(self) -> str:
-        return "conv2d" if len(self.w) == 4 else "linear"
-
-    def fits(self, algorithm: str) -> bool:
-        values = len(self.levels) + self.own_levels
-        tables = values <= 16 and self.scale_groups < 2
-        if algorithm == "codebook":
-            return to_codebook(make_weights(self)[0]) is not None
-        return {"codegen": tables, "tables": tables, "dense": True, "packed": values <= 4}[algorithm]
-
-    def input_dtypes(self, algorithm: str) -> tuple[str, ...]:
-        """Levels beyond int8 are for tables, or for float inputs."""
-        exact = algorithm in (*ops.BY_PATTERNS, "codebook")
-        return INPUT_DTYPES if exact or max(self.levels) < 128 else ("float32",)
-
-
-def make_weights(case: Case) -> tuple[QuantizedTensor, Array | None]:
-    rng = np.random.default_rng(len(case.levels) + sum(case.w))
-    outputs = case.w[0]
-    levels = np.array(case.levels, F32)
-    if case.own_levels:
-        levels = np.stack([levels + o % 2 for o in range(outputs)])
-    scale = rng.normal(0, 0.1, (outputs, case.scale_groups) if case.scale_groups else outputs).astype(F32)
-    codes = rng.integers(0, len(case.levels), case.w, dtype=np.uint8)
-    if case.kernels:
-        kernels = codes.reshape(-1, math.prod(case.w[2:]))[: case.kernels]
-        codes = kernels[rng.integers(0, case.kernels, math.prod(case.w[:2]))].reshape(case.w)
-    return QuantizedTensor(codes, levels, scale), rng.normal(size=outputs).astype(F32) if case.bias else None
-
-
-def make_input(shape: tuple[int, ...], dtype: str, seed: int = 0) -> Array:
-    rng = np.random.default_rng(seed)
-    if "float" in dtype:
-        return rng.normal(size=shape).astype(dtype)
-    limits = np.iinfo(dtype)
-    return rng.integers(limits.min, limits.max + 1, shape, dtype=dtype)
-
-
-def input_options(dtype: str) -> dict[str, Any]:
-    return {} if "float" in dtype else {"input_scale": 0.0173, "input_zero_point": ZERO_POINTS[dtype]}
-
-
-def pack(case: Case, dtype: str, algorithm: str) -> ops.Packed:
-    quantized, bias = make_weights(case)
-    q = (to_codebook(quantized) if algorithm == "codebook" else None) or quantized
-    if case.kind == "linear":
-        return ops.prepack_linear(q, bias, input_dtype=dtype, algorithm=algorithm, **input_options(dtype))
-    return ops.prepack_conv2d(q, bias, input_dtype=dtype, algorithm=algorithm, **input_options(dtype), **case.geometry)
-
-
-def run(x: Array, packed: ops.Packed, **epilogue: Any) -> Array:
-    return ops.conv2d(x, packed, **epilogue) if packed.kind == "conv2d" else ops.linear(x, packed, **epilogue)
-
-
-def expect(case: Case, x: Array, **epilogue: Any) -> Array:
-    q, bias = make_weights(case)
-    if case.kind == "linear":
-        return reference.linear(x, q, bias, **input_options(x.dtype.name), **epilogue)
-    return reference.conv2d(x, q, bias, **case.geometry, **input_options(x.dtype.name), **epilogue)
-
-
-def tolerance(case: Case, x: Array, residual: Array | None = None, residual_scale: float = 1.0) -> Array:
-    """Bound the error of float inputs: that of the sum, and half an eps of all magnitudes for each rounding after it.
-
-    Those are per scale group a product and an addition, then bias, residual times scale, and the residual's addition.
-    """
-    q, bias = make_weights(case)
-    magnitude = reference.abs_bound(x, q, **case.geometry)
-    weights = math.prod(case.w[1:])
-    by_output = (-1, 1, 1) if case.kind == "conv2d" else (-1,)
-    total = magnitude + (0 if bias is None else np.abs(bias.reshape(by_output)))
-    if residual is not None:
-        total = total + residual_scale * np.abs(residual.astype(float))
-    roundings = 2 * max(case.scale_groups, 1) + 3
-    return np.asarray(8 * EPS * math.sqrt(weights) * magnitude + roundings * EPS / 2 * total)
-
-
-def assert_near(got: Array, case: Case, x: Array, **epilogue: Any) -> None:
-    """Compare a result of float inputs with float64, in steps of `out_scale` where it is quantized."""
-    dtype = epilogue.pop("out_dtype", "float32")
-    assert got.dtype == dtype
-    out_scale, zero_point = epilogue.pop("out_scale", None), epilogue.pop("out_zero_point", 0)
-    exact = expect(case, x, out_dtype="float64", **epilogue)
-    bound = tolerance(case, x, epilogue.get("residual"), epilogue.get("residual_scale", 1.0))
-    if out_scale is not None:
-        step = float(F32(out_scale))
-        limits = np.iinfo(dtype)
-        exact = np.clip(exact / step, limits.min - zero_point, limits.max - zero_point)
-        got = got.astype(float) - zero_point
-        bound = 0.5 + bound / step + EPS * np.abs(exact)
-    assert got.shape == exact.shape
-    worst = np.max(np.abs(got - exact) - bound, initial=-np.inf)
-    assert worst <= 0, f"off by {worst} more than the bound allows"
-
-
-def check(case: Case, x: Array, packed: ops.Packed, record: Record, isa: str, **epilogue: Any) -> None:
-    """Run on each thread count, twice, and compare with the reference."""
-    pycodesign.set_isa(isa)
-    first: Array | None = None
-    for threads in THREADS:
-        pycodesign.set_num_threads(threads)
-        for _ in range(2):
-            y = run(x, packed, **epilogue)
-            if first is None:
-                first = y
-                if x.dtype == np.float32:
-                    assert_near(y, case, x, **epilogue)
-                else:
-                    expected = expect(case, x, **epilogue)
-                    assert y.dtype == expected.dtype and y.shape == expected.shape
-                    np.testing.assert_array_equal(y, expected)
-            assert y.tobytes() == first.tobytes(), f"other bits with {threads} threads or at a second run"
-        record(packed)
-
 
 # ---- sizes and geometry ----------------------------------------------------------------------------------------------
 
@@ -500,175 +371,6 @@ def test_nan_becomes_the_lowest_value(isa: str) -> None:
     assert y[:, 0].tolist() == [-128, 127, -128, 12]
 
 
-# ---- memory layouts --------------------------------------------------------------------------------------------------
-
-GUARD = 0xA5
-
-
-def guarded(
-    shape: tuple[int, ...],
-    dtype: str,
-    *,
-    order: tuple[int, ...] | None = None,
-    steps: tuple[int, ...] = (),
-    spare: int = 1,
-) -> tuple[Array, Array]:
-    """Return a buffer of guard bytes and a view of that shape inside it, one element off the buffer's alignment.
-
-    `order` lists the axes from the slowest in memory to the fastest; `steps` are the elements from one index to the
-    next, negative ones included; `spare` elements of guard lie before and behind every row of every axis.
-    """
-    order = order or tuple(range(len(shape)))
-    steps = steps or (1,) * len(shape)
-    sizes = [abs(steps[axis]) * max(shape[axis], 1) + 2 * spare for axis in order]
-    length = math.prod(sizes)
-    buffer = np.full((length + 2) * np.dtype(dtype).itemsize, GUARD, np.uint8).view(dtype)
-    inside = buffer[1:-1].reshape(sizes)
-    window = inside[tuple(slice(spare, spare + abs(steps[a]) * shape[a], abs(steps[a])) for a in order)]
-    window = window.transpose(np.argsort(order))
-    return buffer, window[tuple(slice(None, None, -1 if step < 0 else 1) for step in steps)]
-
-
-def assert_guards_untouched(buffer: Array, view: Array) -> None:
-    """Overwrite what may be written; nothing else may differ from the guard."""
-    view[...] = np.full(view.dtype.itemsize, GUARD, np.uint8).view(view.dtype)[0]
-    assert (buffer.view(np.uint8) == GUARD).all(), "wrote outside of out"
-
-
-LAYOUTS: dict[str, dict[str, Any]] = {
-    "contiguous, odd start": {"spare": 0},
-    "rows apart": {},
-    "every second": {"steps": (1, 2, 3, 2)},
-    "reversed": {"steps": (-1, -1, -1, -1)},
-    "reversed columns, every second row": {"steps": (1, 1, 2, -1)},
-    **{f"axes {''.join(map(str, p))}": {"order": p, "spare": 0} for p in permutations(range(4)) if p != (0, 1, 2, 3)},
-}
-
-
-@each_conv2d
-@pytest.mark.parametrize(
-    "dtypes", [("float32", "float32"), ("uint8", "uint8"), ("int8", "int32"), ("uint8", "int8")], ids="-".join
-)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_conv2d_layouts(layout: str, dtypes: tuple[str, str], algorithm: str) -> None:
-    input_dtype, out_dtype = dtypes
-    case = Case((2, 5, 6, 7), (9, 5, 3, 3), {"padding": 1, "stride": (1, 2)})
-    packed = pack(case, input_dtype, algorithm)
-    epilogue: dict[str, Any] = {"out_dtype": out_dtype}
-    if out_dtype in ("uint8", "int8"):
-        epilogue |= {"out_scale": 0.07, "out_zero_point": 3}
-    plain = make_input(case.x, input_dtype)
-    _, x = guarded(case.x, input_dtype, **LAYOUTS[layout])
-    x[...] = plain
-    shape = (2, 9, 6, 4)
-    if out_dtype != "int32":
-        added = make_input(shape, "int8" if out_dtype == "int8" else input_dtype, seed=2)
-        _, epilogue["residual"] = guarded(shape, added.dtype.name, **LAYOUTS[layout])
-        epilogue["residual"][...] = added
-    for isa in ISAS:
-        pycodesign.set_isa(isa)
-        expected = run(plain, packed, **epilogue)
-        if input_dtype == "float32":
-            assert_near(expected, case, plain, **epilogue)
-        else:
-            np.testing.assert_array_equal(expected, expect(case, plain, **epilogue))
-        buffer, out = guarded(shape, out_dtype, **LAYOUTS[layout])
-        assert run(x, packed, **epilogue, out=out) is out
-        np.testing.assert_array_equal(out, expected)
-        assert_guards_untouched(buffer, out)
-    np.testing.assert_array_equal(x, plain)
-
-
-@each_isa
-@each_conv2d
-@pytest.mark.parametrize("size", [1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33])
-def test_nothing_is_written_beside_out(size: int, algorithm: str, isa: str) -> None:
-    pycodesign.set_isa(isa)
-    case = Case((1, 4, 1, size), (size, 4, 1, 1))
-    for dtype, out_dtype in (("float32", "float32"), ("uint8", "uint8"), ("int8", "int32")):
-        packed = pack(case, dtype, algorithm)
-        scale = {"out_scale": 0.1} if out_dtype == "uint8" else {}
-        buffer, out = guarded((1, size, 1, size), out_dtype, spare=0)
-        run(make_input(case.x, dtype), packed, out_dtype=out_dtype, out=out, **scale)
-        assert_guards_untouched(buffer, out)
-
-
-LINEAR_LAYOUTS: dict[str, dict[str, Any]] = {
-    "contiguous, odd start": {"spare": 0},
-    "rows apart": {},
-    "columns": {"order": (1, 0)},
-    "every third": {"steps": (2, 3)},
-    "reversed": {"steps": (-1, -1)},
-}
-
-
-@each_isa
-@each_linear
-@pytest.mark.parametrize("layout", LINEAR_LAYOUTS)
-def test_linear_layouts(layout: str, algorithm: str, isa: str) -> None:
-    pycodesign.set_isa(isa)
-    case = Case((5, 20), (67, 20))
-    for dtype, out_dtype in (("float32", "float32"), ("int8", "uint8"), ("uint8", "int32")):
-        packed = pack(case, dtype, algorithm)
-        epilogue: dict[str, Any] = {"out_dtype": out_dtype} | ({"out_scale": 0.1} if out_dtype == "uint8" else {})
-        plain = make_input(case.x, dtype)
-        _, x = guarded(case.x, dtype, **LINEAR_LAYOUTS[layout])
-        x[...] = plain
-        if out_dtype != "int32":
-            _, epilogue["residual"] = guarded((5, 67), dtype, **LINEAR_LAYOUTS[layout])
-            epilogue["residual"][...] = make_input((5, 67), dtype, seed=3)
-        expected = run(plain, packed, **epilogue)
-        buffer, out = guarded((5, 67), out_dtype, **LINEAR_LAYOUTS[layout])
-        assert run(x, packed, **epilogue, out=out) is out
-        np.testing.assert_array_equal(out, expected)
-        assert_guards_untouched(buffer, out)
-
-
-@each_conv2d
-@pytest.mark.parametrize("dtype", INPUT_DTYPES)
-def test_broadcast_and_read_only_input(dtype: str, algorithm: str) -> None:
-    case = Case((3, 6, 5, 4), (7, 6, 3, 3), {"padding": 1})
-    packed = pack(case, dtype, algorithm)
-    for shape in ((1, 1, 1, 1), (3, 1, 5, 4), (1, 6, 1, 4), (3, 6, 5, 1)):
-        x = np.broadcast_to(make_input(shape, dtype), case.x)
-        np.testing.assert_array_equal(run(x, packed), run(x.copy(), packed))
-    residual = np.broadcast_to(F32(0.5), (3, 7, 5, 4))
-    np.testing.assert_array_equal(run(x, packed, residual=residual), run(x, packed, residual=residual.copy()))
-
-
-# ---- empty results ---------------------------------------------------------------------------------------------------
-
-
-@each_conv2d
-@pytest.mark.parametrize("dtype", INPUT_DTYPES)
-@pytest.mark.parametrize(
-    ("shape", "result"),
-    [
-        ((0, 3, 8, 8), (0, 4, 4, 6)),
-        ((1, 3, 4, 8), (1, 4, 0, 6)),
-        ((2, 3, 8, 2), (2, 4, 4, 0)),
-        ((2, 3, 1, 1), (2, 4, 0, 0)),
-        ((1, 3, 0, 8), (1, 4, 0, 6)),
-        ((0, 3, 0, 0), (0, 4, 0, 0)),
-    ],
-)
-def test_empty_conv2d(shape: tuple[int, ...], result: tuple[int, ...], dtype: str, algorithm: str) -> None:
-    packed = pack(Case(shape, (4, 3, 5, 3)), dtype, algorithm)
-    y = run(np.zeros(shape, dtype), packed)
-    assert y.shape == result and y.dtype == np.float32
-    out = np.empty(result, F32)
-    assert run(np.zeros(shape, dtype), packed, out=out) is out
-
-
-@each_linear
-@pytest.mark.parametrize("shape", [(0, 6), (0, 3, 6), (2, 0, 6)])
-def test_empty_linear(shape: tuple[int, ...], algorithm: str) -> None:
-    packed = pack(Case(shape, (5, 6)), "float32", algorithm)
-    assert run(np.zeros(shape, F32), packed).shape == (*shape[:-1], 5)
-    residual = np.zeros((*shape[:-1], 5), np.int8)
-    assert run(np.zeros(shape, F32), packed, residual=residual).shape == (*shape[:-1], 5)
-
-
 # ---- NaN and Inf -----------------------------------------------------------------------------------------------------
 
 
@@ -733,49 +435,7 @@ def test_linear_with_a_bad_row(algorithm: str, isa: str) -> None:
     np.testing.assert_array_equal(y[good], clean[good])
 
 
-# ---- one packed object -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("kind", "algorithm"), [(kind, a) for kind, algorithms in ALGORITHMS.items() for a in algorithms]
-)
-def test_concurrent_calls(kind: str, algorithm: str) -> None:
-    case = Case((1, 7, 9, 9), (20, 7, 3, 3), {"padding": 1}) if kind == "conv2d" else Case((3, 50), (150, 50))
-    packed = pack(case, "float32", algorithm)
-    shapes = [case.x, (2, 7, 5, 12), (1, 7, 1, 1)] if kind == "conv2d" else [case.x, (50,), (9, 50)]
-    inputs = [make_input(shape, "float32", seed) for seed, shape in enumerate(shapes * 2)]
-    pycodesign.set_num_threads(1)
-    expected = [run(x, packed) for x in inputs]
-    pycodesign.set_num_threads(2)
-    fresh = pack(case, "float32", algorithm)  # its plans are made by racing calls
-
-    def call(i: int) -> Array:
-        return run(inputs[i % len(inputs)], fresh)
-
-    with ThreadPoolExecutor(4) as threads:
-        for i, y in enumerate(threads.map(call, range(60))):
-            assert y.tobytes() == expected[i % len(inputs)].tobytes()
-
-
-def test_concurrent_first_calls_tune_once() -> None:
-    x = make_input((40,), "uint8")
-    q = quantize.ternary(np.random.default_rng(0).standard_normal((30, 40), np.float32))
-    expected = ops.linear(x, ops.prepack_linear(q, input_dtype="uint8"), out_dtype="int32")
-    packed = ops.prepack_linear(q, input_dtype="uint8", tune=True)
-    packed.warmup((0, 40))  # nothing to time yet
-    assert not packed.explain()["why"].startswith("measured")
-    with ThreadPoolExecutor(8) as threads:
-        results = list(threads.map(lambda _: ops.linear(x, packed, out_dtype="int32"), range(32)))
-    assert all(np.array_equal(y, expected) for y in results)
-    assert packed.explain()["why"].startswith("measured cold")
-
-
-def test_packed_layers_own_their_weights() -> None:
-    scale = np.ones(3, np.float32)
-    q = QuantizedTensor(np.ones((3, 4), np.uint8), np.array([-1, 1], np.float32), scale)
-    packed = ops.prepack_linear(q)
-    scale[:] = 0
-    assert packed.weights().dequantize().max() == ops.linear(np.ones(4, np.float32), packed).max() / 4 == 1
+# ---- sums ------------------------------------------------------------------------------------------------------------
 
 
 @each_conv2d
@@ -848,124 +508,11 @@ def test_more_input_sizes_than_plans_are_kept() -> None:
         np.testing.assert_array_equal(run(x, packed), expect(case, x))
 
 
-def test_warmup() -> None:
-    conv, linear = Case((1, 3, 5, 5), (4, 3, 3, 3)), Case((2, 6), (4, 6))
-    pack(conv, "float32", "tables").warmup((2, 3, 9, 9))
-    pack(linear, "uint8", "dense").warmup([3, 1, 6])
-    with pytest.raises(ValueError, match=r"^x: expected float32 \(N, 3, H, W\), got float32 \(2, 4, 9, 9\)$"):
-        pack(conv, "float32", "tables").warmup((2, 4, 9, 9))
-
-
-@pytest.mark.parametrize("case", [Case((1, 9, 8, 8), (16, 9, 3, 3)), Case((2, 64), (70, 64))], ids=["conv2d", "linear"])
-@pytest.mark.parametrize("dtype", ["float32", "uint8"])
-def test_tune(case: Case, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "COLD_BYTES", 1 << 16)
-    q, bias = make_weights(case)
-    prepack = ops.prepack_conv2d if case.kind == "conv2d" else ops.prepack_linear
-    packed = prepack(q, bias, input_dtype=dtype, tune=True, **input_options(dtype))
-    x = make_input(case.x, dtype)
-    y = run(x, packed)
-    why = packed.explain()["why"]
-    assert why.startswith("measured cold: ")
-    assert [part.split()[0] for part in why.removeprefix("measured cold: ").split(", ")] == sorted(
-        set(ALGORITHMS[case.kind]) - {"codebook"}
-    )
-    np.testing.assert_array_equal(y, run(x, pack(case, dtype, packed.algorithm)))
-    np.testing.assert_array_equal(y, run(x, packed))
-    assert packed.explain()["why"] == why
-
-
 def test_auto_is_deterministic_and_says_why() -> None:
     for case in [*CONVOLUTIONS.values(), *LINEARS.values()]:
         first, second = (pack(case, "float32", "auto").explain() for _ in range(2))
         assert first["algorithm"] in ALGORITHMS[case.kind]
         assert first["why"] and (first["algorithm"], first["why"]) == (second["algorithm"], second["why"])
-
-
-@each_isa
-def test_auto_prefers_a_matrix_unit(isa: str) -> None:
-    pycodesign.set_isa(isa)
-    wide, grouped = (Case((1, 64, 7, 7), (64, 64 // g, 3, 3), {"groups": g}) for g in (1, 32))
-    for dtype in INPUT_DTYPES:
-        told = pack(wide, dtype, "auto").explain()
-        assert (isa == "avx512_amx") == (told["algorithm"] == "dense" and "matrix unit" in told["why"])
-        assert "matrix unit" not in pack(grouped, dtype, "auto").explain()["why"]
-
-
-@pytest.mark.parametrize(("kind", "algorithm"), [(kind, a) for kind, names in ALGORITHMS.items() for a in names])
-def test_explain(kind: str, algorithm: str) -> None:
-    case = Case((1, 64, 4, 4), (128, 64, 3, 3), kernels=64) if kind == "conv2d" else Case((1, 512), (256, 512))
-    packed = pack(case, "float32", algorithm)
-    told = packed.explain()
-    weights = math.prod(case.w)
-    assert (told["kind"], told["algorithm"], told["why"]) == (kind, algorithm, "asked for")
-    assert told["dense_ops"] == 2 * weights - case.w[0]
-    assert told["float32_bytes"] == 4 * weights
-    assert told["share_removed"] == pytest.approx(1 - (told["adds"] + told["multiplies"]) / told["dense_ops"])
-    assert (told["share_removed"] == 0) == (algorithm == "dense")
-    assert 0 < told["bytes"] < (1.2 if algorithm == "dense" else 0.3) * told["float32_bytes"]
-    assert told["seconds"] > 0
-    assert (told["isa"], told["threads"]) == (_core.active_isa(), pycodesign.get_num_threads())
-    lines = str(told).splitlines()
-    assert [line.split()[0] for line in lines] == list(told)
-    assert f"{told['dense_ops']:,}" in str(told)
-
-
-RESNET18 = [
-    (64, 3, 7), (64, 64, 3), (128, 64, 3), (128, 128, 3), (256, 128, 3), (256, 256, 3), (512, 256, 3), (512, 512, 3),
-    (128, 64, 1), (256, 128, 1), (512, 256, 1),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("outputs", "channels", "size"), RESNET18)
-def test_ternary_tables_are_an_eighth_of_float32(outputs: int, channels: int, size: int) -> None:
-    told = pack(Case((), (outputs, channels, size, size)), "float32", "tables").explain()
-    assert told["bytes"] <= told["float32_bytes"] / 8
-
-
-@pytest.mark.parametrize("shape", [(4096, 4096), (1024, 4096), (1000, 512)])
-@pytest.mark.parametrize("dtype", ["float32", "uint8"])
-def test_ternary_packed_linear_is_an_eighth_of_float32(shape: tuple[int, int], dtype: str) -> None:
-    told = pack(Case((), shape), dtype, "packed").explain()
-    assert told["bytes"] <= told["float32_bytes"] / 8
-
-
-# ---- promises and other arrays ---------------------------------------------------------------------------------------
-
-
-def test_promised_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case((2, 5, 6, 6), (7, 5, 3, 3))
-    q, _ = make_weights(case)
-    for dtype, low, high in (("uint8", 0, 15), ("int8", -8, 7)):
-        packed = ops.prepack_conv2d(q, input_dtype=dtype, input_bits=4)
-        x = np.random.default_rng(0).integers(low, high + 1, case.x).astype(dtype)
-        np.testing.assert_array_equal(ops.conv2d(x, packed), reference.conv2d(x, q))
-        x[1, 2, 3, 4] = high + 1
-        ops.conv2d(x, packed)  # may be wrong, does not crash
-        monkeypatch.setenv("PYCODESIGN_CHECK", "1")
-        with pytest.raises(
-            ValueError, match=rf"^x: expected values of 4 bits, {low} to {high}, got {low} to {high + 1}$"
-        ):
-            ops.conv2d(x, packed)
-        x[1, 2, 3, 4] = low
-        ops.conv2d(x, packed)
-        monkeypatch.delenv("PYCODESIGN_CHECK")
-
-
-def test_torch_tensors() -> None:
-    import torch
-
-    case = Case((2, 5, 6, 7), (9, 5, 3, 3), {"padding": 1})
-    packed = pack(case, "float32", "tables")
-    x, residual = make_input(case.x, "float32"), make_input((2, 9, 6, 7), "int8")
-    expected = run(x, packed, residual=residual)
-    given_x = torch.from_numpy(x).to(memory_format=torch.channels_last).requires_grad_()
-    y = run(given_x, packed, residual=torch.from_numpy(residual))
-    assert isinstance(y, torch.Tensor)
-    np.testing.assert_array_equal(y.numpy(), expected)
-    out = torch.empty((2, 9, 6, 7))
-    assert run(given_x, packed, residual=torch.from_numpy(residual), out=out) is out
-    np.testing.assert_array_equal(out.numpy(), expected)
 
 
 # ---- properties ------------------------------------------------------------------------------------------------------

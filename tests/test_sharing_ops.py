@@ -19,8 +19,8 @@ import scipy.sparse
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from layers import assert_guards_untouched, guarded
 from numpy.typing import NDArray
-from test_repetition import assert_guards_untouched, guarded
 
 import pycodesign
 from pycodesign import _core, ops

@@ -276,78 +276,98 @@ void PackedConv2d::sum(const Call& call, const LiftPlan& lift, const char* stage
   }
 }
 
-// Planes of sums back to rows, then the epilogue.
+// The epilogue of outputs whose sums lie in lanes, into such lanes.
+void PackedConv2d::finish_lanes(const Call& call, const LiftPlan& lift, const Sums& sums, const char* residual,
+                                char* out) const {
+  Finish f = finish_of(call, sums.first_output);
+  f.acc = sums.data;
+  f.run = lift.lanes;
+  f.run_stride = sums.vector_stride;
+  f.count = lift.segment * lift.lanes;
+  f.out = out;
+  f.out_stride = element_bytes(call.epilogue.out_dtype);
+  f.residual = residual;
+  f.residual_stride = element_bytes(call.epilogue.residual_dtype);
+  f.outputs = sums.outputs;
+  f.acc_step = sums.output_stride;
+  f.out_step = f.count * f.out_stride;
+  f.residual_step = f.count * f.residual_stride;
+  call.k.finish(f);
+}
+
+Finish PackedConv2d::finish_of(const Call& call, int64_t output) const {
+  Finish f{};
+  f.epilogue = &call.epilogue;
+  f.multiplier = &multiplier_[static_cast<size_t>(output)];
+  f.bias = bias_.empty() ? nullptr : &bias_[static_cast<size_t>(output)];
+  f.correction = correction_.empty() ? nullptr : &correction_[static_cast<size_t>(output)];
+  return f;
+}
+
+namespace {
+
+// The kernel that moves elements between the lanes of one output and contiguous rows, in one step; null: none does.
+auto order_of(const Kernels& k, const LiftPlan& lift, const Tensor& rows, DType dtype) -> void (*)(const Order&) {
+  const int64_t bytes = element_bytes(dtype);
+  if (lift.lane_pixels.empty() || dtype == DType::i32 || rows.stride[3] != bytes ||
+      (lift.band.rows > 1 && rows.stride[2] != lift.columns * bytes))
+    return nullptr;
+  return bytes == 1 ? k.order_bytes : lift.segment * lift.lanes <= 64 ? k.order_words : nullptr;
+}
+
+bool moves_lanes(const Kernels& k, const LiftPlan& lift, const Tensor& rows, DType dtype) {
+  return order_of(k, lift, rows, dtype) || (k.unlift_bytes && element_bytes(dtype) == 1 && rows.stride[3] == 1);
+}
+
+// Outputs [first, first + count) of `rows` into lanes, or back; `flat` is scratch.
+void move_lanes(const Kernels& k, const LiftPlan& lift, const Tensor& rows, DType dtype, int64_t first, int64_t count,
+                bool lifts, char* in_lanes, char* flat) {
+  const Band& band = lift.band;
+  const int64_t lanes = lift.segment * lift.lanes, pixels = band.rows * lift.columns,
+                step = lanes * element_bytes(dtype);
+  char* const data = rows.data + band.image * rows.stride[0] + first * rows.stride[1] + band.row * rows.stride[2];
+  if (const auto order = order_of(k, lift, rows, dtype); order && lifts)
+    order({data, pixels, rows.stride[1], lift.lane_pixels.data(), lanes, in_lanes, step, count});
+  else if (order) order({in_lanes, lanes, step, lift.pixel_lanes.data(), pixels, data, rows.stride[1], count});
+  else
+    (lifts ? k.lift_bytes : k.unlift_bytes)({in_lanes, static_cast<int>(lift.lanes), lift.segment, flat, band.images,
+                                             band.rows, lift.columns, lift.image_pitch, lift.row_pitch, data,
+                                             rows.stride[0], rows.stride[2], count, step, rows.stride[1]});
+}
+
+}  // namespace
+
+// The epilogue, in the lanes, whose elements then move to rows; or of sums that were moved.
 void PackedConv2d::finish_outputs(const Call& call, const LiftPlan& lift, const Sums& sums) const {
   const Tensor &out = call.out, *residual = call.residual;
   const Band& band = lift.band;
-  const int64_t columns = lift.columns, pixels = band.rows * columns;
-  const auto finish_of = [&](int64_t o) {
-    Finish f{};
-    f.epilogue = &call.epilogue;
-    f.multiplier = &multiplier_[static_cast<size_t>(o)];
-    f.bias = bias_.empty() ? nullptr : &bias_[static_cast<size_t>(o)];
-    f.correction = correction_.empty() ? nullptr : &correction_[static_cast<size_t>(o)];
-    return f;
-  };
   const DType out_dtype = call.epilogue.out_dtype, residual_dtype = call.epilogue.residual_dtype;
-  const int64_t lanes = lift.segment * lift.lanes;
-  const auto finish_lanes = [&](int64_t first, int64_t count, const char* residual_lanes, char* to) {
-    Finish f = finish_of(sums.first_output + first);
-    f.acc = sums.data + first * sums.output_stride;
-    f.run = lift.lanes;
-    f.run_stride = sums.vector_stride;
-    f.count = lanes;
-    f.out = to;
-    f.out_stride = element_bytes(out_dtype);
-    f.residual = residual_lanes;
-    f.residual_stride = element_bytes(residual_dtype);
-    f.outputs = count;
-    f.acc_step = sums.output_stride;
-    f.out_step = lanes * f.out_stride;
-    f.residual_step = lanes * f.residual_stride;
-    call.k.finish(f);
-  };
   if (out.lifted)
-    return finish_lanes(0, sums.outputs,
+    return finish_lanes(call, lift, sums,
                         residual ? lifted_channel(*residual, lift, sums.first_output, residual_dtype) : nullptr,
                         lifted_channel(out, lift, sums.first_output, out_dtype));
-  // In the lanes, if their elements can move from there to rows. Outputs of nothing but padding may share a position:
-  // their sums are the same, their residuals not.
+  const int64_t columns = lift.columns, pixels = band.rows * columns;
+  // Outputs of nothing but padding may share a position in the lanes: their sums are the same, their residuals not.
   const bool apart = lift.row_pitch >= columns && (band.images == 1 || lift.image_pitch >= band.rows * lift.row_pitch);
-  const auto order_of = [&](const Tensor& t, DType dtype) -> void (*)(const Order&) {
-    const int64_t bytes = element_bytes(dtype);
-    if (lift.lane_pixels.empty() || dtype == DType::i32 || t.stride[3] != bytes ||
-        (band.rows > 1 && t.stride[2] != columns * bytes))
-      return nullptr;
-    return bytes == 1 ? call.k.order_bytes : lanes <= 64 ? call.k.order_words : nullptr;
-  };
-  const auto moves = [&](const Tensor& t, DType dtype) {
-    return order_of(t, dtype) || (call.k.unlift_bytes && element_bytes(dtype) == 1 && t.stride[3] == 1);
-  };
-  if (moves(out, out_dtype) && (!residual || (apart && moves(*residual, residual_dtype)))) {
-    const int64_t out_lanes = lanes * element_bytes(out_dtype), residual_lanes = lanes * element_bytes(residual_dtype);
-    const int64_t together = std::clamp<int64_t>(4096 / lanes, 1, sums.outputs), spare = 64 * lift.lanes;
-    char* const out_at =
-        scratch(1, static_cast<size_t>(together * (out_lanes + residual_lanes) + 2 * spare + lanes + 64));
-    char* const residual_at = out_at + together * out_lanes + spare;
-    char* const flat = residual_at + together * residual_lanes + spare;
-    const auto move = [&](const Tensor& t, DType dtype, int64_t first, int64_t count, char* at, bool lifts) {
-      char* const rows =
-          t.data + band.image * t.stride[0] + (sums.first_output + first) * t.stride[1] + band.row * t.stride[2];
-      const int64_t lanes_step = lanes * element_bytes(dtype);
-      if (const auto order = order_of(t, dtype); order && lifts)
-        order({rows, pixels, t.stride[1], lift.lane_pixels.data(), lanes, at, lanes_step, count});
-      else if (order) order({at, lanes, lanes_step, lift.pixel_lanes.data(), pixels, rows, t.stride[1], count});
-      else
-        (lifts ? call.k.lift_bytes : call.k.unlift_bytes)(
-            {at, static_cast<int>(lift.lanes), lift.segment, flat, band.images, band.rows, columns, lift.image_pitch,
-             lift.row_pitch, rows, t.stride[0], t.stride[2], count, lanes_step, t.stride[1]});
-    };
+  if (moves_lanes(call.k, lift, out, out_dtype) &&
+      (!residual || (apart && moves_lanes(call.k, lift, *residual, residual_dtype)))) {
+    const int64_t lanes = lift.segment * lift.lanes, spare = 64 * lift.lanes;
+    const int64_t together = std::clamp<int64_t>(4096 / lanes, 1, sums.outputs);
+    const int64_t out_bytes = together * lanes * element_bytes(out_dtype) + spare,
+                  residual_bytes = together * lanes * element_bytes(residual_dtype) + spare;
+    char* const out_lanes = scratch(1, static_cast<size_t>(out_bytes + residual_bytes + lanes + 64));
+    char *const residual_lanes = out_lanes + out_bytes, *const flat = residual_lanes + residual_bytes;
     for (int64_t i = 0; i < sums.outputs; i += together) {
-      const int64_t count = std::min(together, sums.outputs - i);
-      if (residual) move(*residual, residual_dtype, i, count, residual_at, true);
-      finish_lanes(i, count, residual ? residual_at : nullptr, out_at);
-      move(out, out_dtype, i, count, out_at, false);
+      Sums here = sums;
+      here.data += i * sums.output_stride;
+      here.first_output += i;
+      here.outputs = std::min(together, sums.outputs - i);
+      const auto move = [&](const Tensor& rows, DType dtype, bool lifts, char* in_lanes) {
+        move_lanes(call.k, lift, rows, dtype, here.first_output, here.outputs, lifts, in_lanes, flat);
+      };
+      if (residual) move(*residual, residual_dtype, true, residual_lanes);
+      finish_lanes(call, lift, here, residual ? residual_lanes : nullptr, out_lanes);
+      move(out, out_dtype, false, out_lanes);
     }
     return;
   }
@@ -359,7 +379,7 @@ void PackedConv2d::finish_outputs(const Call& call, const LiftPlan& lift, const 
     const int64_t o = sums.first_output + i;
     call.k.unlift({sums.data + i * sums.output_stride, sums.vector_stride, lift.segment, halves(), flat, band.images,
                    band.rows, columns, lift.image_pitch, lift.row_pitch, rows});
-    Finish f = finish_of(o);
+    Finish f = finish_of(call, o);
     f.out_stride = out.stride[3];
     f.residual_stride = residual ? residual->stride[3] : 0;
     f.count = whole ? pixels : columns;

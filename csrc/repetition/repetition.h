@@ -157,6 +157,7 @@ struct ConvPlan;
 struct Cut;
 struct Pitch;
 struct LiftPlan;
+struct Finish;
 class LayerCode;
 
 class PackedConv2d final : public PackedLayer {
@@ -219,6 +220,8 @@ class PackedConv2d final : public PackedLayer {
   void sum_dense(const Call&, const LiftPlan&, const char* x, int64_t group, int64_t first, int64_t last) const;
   void sum_matrix(const Call&, const LiftPlan&, const char* x, int64_t group, int64_t first, int64_t last) const;
   void finish_outputs(const Call&, const LiftPlan&, const Sums&) const;
+  void finish_lanes(const Call&, const LiftPlan&, const Sums&, const char* residual, char* out) const;
+  Finish finish_of(const Call&, int64_t output) const;
 
   Geometry geometry_;
   int64_t taps_, group_channels_, group_outputs_;

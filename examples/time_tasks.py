@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from task_texts import find_model
 from torch import nn
+from train_tasks import DELTAS
 from transformers import BertModel
 
 import pycodesign
@@ -34,19 +35,18 @@ from pycodesign.sharing.costs import make_random
 
 COUNTS = (1, 2, 4, 8)
 CLASSES = 8
-DELTAS = {"up": "rows", "down": "sparse"}  # as in the recorded times; train_tasks.py has more rows, and pairs of rank 4
-DENSITY = 0.045
 
 
-def make_tasks(body: BertModel, delta: dict[str, str], density: float) -> sharing.MultiTask:
-    """Make as many tasks as the largest count, with random masks and values."""
-    tasks = sharing.MultiTask(body, {f"task{n}": CLASSES for n in range(max(COUNTS))}, delta=delta, density=density)
+def make_tasks(body: BertModel) -> sharing.MultiTask:
+    """Make as many tasks as the largest count, as train_tasks.py trains them, with random masks and values."""
+    tasks = sharing.MultiTask(body, {f"task{n}": CLASSES for n in range(max(COUNTS))}, **DELTAS)
     for name in tasks.tasks:
         task = tasks.get_task(name)
         for place, kind in task.spec.deltas.items():
             layer, _, projection = place.partition(".")
             weight = tasks.encoder.layers[int(layer)].projections[projection].weight
-            task.deltas[f"{layer}_{projection}"] = make_random(kind, weight, density)
+            if kind in ("sparse", "rows"):  # which a mask makes otherwise
+                task.deltas[f"{layer}_{projection}"] = make_random(kind, weight, DELTAS["density"])
         with torch.no_grad():
             for delta_of_place in task.deltas.parameters():
                 delta_of_place.normal_(std=0.01)
@@ -107,7 +107,7 @@ def compare(body: BertModel, tokens: int, rounds: int) -> dict[str, Any]:
     """Time all contenders on one text."""
     ids = torch.randint(1000, body.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
-    tasks = make_tasks(body, DELTAS, DENSITY)
+    tasks = make_tasks(body)
     engine, merged = tasks.build_engine(), [Merged(body).eval() for _ in range(max(COUNTS))]
     mixed = MixedBatch(body).eval()
     with torch.inference_mode():
@@ -159,7 +159,7 @@ def main(folder: Path, tokens: tuple[int, ...], rounds: int, threads: int, json_
     print_rows(rows, threads)
     if json_path:
         versions = {name: package_version(name) for name in ("transformers", "peft")}
-        options = {"threads": threads, "rounds": rounds, "deltas": DELTAS, "density": DENSITY, "packages": versions}
+        options = {"threads": threads, "rounds": rounds, "deltas": DELTAS, "packages": versions}
         result = {"schema": SCHEMA, "suite": "time_tasks", "facts": gather_facts(), "options": options, "rows": rows}
         json_path.write_text(format_result(result))
 

@@ -31,7 +31,7 @@ struct Options {
 
 // Teams wait for each other by flags: how many of its tasks a team is through with, counted on from run to run, on a
 // cache line of its own. In a run of bodies that do none of these, there is no lock, no allocation and, unless a thread
-// parks, no system call; before and after it there may be.
+// parks or is late, no system call; before and after it there may be.
 class Plan {
  public:
   using Body = void (*)(void* context, int task);

@@ -403,7 +403,9 @@ FORMS = {
     *(f"{add} v, v, {row}" for add in ADDITIONS for row in ("[r+d8]", "[r+1*r+d8]")),
     *("prefetcht1 [r]", "prefetcht1 [r+d8]", "prefetcht1 [r+d32]", "vzeroupper", "ret"),
 }
-READS_AHEAD = {"test [r], r", "test [r+d32], r"}  # where the processor drops prefetches of code
+# Of code that prefetches would not fetch: all processors but AMD's Zen 3 and 4 are taken to drop them.
+CPU = Path("/proc/cpuinfo").read_text()
+READS_AHEAD = set() if re.search(r"AuthenticAMD\ncpu family\s*: 25\n", CPU) else {"test [r], r", "test [r+d32], r"}
 AVX2_FORMS = {
     *("vpxor v, v, v", "vmovups v, [r+d32]", "vmovups [r+d32], v", "vpaddd v, v, [r+d32]"),
     *(f"{add} v, v, [r+d32]" for add in ADDITIONS),
@@ -431,8 +433,7 @@ def test_every_form_occurs(avx512: bool) -> None:
             here, seen = interpret(name, inputs, avx512)
             forms |= {re.sub("[yz]mm", "v", form) for form in here}
             registers = [a | b for a, b in zip(registers, seen, strict=True)]
-    assert forms - READS_AHEAD == FORMS | (AVX512_FORMS if avx512 else AVX2_FORMS)
-    assert forms & READS_AHEAD in (set(), READS_AHEAD)
+    assert forms == FORMS | READS_AHEAD | (AVX512_FORMS if avx512 else AVX2_FORMS)
     assert registers == [set(range(32 if avx512 else 16))] * 3
 
 

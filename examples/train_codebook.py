@@ -63,6 +63,7 @@ BITS = {"binary": 1, "ternary": 2, "int8": 8}  # of a weight
 ACTIVATIONS = ("float32", "uint8")
 STUDENT_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 95 %, n - 1
 TEMPERATURE = 2.0  # of distillation
+ANNEALED = 0.4  # of the steps: while codebooks take over from float weights
 FIRST_SEED = 5  # those before it served to choose the settings
 
 
@@ -158,8 +159,21 @@ def train_seed(
         set_kind(networks[kind], kind)
         if kind != FLOAT:
             rng = torch.Generator().manual_seed(seed)
-            train(networks[kind], images, epochs[1], 50, 2e-3, rng, progress, partial(distill, model))
+            measure_loss = AnnealedLoss(model, epochs[1] * (len(images.train[0]) // 50))
+            train(networks[kind], images, epochs[1], 50, 2e-3, rng, progress, measure_loss)
     return networks
+
+
+class AnnealedLoss:
+    """The loss of distillation, while codebooks take over from float weights in the first part of training."""
+
+    def __init__(self, teacher: nn.Module, steps: int) -> None:
+        self.teacher, self.share, self.step = teacher, 0.0, 1 / max(1, ANNEALED * steps)
+
+    def __call__(self, model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+        self.share = min(1.0, self.share + self.step)
+        pycodesign.nn.anneal_codebooks(model, self.share)
+        return distill(self.teacher, model, x, labels)
 
 
 def load_networks(build: Callable[[], nn.Module], path: Path) -> dict[str, nn.Module]:
@@ -192,6 +206,16 @@ def time_networks(networks: dict[str, nn.Module], images: Images, rounds: int) -
         activations = FLOAT if kind == FLOAT else form
         row = found.setdefault(kind, {})
         row[activations] = min(round(value, 4), row.get(activations, math.inf))
+    return found
+
+
+def find_algorithms(model: nn.Module, images: Images, kind: str) -> dict[str, list[str]]:
+    """Return what the quantized convolutions run by once they are packed, by type of activations."""
+    layers = quantized_layers(model)
+    found = {}
+    for form in packed_forms(kind):
+        rows = pycodesign.nn.report(convert(model, images, form))
+        found[form] = sorted({row.runs.split(",")[0] for row in rows if row.layer in layers})
     return found
 
 
@@ -305,7 +329,10 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     axes.xaxis.set_minor_formatter("{x:g}")
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path)
+    try:
+        figure.savefig(path)
+    except ValueError as error:
+        raise click.ClickException(f"{path}: {error}") from error
 
 
 def add_accuracies(rows: list[dict[str, Any]], networks: dict[str, nn.Module], images: Images) -> None:
@@ -317,6 +344,15 @@ def add_accuracies(rows: list[dict[str, Any]], networks: dict[str, nn.Module], i
             rows.append(by_kind[kind])
         for activations, accuracy in measure_all(network, images, kind).items():
             by_kind[kind]["accuracy"].setdefault(activations, []).append(round(accuracy, 6))
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    try:
+        result: dict[str, Any] = json.loads(path.read_text())
+        format_rows(result["rows"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise click.ClickException(f"{path}: expected results of this command, got something else") from error
+    return result
 
 
 def read_kinds(_: click.Context, __: click.Parameter, text: str) -> list[str]:
@@ -393,7 +429,7 @@ def main(
         for needed in (path, kept) if only_time else (path,):
             if not needed.exists():
                 raise click.ClickException(f"expected {needed}: train first, or name another file")
-        result = json.loads(path.read_text())
+        result = read_results(path)
     if picture:
         plot(result["rows"], picture)
         show(result["rows"], console)
@@ -409,6 +445,11 @@ def main(
         network, wide = (ResNet6, 64) if data is None else (ResNet20, 16)
         return network(images.channels, images.classes, width=width or wide)
 
+    for kind in () if only_time else kinds:
+        try:
+            set_kind(build(), kind)
+        except ValueError as error:
+            raise click.BadParameter(f"{kind}: {error}", param_hint="--kinds") from error
     with Progress(console=console) as progress:
         if not only_time:
             result["command"] = shlex.join(["python", "examples/train_codebook.py", *sys.argv[1:]])
@@ -422,9 +463,15 @@ def main(
                 path.write_text(format_result(result))
                 progress.advance(task)
         progress.add_task("timing", total=None)
-        found = time_networks(load_networks(build, kept), draw(images, count, FIRST_SEED), rounds)
+        try:
+            networks = load_networks(build, kept)
+        except RuntimeError as error:
+            raise click.ClickException(f"{kept}: expected networks of this --width and --data, got others") from error
+        drawn = draw(images, count, FIRST_SEED)
+        found = time_networks(networks, drawn, rounds)
     for row in result["rows"]:
         row["ms"] = found.get(row["kind"], {})
+        row["algorithms"] = find_algorithms(networks[row["kind"]], drawn, row["kind"]) if row["ms"] else {}
     result |= {"threads": threads, "facts": gather_facts()}
     path.write_text(format_result(result))
     show(result["rows"], console)

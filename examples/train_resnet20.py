@@ -174,6 +174,8 @@ def read_cifar(paths: Sequence[Path]) -> tuple[Tensor, Tensor]:
     if not parts:
         raise ValueError("expected data_batch_*.bin beside test_batch.bin, found none")
     records = np.concatenate(parts)
+    if records[:, 0].max() > 9:
+        raise ValueError(f"{paths[0].parent}: expected labels from 0 to 9, got {records[:, 0].max()}")
     pixels = records[:, 1:].reshape(-1, 3, 32, 32).astype(np.float32) / 255
     return torch.from_numpy(pixels), torch.from_numpy(records[:, 0].astype(np.int64))
 

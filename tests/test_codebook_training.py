@@ -13,7 +13,7 @@ from torch.library import opcheck
 from torch.nn.utils import parametrize
 
 import pycodesign
-from pycodesign.nn import Codebook, codebooks, use_codebooks
+from pycodesign.nn import Codebook, anneal_codebooks, codebooks, use_codebooks
 from pycodesign.nn.codebooks import find_codebook
 from pycodesign.nn.sources import find_weight
 from pycodesign.quantize import KernelCodebook, kernel_codebook
@@ -150,10 +150,37 @@ def test_annealing_blends_float_weights_and_codebook():
     torch.testing.assert_close(layer.weight, 0.25 * whole + 0.75 * layer.parametrizations.weight.original)
     with pytest.raises(ValueError, match=r"share: expected 1, the end of annealing, got 0\.25"):
         find_weight(layer)
-    codebook.share = 0.0
+    anneal_codebooks(nn.Sequential(layer), 0)
     assert torch.equal(layer.weight, layer.parametrizations.weight.original)
-    codebook.share = 1.0
+    other = parametrized(nn.Conv2d(6, 8, 3), kernels=4)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other.weight, layer.weight)
+    anneal_codebooks(layer, 1)
     assert torch.equal(layer.weight, whole)
+    for share in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match="share: expected a number from 0 to 1, got"):
+            anneal_codebooks(layer, share)
+
+
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype, values):
+    layer = parametrized(nn.Conv2d(6, 8, 3), kernels=4, values=values).to(dtype)
+    layer.weight.float().square().sum().backward()
+    assert layer.weight.dtype == layer.parametrizations.weight.original.grad.dtype == dtype
+    torch.testing.assert_close(
+        torch.from_numpy(find_codebook(layer).dequantize()), layer.weight.detach().float(), rtol=0.02, atol=0
+    )
+
+
+@pytest.mark.parametrize("name", ["w", "kernels", "log_scale"])
+def test_what_is_not_finite_is_not_exported(name):
+    layer = parametrized(nn.Conv2d(6, 8, 3), kernels=4)
+    (codebook,) = layer.parametrizations.weight
+    with torch.no_grad():
+        (layer.parametrizations.weight.original if name == "w" else getattr(codebook, name)).view(-1)[3] = torch.nan
+    with pytest.raises(ValueError, match=f"{name}: expected finite numbers, got NaN or infinity"):
+        find_weight(layer)
 
 
 def test_use_codebooks_takes_what_gains_and_is_idempotent():
@@ -211,7 +238,8 @@ def test_training_learns_weights_kernels_and_scales_and_converts_exactly(pretrai
     before, begun = accuracy(model.eval()), copy.deepcopy(model.state_dict())
     train(model, 40)
     assert accuracy(pretrained) > 0.95 and accuracy(model) > max(before, 0.9)
-    assert all(not torch.equal(value, begun[name]) for name, value in model.state_dict().items() if "num_" not in name)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, begun[name]) == ("extra_state" in name) or "num_" in name
     for name in names:
         layer, exported = model.get_submodule(name), find_codebook(model.get_submodule(name))
         assert np.array_equal(exported.dequantize(), layer.weight.detach().numpy())

@@ -195,6 +195,39 @@ def test_bad_options(example: ModuleType, tmp_path: Path) -> None:
     assert not (tmp_path / "none.json").exists()
 
 
+@pytest.mark.parametrize("options", [("--kinds", "float32,sign 300"), ("--width", 8)], ids=str)
+def test_too_many_kernels_are_refused_before_training(
+    example: ModuleType, folder: Path, options: tuple[object, ...]
+) -> None:
+    path = folder / "r.json"
+    run = invoke(example, "--data", folder, "--json", path, *options)
+    assert run.exit_code == 2 and "kernels: expected" in run.stderr and not path.exists()
+
+
+def test_files_of_something_else_are_refused(example: ModuleType, folder: Path) -> None:
+    path = folder / "r.json"
+    for text in ("", "{}", "[]", '{"rows": [{}]}'):
+        path.write_text(text)
+        run = invoke(example, "--json", path, "--plot", "p.png")
+        assert run.exit_code == 1 and "r.json: expected results of this command" in run.stderr
+    path.write_text(json.dumps({"rows": []}))
+    torch.save({"ternary": {}}, path.with_suffix(".pt"))
+    run = invoke(example, "--data", folder, "--json", path, "--time")
+    assert run.exit_code == 1 and "r.pt: expected networks of this --width and --data" in run.stderr
+
+
+def test_codebooks_take_over(example: ModuleType) -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(2, 8, 3), torch.nn.Flatten())
+    pycodesign.nn.use_codebooks(model, 4)
+    (codebook,) = model[0].parametrizations.weight
+    measure = example.AnnealedLoss(lambda x: model(x).detach(), 20)
+    shares = []
+    for _ in range(20):
+        measure(model, torch.randn(5, 2, 3, 3), torch.arange(5))
+        shares.append(codebook.share)
+    assert shares == sorted(shares) and 0 < shares[0] < 0.2 and shares[9] == shares[-1] == 1
+
+
 def test_the_helps_examples_name_real_options(example: ModuleType) -> None:
     known = {option for parameter in example.main.params for option in parameter.opts}
     named = {word for word in (example.__doc__ or "").split() if word.startswith("--")}

@@ -100,6 +100,8 @@ class alignas(64) Meeting final : public Job {
   void* context_;
 };
 
+using Time = std::chrono::steady_clock::time_point;
+
 thread_local const Crew* current_crew = nullptr;
 
 // True when `done` came true within `time`.
@@ -131,21 +133,24 @@ class alignas(64) Worker {
   }
 
   // Returns when the worker is through with the posted job, or has not begun: then it never will, so that
-  // nobody waits for a thread that is slow to wake up.
-  void finish() {
+  // nobody waits for a thread that is slow to wake up. Whoever has worked since `begun` spins as long again for one on
+  // a slower core: to park and be woken takes up to 100 microseconds.
+  void finish(Time begun) {
     int state = state_.load(std::memory_order_acquire);
     if (state == posted && state_.compare_exchange_strong(state, idle)) {
       // It may have been waiting for this core all the time: let it leave for another.
       if (woken_ != Time{} && std::chrono::steady_clock::now() - woken_ > default_spin) std::this_thread::yield();
       return;
     }
-    if (spin_until(job_->spin, [this] { return state_.load(std::memory_order_acquire) == idle; })) return;
+    const auto is_done = [this] { return state_.load(std::memory_order_acquire) == idle; };
+    if (is_done()) return;
+    const Nanoseconds spin = job_->spin, worked = std::chrono::steady_clock::now() - begun;
+    if (spin_until(spin > Nanoseconds::zero() ? std::max(spin, worked) : spin, is_done)) return;
     state = busy;
     if (state_.compare_exchange_strong(state, awaited)) state_.wait(awaited);
   }
 
  private:
-  using Time = std::chrono::steady_clock::time_point;
   enum State : int { idle, parked, posted, busy, awaited };
 
   [[noreturn]] void serve() {
@@ -188,8 +193,9 @@ void run_on_pool(Job& job, int members) {
   }
   const size_t posted = std::min(others, workers->size());
   for (size_t i = 0; i < posted; ++i) (*workers)[i]->post(&job);
+  const Time begun = std::chrono::steady_clock::now();
   job.run(0);
-  for (size_t i = 0; i < posted; ++i) (*workers)[i]->finish();
+  for (size_t i = 0; i < posted; ++i) (*workers)[i]->finish(begun);
 }
 
 // An OpenMP runtime that somebody else loaded.

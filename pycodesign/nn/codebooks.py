@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 
 from pycodesign.quantize import KernelCodebook, kernel_codebook
 
-__all__ = ["Codebook", "use_codebooks"]
+__all__ = ["Codebook", "anneal_codebooks", "use_codebooks"]
 
 BEGIN = {"sign": 0.5, "ternary": 0.75, "real": 1.0}  # what a float kernel has where the rounded one has 1
 BLOCK = 1 << 22  # products of a pattern and a kernel at a time
@@ -28,7 +28,7 @@ class Codebook(nn.Module):
     optimizer trains everything. A learning rate for `log_scale` of a tenth of the others' does well.
 
     The attribute `share`, 1 from the start, is how much of the result the codebook makes; the float weight makes the
-    rest. To anneal, set it to 0 in every `Codebook` among `model.modules()`, and raise it, step by step, to 1.
+    rest. `anneal_codebooks` sets it in all layers of a network, and a state dict keeps it.
 
     Parameters
     ----------
@@ -82,15 +82,21 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def export(self, w: Tensor) -> KernelCodebook:
-        """Return what the forward pass makes of float weights `w`; ``dequantize()`` equals it."""
+        """Return what the forward pass makes of float weights `w`; ``dequantize()`` equals it.
+
+        Raises ValueError before annealing has ended, and where training has left a number that is not finite.
+        """
         if self.share != 1:
             raise ValueError(f"share: expected 1, the end of annealing, got {self.share}")
+        for name, values in (("w", w), ("kernels", self.kernels), ("log_scale", self.log_scale)):
+            if not values.isfinite().all():
+                raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
         scale, kernels = self.scale(), self._rounded_kernels()
         index, sign = (
             part.unflatten(1, (len(w), -1)).transpose(0, 1).reshape(len(w), -1)
             for part in self._assign(w / scale, kernels)
         )
-        arrays: Any = index.to(torch.uint8), sign.to(torch.int8), kernels.view_as(self.kernels), scale.flatten()
+        arrays: Any = index.to(torch.uint8), sign.to(torch.int8), kernels.view_as(self.kernels).float(), scale.flatten().float()
         return KernelCodebook(*arrays)
 
     def _rounded_kernels(self) -> Tensor:
@@ -99,7 +105,7 @@ class Codebook(nn.Module):
         if self.values == "real":
             return kernels
         clipped = kernels.clamp(-1, 1)
-        rounded = torch.where(clipped < 0, -1.0, 1.0) if self.values == "sign" else clipped.round()
+        rounded = torch.where(clipped < 0, -1.0, 1.0).to(clipped) if self.values == "sign" else clipped.round()
         return rounded.detach() + (clipped - clipped.detach())
 
     @torch.no_grad()
@@ -114,6 +120,12 @@ class Codebook(nn.Module):
             index.append((products.abs() - half_norms).argmax(2))
             negative.append(products.gather(2, index[-1][..., None])[..., 0] < 0)
         return torch.cat(index, 1), 1 - 2 * torch.cat(negative, 1).to(normalized.dtype)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.share)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.share = float(state)
 
     def extra_repr(self) -> str:
         codebooks, count, channels, *filter_size = self.kernels.shape
@@ -174,6 +186,39 @@ def use_codebooks(
     for name, codebook in made.items():
         parametrize.register_parametrization(convs[name], "weight", codebook).train(convs[name].training)
     return [name for name, conv in convs.items() if find_codebook(conv) is not None]
+
+
+def anneal_codebooks(model: nn.Module, share: float) -> None:
+    """Set how much of their weights the codebooks of a network make; the float weights make the rest.
+
+    So that a trained network is not changed at once, call this before each step of training with a share that rises
+    from 0 to 1, and train on from there.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    share : float
+        From 0, float weights alone, to 1, codebooks alone.
+
+    Raises
+    ------
+    ValueError
+        For another share.
+
+    Examples
+    --------
+    >>> import torch, pycodesign
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.Conv2d(64, 64, 3))
+    >>> pycodesign.nn.use_codebooks(model, skip=["0"])
+    ['1']
+    >>> for step in range(101):
+    ...     pycodesign.nn.anneal_codebooks(model, min(1.0, step / 50))    # then a step of the optimizer
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share: expected a number from 0 to 1, got {share!r}")
+    for module in model.modules():
+        if isinstance(module, Codebook):
+            module.share = float(share)
 
 
 def find_codebook(module: nn.Module) -> KernelCodebook | None:

@@ -96,7 +96,12 @@ class Codebook(nn.Module):
             part.unflatten(1, (len(w), -1)).transpose(0, 1).reshape(len(w), -1)
             for part in self._assign(w / scale, kernels)
         )
-        arrays: Any = index.to(torch.uint8), sign.to(torch.int8), kernels.view_as(self.kernels).float(), scale.flatten().float()
+        arrays: Any = (
+            index.to(torch.uint8),
+            sign.to(torch.int8),
+            kernels.view_as(self.kernels).float(),
+            scale.flatten().float(),
+        )
         return KernelCodebook(*arrays)
 
     def _rounded_kernels(self) -> Tensor:

@@ -19,10 +19,11 @@ from __future__ import annotations
 
 import copy
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn.utils import fuse_conv_bn_eval, parametrize
 
 import pycodesign
+from pycodesign.bench.harness import SCHEMA, format_result, gather_facts
 from pycodesign.demo import load_digits
 
 INTEGERS = {"binary": (-1, 1), "ternary": (-1, 1), "int8": (-128, 127)}  # lowest and highest; binary has no 0
@@ -424,6 +426,9 @@ def choose(path: Sequence[dict[str, str]], ms: Mapping[str, Mapping[str, float]]
 )
 @click.option("--tune", type=click.IntRange(min=0), default=2, help="Epochs that each of them is trained further.")
 @click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), help="Draw the search's accuracies and times.")
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write accuracies, times and choices."
+)
 @click.option("--save", type=click.Path(path_type=Path, dir_okay=False), help="Write the converted state_dict there.")
 @click.option("--quick", is_flag=True, help="A small network, few images: a test that everything runs.")
 def main(
@@ -439,6 +444,7 @@ def main(
     points: int,
     tune: int,
     plot: Path | None,
+    json_path: Path | None,
     save: Path | None,
     quick: bool,
 ) -> None:
@@ -464,7 +470,11 @@ def main(
     print_rows(f"{weights} ResNet-20, one image, {threads} threads", rows)
     if save:
         torch.save(convert(model, images, activations).state_dict(), save)
+    result = {"schema": SCHEMA, "suite": "train_resnet20", "facts": gather_facts(), "trained": rows}
+    result |= {"command": shlex.join(["python", "examples/train_resnet20.py", *sys.argv[1:]])}
     if not search:
+        if json_path:
+            json_path.write_text(format_result(result))
         return
 
     with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -495,6 +505,8 @@ def main(
             for c in sorted(results, key=lambda c: c.ms)
         ],
     )
+    if json_path:
+        json_path.write_text(format_result(result | {"searched": [asdict(candidate) for candidate in results]}))
     if plot:
         draw(results, rows, len(images.test[0]), plot)
         click.echo(f"wrote {plot}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -269,8 +270,10 @@ def read_table(printed: str, heading: str) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("activations", ["float32", pytest.param("uint8", marks=pytest.mark.slow)])
 def test_a_run_on_few_images(example: ModuleType, cifar: Path, activations: str) -> None:
-    plot, state = cifar / "accuracy.png", cifar / "state.pt"
+    plot, path, state = cifar / "accuracy.png", cifar / "result.json", cifar / "state.pt"
     options = [
+        "--json",
+        str(path),
         "--data",
         str(cifar),
         "--search",
@@ -289,6 +292,9 @@ def test_a_run_on_few_images(example: ModuleType, cifar: Path, activations: str)
     assert {"binary", "ternary", "int8", "mixed 1"} <= rows.keys()
     assert all(sum(map(int, row[-3:])) == 20 for row in rows.values())
     assert plot.read_bytes().startswith(b"\x89PNG")
+    recorded = json.loads(path.read_text())
+    assert [row["network"] for row in recorded["trained"]][-2:] == ["pycodesign float32", "pycodesign uint8"]
+    assert {row["name"] for row in recorded["searched"]} == rows.keys() - {"network"}
     assert torch.load(state, weights_only=True)
 
 

@@ -20,6 +20,7 @@ from pycodesign.quantize import QuantizedTensor, from_fake_quantized
 # Which inputs hold weights, their scale and their zero point.
 WEIGHT_INPUTS: dict[str, tuple[int, int | None, int | None]] = {
     "Conv": (1, None, None),
+    "ConvTranspose": (1, None, None),
     "FusedConv": (1, None, None),
     "ConvInteger": (1, None, 3),
     "QLinearConv": (3, 4, 5),
@@ -62,7 +63,7 @@ class Weights:
 
 
 def read_onnx(path: str | Path, shape: Sequence[int] | None = None) -> list[StoredLayer]:
-    """Find the convolutions and matrix products of an ONNX graph whose weights are constants.
+    """Find the convolutions, transposed ones too, and matrix products of an ONNX graph whose weights are constants.
 
     Weights are initializers or constants, float or integer, behind any of DequantizeLinear, QuantizeLinear, Transpose,
     Cast and Identity. Subgraphs of control flow are not searched.
@@ -186,6 +187,8 @@ class Graph:
             return
 
         def read() -> QuantizedTensor:
+            if node.op_type == "ConvTranspose":
+                raise ValueError("transposed convolutions are not served")
             found = read_weights()
             assert found is not None
             return found.recover()

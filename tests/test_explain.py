@@ -258,6 +258,14 @@ def test_rows_of_a_matrix_product(tmp_path: Path) -> None:
     assert layer.pixels == 5 * 7
 
 
+def test_transposed_convolutions_are_named(tmp_path: Path) -> None:
+    node = helper.make_node("ConvTranspose", ["x", "w"], ["y"], "up", strides=[2, 2])
+    w = quantize.ternary(normal(3, 5, 2, 2)).dequantize()
+    result = explain_model(read_model(save_graph(tmp_path / "model.onnx", [node], {"w": w})))
+    (row,) = result["layers"]
+    assert row["layer"] == "up" and row["why"] == "transposed convolutions are not served" and not row["gains"]
+
+
 def test_sizes_that_stay_unknown_are_counted_as_weights(tmp_path: Path) -> None:
     w = quantize.ternary(normal(8, 3, 3, 3)).dequantize()
     node = helper.make_node("Conv", ["x", "w"], ["y"], "conv")

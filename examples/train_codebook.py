@@ -63,7 +63,7 @@ BITS = {"binary": 1, "ternary": 2, "int8": 8}  # of a weight
 ACTIVATIONS = ("float32", "uint8")
 STUDENT_T = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}  # 95 %, n - 1
 TEMPERATURE = 2.0  # of distillation
-ANNEALED = 0.4  # of the steps: while codebooks take over from float weights
+ANNEALED = 0.2  # of the steps: while codebooks take over from float weights
 FIRST_SEED = 5  # those before it served to choose the settings
 
 

@@ -225,7 +225,7 @@ def test_codebooks_take_over(example: ModuleType) -> None:
     for _ in range(20):
         measure(model, torch.randn(5, 2, 3, 3), torch.arange(5))
         shares.append(codebook.share)
-    assert shares == sorted(shares) and 0 < shares[0] < 0.2 and shares[9] == shares[-1] == 1
+    assert shares == sorted(shares) and 0 < shares[0] < 0.5 and shares[9] == shares[-1] == 1
 
 
 def test_the_helps_examples_name_real_options(example: ModuleType) -> None:

@@ -372,10 +372,12 @@ def refuse_weight_gradients(weights: dict[str, Tensor | None]) -> None:
 
 
 def mask_clamped(grad: Tensor, y: Tensor, clamp: tuple[float | None, float | None]) -> Tensor:
-    """Return the gradient to what was clamped to y: none at the limits, as for torch's ReLU and ReLU6."""
-    low, high = clamp
-    inside = (y > (-math.inf if low is None else low)) & (y < (math.inf if high is None else high))
-    return torch.where(inside, grad, 0)
+    """Return the gradient to what was clamped to y: none at the limits, as for torch's ReLU, ReLU6 and Hardtanh.
+
+    (`torch.clamp` itself lets the gradient pass there.)
+    """
+    low, high = (math.nan if limit is None else limit for limit in clamp)  # nothing compares with NaN
+    return torch.where((y <= low) | (y >= high), 0, grad)
 
 
 ARGUMENTS = (

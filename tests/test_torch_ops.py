@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from pycodesign import ops, quantize
 from pycodesign.nn import ops as torch_ops
@@ -247,6 +248,25 @@ def test_many_gradients_at_once():
     inputs = random(2, 3, 8, 8), random(2, 4, 4, 4)
     jacobian = torch.autograd.functional.jacobian
     torch.testing.assert_close(jacobian(ours, inputs, vectorize=True), jacobian(theirs, inputs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # of torch, about its own code
+@pytest.mark.parametrize("gradient", [False, True])
+def test_forward_mode_is_refused(conv, rows, gradient):
+    run_chain, _ = make_runs()
+    calls = {
+        "conv2d": (lambda x: conv2d(x, *conv, None, OPTIONS), random(2, 4, 9, 8)),
+        "linear": (lambda x: linear(x, *rows), random(3, 8)),
+        "chain": (lambda x: run_chain(x, random(2, 4, 4, 4))[0], random(2, 3, 8, 8)),
+    }
+    for name, (run, x) in calls.items():
+        x.requires_grad_(gradient)
+        with pytest.raises(NotImplementedError, match=f"{name}: expected no forward-mode differentiation"):
+            torch.func.jvp(run, (x,), (x,))
+        with forward_ad.dual_level():
+            with pytest.raises(NotImplementedError, match=f"{name}: expected no forward-mode differentiation"):
+                run(forward_ad.make_dual(x, x))
+            assert torch.equal(run(x), run(x.detach()))  # nothing to differentiate
 
 
 @pytest.mark.parametrize("name", ["levels", "scale", "bias"])

@@ -26,6 +26,7 @@ import torch
 import torch.nn.grad
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pycodesign import _device
 from pycodesign._arguments import (
@@ -92,6 +93,8 @@ def define(
     is_grad_enabled, known = torch.is_grad_enabled, _next_key
 
     def autograd(keys: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            refuse_tangents(name, args)
         if is_grad_enabled() and _any_requires_grad(*args) and differentiable is not None:
             return differentiable(operator, *args)
         following = known.get(keys.raw_repr())
@@ -108,7 +111,7 @@ def define(
             return operator(*(cast(*args) if cast else _to_float32(args)))
 
     def check_device(*args: Any, **kwargs: Any) -> Any:
-        if cuda is None and _is_on_cuda(args[0]):
+        if cuda is None and any(tensor.device.type == "cuda" for tensor in list_tensors(args[:1])):
             refuse_cuda()
         return fake(*args, **kwargs)
 
@@ -119,10 +122,21 @@ def define(
     torch.library.register_fake(f"pycodesign::{name}", check_device, lib=library)
 
 
-def _is_on_cuda(argument: Any) -> bool:
-    if isinstance(argument, (list, tuple)):
-        return any(map(_is_on_cuda, argument))
-    return isinstance(argument, Tensor) and argument.device.type == "cuda"
+def refuse_tangents(name: str, args: Sequence[Any]) -> None:
+    """Raise NotImplementedError within forward-mode differentiation, which would find a derivative of zero."""
+    if torch._C._is_fwd_grad_enabled() and any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in list_tensors(args)
+    ):
+        raise NotImplementedError(
+            f"{name}: expected no forward-mode differentiation (torch.func.jvp, make_dual), got a tensor with a "
+            "tangent; gradients are there in reverse mode"
+        )
+
+
+def list_tensors(args: Sequence[Any]) -> list[Tensor]:
+    """Return the tensors among arguments, some of which may be lists."""
+    given = [a for argument in args for a in (argument if isinstance(argument, (list, tuple)) else [argument])]
+    return [a for a in given if isinstance(a, Tensor)]
 
 
 def _search_requires_grad(*args: Any) -> bool:

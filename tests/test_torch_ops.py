@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
+import pycodesign.nn
 from pycodesign import ops, quantize
 from pycodesign.nn import ops as torch_ops
 from pycodesign.nn.program import Program, Step, chains, describe_layer, join_weights
@@ -472,6 +473,35 @@ def test_cuda_tensors(conv):
         assert y.device.type == "cuda"
         with pytest.raises(TypeError, match="expected tensors in host memory"):
             torch.ops.pycodesign.chain([x], *weights, "{}")
+
+
+def test_meta_tensors(conv, rows):
+    """Shapes of tensors on meta, and no numbers of weights that have none."""
+    weights, program, _ = make_chain()
+    inputs = [random(2, 3, 8, 8), random(2, 4, 4, 4)]
+    grads = chain(inputs, *weights, program.to_json())
+    calls = [
+        (conv2d, (random(2, 4, 9, 8), *conv), OPTIONS),
+        (linear, (random(2, 8), *rows), "{}"),
+        (chain, (inputs, *weights), program.to_json()),
+        (chain_backward, (grads, inputs, *weights), program.to_json()),
+        (chain_weights, tuple(weights), program.to_json()),
+    ]
+    for operator, tensors, text in calls:
+        names = [argument.name for argument in operator._schema.arguments]
+        options = {names[-1]: text}
+        wanted = torch.utils._pytree.tree_leaves(operator(*tensors, **options))
+        moved = torch.utils._pytree.tree_map(lambda tensor: tensor.to("meta"), tensors)
+        made = torch.utils._pytree.tree_leaves(operator(*moved, **options))
+        assert [(y.shape, y.device.type) for y in made] == [(y.shape, "meta") for y in wanted]
+        for at in range(1, len(tensors)):
+            mixed = (*tensors[:at], moved[at], *tensors[at + 1 :])
+            with pytest.raises(
+                TypeError, match=f"{names[0]}: expected a tensor on meta, where others are, got one on "
+            ):
+                operator(*mixed, **options)
+    with pytest.raises(TypeError, match="x: expected a tensor on meta, where others are, got one on cpu"):
+        pycodesign.nn.Linear.from_float(torch.nn.Linear(8, 4), "ternary").to("meta")(random(2, 8))
 
 
 @pytest.mark.parametrize("fake", [False, True])

@@ -113,6 +113,7 @@ def define(
     def check_device(*args: Any, **kwargs: Any) -> Any:
         if cuda is None and any(tensor.device.type == "cuda" for tensor in list_tensors(args[:1])):
             refuse_cuda()
+        check_meta(operator._schema.arguments[0].name, args)
         return fake(*args, **kwargs)
 
     for device, kernel in (("CPU", cpu), ("CUDA", cuda or refuse_cuda)):
@@ -131,6 +132,15 @@ def refuse_tangents(name: str, args: Sequence[Any]) -> None:
             f"{name}: expected no forward-mode differentiation (torch.func.jvp, make_dual), got a tensor with a "
             "tangent; gradients are there in reverse mode"
         )
+
+
+def check_meta(name: str, args: Sequence[Any]) -> None:
+    """Check that no result is asked of tensors without data, such as weights that were never loaded."""
+    values = list_tensors([args[0], *(given for given in args if isinstance(given, (list, tuple)))])
+    if any(tensor.is_meta for tensor in list_tensors(args)):
+        for x in values:
+            if not x.is_meta:
+                raise TypeError(f"{name}: expected a tensor on meta, where others are, got one on {x.device}")
 
 
 def list_tensors(args: Sequence[Any]) -> list[Tensor]:

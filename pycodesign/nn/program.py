@@ -309,7 +309,7 @@ def run_weights(codes: Tensor, levels: Tensor, scale: Tensor, bias: Tensor, prog
 
 def _fake_weights(codes: Tensor, levels: Tensor, scale: Tensor, bias: Tensor, program: str) -> list[Tensor]:
     shapes = [step.layer["shape"] for step in parse_program(program).steps if step.layer is not None]
-    return [levels.new_empty(size) for shape in shapes for size in (shape, shape[:1])]
+    return [codes.new_empty(size, dtype=torch.float32) for shape in shapes for size in (shape, shape[:1])]
 
 
 def _name_weights(program: Program, tensors: Sequence[Tensor]) -> FloatWeights:

@@ -4,11 +4,13 @@ import gc
 import json
 import math
 import multiprocessing
+import re
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +25,7 @@ from pycodesign.nn import ops as torch_ops
 from pycodesign.nn.program import Program, Step, chains, describe_layer, join_weights
 from pycodesign.quantize import QuantizedTensor
 
+ROOT = Path(__file__).parents[1]
 NAMES = ("conv2d", "linear", "chain", "chain_backward", "chain_weights")
 conv2d, linear, chain, chain_backward, chain_weights = (getattr(torch.ops.pycodesign, name).default for name in NAMES)
 
@@ -268,6 +271,15 @@ def test_forward_mode_is_refused(conv, rows, gradient):
             with pytest.raises(NotImplementedError, match=f"{name}: expected no forward-mode differentiation"):
                 run(forward_ad.make_dual(x, x))
             assert torch.equal(run(x), run(x.detach()))  # nothing to differentiate
+
+
+def test_function_transforms_are_refused():
+    run, _ = make_runs()
+    x, residual = random(2, 3, 8, 8), random(2, 4, 4, 4)
+    with pytest.raises(RuntimeError, match="Batching rule not implemented for pycodesign::chain"):
+        torch.func.vmap(lambda x: run(x, residual)[0])(torch.stack([x, x]))
+    with pytest.raises(RuntimeError, match="with functorch transforms"):
+        torch.func.grad(lambda x: run(x, residual)[0].sum())(x)
 
 
 @pytest.mark.parametrize("name", ["levels", "scale", "bias"])
@@ -583,6 +595,12 @@ def test_promised_bits_are_verified(conv, monkeypatch):
     monkeypatch.setenv("PYCODESIGN_CHECK", "1")
     with pytest.raises(ValueError, match="x: expected values of 4 bits, 0 to 15, got 16 to 16"):
         conv2d(x, *conv, None, options)
+
+
+def test_documented_schemas():
+    rows = re.findall(r"^\| `(\w+)` \| `(.*)` \| `(.*)` \|$", (ROOT / "docs/torch.md").read_text(), re.MULTILINE)
+    documented = [f"pycodesign::{name}({arguments}) -> {result}" for name, arguments, result in rows]
+    assert documented == [str(getattr(torch.ops.pycodesign, name).default._schema) for name in NAMES]
 
 
 def test_without_torch_one_sentence_says_what_to_install(tmp_path):

@@ -259,8 +259,7 @@ class Network:
                 k: v for k, v in options.items() if k in ("kernel_size", "stride", "padding", "count_include_pad")
             }
             magnitude = reference.avg_pool2d(np.abs(x), **windows, out_dtype="float64")
-            size = windows.get("kernel_size")
-            terms = math.prod(x.shape[2:]) if size is None else math.prod(np.broadcast_to(size, 2))
+            terms = 9  # sums of 16 in float32, of these in float64, rounded once
         total = magnitude
         if "residual" in options:
             raw = np.abs(options["residual"].astype(float)) + abs(options["residual_zero_point"])
@@ -327,6 +326,7 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "stride beyond it": {"kernel_size": 1, "stride": (3, 4)},
     "the image": {"kernel_size": (7, 19)},
     "wide": {"kernel_size": (1, 17), "stride": 1, "padding": (0, 8)},
+    "beyond the image": {"kernel_size": (9, 23), "stride": (1, 2), "padding": (4, 11)},
 }
 
 
@@ -339,6 +339,8 @@ def test_max_pool2d(name: str, dtype: str) -> None:
         options = WINDOWS[name] | {"dilation": dilation}
         if name == "the image" and dilation != 1:
             options |= {"kernel_size": (4, 7)}
+        if name == "beyond the image" and dilation != 1:
+            options |= {"kernel_size": (5, 9), "padding": (2, 4)}
         if name == "wide" and dilation != 1:
             options |= {"kernel_size": (1, 7), "padding": (0, 3)}
         y = network.max_pool2d(x, **options)
@@ -358,6 +360,17 @@ def test_avg_pool2d(name: str, out_dtype: str, dtype: str) -> None:
         x = network.input(5)
         y = network.avg_pool2d(x, out_dtype, **WINDOWS.get(name, {}), count_include_pad=counts, clamp=clamp)
         check_chain(network, make_inputs(network, 3, (7, 19)), (y,), set(), ISAS, (1, 3))
+
+
+@each_isa
+def test_means_of_large_maps(isa: str) -> None:
+    """Their errors are those of a few roundings, however many pixels there are."""
+    network = Network()
+    mean = network.avg_pool2d(network.input(2))
+    for size in ((512, 512), (1500, 1499)):
+        x = 2 * np.random.default_rng(0).random((1, 2, *size), F32)
+        check_chain(network, [x], (mean,), set(), [isa], (1, 2))
+        np.testing.assert_allclose(network.run_alone(x)[mean], x.mean((2, 3), float, keepdims=True), rtol=3e-7)
 
 
 @each_isa

@@ -2,25 +2,32 @@
 
 import gc
 import json
+import math
 import multiprocessing
+import re
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
+import pycodesign.nn
 from pycodesign import ops, quantize
 from pycodesign.nn import ops as torch_ops
 from pycodesign.nn.program import Program, Step, chains, describe_layer, join_weights
 from pycodesign.quantize import QuantizedTensor
 
-conv2d, linear, chain = (getattr(torch.ops.pycodesign, name).default for name in ("conv2d", "linear", "chain"))
+ROOT = Path(__file__).parents[1]
+NAMES = ("conv2d", "linear", "chain", "chain_backward", "chain_weights")
+conv2d, linear, chain, chain_backward, chain_weights = (getattr(torch.ops.pycodesign, name).default for name in NAMES)
 
 GEOMETRY = {"stride": [2, 1], "padding": [1, 2], "dilation": [1, 2], "groups": 2}
 OPTIONS = json.dumps(GEOMETRY)
@@ -78,6 +85,15 @@ def run_in_torch(layers, x, residual):
     return F.linear(y.mean((2, 3)), c, torch.from_numpy(bias_c)), F.avg_pool2d(y, 2, 1, 1)
 
 
+def make_runs():
+    """The same two functions of two tensors, ours and torch's."""
+    weights, program, layers = make_chain()
+    return (
+        lambda x, residual: tuple(chain([x, residual], *weights, program.to_json())),
+        lambda x, residual: run_in_torch(layers, x, residual),
+    )
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced", "expanded"])
 def test_conv2d_is_that_of_ops(conv, layout):
     x = random(2, 4, 9, 8)
@@ -132,11 +148,29 @@ def test_opcheck(conv, rows, gradient):
         (linear, (random(2, 3, 8), *rows)),
     ]
     weights, program, _ = make_chain()
-    samples.append((chain, ([random(2, 3, 8, 8), random(2, 4, 4, 4)], *weights, program.to_json())))
+    inputs = [random(2, 3, 8, 8), random(2, 4, 4, 4)]
+    grads = chain(inputs, *weights, program.to_json())
+    samples += [
+        (chain, (inputs, *weights, program.to_json())),
+        (chain, ([x.to(memory_format=torch.channels_last) for x in inputs], *weights, program.to_json())),
+        (chain_backward, (grads, inputs, *weights, program.to_json())),
+        (chain_weights, (weights[0], *weights[1:], program.to_json())),
+    ]
     for operator, (first, *others) in samples:
-        for tensor in first if isinstance(first, list) else [first]:
-            tensor.requires_grad_(gradient)
+        if operator is not chain_weights:
+            for tensor in first if isinstance(first, list) else [first]:
+                tensor.requires_grad_(gradient)
         assert set(torch.library.opcheck(operator, (first, *others)).values()) == {"SUCCESS"}
+
+
+def test_results_of_backward_share_no_memory():
+    layer = quantize.ternary(random(4, 3)), None
+    steps = [Step("linear", 0, None, {}, describe_layer("layer", layer, {})), Step("add", 3, 1)]
+    program = Program([{"dtype": "float32"}] * 3, steps, [4]).to_json()
+    grad, inputs = random(2, 4), [random(2, 3), random(2, 4), random(2, 4)]
+    results = chain_backward([grad], inputs, *join_weights([layer]), program)
+    assert torch.equal(results[1], grad) and not results[2].any()
+    assert len({x.data_ptr() for x in (grad, *inputs, *results)}) == 7
 
 
 def test_gradient_is_that_of_torch(conv, rows):
@@ -163,6 +197,89 @@ def test_gradient_of_a_chain_is_that_of_torch():
     sum(y.square().sum() for y in run_in_torch(layers, *theirs)).backward()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4)
+
+
+LIMITED = {
+    "relu": (F.relu, (0, None)),
+    "relu6": (F.relu6, (0, 6)),
+    "hardtanh": (lambda y: F.hardtanh(y, -2, 3), (-2, 3)),
+    "an upper limit": (lambda y: -F.threshold(-y, -3, -3), (None, 3)),
+    "none": (lambda y: y, (None, None)),
+}
+
+
+@pytest.mark.parametrize("name", LIMITED)
+def test_gradient_at_the_limits_is_that_of_torch(name):
+    function, clamp = LIMITED[name]
+    q, clamped = quantize.from_fake_quantized(np.array([[-1, 1], [0, 1], [1, 1]], np.float32)), {"clamp": [*clamp]}
+    x = torch.cartesian_prod(torch.arange(-4.0, 5), torch.arange(-4.0, 5))
+    ours, in_chain, theirs = (x.clone().requires_grad_() for _ in range(3))
+    program = Program(
+        [{"dtype": "float32"}], [Step("linear", 0, None, clamped, describe_layer("0", (q, None), {}))], [1]
+    )
+    linear(ours, *to_tensors(q), None, None, json.dumps(clamped)).exp().sum().backward()
+    chain([in_chain], *join_weights([(q, None)]), program.to_json())[0].exp().sum().backward()
+    y = theirs @ torch.from_numpy(q.dequantize()).T
+    assert all((y == limit).any() for limit in clamp if limit is not None)
+    function(y).exp().sum().backward()
+    assert torch.equal(ours.grad, theirs.grad) and torch.equal(in_chain.grad, theirs.grad)
+
+
+def test_nan_lets_the_gradient_pass_as_in_torch():
+    grads = []
+    for function in (F.relu, lambda y: torch_ops.mask_clamped(y, y.detach().clamp(0), (0, None))):
+        y = torch.tensor([math.nan, -math.inf, -1, 0, 1, math.inf]).requires_grad_()
+        function(y).backward(torch.ones(6))
+        grads.append(y.grad)
+    assert torch.equal(*grads) and grads[0].tolist() == [1, 0, 0, 0, 1, 1]
+
+
+def test_second_and_third_gradients_are_those_of_torch():
+    found = []
+    for run in make_runs():
+        inputs = [random(2, 3, 8, 8).requires_grad_(), random(2, 4, 4, 4).requires_grad_()]
+        total = sum(y.sin().sum() for y in run(*inputs))
+        for _ in range(3):
+            gradients = torch.autograd.grad(total, inputs, create_graph=True)
+            found.append(gradients)
+            total = sum(gradient.sin().sum() for gradient in gradients)
+    for a, b in zip(found[:3], found[3:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_many_gradients_at_once():
+    ours, theirs = make_runs()
+    inputs = random(2, 3, 8, 8), random(2, 4, 4, 4)
+    jacobian = torch.autograd.functional.jacobian
+    torch.testing.assert_close(jacobian(ours, inputs, vectorize=True), jacobian(theirs, inputs), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # of torch, about its own code
+@pytest.mark.parametrize("gradient", [False, True])
+def test_forward_mode_is_refused(conv, rows, gradient):
+    run_chain, _ = make_runs()
+    calls = {
+        "conv2d": (lambda x: conv2d(x, *conv, None, OPTIONS), random(2, 4, 9, 8)),
+        "linear": (lambda x: linear(x, *rows), random(3, 8)),
+        "chain": (lambda x: run_chain(x, random(2, 4, 4, 4))[0], random(2, 3, 8, 8)),
+    }
+    for name, (run, x) in calls.items():
+        x.requires_grad_(gradient)
+        with pytest.raises(NotImplementedError, match=f"{name}: expected no forward-mode differentiation"):
+            torch.func.jvp(run, (x,), (x,))
+        with forward_ad.dual_level():
+            with pytest.raises(NotImplementedError, match=f"{name}: expected no forward-mode differentiation"):
+                run(forward_ad.make_dual(x, x))
+            assert torch.equal(run(x), run(x.detach()))  # nothing to differentiate
+
+
+def test_function_transforms_are_refused():
+    run, _ = make_runs()
+    x, residual = random(2, 3, 8, 8), random(2, 4, 4, 4)
+    with pytest.raises(RuntimeError, match="Batching rule not implemented for pycodesign::chain"):
+        torch.func.vmap(lambda x: run(x, residual)[0])(torch.stack([x, x]))
+    with pytest.raises(RuntimeError, match="with functorch transforms"):
+        torch.func.grad(lambda x: run(x, residual)[0].sum())(x)
 
 
 @pytest.mark.parametrize("name", ["levels", "scale", "bias"])
@@ -242,6 +359,16 @@ def test_autocast_keeps_float32(conv, rows):
         values = chain(inputs, *weights, program.to_json())
     wanted = chain([x.float() for x in inputs], *weights, program.to_json())
     assert all(torch.equal(a, b) for a, b in zip(values, wanted, strict=True))
+
+
+def test_backward_in_inference_mode():
+    weights, program, _ = make_chain()
+    inputs = [random(2, 3, 8, 8), random(2, 4, 4, 4)]
+    grads = chain(inputs, *weights, program.to_json())
+    wanted = chain_backward(grads, inputs, *weights, program.to_json())
+    with torch.inference_mode():
+        found = chain_backward(grads, inputs, *weights, program.to_json())
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_inference_mode(conv):
@@ -360,6 +487,35 @@ def test_cuda_tensors(conv):
             torch.ops.pycodesign.chain([x], *weights, "{}")
 
 
+def test_meta_tensors(conv, rows):
+    """Shapes of tensors on meta, and no numbers of weights that have none."""
+    weights, program, _ = make_chain()
+    inputs = [random(2, 3, 8, 8), random(2, 4, 4, 4)]
+    grads = chain(inputs, *weights, program.to_json())
+    calls = [
+        (conv2d, (random(2, 4, 9, 8), *conv), OPTIONS),
+        (linear, (random(2, 8), *rows), "{}"),
+        (chain, (inputs, *weights), program.to_json()),
+        (chain_backward, (grads, inputs, *weights), program.to_json()),
+        (chain_weights, tuple(weights), program.to_json()),
+    ]
+    for operator, tensors, text in calls:
+        names = [argument.name for argument in operator._schema.arguments]
+        options = {names[-1]: text}
+        wanted = torch.utils._pytree.tree_leaves(operator(*tensors, **options))
+        moved = torch.utils._pytree.tree_map(lambda tensor: tensor.to("meta"), tensors)
+        made = torch.utils._pytree.tree_leaves(operator(*moved, **options))
+        assert [(y.shape, y.device.type) for y in made] == [(y.shape, "meta") for y in wanted]
+        for at in range(1, len(tensors)):
+            mixed = (*tensors[:at], moved[at], *tensors[at + 1 :])
+            with pytest.raises(
+                TypeError, match=f"{names[0]}: expected a tensor on meta, where others are, got one on "
+            ):
+                operator(*mixed, **options)
+    with pytest.raises(TypeError, match="x: expected a tensor on meta, where others are, got one on cpu"):
+        pycodesign.nn.Linear.from_float(torch.nn.Linear(8, 4), "ternary").to("meta")(random(2, 8))
+
+
 @pytest.mark.parametrize("fake", [False, True])
 @pytest.mark.parametrize(
     ("x", "error", "message"),
@@ -439,6 +595,12 @@ def test_promised_bits_are_verified(conv, monkeypatch):
     monkeypatch.setenv("PYCODESIGN_CHECK", "1")
     with pytest.raises(ValueError, match="x: expected values of 4 bits, 0 to 15, got 16 to 16"):
         conv2d(x, *conv, None, options)
+
+
+def test_documented_schemas():
+    rows = re.findall(r"^\| `(\w+)` \| `(.*)` \| `(.*)` \|$", (ROOT / "docs/torch.md").read_text(), re.MULTILINE)
+    documented = [f"pycodesign::{name}({arguments}) -> {result}" for name, arguments, result in rows]
+    assert documented == [str(getattr(torch.ops.pycodesign, name).default._schema) for name in NAMES]
 
 
 def test_without_torch_one_sentence_says_what_to_install(tmp_path):

@@ -369,6 +369,16 @@ Sum sum_window(const char* plane, int64_t width, int64_t top, int64_t bottom, in
   return sum;
 }
 
+// Sums of 16, added in double: a window may be a whole map. Inlined, it would slow small windows down.
+[[gnu::noinline]] float sum_large_window(const char* plane, int64_t width, int64_t top, int64_t bottom, int64_t left,
+                                         int64_t right) {
+  double sum = 0;
+  for (int64_t h = top; h < bottom; ++h)
+    for (int64_t w = left; w < right; w += 16)
+      sum += sum_window<float, float>(plane, width, h, h + 1, w, std::min(w + 16, right));
+  return static_cast<float>(sum);
+}
+
 }  // namespace
 
 void Chain::run_pool(const Kernels& k, const Step& s, const Tensor& x, const Tensor& out) const {
@@ -404,7 +414,9 @@ void Chain::run_pool(const Kernels& k, const Step& s, const Tensor& x, const Ten
         const int64_t left = ow * p.stride[1] - p.padding[1], w0 = std::max<int64_t>(left, 0),
                       w1 = std::min(left + S, W);
         const int64_t pixels = (h1 - h0) * (w1 - w0);
-        if (from == DType::f32) reinterpret_cast<float*>(sums)[ow] = sum_window<float, float>(image, W, h0, h1, w0, w1);
+        if (from == DType::f32)
+          reinterpret_cast<float*>(sums)[ow] = pixels > 16 ? sum_large_window(image, W, h0, h1, w0, w1)
+                                                           : sum_window<float, float>(image, W, h0, h1, w0, w1);
         else
           reinterpret_cast<int32_t*>(sums)[ow] = from == DType::u8
                                                      ? sum_window<uint8_t, int32_t>(image, W, h0, h1, w0, w1)

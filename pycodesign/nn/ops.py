@@ -26,6 +26,7 @@ import torch
 import torch.nn.grad
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pycodesign import _device
 from pycodesign._arguments import (
@@ -92,6 +93,8 @@ def define(
     is_grad_enabled, known = torch.is_grad_enabled, _next_key
 
     def autograd(keys: Any, *args: Any) -> Any:
+        if forward_ad._current_level >= 0:
+            refuse_tangents(name, args)
         if is_grad_enabled() and _any_requires_grad(*args) and differentiable is not None:
             return differentiable(operator, *args)
         following = known.get(keys.raw_repr())
@@ -108,8 +111,9 @@ def define(
             return operator(*(cast(*args) if cast else _to_float32(args)))
 
     def check_device(*args: Any, **kwargs: Any) -> Any:
-        if cuda is None and _is_on_cuda(args[0]):
+        if cuda is None and any(tensor.device.type == "cuda" for tensor in list_tensors(args[:1])):
             refuse_cuda()
+        check_meta(operator._schema.arguments[0].name, args)
         return fake(*args, **kwargs)
 
     for device, kernel in (("CPU", cpu), ("CUDA", cuda or refuse_cuda)):
@@ -119,10 +123,30 @@ def define(
     torch.library.register_fake(f"pycodesign::{name}", check_device, lib=library)
 
 
-def _is_on_cuda(argument: Any) -> bool:
-    if isinstance(argument, (list, tuple)):
-        return any(map(_is_on_cuda, argument))
-    return isinstance(argument, Tensor) and argument.device.type == "cuda"
+def refuse_tangents(name: str, args: Sequence[Any]) -> None:
+    """Raise NotImplementedError within forward-mode differentiation, which would find a derivative of zero."""
+    if torch._C._is_fwd_grad_enabled() and any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in list_tensors(args)
+    ):
+        raise NotImplementedError(
+            f"{name}: expected no forward-mode differentiation (torch.func.jvp, make_dual), got a tensor with a "
+            "tangent; gradients are there in reverse mode"
+        )
+
+
+def check_meta(name: str, args: Sequence[Any]) -> None:
+    """Check that no result is asked of tensors without data, such as weights that were never loaded."""
+    values = list_tensors([args[0], *(given for given in args if isinstance(given, (list, tuple)))])
+    if any(tensor.is_meta for tensor in list_tensors(args)):
+        for x in values:
+            if not x.is_meta:
+                raise TypeError(f"{name}: expected a tensor on meta, where others are, got one on {x.device}")
+
+
+def list_tensors(args: Sequence[Any]) -> list[Tensor]:
+    """Return the tensors among arguments, some of which may be lists."""
+    given = [a for argument in args for a in (argument if isinstance(argument, (list, tuple)) else [argument])]
+    return [a for a in given if isinstance(a, Tensor)]
 
 
 def _search_requires_grad(*args: Any) -> bool:
@@ -372,10 +396,12 @@ def refuse_weight_gradients(weights: dict[str, Tensor | None]) -> None:
 
 
 def mask_clamped(grad: Tensor, y: Tensor, clamp: tuple[float | None, float | None]) -> Tensor:
-    """Return the gradient to what was clamped to y: none at the limits, as for torch's ReLU and ReLU6."""
-    low, high = clamp
-    inside = (y > (-math.inf if low is None else low)) & (y < (math.inf if high is None else high))
-    return torch.where(inside, grad, 0)
+    """Return the gradient to what was clamped to y: none at the limits, as for torch's ReLU, ReLU6 and Hardtanh.
+
+    (`torch.clamp` itself lets the gradient pass there.)
+    """
+    low, high = (math.nan if limit is None else limit for limit in clamp)  # nothing compares with NaN
+    return torch.where((y <= low) | (y >= high), 0, grad)
 
 
 ARGUMENTS = (

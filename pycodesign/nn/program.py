@@ -5,6 +5,9 @@
 The program is JSON. It numbers values: first the inputs, then what each step makes. A step names a method of
 `pycodesign.repetition.chain.Chain` and its arguments. The weights of all layers lie one after another in four flat
 tensors, the codes as few bits each as in the file of a packed layer.
+
+``chain_backward`` takes the gradients to the outputs, and what ``chain`` took, to the gradients to the inputs;
+``chain_weights`` makes float weights and bias of each layer, one after another.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
@@ -31,6 +34,8 @@ from pycodesign.nn.ops import (
     GEOMETRY,
     check_fake,
     define,
+    library,
+    mask_clamped,
     output_size,
     refuse_weight_gradients,
     to_array,
@@ -41,6 +46,7 @@ from pycodesign.repetition.chain import Chain
 OPERATIONS = ("conv2d", "linear", "max_pool2d", "avg_pool2d", "add")
 
 LayerWeights: TypeAlias = "tuple[FewValued, NDArray[np.float32] | None]"  # and the bias
+FloatWeights: TypeAlias = Mapping[int, tuple[Tensor, Tensor]]  # and the bias, by the value that a layer makes
 
 
 @dataclass
@@ -266,47 +272,124 @@ def run_backward(
     bias: Tensor,
     program: str,
 ) -> list[Tensor]:
-    """Run the chain again, in torch with dequantized weights, and let torch find the gradients."""
+    """Run a chain again, in torch with dequantized weights, and from its outputs back to its inputs.
+
+    All of it is torch's operators, which have gradients themselves.
+    """
     parsed = parse_program(program)
-    weights = split_weights(parsed, (codes, levels, scale, bias))
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        outputs = evaluate(parsed, weights, leaves)
-        found = torch.autograd.grad(outputs, leaves, grads, allow_unused=True)
-    return [torch.zeros_like(x) if grad is None else grad for x, grad in zip(inputs, found, strict=True)]
+    with torch.no_grad():  # what follows is linear in `grads`, and constant in the values between limits
+        weights = _name_weights(parsed, torch.ops.pycodesign.chain_weights(codes, levels, scale, bias, program))
+        values = evaluate(parsed, weights, inputs)
+    found = dict(zip(parsed.outputs, grads, strict=True))
+    for made, step in reversed([*enumerate(parsed.steps, len(inputs))]):
+        if made not in found:
+            continue
+        grad, clamp = found[made], _find_clamp(step)
+        if clamp is not None:
+            grad = mask_clamped(grad, values[made], clamp)
+        taken = [(step.x, _find_gradient(step, weights.get(made), values[step.x], grad))]
+        if step.other is not None:
+            taken.append((step.other, grad))
+        for value, part in taken:
+            found[value] = found[value] + part if value in found else part
+    # Copies: an operator's results share no memory with what it takes, nor with each other.
+    return [
+        found[i].clone(memory_format=torch.contiguous_format) if i in found else x.new_zeros(x.shape)
+        for i, x in enumerate(inputs)
+    ]
 
 
-def evaluate(program: Program, weights: Sequence[LayerWeights], inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Compute in torch, with dequantized weights, what a chain of float32 values does."""
-    layers = iter(weights)
+def run_weights(codes: Tensor, levels: Tensor, scale: Tensor, bias: Tensor, program: str) -> list[Tensor]:
+    """Return weights and bias of each layer; without a bias, zeros."""
+    made = []
+    for q, b in split_weights(parse_program(program), (codes, levels, scale, bias)):
+        made += [q.dequantize(), np.zeros(q.shape[0], np.float32) if b is None else b.copy()]
+    return [torch.from_numpy(array) for array in made]
+
+
+def _fake_weights(codes: Tensor, levels: Tensor, scale: Tensor, bias: Tensor, program: str) -> list[Tensor]:
+    shapes = [step.layer["shape"] for step in parse_program(program).steps if step.layer is not None]
+    return [codes.new_empty(size, dtype=torch.float32) for shape in shapes for size in (shape, shape[:1])]
+
+
+def _name_weights(program: Program, tensors: Sequence[Tensor]) -> FloatWeights:
+    made = [value for value, step in enumerate(program.steps, len(program.inputs)) if step.layer is not None]
+    return dict(zip(made, zip(tensors[::2], tensors[1::2], strict=True), strict=True))
+
+
+def evaluate(program: Program, weights: FloatWeights, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Return all values of a chain of float32 values, computed in torch."""
     values = list(inputs)
-    for step in program.steps:
-        x, arguments = values[step.x], dict(step.arguments)
-        low, high = arguments.pop("clamp", None) or (None, None)
-        arguments.pop("out_dtype", None)
-        if step.layer is not None:
-            q, bias = next(layers)
-            w, b = torch.from_numpy(q.dequantize()), None if bias is None else torch.from_numpy(bias)
-            options = {name: value for name, value in step.layer["options"].items() if name in GEOMETRY}
-            y = F.linear(x.flatten(1), w, b) if step.op == "linear" else F.conv2d(x, w, b, **options)
-        elif step.op == "max_pool2d":
-            y = F.max_pool2d(x, **arguments)
-        elif step.op == "avg_pool2d":
-            y = F.avg_pool2d(x, **arguments) if "kernel_size" in arguments else x.mean((2, 3), keepdim=True)
-        else:
+    for made, step in enumerate(program.steps, len(inputs)):
+        x = values[step.x]
+        if step.op == "linear":
+            y = F.linear(x.flatten(1), *weights[made])
+        elif step.op == "conv2d":
+            y = F.conv2d(x, *weights[made], *_find_geometry(step))
+        elif step.op == "add":
             y = x
+        elif step.arguments.get("kernel_size") is None:
+            y = x.mean((2, 3), keepdim=True)
+        else:
+            y = (F.max_pool2d if step.op == "max_pool2d" else F.avg_pool2d)(x, *_find_windows(step))
         if step.other is not None:
             y = y + values[step.other]
-        if low is not None or high is not None:
-            y = torch.clamp(y, low, high)
-        values.append(y)
-    return [values[index] for index in program.outputs]
+        clamp = _find_clamp(step)
+        values.append(y if clamp is None else torch.clamp(y, *clamp))
+    return values
+
+
+def _find_gradient(step: Step, weights: tuple[Tensor, Tensor] | None, x: Tensor, grad: Tensor) -> Tensor:
+    """Return the gradient to what a step takes."""
+    if weights is not None:
+        if step.op == "linear":
+            return (grad @ weights[0]).reshape(x.shape)
+        grad_x: Tensor = torch.nn.grad.conv2d_input(x.shape, weights[0], grad, *_find_geometry(step))
+    elif step.op == "add":
+        grad_x = grad
+    elif step.arguments.get("kernel_size") is None:
+        grad_x = (grad / (x.shape[2] * x.shape[3])).expand(x.shape)
+    elif step.op == "avg_pool2d":
+        grad_x = torch.ops.aten.avg_pool2d_backward(grad, x, *_find_windows(step), None)
+    else:
+        windows = _find_windows(step)
+        _, places = F.max_pool2d(x, *windows, return_indices=True)
+        grad_x = torch.ops.aten.max_pool2d_with_indices_backward(grad, x, *windows, places)
+    return grad_x
+
+
+def _find_clamp(step: Step) -> tuple[float | None, float | None] | None:
+    low, high = step.arguments.get("clamp") or (None, None)
+    return None if low is None and high is None else (low, high)
+
+
+def _find_geometry(step: Step) -> list[Any]:
+    """Return what torch's convolutions take behind their weights."""
+    assert step.layer is not None
+    options = GEOMETRY | step.layer["options"]
+    return [options[name] for name in GEOMETRY]
+
+
+def _find_windows(step: Step) -> list[Any]:
+    """Return what torch's pooling takes behind its input, sizes not rounded up."""
+    options = {"stride": step.arguments["kernel_size"], "padding": 0, "dilation": 1, "count_include_pad": True}
+    options |= {"ceil_mode": False} | step.arguments
+    last = ("dilation", "ceil_mode") if step.op == "max_pool2d" else ("ceil_mode", "count_include_pad")
+    return [options[name] for name in ("kernel_size", "stride", "padding", *last)]
 
 
 def _fake_backward(grads: Sequence[Tensor], inputs: Sequence[Tensor], *_: Any) -> list[Tensor]:
-    return [torch.empty_like(x) for x in inputs]
+    return [x.new_empty(x.shape) for x in inputs]
+
+
+def _record_backward(_: Any, *args: Any) -> list[Tensor]:
+    return run_backward(*args)
 
 
 WEIGHTS = "Tensor codes, Tensor levels, Tensor scale, Tensor bias, str program"
+BACKWARD = f"chain_backward(Tensor[] grads, Tensor[] inputs, {WEIGHTS}) -> Tensor[]"
 define(f"chain(Tensor[] inputs, {WEIGHTS}) -> Tensor[]", run_chain, fake_chain, _apply_gradient)
-define(f"chain_backward(Tensor[] grads, Tensor[] inputs, {WEIGHTS}) -> Tensor[]", run_backward, _fake_backward, None)
+define(BACKWARD, run_backward, _fake_backward, _record_backward)
+define(f"chain_weights({WEIGHTS}) -> Tensor[]", run_weights, _fake_weights, None)
+for key in ("Batched", "FuncTorchBatched"):  # of many gradients at once: `is_grads_batched`, and vmap
+    library.impl("chain_backward", run_backward, key)

@@ -344,6 +344,20 @@ def test_export_with_free_sizes(conv):
         assert torch.equal(exported.module()(x), network(x))
 
 
+def test_gradients_under_autocast_are_float32(conv, rows):
+    for run, x, weights in (
+        (conv2d, random(2, 4, 9, 8), (*conv[:3], None, None, OPTIONS)),
+        (linear, random(3, 8), rows),
+    ):
+        x.requires_grad_()
+        y = run(x, *weights)
+        given = random(*y.shape)
+        (wanted,) = torch.autograd.grad(y, x, given, retain_graph=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            (grad,) = torch.autograd.grad(y, x, given)
+        assert torch.equal(grad, wanted)
+
+
 def test_autocast_keeps_float32(conv, rows):
     x = random(2, 4, 9, 8)
     with torch.autocast("cpu", torch.bfloat16):

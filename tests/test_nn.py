@@ -438,6 +438,34 @@ def test_in_place(resnet):
     assert torch.equal(copy.deepcopy(alias)(images()), alias(images()))
 
 
+class Residual(nn.Module):
+    """A layer alone, to which its own input is added."""
+
+    def __init__(self, layer, norm=None, stem=None):
+        super().__init__()
+        self.layer, self.norm, self.stem = layer, norm or nn.Identity(), stem or nn.LeakyReLU()
+
+    def forward(self, x):
+        x = self.stem(x)
+        return F.relu(self.norm(self.layer(x)) + x)
+
+
+@pytest.mark.parametrize("examples", [False, True])
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: Residual(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)), (2, 4, 6, 6)),
+        (lambda: Residual(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(3, 4, 3)), (2, 3, 6, 6)),
+        (lambda: Residual(nn.Linear(8, 8)), (2, 3, 8)),
+    ],
+)
+def test_a_layer_that_adds_its_own_input(make, shape, examples):
+    model, x = randomize(make(), skip=("stem",)), torch.randn(shape)
+    converted = convert(model, example_inputs=x if examples else None)
+    assert isinstance(converted.layer, (Conv2d, Linear))
+    torch.testing.assert_close(converted(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 class Overwriting(nn.Module):
     def __init__(self):
         super().__init__()

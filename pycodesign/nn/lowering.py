@@ -41,6 +41,16 @@ class Lowered:
         """Names of the modules whose weights it holds."""
         return [step.weights.name for step in self.steps if step.weights is not None]
 
+    @property
+    def arguments(self) -> list[fx.Node]:
+        """What its module is called with; a layer alone takes its input and its residual, which may be the same."""
+        return self.steps[0].inputs if self.is_layer else self.inputs
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether one layer is all it does."""
+        return len(self.program.steps) == 1 and self.steps[0].weights is not None
+
 
 def lower(segment: Sequence[FusedStep], affines: Mapping[fx.Node, Affine] | None) -> Lowered:
     """Write the program of a segment and pack its layers.
@@ -157,7 +167,7 @@ def insert(traced: fx.GraphModule, lowered: Lowered, rows: Mapping[str, Row], re
     layers = zip(lowered.names, lowered.packed, strict=True)
     attach_rows(module, [describe_packed(rows[layer], packed, name) for layer, packed in layers if layer in rows])
     with graph.inserting_before(steps[-1].result):
-        made = graph.call_module(name, tuple(replaced.get(x, x) for x in lowered.inputs))
+        made = graph.call_module(name, tuple(replaced.get(x, x) for x in lowered.arguments))
         several = len(lowered.program.outputs) > 1
         forms = {step.result: step.form for step in steps}
         for node, position in lowered.outputs.items():
@@ -171,8 +181,8 @@ def insert(traced: fx.GraphModule, lowered: Lowered, rows: Mapping[str, Row], re
 def _make_module(traced: fx.GraphModule, lowered: Lowered) -> tuple[str, nn.Module]:
     """Add the module that runs a segment: a layer of the same name where that is all it does."""
     steps, program = lowered.steps, lowered.program
-    if len(program.steps) == 1 and steps[0].weights is not None:
-        weights = steps[0].weights
+    weights = steps[0].weights
+    if lowered.is_layer and weights is not None:
         kind = Conv2d if steps[0].op == "conv2d" else Linear
         module: nn.Module = kind.from_quantized(
             weights.q, weights.bias, packed=lowered.packed[0], clamp=steps[0].clamp, **weights.options

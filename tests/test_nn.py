@@ -498,9 +498,204 @@ def test_what_reads_a_value_before_it_is_overwritten_is_not_moved_behind(skip):
     torch.testing.assert_close(convert(model, skip=skip)(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+class Written(nn.Module):
+    """Writes into a value that has another name, or is a part of another."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.first, self.second = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(2))
+        self.act, self.write = nn.ReLU(inplace=True), write
+
+    def forward(self, x):
+        return self.write(self, self.first(x))
+
+
+def add_to_itself(model, y):
+    skip = y
+    y += 1
+    return model.second(y) + skip
+
+
+def multiply_in_a_list(model, y):
+    kept = [model.act(y)]
+    y *= 2
+    return model.second(y) + kept[0]
+
+
+def halve_a_size(model, y):
+    size = height = y.size(2)
+    size //= 2
+    return model.second(y)[:, :, size:height]
+
+
+def call_one_activation_twice(model, y):
+    z = model.second(model.act(y))
+    model.act(z)
+    return y - z
+
+
+def activate_a_chunk(model, y):
+    model.act(y.chunk(2, 1)[0])
+    return model.second(y)
+
+
+def activate_a_view(model, y):
+    model.act(y.flatten(2))
+    return model.second(y)
+
+
+def activate_what_is_detached(model, y):
+    z = y.detach()
+    F.relu(y, inplace=True)
+    return model.second(z)
+
+
+def activate_a_part_and_read_another(model, y):
+    a = y[:, :2]
+    y.relu_()
+    return model.second(y)[:, :2] + a
+
+
+@pytest.mark.parametrize("write", [add_to_itself, multiply_in_a_list, halve_a_size, call_one_activation_twice])
+def test_other_names_of_a_value_that_is_written_to(write):
+    model, x = randomize(Written(write)), torch.randn(2, 4, 6, 6)
+    converted = convert(model)
+    torch.testing.assert_close(converted(x), model(x), rtol=1e-5, atol=1e-5)
+    assert all("not traced" not in row.why for row in report(converted))
+
+
+@pytest.mark.parametrize(
+    "write", [activate_a_chunk, activate_a_view, activate_what_is_detached, activate_a_part_and_read_another]
+)
+def test_parts_of_a_value_that_is_written_to(write):
+    model, x = randomize(Written(write)), torch.randn(2, 4, 6, 6)
+    converted = convert(model, strict=True)
+    torch.testing.assert_close(converted(x), model(x), rtol=1e-5, atol=1e-5)
+    why = {row.why.partition(", so by itself")[0].partition("writes ")[2] for row in report(converted)}
+    assert why == {"into a tensor that is read later under another name)"}
+
+
 def test_batch_normalization_of_other_dimensions_is_not_folded():
     model, x = randomize(Normalized()), torch.randn(3, 6, 12)
     torch.testing.assert_close(convert(model, example_inputs=x)(x), model(x))
+
+
+# --- what the graph does not show
+
+
+def scale_input(module, args):
+    return (2 * args[0],)
+
+
+def scale_output(module, args, y):
+    return 3 * y
+
+
+class Hooked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Identity()
+        self.body = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Dropout())
+
+    def forward(self, x):
+        return self.drop(self.norm(self.conv(self.body(x))))
+
+
+@pytest.mark.parametrize("name", ["", "conv", "norm", "drop", "body", "body.1"])
+@pytest.mark.parametrize("change", ["pre_hook", "hook", "forward"])
+def test_modules_with_hooks_are_called(name, change):
+    model, x = randomize(Hooked()), torch.randn(2, 4, 6, 6)
+    module = model.get_submodule(name)
+    if change == "pre_hook":
+        module.register_forward_pre_hook(scale_input)
+    elif change == "hook":
+        module.register_forward_hook(scale_output)
+    else:
+        module.forward = lambda x: F.max_pool2d(x, 1) * 2
+    converted = convert(model)
+    torch.testing.assert_close(converted(x), model(x), rtol=1e-5, atol=1e-5)
+    rows = find_rows(converted)
+    if not name:
+        assert rows["conv"].why.startswith("not traced (it has hooks, or a forward of its own), so by itself")
+    elif name == "body":
+        assert rows["body.0"].why == "body has hooks, or a forward of its own"
+
+
+class Optional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x, mask=None, scale=None, *, twice=False):
+        x = self.a(x)
+        if mask is not None:
+            x = x * mask
+        x = self.b(F.relu(x)) * (1.0 if scale is None else 2.0)
+        return x + x if twice else x
+
+
+def test_arguments_with_a_default():
+    model, x, mask = randomize(Optional()), torch.randn(2, 8), torch.rand(2, 8)
+    converted = convert(model)
+    assert find_rows(converted)["a"].where == find_rows(converted)["b"].where
+    for made in (converted, copy.deepcopy(converted), pickle.loads(pickle.dumps(converted))):
+        torch.testing.assert_close(made(x, None, twice=False), model(x))
+        for name, got, value in (("mask", "Tensor", mask), ("scale", "3", 3), ("twice", "True", True)):
+            with pytest.raises(ValueError, match=f"^{name}: expected .*, as when the network was converted, got {got}"):
+                made(x, **{name: value})
+    torch.testing.assert_close(convert(model, example_inputs=(x, None, 3))(x, scale=3), model(x, scale=3))
+    masked = convert(model, example_inputs=[(x, mask), (x, 2 * mask)])
+    torch.testing.assert_close(masked(x, mask), model(x, mask))
+    with pytest.raises(TypeError, match="mask"):
+        masked(x)
+
+
+class Unseen(nn.Module):
+    def __init__(self, act):
+        super().__init__()
+        self.conv, self.act, self.calls = nn.Conv2d(4, 4, 3), act, 0
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        return self.act(self, self.conv(x))
+
+
+def count(model, y):
+    model.seen += 1
+    return y * model.seen
+
+
+def count_in_python(model, y):
+    model.calls += 1
+    return y * model.calls
+
+
+def keep_a_sum(model, y):
+    model.seen.add_(y.sum())
+    return y * model.seen
+
+
+def add_noise(model, y):
+    return y + torch.randn(1)
+
+
+@pytest.mark.parametrize(
+    ("act", "why"),
+    [
+        (count, "its forward changes seen"),
+        (count_in_python, "its forward changes calls"),
+        (keep_a_sum, "add_ writes into seen"),
+        (add_noise, "it draws random numbers"),
+        (lambda model, y: y.normal_(), "normal_ writes into a tensor in place"),
+    ],
+)
+def test_what_a_graph_does_not_show_is_not_traced(act, why):
+    model, x = randomize(Unseen(act)), torch.randn(2, 4, 6, 6)
+    converted = convert(model, strict=True)
+    for _ in range(2):
+        ours, theirs = ([torch.manual_seed(3), made(x)][1] for made in (converted, model))
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert find_rows(converted)["conv"].why.startswith(f"not traced ({why}), so by itself")
 
 
 # --- networks that cannot be traced
@@ -575,7 +770,7 @@ def test_reasons():
         "transposed": "ConvTranspose2d: there are kernels for Conv2d and Linear only",
         "one": "Conv1d: there are kernels for Conv2d and Linear only",
         "narrow": "weight: expected torch.float32, got torch.bfloat16",
-        "hooked": "it has hooks",
+        "hooked": "it has hooks, or a forward of its own",
         "attention.out_proj": "MultiheadAttention reads its weight itself",
         "depthwise": "its weights do not repeat: 9 distinct values among the 9 of an output",
         "many": "w: output 0 has 400 distinct values, expected at most 256",

@@ -12,12 +12,13 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pycodesign.nn.calibration import Observer, find_range, list_calls, to_affine
 from pycodesign.nn.fusion import Weights, fuse, gather
-from pycodesign.nn.graph import KEEPS, has_hooks, trace
+from pycodesign.nn.graph import KEEPS, is_plain
 from pycodesign.nn.layers import SKIPPED, UNNAMED, Quantizers, check_arguments, find_layers
 from pycodesign.nn.lowering import CannotPack, Lowered, insert, lower, quantize_to, sort_graph
 from pycodesign.nn.modules import Conv2d, Linear, Segment
 from pycodesign.nn.program import Program, Step, describe_layer, prepack
 from pycodesign.nn.reports import ROWS, Row, attach_rows, describe_packed
+from pycodesign.nn.tracing import trace
 from pycodesign.ops import Packed
 
 __all__ = ["convert"]
@@ -44,7 +45,10 @@ def convert(
     ----------
     model : torch.nn.Module
         In evaluation mode, in host memory. Traced by `torch.fx`; where that fails, layers are replaced one by one and
-        nothing else is.
+        nothing else is. The same happens where a graph would not show all that a call does: hooks of the model itself,
+        writes into buffers or attributes, writes into a part of what is read later, random numbers. Modules with hooks
+        are called as they are. An argument with a default is a constant, unless an example gives a tensor for it: calls
+        with another value raise.
     weights : str, callable or dict
         Name of a function of `pycodesign.quantize`, a function from weights to a `QuantizedTensor`, or a dict from
         module names to either, which leaves the layers that it does not name. By default weights are those of a
@@ -101,8 +105,9 @@ def convert(
     try:
         if isinstance(source, KEEPS):
             raise ValueError("it is a layer")
-        traced = trace(source)
+        traced = trace(source, calls)
     except Exception as error:  # of any kind: it is the model's code that runs
+        source = copy.deepcopy(model)  # its code may have changed the other copy
         why = f"not traced ({_first_line(error)}), so by itself"
         for name in layers:
             rows[name].why = "; ".join(filter(None, [rows[name].why, why]))
@@ -137,7 +142,7 @@ def _convert_graph(
     for name in rows:
         if name not in called:
             layers.pop(name, None)
-            rows[name].why = rows[name].why or "the model does not call it by itself"
+            rows[name].why = rows[name].why or _find_hooks(traced, name) or "the model does not call it by itself"
     _fold_norms(traced, layers, rows)
     affines = None
     if calls:
@@ -160,6 +165,15 @@ def _convert_graph(
     return traced
 
 
+def _find_hooks(traced: fx.GraphModule, name: str) -> str:
+    """Say which of the modules around a layer is called as it is."""
+    parts = name.split(".")
+    for parent in (".".join(parts[:depth]) for depth in range(1, len(parts))):
+        if not is_plain(traced.get_submodule(parent)):
+            return f"{parent} has hooks, or a forward of its own"
+    return ""
+
+
 def _lower_all(traced: fx.GraphModule, layers: dict[str, Weights], rows: dict[str, Row], affines: Any) -> list[Lowered]:
     """Lower every segment; a layer that cannot be packed is left out, and segments are found anew."""
     while True:
@@ -180,7 +194,7 @@ def _fold_norms(traced: fx.GraphModule, layers: Mapping[str, Weights], rows: dic
             continue
         name = str(before.target)
         norm, conv = traced.get_submodule(str(node.target)), traced.get_submodule(name)
-        plain = type(norm) is nn.BatchNorm2d and type(conv) is nn.Conv2d and not (has_hooks(norm) or has_hooks(conv))
+        plain = type(norm) is nn.BatchNorm2d and type(conv) is nn.Conv2d and is_plain(norm) and is_plain(conv)
         if not plain or norm.running_mean is None or name in layers or rows[name].why in (SKIPPED, UNNAMED):
             continue
         if called.count(name) == 1 and len(before.users) == 1:

@@ -12,80 +12,8 @@ from torch import fx, nn
 Match: TypeAlias = "tuple[str, dict[str, Any]] | None"  # kind and arguments of a node; its first argument is `x`
 
 KEEPS = (nn.Conv2d, nn.Linear)  # also where derived classes compute more
-IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 IMAGE_MODULES = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.SiLU, nn.GELU, nn.LeakyReLU, nn.Hardswish, nn.Sigmoid)
-
-
-class Tracer(fx.Tracer):
-    """Keeps layers whole, also those of derived classes and of Brevitas."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        whole = isinstance(m, KEEPS) or type(m).__module__.startswith(("brevitas.", "pycodesign.nn."))
-        return whole or super().is_leaf_module(m, module_qualified_name)
-
-
-def trace(model: nn.Module) -> fx.GraphModule:
-    """Return the graph of a model in evaluation mode, where nothing is written in place and nothing does nothing.
-
-    Raises
-    ------
-    Exception
-        Of many kinds, where the model's code cannot be traced.
-    """
-    tracer = Tracer()
-    traced = fx.GraphModule(model, tracer.trace(model), type(model).__name__)
-    graph = traced.graph
-    for node in list(graph.nodes):
-        if drop_in_place(traced, node):
-            later = set(_nodes_after(node))
-            for user in list(node.args[0].users):
-                if user in later:
-                    user.replace_input_with(node.args[0], node)
-    for node in list(graph.nodes):
-        if node.op == "call_module" and not node.args and node.kwargs.keys() == {"input"}:
-            node.args, node.kwargs = (node.kwargs["input"],), {}
-        if is_identity(traced, node):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-    graph.eliminate_dead_code()
-    return traced
-
-
-def _nodes_after(node: fx.Node) -> list[fx.Node]:
-    nodes = list(node.graph.nodes)
-    return nodes[nodes.index(node) + 1 :]
-
-
-def drop_in_place(traced: fx.GraphModule, node: fx.Node) -> bool:
-    """Let a node that overwrites its input make a new value instead; say whether it did."""
-    if node.op == "call_module":
-        module = traced.get_submodule(str(node.target))
-        found = bool(getattr(module, "inplace", False))
-        if found:
-            module.inplace = False  # type: ignore[assignment]
-        return found
-    if node.kwargs.get("inplace"):
-        node.kwargs = {**node.kwargs, "inplace": False}
-        return True
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if node.op not in ("call_function", "call_method") or not isinstance(name, str):
-        return False
-    if node.target is operator.setitem or (name.endswith("_") and not name.endswith("__")):
-        pure = getattr(torch, name.removesuffix("_"), None)
-        if node.target is operator.setitem or pure is None:
-            raise ValueError(f"{name} writes into a tensor in place")
-        node.op, node.target = "call_function", pure
-        return True
-    return False
-
-
-def is_identity(traced: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return type(traced.get_submodule(str(node.target))) in IDENTITIES
-    if node.op == "call_function" and getattr(node.target, "__name__", "").endswith("dropout"):
-        return not bind(node, "input", "p", "training", training=True)["training"]
-    return False
 
 
 def bind(node: fx.Node, *names: str, **defaults: Any) -> dict[str, Any]:
@@ -107,7 +35,7 @@ def match(traced: fx.GraphModule, node: fx.Node) -> Match:
 
 
 def match_module(module: nn.Module) -> Match:
-    if has_hooks(module):
+    if not is_plain(module):
         return None
     if isinstance(module, KEEPS):
         return "conv2d" if isinstance(module, nn.Conv2d) else "linear", {}
@@ -130,8 +58,10 @@ def match_module(module: nn.Module) -> Match:
     return None
 
 
-def has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def is_plain(module: nn.Module) -> bool:
+    """Say whether a call runs the forward of the module's class and nothing else."""
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return not any(hooks) and "forward" not in module.__dict__
 
 
 def match_call(node: fx.Node) -> Match:

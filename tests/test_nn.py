@@ -580,6 +580,32 @@ def test_batch_normalization_of_other_dimensions_is_not_folded():
     torch.testing.assert_close(convert(model, example_inputs=x)(x), model(x))
 
 
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda y: F.avg_pool2d(y, y.size()[3]),
+        lambda y: F.avg_pool2d(y, kernel_size=y.shape[2:]),
+        lambda y: F.max_pool2d(y, 2, y.shape[-1] // 3),
+        lambda y: y.clamp(2, 1),
+        lambda y: y.clamp(max=y.shape[1]),
+        lambda y: torch.add(y, y.relu(), out=torch.empty(2, 4, 6, 6)),
+    ],
+)
+@pytest.mark.parametrize("activations", ["float32", "uint8"])
+def test_arguments_that_no_step_can_have_are_computed_by_torch(act, activations):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return self.last(act(self.first(x)))
+
+    model, x = randomize(Network()), torch.randn(2, 4, 6, 6)
+    y, wanted = convert(model, activations=activations, example_inputs=x, strict=True)(x), model(x)
+    assert (y - wanted).abs().max() <= (1e-5 if activations == "float32" else 0.05) * wanted.abs().max()
+
+
 # --- what the graph does not show
 
 

@@ -29,9 +29,13 @@ def match(traced: fx.GraphModule, node: fx.Node) -> Match:
         if len(node.args) > 1 or node.kwargs:
             return None
         return match_module(traced.get_submodule(str(node.target)))
-    if node.op in ("call_function", "call_method"):
-        return match_call(node)
-    return None
+    if node.op not in ("call_function", "call_method"):
+        return None
+    found = match_call(node)
+    known = {node.args[0], found[1].get("other")} if found is not None else set()
+    if found is not None and found[0] != "flatten" and not known.issuperset(node.all_input_nodes):
+        return None  # the network computes another argument, too
+    return found
 
 
 def match_module(module: nn.Module) -> Match:
@@ -46,7 +50,7 @@ def match_module(module: nn.Module) -> Match:
     if kind is nn.ReLU:
         return "clamp", {"clamp": (0.0, None)}
     if kind in (nn.ReLU6, nn.Hardtanh):
-        return "clamp", {"clamp": (float(m.min_val), float(m.max_val))}
+        return _clamp(m.min_val, m.max_val)
     if kind is nn.MaxPool2d:
         return _max_pool(m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices)
     if kind is nn.AvgPool2d:
@@ -123,6 +127,8 @@ def _is_batch_size(value: Any, x: Any) -> bool:
 
 def _clamp(low: Any, high: Any) -> Match:
     if not all(bound is None or isinstance(bound, (int, float)) for bound in (low, high)):
+        return None
+    if low is not None and high is not None and not low <= high:
         return None
     return "clamp", {"clamp": tuple(None if bound is None else float(bound) for bound in (low, high))}
 

@@ -755,6 +755,43 @@ def test_layers_are_replaced_one_by_one_where_tracing_fails(activations):
     assert isinstance(model.conv, nn.Conv2d)
 
 
+class Reading(nn.Module):
+    """Reads what its layers hold."""
+
+    def __init__(self, traceable):
+        super().__init__()
+        self.conv, self.fc, self.traceable = nn.Conv2d(4, 8, 3, padding=1, groups=2), nn.Linear(8, 8), traceable
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        if not self.traceable and x.sum() > -1e9:
+            layer = self.conv
+            x = x.to(layer.weight.dtype).view(-1, layer.in_channels, *x.shape[2:]) * layer.padding[0]
+        y = self.norm(self.conv(x)).movedim(1, -1)
+        y = F.linear(self.fc(y.reshape(-1, self.fc.in_features)), self.fc.weight.t())
+        return y / self.conv.weight.norm() * self.conv.weight.shape[0] + self.norm.weight
+
+
+@pytest.mark.parametrize("activations", ["float32", "uint8"])
+@pytest.mark.parametrize("traceable", [True, False])
+def test_what_a_model_reads_of_its_layers(traceable, activations):
+    model, x = randomize(Reading(traceable)), torch.rand(2, 4, 5, 5)
+    converted = convert(model, activations=activations, example_inputs=x, strict=not traceable)
+    y, wanted = converted(x), model(x)
+    assert (y - wanted).abs().max() <= (1e-5 if activations == "float32" else 0.05) * wanted.abs().max()
+    rows = find_rows(converted)
+    if traceable:
+        assert {rows["conv"].why, rows["fc"].why} == {"the model reads its weights itself"}
+        with pytest.raises(ValueError, match="conv: the model reads its weights itself"):
+            convert(model, strict=True)
+        return
+    for name in ("conv", "fc"):
+        ours, theirs = (made.get_submodule(name) for made in (converted, model))
+        torch.testing.assert_close(ours.weight, theirs.weight)
+        for attribute in ("in_features", "in_channels", "out_channels", "kernel_size", "stride", "dilation", "groups"):
+            assert getattr(ours, attribute, None) == getattr(theirs, attribute, None)
+
+
 def test_a_layer_alone_is_converted():
     layer = randomize(nn.Linear(16, 4))
     converted = convert(layer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,13 +15,17 @@ from pycodesign.nn.fusion import Weights, fuse, gather
 from pycodesign.nn.graph import KEEPS, is_plain
 from pycodesign.nn.layers import SKIPPED, UNNAMED, Quantizers, check_arguments, find_layers
 from pycodesign.nn.lowering import CannotPack, Lowered, insert, lower, quantize_to, sort_graph
-from pycodesign.nn.modules import Conv2d, Linear, Segment
+from pycodesign.nn.modules import WINDOWS, Conv2d, Linear, Segment
 from pycodesign.nn.program import Program, Step, describe_layer, prepack
 from pycodesign.nn.reports import ROWS, Row, attach_rows, describe_packed
 from pycodesign.nn.tracing import trace
 from pycodesign.ops import Packed
 
 __all__ = ["convert"]
+
+# of a layer, that a model's own code may read
+ATTRIBUTES = {"in_features", "out_features", "in_channels", "out_channels", "kernel_size", "groups", *WINDOWS}
+READ = "the model reads its weights itself"
 
 
 def convert(
@@ -139,6 +143,9 @@ def _convert_graph(
     calibration: str,
 ) -> fx.GraphModule:
     called = {node.target for node in traced.graph.nodes if node.op == "call_module"}
+    for name in _find_read(traced, rows):
+        layers.pop(name, None)
+        rows[name].why = rows[name].why or READ
     for name in rows:
         if name not in called:
             layers.pop(name, None)
@@ -163,6 +170,12 @@ def _convert_graph(
     traced.graph.lint()
     traced.recompile()
     return traced
+
+
+def _find_read(traced: fx.GraphModule, names: Iterable[str]) -> list[str]:
+    """Return the modules whose tensors are not only read by themselves."""
+    read = [str(node.target) for node in traced.graph.nodes if node.op == "get_attr"]
+    return [name for name in names if any(target.startswith(f"{name}.") for target in read)]
 
 
 def _find_hooks(traced: fx.GraphModule, name: str) -> str:
@@ -195,7 +208,7 @@ def _fold_norms(traced: fx.GraphModule, layers: Mapping[str, Weights], rows: dic
         name = str(before.target)
         norm, conv = traced.get_submodule(str(node.target)), traced.get_submodule(name)
         plain = type(norm) is nn.BatchNorm2d and type(conv) is nn.Conv2d and is_plain(norm) and is_plain(conv)
-        if not plain or norm.running_mean is None or name in layers or rows[name].why in (SKIPPED, UNNAMED):
+        if not plain or norm.running_mean is None or name in layers or rows[name].why in (SKIPPED, UNNAMED, READ):
             continue
         if called.count(name) == 1 and len(before.users) == 1:
             traced.add_submodule(name, fuse_conv_bn_eval(conv, norm))  # type: ignore[type-var, arg-type]
@@ -224,6 +237,8 @@ def _replace_layers(
         attach_rows(layer, [describe_packed(rows[name], layer.packed(), name)])
     for name, affine in _observe_inputs(model, made, calls, calibration).items() if calibration else ():
         segment, packed = _quantize_input(layers[name], affine)
+        for attribute in ATTRIBUTES & vars(made[name]).keys():
+            setattr(segment, attribute, getattr(made[name], attribute))
         model = _set_module(model, name, segment)
         attach_rows(segment, [describe_packed(rows[name], packed, name)])
     return model.eval()

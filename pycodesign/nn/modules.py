@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from pycodesign import quantize
-from pycodesign._arguments import SHORT_FLOATS, Array, join_names, to_numpy
+from pycodesign._arguments import SHORT_FLOATS, Array, join_names, to_numpy, to_pair
 from pycodesign._quantized import FewValued, from_arrays, to_arrays
 from pycodesign.nn import ops
-from pycodesign.nn.program import LayerWeights, Program, find_chain, join_weights, parse_program
+from pycodesign.nn.program import LayerWeights, Program, find_chain, join_weights, parse_program, split_weights
 from pycodesign.nn.sources import find_weight
-from pycodesign.nn.weights import weight_shape
+from pycodesign.nn.weights import dequantize, weight_shape
 from pycodesign.ops import Packed
 from pycodesign.quantize import KernelCodebook, QuantizedTensor
 
@@ -25,6 +25,7 @@ __all__ = ["Conv2d", "Linear"]
 Quantizer: TypeAlias = str | Callable[[Any], FewValued]
 L = TypeVar("L", bound="Layer")
 
+WINDOWS = ("stride", "padding", "dilation")
 QUANTIZERS = ("binary", "from_fake_quantized", "kernel_codebook", "ternary")  # they need the weights alone
 
 
@@ -57,6 +58,14 @@ class Layer(nn.Module):
             raise TypeError(f"{name}: expected one of the options {join_names(defaults)}, got another")
         self.options = {k: v for k, v in options.items() if v not in (defaults[k], (defaults[k], defaults[k]))}
         self.options_json = json.dumps(self.options)
+        outputs, inputs, *kernel = weight_shape(codes, levels)  # what follows has the names that torch's layers give it
+        if self.kind == "linear":
+            self.in_features, self.out_features = inputs, outputs
+            return
+        geometry = defaults | options
+        self.stride, self.padding, self.dilation = (to_pair(name, geometry[name], 0) for name in WINDOWS)
+        self.groups, self.kernel_size = geometry["groups"], tuple(kernel)
+        self.in_channels, self.out_channels = inputs * self.groups, outputs
 
     @classmethod
     def from_quantized(
@@ -104,6 +113,11 @@ class Layer(nn.Module):
     def quantized(self) -> FewValued:
         """Return the weights that the layer was made of."""
         return from_arrays(self.codes, self.levels, self.scale)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights as torch's layers have them, made anew for each reader."""
+        return dequantize(self.codes, self.levels, self.scale)
 
     def extra_repr(self) -> str:
         outputs, inputs, *kernel = weight_shape(self.codes, self.levels)
@@ -217,6 +231,14 @@ class Segment(nn.Module):
 
     def weights(self) -> tuple[Tensor, ...]:
         return self.codes, self.levels, self.scale, self.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights of the only layer, as torch's layers have them."""
+        layers = split_weights(parse_program(self.program), self.weights())
+        if len(layers) != 1:
+            raise AttributeError(f"weight: expected a segment of one layer, got {len(layers)}")
+        return torch.from_numpy(layers[0][0].dequantize())
 
     def forward(self, input: Tensor, *others: Tensor) -> Any:
         """Run the segment; a list where it makes several values."""

@@ -580,6 +580,108 @@ def test_batch_normalization_of_other_dimensions_is_not_folded():
     torch.testing.assert_close(convert(model, example_inputs=x)(x), model(x))
 
 
+def same(inputs, outputs, kernel=3, **options):
+    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, **options)
+
+
+def function(forward, **modules):
+    """Return a network that computes a function of itself and its input."""
+
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name, module in modules.items():
+                setattr(self, name, module)
+
+        def forward(self, x):
+            return forward(self, x)
+
+    return Network()
+
+
+def add_squeezed(m, x):
+    x = F.silu(m.d(x))
+    return m.a(x) + m.b(x * torch.sigmoid(m.c(F.adaptive_avg_pool2d(x, 1))))
+
+
+def add_padded(m, x):
+    return m.a(x) + F.pad(m.b(x)[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
+
+
+# networks with an add, shapes of their inputs, and whether it is known that no operand is expanded
+ADDS = {
+    "channels": (lambda m, x: m.a(x) + m.b(x), {"a": same(3, 8), "b": same(3, 1)}, [(2, 3, 8, 8)], False),
+    "sides": (lambda m, x: m.a(x) + m.b(x), {"a": same(3, 8), "b": nn.Conv2d(3, 8, 8)}, [(2, 3, 8, 8)], False),
+    "mean": (
+        lambda m, x: m.a(x) + m.b(x.mean((2, 3), keepdim=True)),
+        {"a": same(3, 8), "b": same(3, 8, 1)},
+        [(2, 3, 1, 1), (2, 3, 5, 5)],
+        False,
+    ),
+    "tokens": (
+        lambda m, x: m.a(x) + m.b(x[:, :1]),
+        {"a": nn.Linear(6, 4), "b": nn.Linear(6, 4)},
+        [(2, 1, 6), (2, 5, 6)],
+        False,
+    ),
+    "parameter": (
+        lambda m, x: m.a(x) + m.c.weight[None],
+        {"a": same(3, 8), "c": nn.Conv1d(1, 8, 1)},
+        [(1, 3, 1, 1), (3, 3, 4, 4)],
+        False,
+    ),
+    "bool": (lambda m, x: m.a(x) + (x > 0), {"a": same(3, 3)}, [(2, 3, 8, 8)], False),
+    "double": (lambda m, x: m.a(x) + F.silu(x.double()), {"a": same(3, 3)}, [(2, 3, 8, 8)], False),
+    "strides": (
+        lambda m, x: m.b(m.a(x)) + m.c(F.silu(x)),
+        {"a": same(3, 8, 3, stride=2), "b": same(8, 8, 5, stride=3), "c": same(3, 8, 1, stride=6)},
+        [(2, 3, 8, 8), (1, 3, 17, 5)],
+        True,
+    ),
+    "other strides": (
+        lambda m, x: m.a(x) + m.c(x),
+        {"a": same(3, 8, 3, stride=3), "c": nn.Conv2d(3, 8, 2, stride=3)},
+        [(2, 3, 8, 8)],
+        False,
+    ),
+    "pooling": (
+        lambda m, x: m.a(F.max_pool2d(F.gelu(x), 3, 2, 1)) + m.b(F.gelu(x)),
+        {"a": same(3, 4), "b": same(3, 4, 1, stride=2)},
+        [(2, 3, 9, 9), (2, 3, 8, 6)],
+        True,
+    ),
+    "squeeze": (add_squeezed, {name: same(8, 8) for name in "abcd"}, [(2, 8, 5, 5)], True),
+    "padding": (add_padded, {"a": same(4, 8, 3, stride=2), "b": same(4, 4)}, [(2, 4, 7, 8)], True),
+    "concatenation": (
+        lambda m, x: m.c(torch.cat([m.a(x), m.b(x)], 1)) + F.leaky_relu(m.a(x)),
+        {"a": same(4, 4), "b": same(4, 4), "c": same(8, 4)},
+        [(2, 4, 5, 5)],
+        True,
+    ),
+    "features": (
+        lambda m, x: m.b(F.gelu(m.a(F.layer_norm(x, (8,))))) + x,
+        {"a": nn.Linear(8, 16), "b": nn.Linear(16, 8)},
+        [(2, 5, 8), (2, 8), (8,)],
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ADDS)
+@pytest.mark.parametrize("examples", [False, True])
+def test_adds_are_fused_where_shapes_are_equal_in_every_call(name, examples):
+    forward, layers, shapes, fused = ADDS[name]
+    model = randomize(function(forward, **layers))
+    xs = [torch.randn(shape, generator=torch.Generator().manual_seed(1)) for shape in shapes]
+    converted = convert(model, example_inputs=xs[0] if examples else None)
+    for x in xs:
+        y, wanted = converted(x), model(x)
+        assert (y.dtype, y.shape) == (wanted.dtype, wanted.shape)
+        assert (y - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+    last = next(node for node in converted.graph.nodes if node.op == "output").args[0]
+    assert (last.op == "call_module") == fused
+
+
 @pytest.mark.parametrize(
     "act",
     [

@@ -42,8 +42,9 @@ def convert(
     """Replace a network's convolutions and linear layers by packed ones that compute the same.
 
     Batch normalization is folded into the layer before it, or becomes a layer; ReLU, ReLU6, clamps and residual adds
-    are fused; neighboring layers, with the pooling and the adds between them, run in one call. `report` tells what
-    became of each layer: one that cannot be converted stays torch's.
+    are fused, these where it is known that both shapes are equal in every call; neighboring layers, with the pooling
+    and the adds between them, run in one call. `report` tells what became of each layer: one that cannot be converted
+    stays torch's.
 
     Parameters
     ----------
@@ -61,7 +62,8 @@ def convert(
         Between layers of a call. With ``"uint8"``, layers whose weights do not repeat are rounded to 8 bits.
     example_inputs : Tensor, tuple, or iterable of these, optional
         The argument of a call, the arguments of one, or several calls. Needed for uint8 activations, whose scales come
-        from the ranges that values have; otherwise they tell shapes, so that more can be fused.
+        from the ranges that values have; otherwise they tell how many dimensions values have, so that more can be
+        fused.
     skip : collection of str
         Names of layers to leave.
     strict : bool

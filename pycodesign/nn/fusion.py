@@ -12,6 +12,7 @@ from torch import fx
 
 from pycodesign._quantized import FewValued
 from pycodesign.nn.graph import find_rank, match, read_norm
+from pycodesign.nn.shapes import Image, Rows, Shapes
 from pycodesign.quantize import QuantizedTensor
 
 Floats: TypeAlias = "NDArray[np.float32]"
@@ -83,6 +84,7 @@ def fuse(traced: fx.GraphModule, layers: Mapping[str, Weights]) -> dict[fx.Node,
     """
     steps: dict[fx.Node, FusedStep] = {}
     order = {node: i for i, node in enumerate(traced.graph.nodes)}
+    shapes = Shapes(traced, layers)
     for node in traced.graph.nodes:
         found = match(traced, node)
         if found is None:
@@ -101,10 +103,11 @@ def fuse(traced: fx.GraphModule, layers: Mapping[str, Weights]) -> dict[fx.Node,
                 if before.may_absorb(node):
                     _extend(steps, before, node).clamp = arguments["clamp"]
                     continue
-            if combined := _find_form(traced, steps, [x]):
-                steps[node] = FusedStep("add", [node], x, combined, clamp=arguments["clamp"])
+            if before is not None or find_rank(traced, x) == 4:
+                form = "image" if before is None else before.form
+                steps[node] = FusedStep("add", [node], x, form, clamp=arguments["clamp"])
         elif kind == "add":
-            _fuse_add(traced, node, arguments["other"], steps, order)
+            _fuse_add(node, arguments["other"], steps, shapes, order)
         elif kind == "flatten":
             if before is not None and before.form == "image":
                 steps[node] = FusedStep("flatten", [node], x, "flat")
@@ -141,11 +144,11 @@ def _fuse_norm(
 
 
 def _fuse_add(
-    traced: fx.GraphModule, node: fx.Node, b: fx.Node, steps: dict[fx.Node, FusedStep], order: dict[fx.Node, int]
+    node: fx.Node, b: fx.Node, steps: dict[fx.Node, FusedStep], shapes: Shapes, order: Mapping[fx.Node, int]
 ) -> None:
     """Add the later operand's layer a residual; where none can take it, add in a step of its own."""
     a: fx.Node = node.args[0]  # type: ignore[assignment]
-    form = _find_form(traced, steps, [a, b])
+    form = _find_form(steps, [a, b], shapes.find_common(a, b))
     if form is None:
         return
     for x, other in sorted([(a, b), (b, a)], key=lambda pair: -order[pair[0]]):
@@ -157,29 +160,15 @@ def _fuse_add(
     steps[node] = FusedStep("add", [node], a, form, other=b)
 
 
-def _find_form(traced: fx.GraphModule, steps: Mapping[fx.Node, FusedStep], nodes: Sequence[fx.Node]) -> str | None:
-    """Return the form of values to be combined; None if they may differ in shape, or cannot be told to be alike."""
-    shapes = {node.meta.get("shape") for node in nodes}
-    forms = {steps[node].form for node in nodes if node in steps}
-    if None not in shapes:
-        if len(shapes) > 1:
-            return None
-    elif len({_is_pooled(steps, node) for node in nodes}) > 1:
+def _find_form(steps: Mapping[fx.Node, FusedStep], nodes: Sequence[fx.Node], shape: Image | Rows | None) -> str | None:
+    """Return the form of values of one shape that are to be combined; None if no step can."""
+    if shape is None:
         return None
-    if None in shapes or not forms:
-        ranks = {find_rank(traced, node) for node in nodes if node not in steps}
-        if ranks - {4}:
-            return None
-        forms |= {"image" for _ in ranks}
+    forms = {steps[node].form for node in nodes if node in steps}
+    if "flat" in forms and any(node not in steps for node in nodes):
+        return None
+    forms = forms or {"image" if isinstance(shape, Image) else "rows"}
     return forms.pop() if len(forms) == 1 else None
-
-
-def _is_pooled(steps: Mapping[fx.Node, FusedStep], node: fx.Node) -> bool:
-    """Say whether a value has one pixel whatever the size of the network's input."""
-    step = steps.get(node)
-    if step is None or step.op == "linear":
-        return False
-    return (step.op == "avg_pool2d" and "kernel_size" not in step.arguments) or _is_pooled(steps, step.x)
 
 
 def gather(steps: Mapping[fx.Node, FusedStep], layers: Mapping[str, Weights]) -> list[list[FusedStep]]:

@@ -21,6 +21,19 @@ def bind(node: fx.Node, *names: str, **defaults: Any) -> dict[str, Any]:
     return {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
+def call_name(node: fx.Node) -> str:
+    """Return the name of what a node calls of torch's or Python's own, or of the attribute that it reads; or ""."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return ""
+    if node.target is getattr:
+        return str(node.args[1])
+    where = getattr(node.target, "__module__", None) or "torch"
+    own = where.startswith(("torch", "_operator", "builtins", "math"))
+    return str(getattr(node.target, "__name__", "")) if own else ""
+
+
 def match(traced: fx.GraphModule, node: fx.Node) -> Match:
     """Say which of these kinds a node is: conv2d, linear, norm, clamp, max_pool2d, avg_pool2d, flatten, add."""
     if not node.args or not isinstance(node.args[0], fx.Node):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from pycodesign.nn.graph import KEEPS, bind, is_plain
+from pycodesign.nn.graph import KEEPS, bind, call_name, is_plain
 
 IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
@@ -180,13 +180,6 @@ def drop_writes(traced: fx.GraphModule) -> None:
         roots[node] = frozenset().union(*(roots[x] for x in _list_shared(traced, node))) or frozenset([node])
 
 
-def _call_name(node: fx.Node) -> str:
-    """Return the name of the function or method that a node calls, or of the attribute that it reads."""
-    if node.target is getattr:
-        return str(node.args[1])
-    return node.target if isinstance(node.target, str) else str(getattr(node.target, "__name__", ""))
-
-
 def _writes(traced: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         return bool(getattr(traced.get_submodule(str(node.target)), "inplace", False))
@@ -194,7 +187,7 @@ def _writes(traced: fx.GraphModule, node: fx.Node) -> bool:
         return False
     if node.kwargs.get("out") is not None:
         raise ValueError(f"{node.name} writes into out")
-    name = _call_name(node)
+    name = call_name(node)
     if node.target in IN_PLACE_OPERATORS and _is_number(node):
         node.target = IN_PLACE_OPERATORS[node.target]
     found = node.target is operator.setitem or node.target in IN_PLACE_OPERATORS or node.kwargs.get("inplace")
@@ -206,7 +199,7 @@ IN_PLACE_OPERATORS = {getattr(operator, f"__i{name}__"): getattr(operator, f"__{
 
 def _is_number(node: fx.Node) -> bool:
     """Say whether a value is no tensor: a size, or what is computed from sizes."""
-    if _call_name(node) in NUMBERS:
+    if call_name(node) in NUMBERS:
         return True
     return node.op == "call_function" and bool(node.all_input_nodes) and all(map(_is_number, node.all_input_nodes))
 
@@ -219,7 +212,7 @@ def _make_pure(traced: fx.GraphModule, node: fx.Node) -> None:
     elif node.target in IN_PLACE_OPERATORS:
         node.target = IN_PLACE_OPERATORS[node.target]
     else:
-        name = _call_name(node)
+        name = call_name(node)
         pure = getattr(torch, name.removesuffix("_"), None)
         if node.target is operator.setitem or name in DRAWS or pure is None:
             raise ValueError(f"{name} writes into a tensor in place")
@@ -233,10 +226,8 @@ def _list_shared(traced: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
         own = kind.__module__.startswith(("torch.nn.", "pycodesign.nn."))
         fresh = own and not issubclass(kind, (*IDENTITIES, nn.Flatten, nn.Unflatten))
     else:
-        name = _call_name(node)
-        where = getattr(node.target, "__module__", None) or "torch"
-        fresh = where.startswith(("torch", "_operator", "builtins", "math")) if node.op == "call_function" else True
-        fresh &= name not in VIEWS and "dropout" not in name
+        name = call_name(node)
+        fresh = bool(name) and name not in VIEWS and "dropout" not in name
     return [] if fresh else node.all_input_nodes
 
 

@@ -708,6 +708,17 @@ def test_arguments_that_no_step_can_have_are_computed_by_torch(act, activations)
     assert (y - wanted).abs().max() <= (1e-5 if activations == "float32" else 0.05) * wanted.abs().max()
 
 
+@pytest.mark.parametrize("examples", [None, (2, 6)])
+@pytest.mark.parametrize("rest", [[], [nn.ReLU(), nn.Linear(6, 4)]])
+def test_batch_normalization_of_features_takes_no_more_dimensions(rest, examples):
+    model = randomize(nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), *rest))
+    converted = convert(model, example_inputs=None if examples is None else torch.randn(examples), strict=True)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(converted(x), model(x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"inputs: expected float32 .*\(N, I\), got \(2, 6, 6\)"):
+        converted(torch.randn(2, 6, 6))
+
+
 # --- what the graph does not show
 
 

@@ -50,6 +50,8 @@ class FusedStep:
         The values that it takes and adds.
     form : {"image", "flat", "rows"}
         What the last node's value is: (N, C, H, W); a step's (N, C, H, W) flattened to (N, C H W); or (..., I).
+    normalized : bool
+        Whether batch normalization of (N, I) is in it: values of more dimensions would be normalized along another.
     """
 
     op: str
@@ -60,6 +62,7 @@ class FusedStep:
     arguments: dict[str, Any] = field(default_factory=dict)
     clamp: Clamp = None
     weights: Weights | None = None
+    normalized: bool = False
 
     @property
     def result(self) -> fx.Node:
@@ -133,6 +136,7 @@ def _fuse_norm(
         fits &= image or find_rank(traced, node) != 3  # there it is the second dimension that is normalized
         if before.clamp is None and before.other is None and fits:
             before.weights = before.weights.fold(scale, shift)
+            before.normalized = not image
             _extend(steps, before, node)
             return
     if image and (before is None or before.form == "image"):  # a layer of its own: one weight for each channel

@@ -48,8 +48,12 @@ class Lowered:
 
     @property
     def is_layer(self) -> bool:
-        """Whether one layer is all it does."""
-        return len(self.program.steps) == 1 and self.steps[0].weights is not None
+        """Whether one layer is all it does, for inputs of any number of dimensions if it is a linear one."""
+        return len(self.program.steps) == 1 and self.steps[0].weights is not None and not self.steps[0].normalized
+
+    @property
+    def takes_rows(self) -> bool:
+        return all(step.form == "rows" and not step.normalized for step in self.steps)
 
 
 def lower(segment: Sequence[FusedStep], affines: Mapping[fx.Node, Affine] | None) -> Lowered:
@@ -190,7 +194,7 @@ def _make_module(traced: fx.GraphModule, lowered: Lowered) -> tuple[str, nn.Modu
         calls = [node for node in traced.graph.nodes if node.op == "call_module" and node.target == weights.name]
         name = weights.name if len(calls) == 1 else _free_name(traced, weights.name.replace(".", "_"))
     else:
-        module = Segment(program, lowered.weights, all(step.form == "rows" for step in steps), lowered.packed)
+        module = Segment(program, lowered.weights, lowered.takes_rows, lowered.packed)
         name = _free_name(traced, "segment")
     module.eval()
     traced.add_submodule(name, module)

@@ -837,6 +837,51 @@ def test_what_a_graph_does_not_show_is_not_traced(act, why):
     assert find_rows(converted)["conv"].why.startswith(f"not traced ({why}), so by itself")
 
 
+# --- inputs
+
+
+@pytest.mark.parametrize("activations", ["float32", "uint8"])
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Conv2d(3, 4, 5, dilation=(1, 2)), nn.ReLU(), nn.Conv2d(4, 4, 3, stride=2), nn.MaxPool2d(2)],
+        [nn.Conv2d(3, 4, (3, 1), padding=(1, 0)), nn.AvgPool2d(3, 2, 1), nn.Conv2d(4, 4, 4, padding=1)],
+        [nn.Conv2d(3, 4, 3)],
+    ],
+)
+def test_images_smaller_than_a_window_are_refused(layers, activations):
+    model = randomize(nn.Sequential(*layers))
+    converted = convert(model, activations=activations, example_inputs=torch.rand(1, 3, 30, 30))
+    refused = 0
+    for height in range(1, 12):
+        for width in range(1, 16):
+            x = torch.rand(2, 3, height, width)
+            try:
+                wanted = model(x)
+            except RuntimeError:  # Kernel size can't be greater than actual input size; Output size is too small
+                refused += 1
+                with pytest.raises(ValueError, match=r"input: expected \(N, C, H, W\) of \d+ x \d+ pixels at least"):
+                    converted(x)
+            else:
+                assert converted(x).shape == wanted.shape
+    assert refused
+
+
+def test_images_without_a_batch():
+    layer = nn.Conv2d(3, 4, 3, padding=1).requires_grad_(False)
+    packed, x, residual = Conv2d.from_float(layer, "ternary"), torch.rand(3, 5, 5), torch.rand(4, 5, 5)
+    assert torch.equal(packed(x, residual), packed(x[None], residual[None])[0])
+    converted = convert(nn.Sequential(layer, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval(), "ternary")
+    for shape in ((3, 5, 5), (3, 5), (5,)):
+        with pytest.raises(ValueError, match=r"input: expected \(N, C, H, W\) of 1 x 1 pixels .*, got \("):
+            converted(torch.rand(shape))
+    pooled = convert(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4)).eval(), "ternary")
+    with pytest.raises(ValueError, match=r"input: expected \(N, C, H, W\) of 1 x 1 pixels .*, got \(2, 6\)"):
+        pooled(torch.rand(2, 6))
+    rows = convert(nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3)).eval(), "ternary")
+    assert torch.equal(rows(torch.ones(6)), rows(torch.ones(1, 6))[0])
+
+
 # --- networks that cannot be traced
 
 

@@ -14,7 +14,7 @@ from pycodesign import quantize
 from pycodesign._arguments import SHORT_FLOATS, Array, join_names, to_numpy, to_pair
 from pycodesign._quantized import FewValued, from_arrays, to_arrays
 from pycodesign.nn import ops
-from pycodesign.nn.program import LayerWeights, Program, find_chain, join_weights, parse_program, split_weights
+from pycodesign.nn.program import LayerWeights, Program, Step, find_chain, join_weights, parse_program, split_weights
 from pycodesign.nn.sources import find_weight
 from pycodesign.nn.weights import dequantize, weight_shape
 from pycodesign.ops import Packed
@@ -66,6 +66,8 @@ class Layer(nn.Module):
         self.stride, self.padding, self.dilation = (to_pair(name, geometry[name], 0) for name in WINDOWS)
         self.groups, self.kernel_size = geometry["groups"], tuple(kernel)
         self.in_channels, self.out_channels = inputs * self.groups, outputs
+        windows = zip(kernel, self.stride, self.padding, self.dilation, strict=False)  # packing checks the weights
+        self.least = [least_size(1, *window) for window in windows]
 
     @classmethod
     def from_quantized(
@@ -132,7 +134,7 @@ class Conv2d(Layer):
     """Convolution with packed weights, of `from_quantized` or `from_float`.
 
     Weights have no gradient; the gradient to a float32 input is that of the dequantized convolution. Inputs are float32
-    (also under autocast), or what `input_dtype` says; (N, C, H, W), of any strides.
+    (also under autocast), or what `input_dtype` says; (N, C, H, W) or (C, H, W), of any strides.
 
     Examples
     --------
@@ -145,6 +147,12 @@ class Conv2d(Layer):
     """
 
     kind = "conv2d"
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if input.dim() == 3:
+            return self.forward(input[None], None if residual is None else residual[None])[0]
+        check_size(input, self.least)
+        return super().forward(input, residual)
 
     @classmethod
     def from_float(cls, module: nn.Conv2d, weights: Quantizer = "from_fake_quantized", **options: Any) -> Conv2d:
@@ -227,6 +235,7 @@ class Segment(nn.Module):
         for name, tensor in zip(("codes", "levels", "scale", "bias"), join_weights(weights), strict=True):
             self.register_buffer(name, tensor)
         self.program, self.rows = program.to_json(), rows
+        self.least = find_least_sizes(program)
         find_chain(self.weights(), self.program, packed)
 
     def weights(self) -> tuple[Tensor, ...]:
@@ -243,6 +252,9 @@ class Segment(nn.Module):
     def forward(self, input: Tensor, *others: Tensor) -> Any:
         """Run the segment; a list where it makes several values."""
         inputs = input, *others
+        for x, least in zip(inputs, self.least, strict=True):
+            if least is not None:
+                check_size(x, least)
         given = [x.reshape(-1, x.shape[-1]) for x in inputs] if self.rows else list(inputs)
         values = torch.ops.pycodesign.chain.default(given, *self.weights(), self.program)
         if self.rows:
@@ -254,12 +266,54 @@ class Segment(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         program = state.numpy().tobytes().decode()
-        parse_program(program)
+        self.least = find_least_sizes(parse_program(program))
         self.program = program
 
     def extra_repr(self) -> str:
         steps = parse_program(self.program).steps
         return "\n".join(f"{step.op} {step.layer['name']}" if step.layer else step.op for step in steps)
+
+
+def check_size(x: Tensor, least: Sequence[int]) -> None:
+    if x.dim() != 4 or x.shape[2] < least[0] or x.shape[3] < least[1]:
+        wanted = f"(N, C, H, W) of {least[0]} x {least[1]} pixels at least, which kernels and pooling need"
+        raise ValueError(f"input: expected {wanted}, got {tuple(x.shape)}")
+
+
+def least_size(outputs: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Return the size that a window needs for this many results."""
+    return max((outputs - 1) * stride + dilation * (kernel - 1) + 1 - 2 * padding, 1)
+
+
+def find_least_sizes(program: Program) -> list[list[int] | None]:
+    """Return height and width that each input must have; None for inputs that no window slides over."""
+    least: dict[int, list[int]] = {}
+    for result, step in reversed(list(enumerate(program.steps, len(program.inputs)))):
+        needed = least.get(result)
+        if step.op in ("conv2d", "max_pool2d", "avg_pool2d"):
+            needed = needed or [1, 1]
+            _raise_to(least, step.x, _find_least_input(step, needed))
+        elif step.op == "add" and needed:
+            _raise_to(least, step.x, needed)
+        if step.other is not None and needed:
+            _raise_to(least, step.other, needed)
+    return [least.get(i) for i in range(len(program.inputs))]
+
+
+def _find_least_input(step: Step, outputs: Sequence[int]) -> list[int]:
+    given = step.arguments
+    if step.layer is not None:
+        given = {"kernel_size": step.layer["shape"][2:], "stride": 1, **step.layer["options"]}
+    kernel = given.get("kernel_size")
+    if kernel is None:
+        return [1, 1]  # pooling of the whole image
+    windows = kernel, given.get("stride") or kernel, given.get("padding", 0), given.get("dilation", 1)
+    pairs = (to_pair("kernel_size", values, 0) for values in windows)
+    return [least_size(n, *window) for n, *window in zip(outputs, *pairs, strict=True)]
+
+
+def _raise_to(least: dict[int, list[int]], value: int, needed: Sequence[int]) -> None:
+    least[value] = [max(pair) for pair in zip(least.get(value, (1, 1)), needed, strict=True)]
 
 
 def quantize_weight(module: nn.Module, weights: Quantizer) -> FewValued:

@@ -719,6 +719,38 @@ def test_batch_normalization_of_features_takes_no_more_dimensions(rest, examples
         converted(torch.randn(2, 6, 6))
 
 
+@pytest.mark.parametrize(
+    ("variance", "eps", "gain"), [(0.0, 0.0, 1.0), (np.nan, 1e-5, 1.0), (-5.0, 1e-5, 1.0), (1e-38, 0.0, 1e30)]
+)
+@pytest.mark.parametrize("skip", [(), ("0",)])
+@pytest.mark.parametrize("own", [False, True])
+def test_batch_normalization_that_is_not_finite_stays_torchs(variance, eps, gain, skip, own):
+    act = [nn.LeakyReLU()] if own else []
+    model = randomize(nn.Sequential(nn.Conv2d(4, 4, 3), *act, nn.BatchNorm2d(4, eps=eps), nn.Conv2d(4, 4, 1)))
+    model[1 + own].running_var[1], model[1 + own].weight.data[1] = variance, gain
+    x = torch.randn(2, 4, 6, 6)
+    converted = convert(model, strict=True, skip=skip)
+    assert not converted(x).isfinite().all()
+    torch.testing.assert_close(converted(x), model(x), rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_examples_that_show_no_range():
+    model = randomize(function(lambda m, x: m.b(F.relu(m.a(x))), a=same(4, 4), b=same(4, 4)))
+    untraceable = randomize(Untraceable())
+    for made in (model, untraceable):
+        with pytest.raises(ValueError, match="example_inputs: expected an example that shows values, got none but em"):
+            convert(made, activations="uint8", example_inputs=torch.empty(0, 4, 5, 5))
+        converted = convert(made, activations="uint8", example_inputs=[torch.empty(0, 4, 5, 5), torch.rand(1, 4, 5, 5)])
+        assert converted(torch.rand(2, 4, 5, 5)).shape[0] == 2
+    layers = {"a": same(4, 4), "b": same(4, 4), "c": same(4, 4), "norm": nn.BatchNorm2d(4)}
+    parts = randomize(function(lambda m, x: (m.a(x), m.c(m.norm(m.b(x[x.shape[0] :])))), **layers))
+    converted = convert(parts, activations="uint8", example_inputs=torch.rand(2, 4, 5, 5))
+    why = {row.layer: row.why for row in report(converted) if not row.converted}
+    assert set(why) == {"b", "c"}
+    assert why["b"].startswith("no example shows the range of its input")
+    assert [len(y) for y in converted(torch.rand(2, 4, 5, 5))] == [2, 0]
+
+
 # --- what the graph does not show
 
 

@@ -6,13 +6,14 @@ import copy
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pycodesign.nn.calibration import Observer, find_range, list_calls, to_affine
 from pycodesign.nn.fusion import Weights, fuse, gather
-from pycodesign.nn.graph import KEEPS, is_plain
+from pycodesign.nn.graph import KEEPS, is_plain, read_norm
 from pycodesign.nn.layers import SKIPPED, UNNAMED, Quantizers, check_arguments, find_layers
 from pycodesign.nn.lowering import CannotPack, Lowered, insert, lower, quantize_to, sort_graph
 from pycodesign.nn.modules import WINDOWS, Conv2d, Linear, Segment
@@ -25,6 +26,7 @@ __all__ = ["convert"]
 
 # of a layer, that a model's own code may read
 ATTRIBUTES = {"in_features", "out_features", "in_channels", "out_channels", "kernel_size", "groups", *WINDOWS}
+NO_VALUES = "example_inputs: expected an example that shows values, got none but empty ones"
 READ = "the model reads its weights itself"
 
 
@@ -159,6 +161,8 @@ def _convert_graph(
         with torch.no_grad():
             for call in calls if calibration else calls[:1]:
                 observer.run(*call)
+        if calibration and layers and not observer.ranges:
+            raise ValueError(NO_VALUES)
         affines = {node: to_affine(found, calibration) for node, found in observer.ranges.items()}
     replaced: dict[fx.Node, fx.Node] = {}
     for lowered in _lower_all(traced, layers, rows, affines if calibration else None):
@@ -191,13 +195,17 @@ def _find_hooks(traced: fx.GraphModule, name: str) -> str:
 
 def _lower_all(traced: fx.GraphModule, layers: dict[str, Weights], rows: dict[str, Row], affines: Any) -> list[Lowered]:
     """Lower every segment; a layer that cannot be packed is left out, and segments are found anew."""
+    norms: set[str] = set()  # that stay torch's
     while True:
         try:
-            return [lower(segment, affines) for segment in gather(fuse(traced, layers), layers)]
+            return [lower(segment, affines) for segment in gather(fuse(traced, layers, norms), layers)]
         except CannotPack as error:
-            name, rows[name].why = error.args
-            if layers.pop(name, None) is None:
+            name, why = error.args
+            if layers.pop(name, None) is not None:
+                rows[name].why = why
+            elif name in norms:
                 raise
+            norms.add(name)
 
 
 def _fold_norms(traced: fx.GraphModule, layers: Mapping[str, Weights], rows: dict[str, Row]) -> None:
@@ -212,7 +220,8 @@ def _fold_norms(traced: fx.GraphModule, layers: Mapping[str, Weights], rows: dic
         plain = type(norm) is nn.BatchNorm2d and type(conv) is nn.Conv2d and is_plain(norm) and is_plain(conv)
         if not plain or norm.running_mean is None or name in layers or rows[name].why in (SKIPPED, UNNAMED, READ):
             continue
-        if called.count(name) == 1 and len(before.users) == 1:
+        finite = all(np.isfinite(array).all() for array in read_norm(norm))
+        if finite and called.count(name) == 1 and len(before.users) == 1:
             traced.add_submodule(name, fuse_conv_bn_eval(conv, norm))  # type: ignore[type-var, arg-type]
             rows[name].why += "; batch normalization folded"
             node.replace_all_uses_with(before)
@@ -262,7 +271,9 @@ def _observe_inputs(
     for name, layer in layers.items():
 
         def observe(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], name: str = name) -> None:
-            ranges.setdefault(name, []).append(find_range(args[0] if args else kwargs["input"], calibration, name))
+            x = args[0] if args else kwargs["input"]
+            if isinstance(x, Tensor) and x.numel():
+                ranges.setdefault(name, []).append(find_range(x, calibration, name))
 
         hooks.append(layer.register_forward_pre_hook(observe, with_kwargs=True))
     with torch.no_grad():
@@ -270,6 +281,8 @@ def _observe_inputs(
             model(*call)
     for hook in hooks:
         hook.remove()
+    if layers and not ranges:
+        raise ValueError(NO_VALUES)
     return {name: to_affine(found, calibration) for name, found in ranges.items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -28,12 +28,15 @@ class Weights:
     bias: Floats | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
-    def fold(self, scale: NDArray[np.float64], shift: NDArray[np.float64]) -> Weights:
-        """Return weights of the layer followed by ``scale * y + shift``, each rounded once."""
+    def fold(self, scale: NDArray[np.float64], shift: NDArray[np.float64]) -> Weights | None:
+        """Return weights of the layer followed by ``scale * y + shift``, each rounded once; None if not all finite."""
         rows = (-1, *[1] * (self.q.scale.ndim - 1))
-        q = replace(self.q, scale=(self.q.scale * scale.reshape(rows)).astype(np.float32))
-        bias = shift if self.bias is None else self.bias * scale + shift
-        return Weights(self.name, q, bias.astype(np.float32), self.options)
+        with np.errstate(all="ignore"):
+            scales = (self.q.scale * scale.reshape(rows)).astype(np.float32)
+            bias = (shift if self.bias is None else self.bias * scale + shift).astype(np.float32)
+        if not (np.isfinite(scales).all() and np.isfinite(bias).all()):
+            return None
+        return Weights(self.name, replace(self.q, scale=scales), bias, self.options)
 
 
 @dataclass(eq=False)
@@ -77,13 +80,17 @@ class FusedStep:
         return list(self.result.users) == [node]
 
 
-def fuse(traced: fx.GraphModule, layers: Mapping[str, Weights]) -> dict[fx.Node, FusedStep]:
+def fuse(
+    traced: fx.GraphModule, layers: Mapping[str, Weights], norms: Collection[str] = ()
+) -> dict[fx.Node, FusedStep]:
     """Return the steps by the node whose value they make, in the order they are to run in.
 
     Parameters
     ----------
     layers : dict
         Weights by module name; other layers stay torch's.
+    norms : collection of str
+        Batch normalizations that become no layers.
     """
     steps: dict[fx.Node, FusedStep] = {}
     order = {node: i for i, node in enumerate(traced.graph.nodes)}
@@ -100,7 +107,8 @@ def fuse(traced: fx.GraphModule, layers: Mapping[str, Weights]) -> dict[fx.Node,
                 form = "image" if kind == "conv2d" else "rows"
                 steps[node] = FusedStep(kind, [node], x, form, weights=layers[node.target])
         elif kind == "norm":
-            _fuse_norm(traced, node, before, arguments["image"], steps)
+            if node.target not in norms:
+                _fuse_norm(traced, node, before, arguments["image"], steps)
         elif kind == "clamp":
             if before is not None and before.op not in ("max_pool2d", "flatten") and before.clamp is None:
                 if before.may_absorb(node):
@@ -134,9 +142,9 @@ def _fuse_norm(
     if before is not None and before.weights is not None and before.may_absorb(node):
         fits = (before.op == "conv2d") == image and before.weights.q.shape[0] == len(scale)
         fits &= image or find_rank(traced, node) != 3  # there it is the second dimension that is normalized
-        if before.clamp is None and before.other is None and fits:
-            before.weights = before.weights.fold(scale, shift)
-            before.normalized = not image
+        folded = before.weights.fold(scale, shift) if before.clamp is None and before.other is None and fits else None
+        if folded is not None:
+            before.weights, before.normalized = folded, not image
             _extend(steps, before, node)
             return
     if image and (before is None or before.form == "image"):  # a layer of its own: one weight for each channel
@@ -144,7 +152,8 @@ def _fuse_norm(
             np.zeros((len(scale), 1, 1, 1), np.uint8), np.ones(1, np.float32), np.ones(len(scale), np.float32)
         )
         weights = Weights(str(node.target), q, options={"groups": len(scale)}).fold(scale, shift)
-        steps[node] = FusedStep("conv2d", [node], node.args[0], "image", weights=weights)  # type: ignore[arg-type]
+        if weights is not None:
+            steps[node] = FusedStep("conv2d", [node], node.args[0], "image", weights=weights)  # type: ignore[arg-type]
 
 
 def _fuse_add(

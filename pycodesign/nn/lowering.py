@@ -19,6 +19,7 @@ from pycodesign.ops import Packed
 Affine = tuple[float, int]  # scale and zero point of uint8 values
 
 QUANTIZED = "uint8"
+NO_RANGE = "no example shows the range of its input: that was empty, or no tensor of floats"
 
 
 class CannotPack(Exception):
@@ -112,6 +113,8 @@ class _Lowering:
     def _add(self, step: FusedStep, taken: Collection[fx.Node]) -> int:
         x = self.values[step.x]
         if self.affines is not None and step.weights is not None:
+            if self.forms[x][0] == "float32" and step.x not in self.affines:
+                raise CannotPack(step.weights.name, NO_RANGE)
             x = self._as_integers(step.x)
         arguments = dict(step.arguments)
         if step.clamp is not None:
@@ -119,7 +122,7 @@ class _Lowering:
         form = "float32", 1.0, 0
         if step.op == "max_pool2d":
             form = self.forms[x]
-        elif self.affines is not None and step.result in taken:
+        elif self.affines is not None and step.result in taken and step.result in self.affines:
             form = QUANTIZED, *self.affines[step.result]
             arguments |= quantize_to(*form)
         layer = None

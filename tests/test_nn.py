@@ -1069,6 +1069,41 @@ def test_report_of_a_network_that_was_not_converted(resnet):
     assert text.splitlines()[-1] == "7 of 9 layers converted, in 1 call"
 
 
+def test_report_of_packed_layers_that_somebody_placed():
+    layer = Conv2d.from_float(nn.Conv2d(4, 4, 3, padding=1), "ternary")
+    model = nn.Sequential(layer, nn.ReLU(), same(4, 4), Linear.from_float(nn.Linear(5, 5), "binary")).eval()
+    rows = find_rows(model)
+    assert (rows["0"].kind, rows["0"].levels, rows["0"].where) == ("Conv2d 4x4x3x3", "3", "0")
+    assert rows["0"].runs == f"{layer.packed().algorithm}, float32"
+    assert rows["3"].kind == "Linear 5x5"
+    assert [row.converted for row in rows.values()] == [True, False, True]
+    converted = convert(model, "ternary", strict=True)
+    assert all(row.converted for row in report(converted))
+    assert str(report(converted)).endswith("3 of 3 layers converted, in 3 calls")
+
+
+def test_a_layer_that_is_called_often_is_one_layer():
+    conv = same(4, 4)
+    model = randomize(function(lambda m, x: m.a(F.silu(m.a(F.silu(m.a(x))))), a=conv))
+    rows = report(convert(model))
+    assert [row.layer for row in rows] == ["a"] * 3
+    assert str(rows).endswith("1 of 1 layers converted, in 3 calls")
+
+
+@pytest.mark.parametrize("activations", ["float32", "uint8"])
+def test_a_layer_with_two_names_is_replaced_under_both(activations):
+    def forward(m, x):
+        return m.b(m.a(x if x.sum() > 0 else -x))
+
+    conv = same(4, 4)
+    model, x = randomize(function(forward, a=conv, b=conv)), torch.rand(1, 4, 6, 6)
+    converted = convert(model, activations=activations, example_inputs=x, strict=True)
+    assert converted.a is converted.b
+    assert [row.converted for row in report(converted)] == [True]
+    y, wanted = converted(x), model(x)
+    assert (y - wanted).abs().max() <= (0.05 if activations == "uint8" else 1e-5) * wanted.abs().max()
+
+
 # --- arguments
 
 

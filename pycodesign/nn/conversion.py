@@ -236,6 +236,10 @@ def _replace_layers(
     calibration: str,
 ) -> nn.Module:
     """Replace layers one by one: the model's own code goes on calling them."""
+    names: dict[nn.Module, list[str]] = {}  # all that a module has
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    aliases = {given[0]: given for given in names.values()}
     made: dict[str, Conv2d | Linear] = {}
     for name, weights in layers.items():
         kind = Conv2d if len(weights.q.shape) == 4 else Linear
@@ -244,22 +248,23 @@ def _replace_layers(
         except (TypeError, ValueError) as error:
             rows[name].why = str(error)
             continue
-        model = _set_module(model, name, layer)
+        model = _set_module(model, aliases[name], layer)
         attach_rows(layer, [describe_packed(rows[name], layer.packed(), name)])
     for name, affine in _observe_inputs(model, made, calls, calibration).items() if calibration else ():
         segment, packed = _quantize_input(layers[name], affine)
         for attribute in ATTRIBUTES & vars(made[name]).keys():
             setattr(segment, attribute, getattr(made[name], attribute))
-        model = _set_module(model, name, segment)
+        model = _set_module(model, aliases[name], segment)
         attach_rows(segment, [describe_packed(rows[name], packed, name)])
     return model.eval()
 
 
-def _set_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    if not name:
-        return module
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)
+def _set_module(model: nn.Module, names: Iterable[str], module: nn.Module) -> nn.Module:
+    for name in names:
+        if not name:
+            return module
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, module)
     return model
 
 

@@ -1218,6 +1218,25 @@ def test_a_module_is_copied_saved_and_loaded(packed_layer):
     assert torch.equal(other(x), y)
 
 
+def test_states_of_other_weights_are_refused():
+    weights = [torch.randint(-1, 2, (4, 4, 3, 3)).float() for _ in range(2)]
+    weights[1].clamp_(min=0)
+    models = [nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3)).eval() for _ in weights]
+    for model, weight in zip(models, weights, strict=True):
+        for layer in (model[0], model[2]):
+            layer.weight.data = weight
+    first, second = (convert(model) for model in models)
+    message = r"segment_0: expected codes \(72,\), levels \(6,\), .*, got codes \(36,\), levels \(4,\), .* of levels"
+    before = copy_state(first)
+    with pytest.raises(RuntimeError, match=message):
+        first.load_state_dict(second.state_dict())
+    assert all(torch.equal(value, before[name]) for name, value in first.state_dict().items())
+    with pytest.raises(
+        RuntimeError, match=r"Conv2d: expected codes .*, levels \(3,\), .*, got codes .*, levels \(2,\)"
+    ):
+        Conv2d.from_float(models[0][0]).load_state_dict(Conv2d.from_float(models[1][0]).state_dict())
+
+
 def test_from_quantized():
     q = quantize.uniform(torch.randn(8, 4, 3, 3), 3)
     bias = torch.randn(8)

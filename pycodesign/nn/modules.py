@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
@@ -29,14 +29,42 @@ WINDOWS = ("stride", "padding", "dilation")
 QUANTIZERS = ("binary", "from_fake_quantized", "kernel_codebook", "ternary")  # they need the weights alone
 
 
-class Layer(nn.Module):
+class PackedModule(nn.Module):
+    """Loads the states of modules whose weights have as many levels."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        wanted = {name: tuple(x.shape) for name, x in self._buffers.items() if x is not None}
+        got = {name: tuple(state_dict[prefix + name].shape) for name in wanted if prefix + name in state_dict}
+        wanted = {name: wanted[name] for name in got}
+        if got != wanted:
+            sizes = (", ".join(f"{name} {shape}" for name, shape in shapes.items()) for shapes in (wanted, got))
+            text = (
+                "{}: expected {}, got {}: other layers, or another number of levels; convert a network of those weights"
+            )
+            error_msgs.append(text.format(prefix.rstrip(".") or type(self).__name__, *sizes))
+            return
+        others = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+class Layer(PackedModule):
     """What `Conv2d` and `Linear` share.
 
     Parameters
     ----------
     codes, levels, scale, bias : Tensor
         Become buffers; as in `QuantizedTensor`, or of a `KernelCodebook` as `pycodesign._quantized.to_arrays` says.
-        Where one is written to, by `load_state_dict` for instance, the layer is packed anew at its next call.
+        Where one is written to, by `load_state_dict` for instance, the layer is packed anew at its next call. Writes
+        that torch does not count go unnoticed: those through ``.data`` or through an array of ``numpy()``.
     **options
         As for `from_quantized`.
     """
@@ -203,7 +231,7 @@ class Linear(Layer):
         return cls.from_quantized(quantize_weight(module, weights), module.bias, **options)
 
 
-class Segment(nn.Module):
+class Segment(PackedModule):
     """Layers, with the pooling and the adds between them, that run in one call; made by `convert`.
 
     Its state holds the program, too, which has the scales of activations.

@@ -113,6 +113,19 @@ def make_vgg():
     return nn.Sequential(*conv, nn.Conv2d(16, 8, 3), nn.ReLU6(), nn.Flatten(), nn.Linear(32, 12), nn.BatchNorm1d(12))
 
 
+class NormAct(nn.BatchNorm2d):
+    """As timm's BatchNormAct2d."""
+
+    def __init__(self, channels, **options):
+        super().__init__(channels, **options)
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        torch._assert(x.ndim == 4, f"expected 4 dimensions, got {x.ndim}")
+        y = F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.1, self.eps)
+        return self.act(y)
+
+
 class Normalized(nn.Module):
     """Batch normalization of the second of three dimensions, which is as large as the third."""
 
@@ -156,8 +169,9 @@ def randomize(model, quantizer=quantize.ternary, skip=()):
         elif isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
             module.running_mean.normal_()
             module.running_var.uniform_(1, 30)
-            module.weight.data.uniform_(-1, 2)
-            module.bias.data.normal_()
+            if module.affine:
+                module.weight.data.uniform_(-1, 2)
+                module.bias.data.normal_()
     return model.eval().requires_grad_(False)
 
 
@@ -658,6 +672,12 @@ ADDS = {
         [(2, 4, 5, 5)],
         True,
     ),
+    "a part of the channels": (
+        lambda m, x: m.a(x)[:, :3, :, :] + m.b(x),
+        {"a": same(4, 5), "b": same(4, 3)},
+        [(2, 4, 5, 5)],
+        True,
+    ),
     "features": (
         lambda m, x: m.b(F.gelu(m.a(F.layer_norm(x, (8,))))) + x,
         {"a": nn.Linear(8, 16), "b": nn.Linear(16, 8)},
@@ -749,6 +769,17 @@ def test_examples_that_show_no_range():
     assert set(why) == {"b", "c"}
     assert why["b"].startswith("no example shows the range of its input")
     assert [len(y) for y in converted(torch.rand(2, 4, 5, 5))] == [2, 0]
+
+
+@pytest.mark.parametrize("skip", [(), ("0",)])
+@pytest.mark.parametrize("affine", [True, False])
+def test_classes_derived_from_batch_normalization_are_folded(affine, skip):
+    norms = [NormAct(8, affine=affine), NormAct(8, affine=affine)]
+    model, x = nn.Sequential(same(4, 8), norms[0], same(8, 8), norms[1], same(8, 4)), torch.randn(2, 4, 7, 7)
+    converted = convert(randomize(model), skip=skip, strict=True)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in converted.modules())
+    assert str(report(converted)).endswith(f"{3 - len(skip)} of 3 layers converted, in 1 call")
+    torch.testing.assert_close(converted(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 # --- what the graph does not show

@@ -177,7 +177,7 @@ class Conv2d(Layer):
     kind = "conv2d"
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if input.dim() == 3:
+        if len(input.shape) == 3:
             return self.forward(input[None], None if residual is None else residual[None])[0]
         check_size(input, self.least)
         return super().forward(input, residual)
@@ -303,7 +303,7 @@ class Segment(PackedModule):
 
 
 def check_size(x: Tensor, least: Sequence[int]) -> None:
-    if x.dim() != 4 or x.shape[2] < least[0] or x.shape[3] < least[1]:
+    if len(x.shape) != 4 or x.shape[2] < least[0] or x.shape[3] < least[1]:
         wanted = f"(N, C, H, W) of {least[0]} x {least[1]} pixels at least, which kernels and pooling need"
         raise ValueError(f"input: expected {wanted}, got {tuple(x.shape)}")
 

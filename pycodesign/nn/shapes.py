@@ -219,13 +219,21 @@ def _slide_side(side: Any, kernel: int, stride: int, padding: int, dilation: int
 
 
 def _slice(image: Image, index: Any) -> Image | None:
-    """Return the shape of ``x[:, :, ::a, ::b]``."""
+    """Return the shape of ``x[:, :c, ::a, ::b]``."""
     if not isinstance(index, tuple) or len(index) != 4 or not all(isinstance(part, slice) for part in index):
         return None
-    steps = [part.step or 1 for part in index]
-    if any(part.start or part.stop is not None for part in index) or steps[:2] != [1, 1]:
+    steps, stops = ([getattr(part, name) for part in index] for name in ("step", "stop"))
+    channels = stops.pop(1)
+    steps = [1 if step is None else step for step in steps]
+    if any(part.start is not None for part in index) or stops != [None] * 3 or steps[:2] != [1, 1]:
         return None
-    return _slide(image, 1, tuple(steps[2:]), 0, 1) if all(isinstance(step, int) for step in steps) else None
+    if not all(isinstance(number, int) for number in (*steps, channels or 0)) or (channels or 0) < 0:
+        return None
+    if channels is not None:
+        if not isinstance(image.channels, int):
+            return None
+        image = image._replace(channels=min(channels, image.channels))
+    return _slide(image, 1, tuple(steps[2:]), 0, 1)
 
 
 def _pad(image: Image, arguments: dict[str, Any]) -> Image | None:

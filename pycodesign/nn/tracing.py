@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from pycodesign.nn.graph import KEEPS, bind, call_name, is_plain
+from pycodesign.nn.graph import KEEPS, bind, call_name, find_rank, is_plain
 
 IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
@@ -128,6 +129,7 @@ def trace(model: nn.Module, calls: Sequence[tuple[Any, ...]] = ()) -> fx.GraphMo
         if name not in before or any(a is not b for a, b in zip(value, before[name], strict=True)):
             raise ValueError(f"its forward changes {name}")
     drop_writes(traced)
+    find_norms(traced)
     graph = traced.graph
     for node in list(graph.nodes):
         if node.op == "call_module" and not node.args and node.kwargs.keys() == {"input"}:
@@ -137,6 +139,47 @@ def trace(model: nn.Module, calls: Sequence[tuple[Any, ...]] = ()) -> fx.GraphMo
             graph.erase_node(node)
     graph.eliminate_dead_code()
     return traced
+
+
+def find_norms(traced: fx.GraphModule) -> None:
+    """Let modules do what derived classes of `torch.nn.BatchNorm2d` do by a function, as timm's BatchNormAct2d."""
+    graph = traced.graph
+    for node in list(graph.nodes):
+        if node.target is torch._assert and _is_true(traced, node.args[0]):
+            graph.erase_node(node)
+        elif node.target is F.batch_norm and (norm := _make_norm(traced, node)) is not None:
+            traced.add_submodule(name := f"norm_{node.name}", norm)
+            with graph.inserting_before(node):
+                node.replace_all_uses_with(graph.call_module(name, (node.args[0],)))
+            graph.erase_node(node)
+
+
+def _is_true(traced: fx.GraphModule, node: Any) -> bool:
+    """Say whether a node is ``x.ndim == 4`` of a value that has as many dimensions."""
+    if not isinstance(node, fx.Node) or node.target is not operator.eq or node.args[1] != 4:
+        return False
+    ndim = node.args[0]
+    if not isinstance(ndim, fx.Node) or call_name(ndim) not in ("ndim", "dim"):
+        return False
+    return isinstance(x := ndim.args[0], fx.Node) and find_rank(traced, x) == 4
+
+
+def _make_norm(traced: fx.GraphModule, node: fx.Node) -> nn.BatchNorm2d | None:
+    """Return the module that normalizes four dimensions by constants, as a call of `F.batch_norm` does."""
+    names = "x", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps"
+    a = bind(node, *names, weight=None, bias=None, training=False, eps=1e-5)
+    x: Any = node.args[0]
+    constants = {name: a.get(name) for name in names[1:5]}
+    if any(value is not None and getattr(value, "op", "") != "get_attr" for value in constants.values()):
+        return None
+    values: Any = (value and operator.attrgetter(value.target)(traced) for value in constants.values())
+    mean, variance, weight, bias = values
+    if a["training"] is not False or mean is None or find_rank(traced, x) != 4:
+        return None
+    norm = nn.BatchNorm2d(len(mean), a["eps"], affine=False).eval()
+    norm.running_mean, norm.running_var = mean, variance
+    norm.weight, norm.bias = weight, bias
+    return norm
 
 
 def _list_state(modules: Mapping[str, nn.Module]) -> dict[str, tuple[Any, ...]]:

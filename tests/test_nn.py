@@ -570,9 +570,19 @@ def activate_a_part_and_read_another(model, y):
     return model.second(y)[:, :2] + a
 
 
-@pytest.mark.parametrize("write", [add_to_itself, multiply_in_a_list, halve_a_size, call_one_activation_twice])
+def drop_nothing_in_place(model, y):
+    kept = y.flatten(2)
+    return model.second(F.dropout(y, training=False, inplace=True)).flatten(2) + kept
+
+
+@pytest.mark.parametrize(
+    "write", [add_to_itself, multiply_in_a_list, halve_a_size, call_one_activation_twice, drop_nothing_in_place]
+)
 def test_other_names_of_a_value_that_is_written_to(write):
     model, x = randomize(Written(write)), torch.randn(2, 4, 6, 6)
+    model.register_buffer("unused", torch.zeros(1))
+    for _ in range(300):
+        model.unused += 1  # as often as training would; the forward itself does not
     converted = convert(model)
     torch.testing.assert_close(converted(x), model(x), rtol=1e-5, atol=1e-5)
     assert all("not traced" not in row.why for row in report(converted))
@@ -877,6 +887,11 @@ def keep_a_sum(model, y):
     return y * model.seen
 
 
+def set_data(model, y):
+    y.data = y.relu()
+    return y
+
+
 def add_noise(model, y):
     return y + torch.randn(1)
 
@@ -887,6 +902,7 @@ def add_noise(model, y):
         (count, "its forward changes seen"),
         (count_in_python, "its forward changes calls"),
         (keep_a_sum, "add_ writes into seen"),
+        (set_data, "it sets data of a tensor"),
         (add_noise, "it draws random numbers"),
         (lambda model, y: y.normal_(), "normal_ writes into a tensor in place"),
     ],

@@ -78,8 +78,8 @@ def convert(
     Returns
     -------
     torch.nn.Module
-        In evaluation mode; takes inputs of any size that the model does. With uint8 activations nothing in it has a
-        gradient.
+        In evaluation mode; takes inputs of any size that the model does, images with their batch, and (N, I) where a
+        BatchNorm1d was folded; does not write into them. With uint8 activations nothing in it has a gradient.
 
     Raises
     ------

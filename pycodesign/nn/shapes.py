@@ -72,15 +72,17 @@ class Shapes:
 
     def _note_size(self, node: fx.Node) -> None:
         layer = self._find_layer(node)
-        if layer is None and node.op == "call_module":
-            norm = self.traced.get_submodule(str(node.target))
-            layer = norm if type(norm) is nn.BatchNorm2d else None
-        if layer is None:
+        if layer is not None:
+            axis, size = (
+                ("last", layer.in_features) if isinstance(layer, nn.Linear) else ("channels", layer.in_channels)
+            )
+        elif match(self.traced, node) == ("norm", {"image": True}):
+            norm: Any = self.traced.get_submodule(str(node.target))
+            axis, size = "channels", norm.num_features
+        else:
             return
-        axis = "last" if isinstance(layer, nn.Linear) else "channels"
         x = node.args[0]
         while isinstance(x, fx.Node):
-            size = next(getattr(layer, n) for n in ("in_features", "in_channels", "num_features") if hasattr(layer, n))
             self.sizes[x, axis] = size
             found = match(self.traced, x)
             kinds = ("clamp", "norm", "max_pool2d", "avg_pool2d") if axis == "channels" else ("clamp",)

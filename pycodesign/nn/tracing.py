@@ -29,6 +29,11 @@ VIEWS = frozenset(
 class InPlaceProxy(fx.Proxy):
     """Records ``y += x`` as it stands; `torch.fx` makes it ``y = y + x``, and other names of y keep the old value."""
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node"):
+            raise ValueError(f"it sets {name} of a tensor")
+        super().__setattr__(name, value)
+
 
 def _record_in_place(name: str) -> Any:
     def record(self: fx.Proxy, other: Any) -> fx.Proxy:
@@ -126,7 +131,7 @@ def trace(model: nn.Module, calls: Sequence[tuple[Any, ...]] = ()) -> fx.GraphMo
         torch.set_rng_state(random)
         raise ValueError("it draws random numbers")
     for name, value in _list_state(modules).items():
-        if name not in before or any(a is not b for a, b in zip(value, before[name], strict=True)):
+        if name not in before or value[0] is not before[name][0] or value[1] != before[name][1]:
             raise ValueError(f"its forward changes {name}")
     drop_writes(traced)
     find_norms(traced)
@@ -182,13 +187,13 @@ def _make_norm(traced: fx.GraphModule, node: fx.Node) -> nn.BatchNorm2d | None:
     return norm
 
 
-def _list_state(modules: Mapping[str, nn.Module]) -> dict[str, tuple[Any, ...]]:
-    """Return every attribute and buffer of every module by name; of tensors also how often they were written to."""
+def _list_state(modules: Mapping[str, nn.Module]) -> dict[str, tuple[Any, int]]:
+    """Return every attribute and buffer of every module by name, and how often tensors were written to."""
     state = {}
     for prefix, module in modules.items():
         for name, value in {**vars(module), **module._buffers}.items():
             counted = isinstance(value, Tensor) and not value.is_inference()
-            state[f"{prefix}.{name}".lstrip(".")] = (value, value._version) if counted else (value,)
+            state[f"{prefix}.{name}".lstrip(".")] = value, value._version if counted else 0
     return state
 
 
@@ -224,6 +229,8 @@ def drop_writes(traced: fx.GraphModule) -> None:
 
 
 def _writes(traced: fx.GraphModule, node: fx.Node) -> bool:
+    if is_identity(traced, node):
+        return False
     if node.op == "call_module":
         return bool(getattr(traced.get_submodule(str(node.target)), "inplace", False))
     if node.op not in ("call_function", "call_method"):

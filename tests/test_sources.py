@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from pycodesign.nn import sources
+from pycodesign.nn import convert, report, sources
 from pycodesign.nn.sources import find_weight
 from pycodesign.quantize import QuantizedTensor
 
@@ -134,6 +134,22 @@ def test_brevitas_weights_that_depend_on_the_input_are_refused(qnn: ModuleType) 
     module = qnn.QuantConv2d(8, 16, 3, weight_quant=quant.Int8AccumulatorAwareWeightQuant).eval()
     with pytest.raises(ValueError, match=r"QuantConv2d: its quant_weight\(\) failed"):
         find_weight(module)
+
+
+def test_brevitas_activations_that_are_no_tensors(qnn: ModuleType) -> None:
+    """uint8 needs the range of a layer's input, which examples show of tensors alone."""
+    quant = pytest.importorskip("brevitas.quant")
+    options = {"weight_quant": quant.Int8WeightPerChannelFloat, "weight_bit_width": 2}
+    layers = [qnn.QuantConv2d(3, 8, 3, **options), qnn.QuantReLU(bit_width=4, return_quant_tensor=True)]
+    model = nn.Sequential(*layers, qnn.QuantConv2d(8, 8, 3, **options))
+    x = torch.rand(2, 3, 9, 9)
+    model(x)
+    model.eval()
+    converted = convert(model, activations="uint8", example_inputs=x)
+    left = {row.layer: row.why for row in report(converted) if not row.converted}
+    assert left == {"2": "no example shows the range of its input: that was empty, or no tensor of floats"}
+    wanted = model(x).detach()
+    assert (converted(x) - wanted).abs().max() < 0.1 * wanted.abs().max()
 
 
 # torchao

@@ -31,7 +31,7 @@ def find_chain(graph: Graph, body: Body) -> Found | None:
         return Found(body.run, shapes)
     if body.arrays != "torch" or "pycodesign.nn" not in sys.modules:  # nothing was converted
         return None
-    chain = _find_in_module(body.run)
+    chain = _find_in_module(body.run, len(shapes))
     return None if chain is None else Found(chain, shapes)
 
 
@@ -40,7 +40,7 @@ def _shape(graph: Graph, piece: Slice) -> tuple[int, ...]:
     return images, (channels if piece.end is None else piece.end) - piece.begin, *size
 
 
-def _find_in_module(module: Any) -> Any:
+def _find_in_module(module: Any, inputs: int) -> Any:
     from torch import fx
 
     from pycodesign.nn.modules import Layer, Segment
@@ -50,7 +50,7 @@ def _find_in_module(module: Any) -> Any:
         module = _find_only_module(module)
     if isinstance(module, Segment):
         return chain_of(module.weights(), module.program)
-    return _chain_of_layer(module) if isinstance(module, Layer) else None
+    return _chain_of_layer(module) if isinstance(module, Layer) and inputs == 1 else None  # others add a residual
 
 
 def _find_only_module(traced: Any) -> Any:

@@ -18,7 +18,8 @@ class TensorCache(Generic[T]):
     """Values by the tensors that they are made from, and by options.
 
     A key begins with the tensors' `id`, which no other tensor has before their death is reported and the value is gone.
-    Writing into a tensor raises its version, and the value is made anew.
+    Writing into a tensor raises its version, and the value is made anew; not so writing into its ``data``, or into an
+    array that shares its memory.
     """
 
     def __init__(self) -> None:

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pycodesign.nn.calibration import Observer, find_range, list_calls, to_affine
 from pycodesign.nn.fusion import Weights, fuse, gather
-from pycodesign.nn.graph import KEEPS, has_hooks, trace
+from pycodesign.nn.graph import KEEPS, is_plain, read_norm
 from pycodesign.nn.layers import SKIPPED, UNNAMED, Quantizers, check_arguments, find_layers
 from pycodesign.nn.lowering import CannotPack, Lowered, insert, lower, quantize_to, sort_graph
-from pycodesign.nn.modules import Conv2d, Linear, Segment
+from pycodesign.nn.modules import WINDOWS, Conv2d, Linear, Segment
 from pycodesign.nn.program import Program, Step, describe_layer, prepack
 from pycodesign.nn.reports import ROWS, Row, attach_rows, describe_packed
+from pycodesign.nn.tracing import trace
 from pycodesign.ops import Packed
 
 __all__ = ["convert"]
+
+# of a layer, that a model's own code may read
+ATTRIBUTES = {"in_features", "out_features", "in_channels", "out_channels", "kernel_size", "groups", *WINDOWS}
+NO_VALUES = "example_inputs: expected an example that shows values, got none but empty ones"
+READ = "the model reads its weights itself"
 
 
 def convert(
@@ -37,14 +44,18 @@ def convert(
     """Replace a network's convolutions and linear layers by packed ones that compute the same.
 
     Batch normalization is folded into the layer before it, or becomes a layer; ReLU, ReLU6, clamps and residual adds
-    are fused; neighboring layers, with the pooling and the adds between them, run in one call. `report` tells what
-    became of each layer: one that cannot be converted stays torch's.
+    are fused, these where it is known that both shapes are equal in every call; neighboring layers, with the pooling
+    and the adds between them, run in one call. `report` tells what became of each layer: one that cannot be converted
+    stays torch's.
 
     Parameters
     ----------
     model : torch.nn.Module
         In evaluation mode, in host memory. Traced by `torch.fx`; where that fails, layers are replaced one by one and
-        nothing else is.
+        nothing else is. The same happens where a graph would not show all that a call does: hooks of the model itself,
+        writes into buffers or attributes, writes into a part of what is read later, random numbers. Modules with hooks
+        are called as they are. An argument with a default is a constant, unless an example gives a tensor for it: calls
+        with another value raise.
     weights : str, callable or dict
         Name of a function of `pycodesign.quantize`, a function from weights to a `QuantizedTensor`, or a dict from
         module names to either, which leaves the layers that it does not name. By default weights are those of a
@@ -53,7 +64,8 @@ def convert(
         Between layers of a call. With ``"uint8"``, layers whose weights do not repeat are rounded to 8 bits.
     example_inputs : Tensor, tuple, or iterable of these, optional
         The argument of a call, the arguments of one, or several calls. Needed for uint8 activations, whose scales come
-        from the ranges that values have; otherwise they tell shapes, so that more can be fused.
+        from the ranges that values have; otherwise they tell how many dimensions values have, so that more can be
+        fused.
     skip : collection of str
         Names of layers to leave.
     strict : bool
@@ -66,8 +78,8 @@ def convert(
     Returns
     -------
     torch.nn.Module
-        In evaluation mode; takes inputs of any size that the model does. With uint8 activations nothing in it has a
-        gradient.
+        In evaluation mode; takes inputs of any size that the model does, images with their batch, and (N, I) where a
+        BatchNorm1d was folded; does not write into them. With uint8 activations nothing in it has a gradient.
 
     Raises
     ------
@@ -101,8 +113,9 @@ def convert(
     try:
         if isinstance(source, KEEPS):
             raise ValueError("it is a layer")
-        traced = trace(source)
+        traced = trace(source, calls)
     except Exception as error:  # of any kind: it is the model's code that runs
+        source = copy.deepcopy(model)  # its code may have changed the other copy
         why = f"not traced ({_first_line(error)}), so by itself"
         for name in layers:
             rows[name].why = "; ".join(filter(None, [rows[name].why, why]))
@@ -134,10 +147,13 @@ def _convert_graph(
     calibration: str,
 ) -> fx.GraphModule:
     called = {node.target for node in traced.graph.nodes if node.op == "call_module"}
+    for name in _find_read(traced, rows):
+        layers.pop(name, None)
+        rows[name].why = rows[name].why or READ
     for name in rows:
         if name not in called:
             layers.pop(name, None)
-            rows[name].why = rows[name].why or "the model does not call it by itself"
+            rows[name].why = rows[name].why or _find_hooks(traced, name) or "the model does not call it by itself"
     _fold_norms(traced, layers, rows)
     affines = None
     if calls:
@@ -145,6 +161,8 @@ def _convert_graph(
         with torch.no_grad():
             for call in calls if calibration else calls[:1]:
                 observer.run(*call)
+        if calibration and layers and not observer.ranges:
+            raise ValueError(NO_VALUES)
         affines = {node: to_affine(found, calibration) for node, found in observer.ranges.items()}
     replaced: dict[fx.Node, fx.Node] = {}
     for lowered in _lower_all(traced, layers, rows, affines if calibration else None):
@@ -160,15 +178,34 @@ def _convert_graph(
     return traced
 
 
+def _find_read(traced: fx.GraphModule, names: Iterable[str]) -> list[str]:
+    """Return the modules whose tensors are not only read by themselves."""
+    read = [str(node.target) for node in traced.graph.nodes if node.op == "get_attr"]
+    return [name for name in names if any(target.startswith(f"{name}.") for target in read)]
+
+
+def _find_hooks(traced: fx.GraphModule, name: str) -> str:
+    """Say which of the modules around a layer is called as it is."""
+    parts = name.split(".")
+    for parent in (".".join(parts[:depth]) for depth in range(1, len(parts))):
+        if not is_plain(traced.get_submodule(parent)):
+            return f"{parent} has hooks, or a forward of its own"
+    return ""
+
+
 def _lower_all(traced: fx.GraphModule, layers: dict[str, Weights], rows: dict[str, Row], affines: Any) -> list[Lowered]:
     """Lower every segment; a layer that cannot be packed is left out, and segments are found anew."""
+    norms: set[str] = set()  # that stay torch's
     while True:
         try:
-            return [lower(segment, affines) for segment in gather(fuse(traced, layers), layers)]
+            return [lower(segment, affines) for segment in gather(fuse(traced, layers, norms), layers)]
         except CannotPack as error:
-            name, rows[name].why = error.args
-            if layers.pop(name, None) is None:
+            name, why = error.args
+            if layers.pop(name, None) is not None:
+                rows[name].why = why
+            elif name in norms:
                 raise
+            norms.add(name)
 
 
 def _fold_norms(traced: fx.GraphModule, layers: Mapping[str, Weights], rows: dict[str, Row]) -> None:
@@ -180,10 +217,11 @@ def _fold_norms(traced: fx.GraphModule, layers: Mapping[str, Weights], rows: dic
             continue
         name = str(before.target)
         norm, conv = traced.get_submodule(str(node.target)), traced.get_submodule(name)
-        plain = type(norm) is nn.BatchNorm2d and type(conv) is nn.Conv2d and not (has_hooks(norm) or has_hooks(conv))
-        if not plain or norm.running_mean is None or name in layers or rows[name].why in (SKIPPED, UNNAMED):
+        plain = type(norm) is nn.BatchNorm2d and type(conv) is nn.Conv2d and is_plain(norm) and is_plain(conv)
+        if not plain or norm.running_mean is None or name in layers or rows[name].why in (SKIPPED, UNNAMED, READ):
             continue
-        if called.count(name) == 1 and len(before.users) == 1:
+        finite = all(np.isfinite(array).all() for array in read_norm(norm))
+        if finite and called.count(name) == 1 and len(before.users) == 1:
             traced.add_submodule(name, fuse_conv_bn_eval(conv, norm))  # type: ignore[type-var, arg-type]
             rows[name].why += "; batch normalization folded"
             node.replace_all_uses_with(before)
@@ -198,6 +236,10 @@ def _replace_layers(
     calibration: str,
 ) -> nn.Module:
     """Replace layers one by one: the model's own code goes on calling them."""
+    names: dict[nn.Module, list[str]] = {}  # all that a module has
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(module, []).append(name)
+    aliases = {given[0]: given for given in names.values()}
     made: dict[str, Conv2d | Linear] = {}
     for name, weights in layers.items():
         kind = Conv2d if len(weights.q.shape) == 4 else Linear
@@ -206,20 +248,23 @@ def _replace_layers(
         except (TypeError, ValueError) as error:
             rows[name].why = str(error)
             continue
-        model = _set_module(model, name, layer)
+        model = _set_module(model, aliases[name], layer)
         attach_rows(layer, [describe_packed(rows[name], layer.packed(), name)])
     for name, affine in _observe_inputs(model, made, calls, calibration).items() if calibration else ():
         segment, packed = _quantize_input(layers[name], affine)
-        model = _set_module(model, name, segment)
+        for attribute in ATTRIBUTES & vars(made[name]).keys():
+            setattr(segment, attribute, getattr(made[name], attribute))
+        model = _set_module(model, aliases[name], segment)
         attach_rows(segment, [describe_packed(rows[name], packed, name)])
     return model.eval()
 
 
-def _set_module(model: nn.Module, name: str, module: nn.Module) -> nn.Module:
-    if not name:
-        return module
-    parent, _, attribute = name.rpartition(".")
-    setattr(model.get_submodule(parent), attribute, module)
+def _set_module(model: nn.Module, names: Iterable[str], module: nn.Module) -> nn.Module:
+    for name in names:
+        if not name:
+            return module
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, module)
     return model
 
 
@@ -231,7 +276,9 @@ def _observe_inputs(
     for name, layer in layers.items():
 
         def observe(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], name: str = name) -> None:
-            ranges.setdefault(name, []).append(find_range(args[0] if args else kwargs["input"], calibration, name))
+            x = args[0] if args else kwargs["input"]
+            if isinstance(x, Tensor) and x.numel():
+                ranges.setdefault(name, []).append(find_range(x, calibration, name))
 
         hooks.append(layer.register_forward_pre_hook(observe, with_kwargs=True))
     with torch.no_grad():
@@ -239,6 +286,8 @@ def _observe_inputs(
             model(*call)
     for hook in hooks:
         hook.remove()
+    if layers and not ranges:
+        raise ValueError(NO_VALUES)
     return {name: to_affine(found, calibration) for name, found in ranges.items()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -12,6 +12,7 @@ from torch import fx
 
 from pycodesign._quantized import FewValued
 from pycodesign.nn.graph import find_rank, match, read_norm
+from pycodesign.nn.shapes import Image, Rows, Shapes
 from pycodesign.quantize import QuantizedTensor
 
 Floats: TypeAlias = "NDArray[np.float32]"
@@ -27,12 +28,15 @@ class Weights:
     bias: Floats | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
-    def fold(self, scale: NDArray[np.float64], shift: NDArray[np.float64]) -> Weights:
-        """Return weights of the layer followed by ``scale * y + shift``, each rounded once."""
+    def fold(self, scale: NDArray[np.float64], shift: NDArray[np.float64]) -> Weights | None:
+        """Return weights of the layer followed by ``scale * y + shift``, each rounded once; None if not all finite."""
         rows = (-1, *[1] * (self.q.scale.ndim - 1))
-        q = replace(self.q, scale=(self.q.scale * scale.reshape(rows)).astype(np.float32))
-        bias = shift if self.bias is None else self.bias * scale + shift
-        return Weights(self.name, q, bias.astype(np.float32), self.options)
+        with np.errstate(all="ignore"):
+            scales = (self.q.scale * scale.reshape(rows)).astype(np.float32)
+            bias = (shift if self.bias is None else self.bias * scale + shift).astype(np.float32)
+        if not (np.isfinite(scales).all() and np.isfinite(bias).all()):
+            return None
+        return Weights(self.name, replace(self.q, scale=scales), bias, self.options)
 
 
 @dataclass(eq=False)
@@ -49,6 +53,8 @@ class FusedStep:
         The values that it takes and adds.
     form : {"image", "flat", "rows"}
         What the last node's value is: (N, C, H, W); a step's (N, C, H, W) flattened to (N, C H W); or (..., I).
+    normalized : bool
+        Whether batch normalization of (N, I) is in it: values of more dimensions would be normalized along another.
     """
 
     op: str
@@ -59,6 +65,7 @@ class FusedStep:
     arguments: dict[str, Any] = field(default_factory=dict)
     clamp: Clamp = None
     weights: Weights | None = None
+    normalized: bool = False
 
     @property
     def result(self) -> fx.Node:
@@ -73,16 +80,21 @@ class FusedStep:
         return list(self.result.users) == [node]
 
 
-def fuse(traced: fx.GraphModule, layers: Mapping[str, Weights]) -> dict[fx.Node, FusedStep]:
+def fuse(
+    traced: fx.GraphModule, layers: Mapping[str, Weights], norms: Collection[str] = ()
+) -> dict[fx.Node, FusedStep]:
     """Return the steps by the node whose value they make, in the order they are to run in.
 
     Parameters
     ----------
     layers : dict
         Weights by module name; other layers stay torch's.
+    norms : collection of str
+        Batch normalizations that become no layers.
     """
     steps: dict[fx.Node, FusedStep] = {}
     order = {node: i for i, node in enumerate(traced.graph.nodes)}
+    shapes = Shapes(traced, layers)
     for node in traced.graph.nodes:
         found = match(traced, node)
         if found is None:
@@ -95,16 +107,18 @@ def fuse(traced: fx.GraphModule, layers: Mapping[str, Weights]) -> dict[fx.Node,
                 form = "image" if kind == "conv2d" else "rows"
                 steps[node] = FusedStep(kind, [node], x, form, weights=layers[node.target])
         elif kind == "norm":
-            _fuse_norm(traced, node, before, arguments["image"], steps)
+            if node.target not in norms:
+                _fuse_norm(traced, node, before, arguments["image"], steps)
         elif kind == "clamp":
             if before is not None and before.op not in ("max_pool2d", "flatten") and before.clamp is None:
                 if before.may_absorb(node):
                     _extend(steps, before, node).clamp = arguments["clamp"]
                     continue
-            if combined := _find_form(traced, steps, [x]):
-                steps[node] = FusedStep("add", [node], x, combined, clamp=arguments["clamp"])
+            if before is not None or find_rank(traced, x) == 4:
+                form = "image" if before is None else before.form
+                steps[node] = FusedStep("add", [node], x, form, clamp=arguments["clamp"])
         elif kind == "add":
-            _fuse_add(traced, node, arguments["other"], steps, order)
+            _fuse_add(node, arguments["other"], steps, shapes, order)
         elif kind == "flatten":
             if before is not None and before.form == "image":
                 steps[node] = FusedStep("flatten", [node], x, "flat")
@@ -128,8 +142,9 @@ def _fuse_norm(
     if before is not None and before.weights is not None and before.may_absorb(node):
         fits = (before.op == "conv2d") == image and before.weights.q.shape[0] == len(scale)
         fits &= image or find_rank(traced, node) != 3  # there it is the second dimension that is normalized
-        if before.clamp is None and before.other is None and fits:
-            before.weights = before.weights.fold(scale, shift)
+        folded = before.weights.fold(scale, shift) if before.clamp is None and before.other is None and fits else None
+        if folded is not None:
+            before.weights, before.normalized = folded, not image
             _extend(steps, before, node)
             return
     if image and (before is None or before.form == "image"):  # a layer of its own: one weight for each channel
@@ -137,15 +152,16 @@ def _fuse_norm(
             np.zeros((len(scale), 1, 1, 1), np.uint8), np.ones(1, np.float32), np.ones(len(scale), np.float32)
         )
         weights = Weights(str(node.target), q, options={"groups": len(scale)}).fold(scale, shift)
-        steps[node] = FusedStep("conv2d", [node], node.args[0], "image", weights=weights)  # type: ignore[arg-type]
+        if weights is not None:
+            steps[node] = FusedStep("conv2d", [node], node.args[0], "image", weights=weights)  # type: ignore[arg-type]
 
 
 def _fuse_add(
-    traced: fx.GraphModule, node: fx.Node, b: fx.Node, steps: dict[fx.Node, FusedStep], order: dict[fx.Node, int]
+    node: fx.Node, b: fx.Node, steps: dict[fx.Node, FusedStep], shapes: Shapes, order: Mapping[fx.Node, int]
 ) -> None:
     """Add the later operand's layer a residual; where none can take it, add in a step of its own."""
     a: fx.Node = node.args[0]  # type: ignore[assignment]
-    form = _find_form(traced, steps, [a, b])
+    form = _find_form(steps, [a, b], shapes.find_common(a, b))
     if form is None:
         return
     for x, other in sorted([(a, b), (b, a)], key=lambda pair: -order[pair[0]]):
@@ -157,29 +173,15 @@ def _fuse_add(
     steps[node] = FusedStep("add", [node], a, form, other=b)
 
 
-def _find_form(traced: fx.GraphModule, steps: Mapping[fx.Node, FusedStep], nodes: Sequence[fx.Node]) -> str | None:
-    """Return the form of values to be combined; None if they may differ in shape, or cannot be told to be alike."""
-    shapes = {node.meta.get("shape") for node in nodes}
-    forms = {steps[node].form for node in nodes if node in steps}
-    if None not in shapes:
-        if len(shapes) > 1:
-            return None
-    elif len({_is_pooled(steps, node) for node in nodes}) > 1:
+def _find_form(steps: Mapping[fx.Node, FusedStep], nodes: Sequence[fx.Node], shape: Image | Rows | None) -> str | None:
+    """Return the form of values of one shape that are to be combined; None if no step can."""
+    if shape is None:
         return None
-    if None in shapes or not forms:
-        ranks = {find_rank(traced, node) for node in nodes if node not in steps}
-        if ranks - {4}:
-            return None
-        forms |= {"image" for _ in ranks}
+    forms = {steps[node].form for node in nodes if node in steps}
+    if "flat" in forms and any(node not in steps for node in nodes):
+        return None
+    forms = forms or {"image" if isinstance(shape, Image) else "rows"}
     return forms.pop() if len(forms) == 1 else None
-
-
-def _is_pooled(steps: Mapping[fx.Node, FusedStep], node: fx.Node) -> bool:
-    """Say whether a value has one pixel whatever the size of the network's input."""
-    step = steps.get(node)
-    if step is None or step.op == "linear":
-        return False
-    return (step.op == "avg_pool2d" and "kernel_size" not in step.arguments) or _is_pooled(steps, step.x)
 
 
 def gather(steps: Mapping[fx.Node, FusedStep], layers: Mapping[str, Weights]) -> list[list[FusedStep]]:

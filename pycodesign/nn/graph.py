@@ -12,85 +12,26 @@ from torch import fx, nn
 Match: TypeAlias = "tuple[str, dict[str, Any]] | None"  # kind and arguments of a node; its first argument is `x`
 
 KEEPS = (nn.Conv2d, nn.Linear)  # also where derived classes compute more
-IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 IMAGE_MODULES = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 ELEMENTWISE = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.SiLU, nn.GELU, nn.LeakyReLU, nn.Hardswish, nn.Sigmoid)
-
-
-class Tracer(fx.Tracer):
-    """Keeps layers whole, also those of derived classes and of Brevitas."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        whole = isinstance(m, KEEPS) or type(m).__module__.startswith(("brevitas.", "pycodesign.nn."))
-        return whole or super().is_leaf_module(m, module_qualified_name)
-
-
-def trace(model: nn.Module) -> fx.GraphModule:
-    """Return the graph of a model in evaluation mode, where nothing is written in place and nothing does nothing.
-
-    Raises
-    ------
-    Exception
-        Of many kinds, where the model's code cannot be traced.
-    """
-    tracer = Tracer()
-    traced = fx.GraphModule(model, tracer.trace(model), type(model).__name__)
-    graph = traced.graph
-    for node in list(graph.nodes):
-        if drop_in_place(traced, node):
-            later = set(_nodes_after(node))
-            for user in list(node.args[0].users):
-                if user in later:
-                    user.replace_input_with(node.args[0], node)
-    for node in list(graph.nodes):
-        if node.op == "call_module" and not node.args and node.kwargs.keys() == {"input"}:
-            node.args, node.kwargs = (node.kwargs["input"],), {}
-        if is_identity(traced, node):
-            node.replace_all_uses_with(node.args[0])
-            graph.erase_node(node)
-    graph.eliminate_dead_code()
-    return traced
-
-
-def _nodes_after(node: fx.Node) -> list[fx.Node]:
-    nodes = list(node.graph.nodes)
-    return nodes[nodes.index(node) + 1 :]
-
-
-def drop_in_place(traced: fx.GraphModule, node: fx.Node) -> bool:
-    """Let a node that overwrites its input make a new value instead; say whether it did."""
-    if node.op == "call_module":
-        module = traced.get_submodule(str(node.target))
-        found = bool(getattr(module, "inplace", False))
-        if found:
-            module.inplace = False  # type: ignore[assignment]
-        return found
-    if node.kwargs.get("inplace"):
-        node.kwargs = {**node.kwargs, "inplace": False}
-        return True
-    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if node.op not in ("call_function", "call_method") or not isinstance(name, str):
-        return False
-    if node.target is operator.setitem or (name.endswith("_") and not name.endswith("__")):
-        pure = getattr(torch, name.removesuffix("_"), None)
-        if node.target is operator.setitem or pure is None:
-            raise ValueError(f"{name} writes into a tensor in place")
-        node.op, node.target = "call_function", pure
-        return True
-    return False
-
-
-def is_identity(traced: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op == "call_module":
-        return type(traced.get_submodule(str(node.target))) in IDENTITIES
-    if node.op == "call_function" and getattr(node.target, "__name__", "").endswith("dropout"):
-        return not bind(node, "input", "p", "training", training=True)["training"]
-    return False
 
 
 def bind(node: fx.Node, *names: str, **defaults: Any) -> dict[str, Any]:
     """Return a call's arguments by name."""
     return {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+
+def call_name(node: fx.Node) -> str:
+    """Return the name of what a node calls of torch's or Python's own, or of the attribute that it reads; or ""."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return ""
+    if node.target is getattr:
+        return str(node.args[1])
+    where = getattr(node.target, "__module__", None) or "torch"
+    own = where.startswith(("torch", "_operator", "builtins", "math"))
+    return str(getattr(node.target, "__name__", "")) if own else ""
 
 
 def match(traced: fx.GraphModule, node: fx.Node) -> Match:
@@ -101,13 +42,17 @@ def match(traced: fx.GraphModule, node: fx.Node) -> Match:
         if len(node.args) > 1 or node.kwargs:
             return None
         return match_module(traced.get_submodule(str(node.target)))
-    if node.op in ("call_function", "call_method"):
-        return match_call(node)
-    return None
+    if node.op not in ("call_function", "call_method"):
+        return None
+    found = match_call(node)
+    known = {node.args[0], found[1].get("other")} if found is not None else set()
+    if found is not None and found[0] != "flatten" and not known.issuperset(node.all_input_nodes):
+        return None  # the network computes another argument, too
+    return found
 
 
 def match_module(module: nn.Module) -> Match:
-    if has_hooks(module):
+    if not is_plain(module):
         return None
     if isinstance(module, KEEPS):
         return "conv2d" if isinstance(module, nn.Conv2d) else "linear", {}
@@ -118,7 +63,7 @@ def match_module(module: nn.Module) -> Match:
     if kind is nn.ReLU:
         return "clamp", {"clamp": (0.0, None)}
     if kind in (nn.ReLU6, nn.Hardtanh):
-        return "clamp", {"clamp": (float(m.min_val), float(m.max_val))}
+        return _clamp(m.min_val, m.max_val)
     if kind is nn.MaxPool2d:
         return _max_pool(m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode, m.return_indices)
     if kind is nn.AvgPool2d:
@@ -130,8 +75,10 @@ def match_module(module: nn.Module) -> Match:
     return None
 
 
-def has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def is_plain(module: nn.Module) -> bool:
+    """Say whether a call runs the forward of the module's class and nothing else."""
+    hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return not any(hooks) and "forward" not in module.__dict__
 
 
 def match_call(node: fx.Node) -> Match:
@@ -193,6 +140,8 @@ def _is_batch_size(value: Any, x: Any) -> bool:
 
 def _clamp(low: Any, high: Any) -> Match:
     if not all(bound is None or isinstance(bound, (int, float)) for bound in (low, high)):
+        return None
+    if low is not None and high is not None and not low <= high:
         return None
     return "clamp", {"clamp": tuple(None if bound is None else float(bound) for bound in (low, high))}
 

@@ -13,7 +13,7 @@ from pycodesign import quantize
 from pycodesign._quantized import FewValued
 from pycodesign.nn.calibration import CALIBRATIONS
 from pycodesign.nn.fusion import Weights
-from pycodesign.nn.graph import KEEPS, has_hooks
+from pycodesign.nn.graph import KEEPS, is_plain
 from pycodesign.nn.modules import Quantizer, find_quantizer, quantize_weight, read_geometry
 from pycodesign.nn.reports import Row, describe_kind, is_layer
 from pycodesign.nn.sources import find_weight
@@ -61,8 +61,8 @@ def _check_module(module: nn.Module, parent: nn.Module | None) -> None:
         raise ValueError(f"{kind.__name__}: there are kernels for Conv2d and Linear only")
     if parent is not None and type(parent).__module__.startswith("torch.nn.") and not isinstance(parent, CONTAINERS):
         raise ValueError(f"{type(parent).__name__} reads its weight itself")
-    if has_hooks(module):
-        raise ValueError("it has hooks")
+    if not is_plain(module):
+        raise ValueError("it has hooks, or a forward of its own")
 
 
 def _find_weights(name: str, module: Any, quantizer: Quantizer, activations: str) -> tuple[Weights, str]:

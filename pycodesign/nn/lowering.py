@@ -19,6 +19,7 @@ from pycodesign.ops import Packed
 Affine = tuple[float, int]  # scale and zero point of uint8 values
 
 QUANTIZED = "uint8"
+NO_RANGE = "no example shows the range of its input: that was empty, or no tensor of floats"
 
 
 class CannotPack(Exception):
@@ -40,6 +41,20 @@ class Lowered:
     def names(self) -> list[str]:
         """Names of the modules whose weights it holds."""
         return [step.weights.name for step in self.steps if step.weights is not None]
+
+    @property
+    def arguments(self) -> list[fx.Node]:
+        """What its module is called with; a layer alone takes its input and its residual, which may be the same."""
+        return self.steps[0].inputs if self.is_layer else self.inputs
+
+    @property
+    def is_layer(self) -> bool:
+        """Whether one layer is all it does, for inputs of any number of dimensions if it is a linear one."""
+        return len(self.program.steps) == 1 and self.steps[0].weights is not None and not self.steps[0].normalized
+
+    @property
+    def takes_rows(self) -> bool:
+        return all(step.form == "rows" and not step.normalized for step in self.steps)
 
 
 def lower(segment: Sequence[FusedStep], affines: Mapping[fx.Node, Affine] | None) -> Lowered:
@@ -98,6 +113,8 @@ class _Lowering:
     def _add(self, step: FusedStep, taken: Collection[fx.Node]) -> int:
         x = self.values[step.x]
         if self.affines is not None and step.weights is not None:
+            if self.forms[x][0] == "float32" and step.x not in self.affines:
+                raise CannotPack(step.weights.name, NO_RANGE)
             x = self._as_integers(step.x)
         arguments = dict(step.arguments)
         if step.clamp is not None:
@@ -105,7 +122,7 @@ class _Lowering:
         form = "float32", 1.0, 0
         if step.op == "max_pool2d":
             form = self.forms[x]
-        elif self.affines is not None and step.result in taken:
+        elif self.affines is not None and step.result in taken and step.result in self.affines:
             form = QUANTIZED, *self.affines[step.result]
             arguments |= quantize_to(*form)
         layer = None
@@ -157,7 +174,7 @@ def insert(traced: fx.GraphModule, lowered: Lowered, rows: Mapping[str, Row], re
     layers = zip(lowered.names, lowered.packed, strict=True)
     attach_rows(module, [describe_packed(rows[layer], packed, name) for layer, packed in layers if layer in rows])
     with graph.inserting_before(steps[-1].result):
-        made = graph.call_module(name, tuple(replaced.get(x, x) for x in lowered.inputs))
+        made = graph.call_module(name, tuple(replaced.get(x, x) for x in lowered.arguments))
         several = len(lowered.program.outputs) > 1
         forms = {step.result: step.form for step in steps}
         for node, position in lowered.outputs.items():
@@ -171,8 +188,8 @@ def insert(traced: fx.GraphModule, lowered: Lowered, rows: Mapping[str, Row], re
 def _make_module(traced: fx.GraphModule, lowered: Lowered) -> tuple[str, nn.Module]:
     """Add the module that runs a segment: a layer of the same name where that is all it does."""
     steps, program = lowered.steps, lowered.program
-    if len(program.steps) == 1 and steps[0].weights is not None:
-        weights = steps[0].weights
+    weights = steps[0].weights
+    if lowered.is_layer and weights is not None:
         kind = Conv2d if steps[0].op == "conv2d" else Linear
         module: nn.Module = kind.from_quantized(
             weights.q, weights.bias, packed=lowered.packed[0], clamp=steps[0].clamp, **weights.options
@@ -180,7 +197,7 @@ def _make_module(traced: fx.GraphModule, lowered: Lowered) -> tuple[str, nn.Modu
         calls = [node for node in traced.graph.nodes if node.op == "call_module" and node.target == weights.name]
         name = weights.name if len(calls) == 1 else _free_name(traced, weights.name.replace(".", "_"))
     else:
-        module = Segment(program, lowered.weights, all(step.form == "rows" for step in steps), lowered.packed)
+        module = Segment(program, lowered.weights, lowered.takes_rows, lowered.packed)
         name = _free_name(traced, "segment")
     module.eval()
     traced.add_submodule(name, module)

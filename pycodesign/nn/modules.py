@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
 import numpy as np
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from pycodesign import quantize
-from pycodesign._arguments import SHORT_FLOATS, Array, join_names, to_numpy
+from pycodesign._arguments import SHORT_FLOATS, Array, join_names, to_numpy, to_pair
 from pycodesign._quantized import FewValued, from_arrays, to_arrays
 from pycodesign.nn import ops
-from pycodesign.nn.program import LayerWeights, Program, find_chain, join_weights, parse_program
+from pycodesign.nn.program import LayerWeights, Program, Step, find_chain, join_weights, parse_program, split_weights
 from pycodesign.nn.sources import find_weight
-from pycodesign.nn.weights import weight_shape
+from pycodesign.nn.weights import dequantize, weight_shape
 from pycodesign.ops import Packed
 from pycodesign.quantize import KernelCodebook, QuantizedTensor
 
@@ -25,17 +25,46 @@ __all__ = ["Conv2d", "Linear"]
 Quantizer: TypeAlias = str | Callable[[Any], FewValued]
 L = TypeVar("L", bound="Layer")
 
+WINDOWS = ("stride", "padding", "dilation")
 QUANTIZERS = ("binary", "from_fake_quantized", "kernel_codebook", "ternary")  # they need the weights alone
 
 
-class Layer(nn.Module):
+class PackedModule(nn.Module):
+    """Loads the states of modules whose weights have as many levels."""
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        wanted = {name: tuple(x.shape) for name, x in self._buffers.items() if x is not None}
+        got = {name: tuple(state_dict[prefix + name].shape) for name in wanted if prefix + name in state_dict}
+        wanted = {name: wanted[name] for name in got}
+        if got != wanted:
+            sizes = (", ".join(f"{name} {shape}" for name, shape in shapes.items()) for shapes in (wanted, got))
+            text = (
+                "{}: expected {}, got {}: other layers, or another number of levels; convert a network of those weights"
+            )
+            error_msgs.append(text.format(prefix.rstrip(".") or type(self).__name__, *sizes))
+            return
+        others = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+
+class Layer(PackedModule):
     """What `Conv2d` and `Linear` share.
 
     Parameters
     ----------
     codes, levels, scale, bias : Tensor
         Become buffers; as in `QuantizedTensor`, or of a `KernelCodebook` as `pycodesign._quantized.to_arrays` says.
-        Where one is written to, by `load_state_dict` for instance, the layer is packed anew at its next call.
+        Where one is written to, by `load_state_dict` for instance, the layer is packed anew at its next call. Writes
+        that torch does not count go unnoticed: those through ``.data`` or through an array of ``numpy()``.
     **options
         As for `from_quantized`.
     """
@@ -57,6 +86,16 @@ class Layer(nn.Module):
             raise TypeError(f"{name}: expected one of the options {join_names(defaults)}, got another")
         self.options = {k: v for k, v in options.items() if v not in (defaults[k], (defaults[k], defaults[k]))}
         self.options_json = json.dumps(self.options)
+        outputs, inputs, *kernel = weight_shape(codes, levels)  # what follows has the names that torch's layers give it
+        if self.kind == "linear":
+            self.in_features, self.out_features = inputs, outputs
+            return
+        geometry = defaults | options
+        self.stride, self.padding, self.dilation = (to_pair(name, geometry[name], 0) for name in WINDOWS)
+        self.groups, self.kernel_size = geometry["groups"], tuple(kernel)
+        self.in_channels, self.out_channels = inputs * self.groups, outputs
+        windows = zip(kernel, self.stride, self.padding, self.dilation, strict=False)  # packing checks the weights
+        self.least = [least_size(1, *window) for window in windows]
 
     @classmethod
     def from_quantized(
@@ -105,6 +144,11 @@ class Layer(nn.Module):
         """Return the weights that the layer was made of."""
         return from_arrays(self.codes, self.levels, self.scale)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weights as torch's layers have them, made anew for each reader."""
+        return dequantize(self.codes, self.levels, self.scale)
+
     def extra_repr(self) -> str:
         outputs, inputs, *kernel = weight_shape(self.codes, self.levels)
         text = f"{inputs * self.options.get('groups', 1)}, {outputs}, "
@@ -118,7 +162,7 @@ class Conv2d(Layer):
     """Convolution with packed weights, of `from_quantized` or `from_float`.
 
     Weights have no gradient; the gradient to a float32 input is that of the dequantized convolution. Inputs are float32
-    (also under autocast), or what `input_dtype` says; (N, C, H, W), of any strides.
+    (also under autocast), or what `input_dtype` says; (N, C, H, W) or (C, H, W), of any strides.
 
     Examples
     --------
@@ -131,6 +175,12 @@ class Conv2d(Layer):
     """
 
     kind = "conv2d"
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if len(input.shape) == 3:
+            return self.forward(input[None], None if residual is None else residual[None])[0]
+        check_size(input, self.least)
+        return super().forward(input, residual)
 
     @classmethod
     def from_float(cls, module: nn.Conv2d, weights: Quantizer = "from_fake_quantized", **options: Any) -> Conv2d:
@@ -181,7 +231,7 @@ class Linear(Layer):
         return cls.from_quantized(quantize_weight(module, weights), module.bias, **options)
 
 
-class Segment(nn.Module):
+class Segment(PackedModule):
     """Layers, with the pooling and the adds between them, that run in one call; made by `convert`.
 
     Its state holds the program, too, which has the scales of activations.
@@ -213,14 +263,26 @@ class Segment(nn.Module):
         for name, tensor in zip(("codes", "levels", "scale", "bias"), join_weights(weights), strict=True):
             self.register_buffer(name, tensor)
         self.program, self.rows = program.to_json(), rows
+        self.least = find_least_sizes(program)
         find_chain(self.weights(), self.program, packed)
 
     def weights(self) -> tuple[Tensor, ...]:
         return self.codes, self.levels, self.scale, self.bias
 
+    @property
+    def weight(self) -> Tensor:
+        """The weights of the only layer, as torch's layers have them."""
+        layers = split_weights(parse_program(self.program), self.weights())
+        if len(layers) != 1:
+            raise AttributeError(f"weight: expected a segment of one layer, got {len(layers)}")
+        return torch.from_numpy(layers[0][0].dequantize())
+
     def forward(self, input: Tensor, *others: Tensor) -> Any:
         """Run the segment; a list where it makes several values."""
         inputs = input, *others
+        for x, least in zip(inputs, self.least, strict=True):
+            if least is not None:
+                check_size(x, least)
         given = [x.reshape(-1, x.shape[-1]) for x in inputs] if self.rows else list(inputs)
         values = torch.ops.pycodesign.chain.default(given, *self.weights(), self.program)
         if self.rows:
@@ -232,12 +294,54 @@ class Segment(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         program = state.numpy().tobytes().decode()
-        parse_program(program)
+        self.least = find_least_sizes(parse_program(program))
         self.program = program
 
     def extra_repr(self) -> str:
         steps = parse_program(self.program).steps
         return "\n".join(f"{step.op} {step.layer['name']}" if step.layer else step.op for step in steps)
+
+
+def check_size(x: Tensor, least: Sequence[int]) -> None:
+    if len(x.shape) != 4 or x.shape[2] < least[0] or x.shape[3] < least[1]:
+        wanted = f"(N, C, H, W) of {least[0]} x {least[1]} pixels at least, which kernels and pooling need"
+        raise ValueError(f"input: expected {wanted}, got {tuple(x.shape)}")
+
+
+def least_size(outputs: int, kernel: int, stride: int, padding: int, dilation: int) -> int:
+    """Return the size that a window needs for this many results."""
+    return max((outputs - 1) * stride + dilation * (kernel - 1) + 1 - 2 * padding, 1)
+
+
+def find_least_sizes(program: Program) -> list[list[int] | None]:
+    """Return height and width that each input must have; None for inputs that no window slides over."""
+    least: dict[int, list[int]] = {}
+    for result, step in reversed(list(enumerate(program.steps, len(program.inputs)))):
+        needed = least.get(result)
+        if step.op in ("conv2d", "max_pool2d", "avg_pool2d"):
+            needed = needed or [1, 1]
+            _raise_to(least, step.x, _find_least_input(step, needed))
+        elif step.op == "add" and needed:
+            _raise_to(least, step.x, needed)
+        if step.other is not None and needed:
+            _raise_to(least, step.other, needed)
+    return [least.get(i) for i in range(len(program.inputs))]
+
+
+def _find_least_input(step: Step, outputs: Sequence[int]) -> list[int]:
+    given = step.arguments
+    if step.layer is not None:
+        given = {"kernel_size": step.layer["shape"][2:], "stride": 1, **step.layer["options"]}
+    kernel = given.get("kernel_size")
+    if kernel is None:
+        return [1, 1]  # pooling of the whole image
+    windows = kernel, given.get("stride") or kernel, given.get("padding", 0), given.get("dilation", 1)
+    pairs = (to_pair("kernel_size", values, 0) for values in windows)
+    return [least_size(n, *window) for n, *window in zip(outputs, *pairs, strict=True)]
+
+
+def _raise_to(least: dict[int, list[int]], value: int, needed: Sequence[int]) -> None:
+    least[value] = [max(pair) for pair in zip(least.get(value, (1, 1)), needed, strict=True)]
 
 
 def quantize_weight(module: nn.Module, weights: Quantizer) -> FewValued:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
 
+from pycodesign._arguments import SHORT_FLOATS
+from pycodesign.nn.modules import Layer
+from pycodesign.nn.weights import weight_shape
 from pycodesign.ops import Packed
 
 ROWS = "_pycodesign_rows"  # attribute of a module that says which layers it runs, or why it stays
@@ -48,7 +51,7 @@ class Row:
 
 
 class Report(list[Row]):
-    """Rows that print as a table."""
+    """Rows that print as a table; a converted layer that is called several times has one for each call."""
 
     def __str__(self) -> str:
         names = [field.name for field in fields(Row)[:-1]]
@@ -56,13 +59,15 @@ class Report(list[Row]):
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) for cells in table]
         done = [row for row in self if row.converted]
-        calls = len({row.where for row in done})
-        lines.append(f"{len(done)} of {len(self)} layers converted, in {calls} call{'s' * (calls != 1)}")
+        layers, calls = len({row.layer for row in self}), len({row.where for row in done})
+        count = len({row.layer for row in done})  # one row for each call of a layer
+        lines.append(f"{count} of {layers} layers converted, in {calls} call{'s' * (calls != 1)}")
         return "\n".join(map(str.rstrip, lines))
 
 
 def describe_kind(module: Any) -> str:
-    shape = "x".join(map(str, module.weight.shape))
+    packed = isinstance(module, Layer)
+    shape = "x".join(map(str, weight_shape(module.codes, module.levels) if packed else module.weight.shape))
     return f"{type(module).__name__} {shape}"
 
 
@@ -104,9 +109,20 @@ def report(model: nn.Module) -> Report:
     for name, module in model.named_modules():
         if ROWS in module.__dict__:
             rows += module.__dict__[ROWS]
+        elif isinstance(module, Layer):
+            rows.append(_describe_layer(name, module))
         elif is_layer(module):
             rows.append(Row(name, describe_kind(module), why="convert has not seen it"))
     return Report(sorted(rows, key=lambda row: row.position))
+
+
+def _describe_layer(name: str, layer: Layer) -> Row:
+    """Return the row of a packed layer that `convert` did not make."""
+    row = Row(name, describe_kind(layer), why="convert has not seen it")
+    dtype = layer.options.get("input_dtype")
+    if dtype in SHORT_FLOATS:  # packed at its first call on a GPU
+        return replace(row, runs=f"packed, {dtype}", levels=str(layer.levels.shape[-1]), where=name)
+    return describe_packed(row, layer.packed(), name)
 
 
 def is_layer(module: nn.Module) -> bool:

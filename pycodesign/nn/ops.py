@@ -379,11 +379,12 @@ class LayerGradient(torch.autograd.Function):
         grad_x = grad_residual = None
         if ctx.needs_input_grad[1]:
             weight = dequantize(codes, levels, scale)
-            if weight.dim() == 2:
-                grad_x = grad @ weight
-            else:
-                geometry = (ctx.inputs[name] for name in GEOMETRY)
-                grad_x = torch.nn.grad.conv2d_input(ctx.x_shape, weight, grad, *geometry)
+            with torch.autocast(grad.device.type, enabled=False):
+                if weight.dim() == 2:
+                    grad_x = grad @ weight
+                else:
+                    geometry = (ctx.inputs[name] for name in GEOMETRY)
+                    grad_x = torch.nn.grad.conv2d_input(ctx.x_shape, weight, grad, *geometry)
         if ctx.count > 5 and ctx.needs_input_grad[6]:
             grad_residual = grad * ctx.epilogue["residual_scale"]
         return (None, grad_x, None, None, None, None, grad_residual, None)[: 1 + ctx.count]

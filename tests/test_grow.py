@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import functools
 import importlib
 import json
 import subprocess
@@ -71,9 +72,9 @@ def build_timm_vit(D=24, L=2, H=6, F=40, name="VisionTransformer", **options):
     return getattr(module, name)(img_size=16, patch_size=8, num_classes=CLASSES, **sizes, **options)
 
 
-def build_resnet(D=24, L=2, H=None, F=None, block="BasicBlock"):
+def build_resnet(D=24, L=2, H=None, F=None, block="BasicBlock", **options):
     width = D // 4
-    options = {"base_width": 64 * width // 6} if block == "Bottleneck" else {}
+    options |= {"base_width": 64 * width // 6} if block == "Bottleneck" else {}
     channels = (width, 2 * width, 2 * width, 3 * width)
     return timm.resnet.ResNet(
         getattr(timm.resnet, block), (L,) * 4, CLASSES, channels=channels, stem_width=width, **options
@@ -131,7 +132,10 @@ CHANGES = {
 
 def build(name, dtype=torch.float64, **sizes):
     """Build a model; every parameter is random, norms and biases, too."""
-    model = BUILDS[name](**sizes).to(dtype)
+    return randomize(BUILDS[name](**sizes).to(dtype))
+
+
+def randomize(model):
     with torch.no_grad():
         for parameter in model.parameters():
             spread = float(parameter.std()) if parameter.numel() > 1 else 0.0
@@ -590,6 +594,63 @@ def test_models_that_differ_in_more_than_size(build_one, text):
         growth.grow(source, target)
 
 
+class Squared(nn.ReLU):
+    def forward(self, x):
+        return super().forward(x) ** 2
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x / x.norm(dim=-1, keepdim=True))
+
+
+class Residuals(nn.Sequential):
+    def forward(self, x):
+        return self[1](self[0](x)).softmax(-1) @ self[2].weight.mT
+
+
+def share(modules, one, other):
+    modules[other].weight = modules[one].weight
+    return modules
+
+
+@pytest.mark.parametrize(
+    ("build_one", "text"),
+    [
+        (lambda w: [nn.Linear(8, w), nn.LayerNorm(w), nn.Hardtanh(0.2, 1), nn.Linear(w, 4)], "12 -> 18; exact .* 24"),
+        (
+            lambda w: [nn.Linear(8, w), (act := nn.Sigmoid()), nn.Linear(w, w), nn.LayerNorm(w), act, nn.Linear(w, 4)],
+            "features 2 12 -> 18; exact would be 24",
+        ),
+        (
+            lambda w: [nn.Linear(8, w), (norm := nn.LayerNorm(w)), nn.Linear(w, w), norm, nn.Linear(w, 4)],
+            "1 and 3 share weight.* exact would be the source's shape, or parameters of their own",
+        ),
+        (
+            lambda w: share([nn.Embedding(9, w), nn.Tanh(), nn.Linear(w, 9, bias=False)], 0, 2),
+            r"0 and 2 share weight, \(9, 12\) -> \(9, 18\)",
+        ),
+        (lambda w: [nn.Embedding(9, w, max_norm=1.0), nn.Linear(w, 4)], "0 limits the norm of 12 -> 18.* be 12"),
+        (lambda w: [nn.Linear(8, w), Squared(), nn.Linear(w, 4)], "knows, got Squared as 1"),
+        (lambda w: [nn.Linear(8, w), nn.ReLU(), Scaled(w, w), nn.Linear(w, 4)], "knows, got Scaled as 2"),
+        (
+            lambda w: [nn.Linear(8, w), Residuals(nn.Linear(w, w), nn.Tanh(), nn.Linear(w, w)), nn.Linear(w, 4)],
+            "got Residuals as 1",
+        ),
+    ],
+)
+def test_sequentials_that_compute_something_else(build_one, text):
+    source, target = (nn.Sequential(*build_one(width)) for width in (12, 18))
+    with pytest.raises(ValueError, match=text):
+        growth.grow(source, target)
+
+
+def test_a_sequential_with_a_forward_of_its_own():
+    source, target = (Residuals(nn.Linear(8, w), nn.Tanh(), nn.Linear(w, 8)) for w in (12, 18))
+    with pytest.raises(ValueError, match="spec: expected a Spec for Residuals"):
+        growth.grow(source, target)
+
+
 def test_activations_are_compared_and_dropout_is_not():
     source = build("timm vit")
     with pytest.raises(ValueError, match=r"target: expected GELU as blocks\.0\.mlp\.act, as the source's, got ReLU"):
@@ -613,12 +674,55 @@ def test_variants_of_resnets(name):
         ({"block_fn": timm.vision_transformer.ResPostBlock}, "got ResPostBlock as blocks.0"),
         ({"mlp_layer": importlib.import_module("timm.layers").GluMlp}, "got GluMlp as blocks.0.mlp"),
         ({"norm_layer": nn.RMSNorm}, "got RMSNorm as blocks.0.norm1"),
+        ({"act_layer": nn.Softmax}, "got Softmax as blocks.0.mlp.act"),
+        ({"mlp_layer": type("Mlp", (importlib.import_module("timm.layers").Mlp,), {})}, "got Mlp as blocks.0.mlp"),
     ],
 )
 def test_unknown_modules_of_timm(options, text):
     source, target = build_timm_vit(**options), build_timm_vit(**CHANGES["2x"], **options)
     with pytest.raises(ValueError, match=f"spec: expected modules that 'auto' knows, or a Spec, {text}"):
         growth.grow(source, target)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pre_norm": True},
+        {"final_norm": False},
+        {"global_pool": "max"},
+        {"global_pool": "avgmax"},
+        {"norm_layer": functools.partial(nn.LayerNorm, elementwise_affine=False)},
+    ],
+)
+def test_vits_whose_stream_holds_no_means(options):
+    source = randomize(build_timm_vit(**options).double())
+    with pytest.raises(growth.Inexact, match="stream 24 -> 32; exact would be 48"):
+        growth.grow(source, build_timm_vit(D=32, H=8, **options))
+    target = build_timm_vit(D=48, H=12, L=3, **options).double()
+    assert growth.grow(source, target, inputs=make_inputs("timm vit")).difference <= 1e-12
+
+
+@pytest.mark.parametrize("pool", ["max", "avgmax", "avg"])
+def test_vits_that_pool_behind_the_norm(pool):
+    options = {"global_pool": pool, "fc_norm": False}
+    source, target = build_timm_vit(**options).double(), build_timm_vit(D=32, H=8, **options).double()
+    assert growth.grow(randomize(source), target, inputs=make_inputs("timm vit")).difference <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"act_layer": nn.SiLU}, r"layer1\.2\.conv1\.weight: no block of timm_resnet can be an identity"),
+        ({"act_layer": nn.LeakyReLU}, "no block of timm_resnet can be an identity"),
+        ({"norm_layer": functools.partial(nn.BatchNorm2d, affine=False)}, "no parameters that make layer1.2.bn2 zero"),
+    ],
+)
+def test_resnets_whose_blocks_are_no_identities(options, text):
+    source = randomize(build_resnet(**options).double())
+    with pytest.raises(growth.Inexact, match=f"{text}; exact would be the source's depth"):
+        growth.grow(source, build_resnet(L=3, **options))
+    target = build_resnet(D=32, **options).double()
+    assert growth.grow(source, target, inputs=make_inputs("resnet")).difference <= 1e-12
 
 
 def test_transposed_and_depthwise_convolutions():

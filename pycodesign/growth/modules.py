@@ -18,7 +18,7 @@ from pycodesign.growth.indices import Heads, Inexact
 from pycodesign.growth.optimizers import OptimizerGrowth
 from pycodesign.growth.plan import Plan, make_plan
 from pycodesign.growth.rules import Rule
-from pycodesign.growth.sequential import make_sequential_spec
+from pycodesign.growth.sequential import is_sequential, make_sequential_spec
 from pycodesign.growth.sizes import check_configs, read_heads, read_sizes
 from pycodesign.growth.spec import Spec
 from pycodesign.growth.specs import find_spec, find_timm_spec
@@ -228,7 +228,7 @@ def list_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _find_spec(source: nn.Module, target: nn.Module, name: str) -> Spec:
     if name != "auto":
         return find_spec({"model_type": name})
-    if isinstance(source, nn.Sequential) and isinstance(target, nn.Sequential):
+    if is_sequential(source) and is_sequential(target):
         return make_sequential_spec(source, target)
     if (config := _read_config(source)) is not None and "model_type" in config:
         return find_spec(config)

@@ -139,6 +139,7 @@ def make_plan(
         raise ValueError(f"mode: expected {' or '.join(map(repr, MODES))}, got {mode!r}")
     origins = _map_names(source, target, spec)
     rules = []
+    silenced: dict[tuple[str, str], set[str]] = {}  # by new block: its number, its pattern
     for name, shape in target.items():
         origin, copied = origins[name]
         pattern, roles = _find_roles(spec, name, tied)
@@ -153,6 +154,9 @@ def make_plan(
             _check_exact(name, old_shape, tuple(shape), copied, growths)
         ending = name.rpartition(".")[2]
         silent = copied and pattern in spec.silence and ending in ("weight", "bias")
+        if copied:
+            block = next(block for block in spec.blocks if pattern.startswith(f"{block}."))
+            silenced.setdefault((spec.resolve(block, name), block), set()).update([pattern] * silent)
         what = [_describe(roles[position], axis) for position, axis in growths.items()]
         if copied:
             what.insert(0, "zero in a new block" if silent else "copy for a new block")
@@ -172,6 +176,12 @@ def make_plan(
                 "; ".join(what),
             )
         )
+    for (name, block), patterns in silenced.items():
+        wanted = {pattern for pattern in spec.silence if pattern.startswith(f"{block}.")}
+        if not wanted or wanted - patterns:
+            layer = spec.resolve(min(wanted - patterns), f"{name}.") if wanted else "what it adds"
+            text = f"a new block {name} has no parameters that make {layer} zero"
+            raise Inexact(f"target: {text}; exact would be the source's depth")
     missing = source.keys() - {rule.source for rule in rules}
     if missing:
         raise ValueError(f"target: expected all of the source's parameters, got none for {min(missing)}")

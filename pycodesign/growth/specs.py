@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pycodesign.growth.spec import (
@@ -252,15 +253,19 @@ def find_spec(config: Mapping[str, Any]) -> Spec:
     return SPECS[kind]
 
 
-# Classes of the modules whose roles are known, beside activations. Others with parameters of the same names, such as
-# blocks that normalize behind their layers, would not keep the function.
+# Classes of timm's and torch's modules whose roles are known. Others with parameters of the same names, such as blocks
+# that normalize behind their layers, would not keep the function.
 _TIMM_MODULES = {
     *("Linear", "Conv2d", "Identity", "Dropout", "DropPath", "Sequential", "ModuleList"),
     *("VisionTransformer", "VisionTransformerDistilled", "PatchEmbed", "PatchDropout", "Block", "LayerNorm"),
     *("Attention", "Mlp", "LayerScale"),
     *("ResNet", "BasicBlock", "Bottleneck", "BatchNorm2d", "SEModule", "DropBlock2d", "BlurPool2d", "MaxPool2d"),
     *("AvgPool2d", "AvgPool2dSame", "SelectAdaptivePool2d", "AdaptiveAvgPool2d", "FastAdaptiveAvgPool", "Flatten"),
+    # activations, applied to each number alone
+    *("ReLU", "ReLU6", "LeakyReLU", "ELU", "SELU", "CELU", "GELU", "GELUTanh", "QuickGELU", "SiLU", "Swish", "Mish"),
+    *("Tanh", "Hardtanh", "Hardswish", "HardSwish", "HardMish", "Sigmoid", "Hardsigmoid", "HardSigmoid", "Softplus"),
 }
+_IDEMPOTENT = {"ReLU", "ReLU6", "Identity"}  # applied twice they are the same as once
 
 
 def find_timm_spec(modules: Mapping[str, object]) -> Spec | None:
@@ -276,9 +281,24 @@ def find_timm_spec(modules: Mapping[str, object]) -> Spec | None:
         return None
     for name, module in modules.items():
         kind = type(module)
-        if kind.__name__ not in _TIMM_MODULES and "activation" not in kind.__module__:
+        if kind.__name__ not in _TIMM_MODULES or kind.__module__.partition(".")[0] not in ("timm", "torch"):
             text = f"modules that 'auto' knows, or a Spec, got {kind.__name__} as {name or 'the model'}"
             raise ValueError(f"spec: expected {text}")
-    if "VisionTransformer" in kinds:
+    return _find_vit_spec(modules) if "VisionTransformer" in kinds else _find_resnet_spec(modules)
+
+
+def _find_vit_spec(modules: Mapping[str, Any]) -> Spec:
+    """Means can fill the stream if all that reads it is LayerNorms with a gamma, or behind one, or linear."""
+    norms = {name: m for name, m in modules.items() if type(m).__name__ == "LayerNorm" and not name.endswith("k_norm")}
+    scaled = all(norm.weight is not None for name, norm in norms.items() if not name.endswith("q_norm"))
+    pooled = "fc_norm" in norms and getattr(modules[""], "global_pool", "") in ("", "token", "avg")
+    if scaled and "norm_pre" not in norms and ("norm" in norms or pooled):
         return TIMM_VIT
-    return TIMM_RESNET_BOTTLENECK if "layer1.0.conv3" in modules else TIMM_RESNET
+    return replace(TIMM_VIT, spaces={"stream": "repeat"})
+
+
+def _find_resnet_spec(modules: Mapping[str, object]) -> Spec:
+    """A block that adds nothing is an identity if the activation behind the sum does not change what it has made."""
+    last, spec = (3, TIMM_RESNET_BOTTLENECK) if "layer1.0.conv3" in modules else (2, TIMM_RESNET)
+    kinds = {type(module).__name__ for name, module in modules.items() if name.endswith(f".act{last}")}
+    return spec if kinds <= _IDEMPOTENT else replace(spec, blocks={})

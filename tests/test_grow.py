@@ -5,6 +5,7 @@ import doctest
 import functools
 import importlib
 import json
+import math
 import subprocess
 import sys
 from itertools import product
@@ -816,7 +817,14 @@ def test_plans_need_no_torch():
             "no block of bert can be an identity; exact would be the source's depth",
         ),
         ("llama", {"head_dim": 8}, {}, growth.Inexact, "heads of 4 -> 8 dimensions.*exact would be 4"),
-        ("llama", {"H": 8, "K": 4}, {}, growth.Inexact, "6 heads on 6 keys -> 8 on 4; exact would be a multiple of 6"),
+        (
+            "llama",
+            {"H": 8, "K": 4},
+            {},
+            growth.Inexact,
+            "6 heads on 6 keys -> 8 on 4; exact would be 6 keys, 1 or more",
+        ),
+        ("llama", {"H": 8, "K": 7, "D": 32}, {}, growth.Inexact, "6 heads on 6 keys -> 8 on 7; exact would be 7 keys"),
         ("vit", {"H": 12}, {}, growth.Inexact, "heads of 4 -> 2 dimensions; exact would be 4 or more"),
         (
             "gpt2",
@@ -832,6 +840,19 @@ def test_plans_need_no_torch():
             {"mode": "even"},
             ValueError,
             "mode: expected 'exact' or 'break_symmetry', got 'even'",
+        ),
+        ("gpt2", {"D": 48, "H": 12}, {"seed": -1}, ValueError, "seed: expected an integer of at least 0, got -1"),
+        ("gpt2", {"D": 48, "H": 12}, {"seed": 1.5}, ValueError, "seed: expected an integer of at least 0, got 1.5"),
+        ("gpt2", {"D": 48, "H": 12}, {"noise": "a"}, ValueError, "noise: expected a finite number .*, got 'a'"),
+        ("gpt2", {"D": 48, "H": 12}, {"noise": -0.5}, ValueError, "noise: expected a finite number of at least 0"),
+        ("gpt2", {"D": 48, "H": 12}, {"noise": float("nan")}, ValueError, "noise: expected a finite number .* got nan"),
+        ("gpt2", {"D": 48, "H": 12}, {"inputs": {"input_ids": torch.full((2, 9), 99)}}, IndexError, "range"),
+        (
+            "sequential",
+            {"D": 48},
+            {"inputs": torch.ones(0, 3, 16, 16)},
+            ValueError,
+            "inputs: expected some for which the model returns floating-point numbers, got none",
         ),
         ("gpt2", {"D": 48, "H": 12}, {"spec": "rnn"}, ValueError, "spec: expected a model_type of gpt2, .* got 'rnn'"),
         ("gpt2", {"activation_function": "relu"}, {}, ValueError, "activation_function 'gelu_new' .* got 'relu'"),
@@ -866,6 +887,79 @@ def test_refused(name, sizes, options, error, text):
     with pytest.raises(error, match=text):
         growth.grow(source, target, **options)
     assert all(torch.equal(before[key], tensor) for key, tensor in target.state_dict().items())
+
+
+def test_nan_is_no_agreement():
+    source, target = build("sequential"), build("sequential", **CHANGES["2x"])
+    with torch.no_grad():
+        source[8].bias[0] = float("nan")
+    report = growth.grow(source, target, inputs=make_inputs("sequential"))
+    assert report.difference != report.difference  # NaN
+    assert growth.modules.compare([torch.tensor([1.0, -math.inf])], [torch.tensor([1.5, -math.inf])]) == 0.5
+
+
+def test_convolutions_in_three_dimensions():
+    def build_one(width):
+        layers = [nn.Conv3d(1, width, 2), nn.BatchNorm3d(width), nn.ReLU(), nn.Conv3d(width, width, 1, groups=width)]
+        return nn.Sequential(*layers, nn.ConvTranspose3d(width, 2 * width, 2), nn.Flatten(), nn.Linear(54 * width, 4))
+
+    source, target = build_one(4).double(), build_one(6).double()
+    adams = torch.optim.AdamW(source.parameters()), torch.optim.AdamW(target.parameters())
+    x = torch.randn(2, 1, 3, 3, 3, dtype=torch.float64)
+    source(x).sum().backward()
+    adams[0].step()
+    options = {"optimizer": adams[0], "target_optimizer": adams[1]}
+    assert growth.grow(source, target, inputs=x, **options).difference <= 1e-12
+
+
+def test_tensors_that_cannot_be_read_or_written():
+    source, target = build("sequential"), build("sequential", **CHANGES["2x"])
+    with pytest.raises(ValueError, match="target: expected plain tensors in memory, got one on the meta device for 0"):
+        growth.grow(source, copy.deepcopy(target).to("meta"))
+    with pytest.raises(ValueError, match="target: expected parameters of its own, got the source's"):
+        growth.grow(source, source)
+    with pytest.raises(TypeError, match=r"source: expected a torch\.nn\.Module, got NoneType"):
+        growth.grow(None, target)
+    for model in (source, target):
+        model[5].weight = nn.Parameter(model[5].weight.int(), requires_grad=False)
+    with pytest.raises(ValueError, match=r"5.weight of floating-point numbers .*, got torch\.int32 -> torch\.int32"):
+        growth.grow(source, target)
+
+
+class Half(nn.Module):
+    """No wrapper, though its only module is called as theirs."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.module = nn.Sequential(nn.Linear(8, width), nn.Linear(width, 4))
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        return self.module(x) * self.scale
+
+
+def test_a_model_that_looks_like_a_wrapper():
+    layers = {"module.0": growth.linear(None, "hidden"), "module.1": growth.linear("hidden", None)}
+    spec = growth.Spec("half", {**layers, "scale": growth.parameter()})
+    source, target = Half(12).double(), Half(18).double()
+    with torch.no_grad():
+        source.scale.fill_(3)
+    x = torch.randn(4, 8, dtype=torch.float64)
+    assert growth.grow(source, target, spec=spec, inputs=x).difference <= 1e-12
+    assert target.scale == 3
+
+
+def test_amsgrad_begins_at_the_growth():
+    source, target = build("sequential"), build("sequential", **CHANGES["2x"])
+    adam, larger = torch.optim.AdamW(source.parameters()), torch.optim.AdamW(target.parameters(), amsgrad=True)
+    train_steps(source, adam, "sequential", 2)
+    growth.grow(source, target, optimizer=adam, target_optimizer=larger)
+    state = larger.state[target[5].weight]
+    assert torch.equal(state["max_exp_avg_sq"], state["exp_avg_sq"])
+    train_steps(target, larger, "sequential", 1)
+    adam.state[source[5].weight]["exp_avg"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"optimizer: expected exp_avg of 5.weight of shape \(40, 216\), got \(3,\)"):
+        growth.grow(source, target, optimizer=adam, target_optimizer=larger)
 
 
 def test_refused_models_and_optimizers():

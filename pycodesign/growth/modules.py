@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,9 @@ except ImportError as error:
     raise ImportError("pycodesign.growth.grow needs torch: `pip install 'pycodesign[torch]'`") from error
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from pycodesign.growth.indices import Heads, Inexact
 from pycodesign.growth.optimizers import OptimizerGrowth
@@ -31,7 +34,8 @@ SIZES = (  # attributes of torch's modules in which the larger may differ, and t
     *("normalized_shape", "groups", "num_parameters", "unflattened_size"),
     *("eps", "momentum", "padding_idx", "inplace", "training"),
 )
-WRAPPERS = ("module", "_orig_mod")  # attributes of DistributedDataParallel, AveragedModel; of torch.compile
+WRAPPERS = (DistributedDataParallel, nn.DataParallel, AveragedModel)  # and torch.compile's
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,9 @@ def grow(
     >>> report.difference < 1e-12
     True
     """
+    for name, model in (("source", source), ("target", target)):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{name}: expected a torch.nn.Module, got {type(model).__name__}")
     source, target = unwrap(source), unwrap(target)
     plan = plan_modules(source, target, spec=spec, mode=mode, seed=seed, noise=noise)
     optimizers = None
@@ -159,13 +166,14 @@ def grow(
             _check_same_shapes(name, *pair)
     if dry_run:
         return Report(plan)
+    outputs = None if inputs is None else compute_outputs(source, inputs)
     for old, new in pairs:
         _write(plan, old, new)
     if ema is not None and target_ema is not None and "n_averaged" in ema._buffers:
         target_ema.get_buffer("n_averaged").copy_(ema.get_buffer("n_averaged"))
     if optimizers is not None:
         optimizers.write()
-    return Report(plan, None if inputs is None else compare_outputs(source, target, inputs))
+    return Report(plan, None if outputs is None else compare(outputs, compute_outputs(target, inputs)))
 
 
 def plan_modules(
@@ -202,16 +210,19 @@ def plan_modules(
     plan = make_plan(old_shapes, new_shapes, spec, heads=heads, mode=mode, tied=tied, noise=noise, seed=seed)
     _check_groups(plan, source, target)
     _check_settings(plan, source, target)
+    _check_tensors(plan, source, target)
     return plan
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Take a model out of DistributedDataParallel, AveragedModel or torch.compile."""
     while True:
-        inner = next((m for name in WRAPPERS if isinstance(m := model._modules.get(name), nn.Module)), None)
-        if inner is None or len(model._modules) != 1:
+        if isinstance(model, WRAPPERS):
+            model = model.get_submodule("module")
+        elif type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
             return model
-        model = inner
 
 
 def list_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -303,6 +314,23 @@ def _check_groups(plan: Plan, source: nn.Module, target: nn.Module) -> None:
                 raise Inexact(f"{text}; exact would be its source's shape, or as many groups as channels")
 
 
+def _check_tensors(plan: Plan, source: nn.Module, target: nn.Module) -> None:
+    """Refuse tensors that cannot be read or written, before the first is."""
+    olds, news = dict(source.state_dict(keep_vars=True)), list_tensors(target)
+    for name, tensors in (("source", olds), ("target", news)):
+        for key, tensor in tensors.items():
+            if tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter):
+                kind = "one on the meta device" if tensor.is_meta else type(tensor).__name__
+                raise ValueError(f"{name}: expected plain tensors in memory, got {kind} for {key}")
+    if {id(tensor) for tensor in olds.values()} & {id(tensor) for tensor in news.values()}:
+        raise ValueError("target: expected parameters of its own, got the source's")
+    for rule in plan:
+        old, new = olds[rule.source], news[rule.name]
+        if old.is_floating_point() != new.is_floating_point() or (rule.axes and old.dtype not in FLOATS):
+            expected = f"{rule.name} of floating-point numbers of 16 bits or more"
+            raise ValueError(f"target: expected {expected}, got {old.dtype} -> {new.dtype}")
+
+
 def _check_same_shapes(name: str, model: nn.Module, average: nn.Module) -> None:
     expected, got = ({n: t.shape for n, t in list_tensors(m).items()} for m in (model, average))
     if expected != got:
@@ -351,26 +379,39 @@ def _scale_eps(old: nn.Module, new: nn.Module, factor: float) -> None:
             setattr(new, name, eps if eps is None else eps * factor)
 
 
-@torch.no_grad()
 def compare_outputs(source: nn.Module, target: nn.Module, inputs: Any) -> float:
-    """Return the largest difference of outputs, relative to the largest output.
+    """Return the largest difference of outputs, relative to the largest output; NaN where there is one.
 
     Of representations that grew the old features are compared.
     """
-    outputs = []
-    for model in (source, target):
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            outputs.append(list(_flatten(_call(model, inputs))))
-        finally:
-            for module, training in modes.items():
-                module.training = training
-    worst = 0.0
-    for old, new in zip(*outputs, strict=True):
-        new = new[tuple(slice(size) for size in old.shape)]
-        worst = max(worst, float((new - old).abs().max() / old.abs().max().clamp_min(1e-30)))
-    return worst
+    return compare(compute_outputs(source, inputs), compute_outputs(target, inputs))
+
+
+@torch.no_grad()
+def compute_outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """Call a model that does not train at the time, and return what it returns of floating-point numbers."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        outputs = [output for output in _flatten(_call(model, inputs)) if output.numel()]
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if not outputs:
+        raise ValueError("inputs: expected some for which the model returns floating-point numbers, got none")
+    return outputs
+
+
+def compare(olds: list[Tensor], news: list[Tensor]) -> float:
+    worst = []
+    for old, new in zip(olds, news, strict=True):
+        new = new[tuple(slice(size) for size in old.shape)].to(old.device)
+        if new.shape != old.shape:
+            raise ValueError(f"target: expected outputs of shape {tuple(old.shape)}, got {tuple(new.shape)}")
+        difference = (new - old).abs().masked_fill(new == old, 0)  # infinities, too
+        largest = old.abs().masked_fill(~old.isfinite(), 0).max().clamp_min(1e-30)
+        worst.append(float(difference.max() / largest))
+    return math.nan if any(map(math.isnan, worst)) else max(worst)
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:

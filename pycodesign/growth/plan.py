@@ -5,8 +5,10 @@ A pure function of shapes: it needs no torch and holds no weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TypeAlias
 
 from rich.box import SIMPLE_HEAD
@@ -29,7 +31,7 @@ from pycodesign.growth.indices import (
 from pycodesign.growth.rules import Rule
 from pycodesign.growth.spec import ATTENTION, Role, Spec
 
-__all__ = ["Heads", "Inexact", "Plan", "Rule", "make_plan"]
+__all__ = ["Heads", "Inexact", "Plan", "Rule", "check_options", "make_plan"]
 
 Shapes: TypeAlias = Mapping[str, Sequence[int]]
 
@@ -135,8 +137,7 @@ def make_plan(
     >>> bool(np.allclose(weight[:, :2] + weight[:, 4:], 1)), bool((weight[:, 2:4] == 1).all())
     (True, True)
     """
-    if mode not in MODES:
-        raise ValueError(f"mode: expected {' or '.join(map(repr, MODES))}, got {mode!r}")
+    check_options(mode, noise, seed)
     origins = _map_names(source, target, spec)
     rules = []
     silenced: dict[tuple[str, str], set[str]] = {}  # by new block: its number, its pattern
@@ -186,6 +187,16 @@ def make_plan(
     if missing:
         raise ValueError(f"target: expected all of the source's parameters, got none for {min(missing)}")
     return Plan(spec, rules, _find_eps(rules, spec), mode)
+
+
+def check_options(mode: str, noise: float, seed: int) -> None:
+    """Refuse what would fail, or make no numbers, while parameters are written."""
+    if mode not in MODES:
+        raise ValueError(f"mode: expected {' or '.join(map(repr, MODES))}, got {mode!r}")
+    if not isinstance(noise, Real) or not 0 <= noise < math.inf:
+        raise ValueError(f"noise: expected a finite number of at least 0, got {noise!r}")
+    if not isinstance(seed, Integral) or seed < 0:
+        raise ValueError(f"seed: expected an integer of at least 0, got {seed!r}")
 
 
 def _map_names(source: Shapes, target: Shapes, spec: Spec) -> dict[str, tuple[str, bool]]:
@@ -247,6 +258,8 @@ def _grow_axes(
             raise Inexact(f"{name}: {role.space} {error}") from None
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+        if len(axis.index) != new:
+            raise ValueError(f"{name}: expected {len(axis.index)} in axis {position}, got {new}")
         if not axis.identity:
             axes[position] = axis
     return axes

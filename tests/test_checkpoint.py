@@ -432,6 +432,23 @@ REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
         {"scale_attn_by_inverse_layer_idx": True},
         "target_config: expected scale_attn_by_inverse_layer_idx False as the source's, got True",
     ),
+    "cross attention": (
+        {"add_cross_attention": True},
+        "target_config: expected add_cross_attention False as the source's, got True",
+    ),
+    "class": (
+        {"architectures": ["GPT2ForSequenceClassification"]},
+        "target_config: expected architectures ['GPT2LMHeadModel'] as the source's, "
+        "got ['GPT2ForSequenceClassification']",
+    ),
+    "eps": (
+        {"n_embd": 32, "n_head": 8, "layer_norm_epsilon": 0.3},
+        "target_config: expected layer_norm_epsilon 0.0075, which keeps the function, got 0.3",
+    ),
+    "unknown in a whole config": (
+        {"model_type": "gpt2", "sliding_window": 8},
+        "target_config: expected sliding_window None as the source's, got 8",
+    ),
     "architecture": ({"model_type": "llama"}, "target_config: expected model_type 'gpt2' as the source's, got 'llama'"),
 }
 
@@ -443,6 +460,36 @@ def test_requests_that_cannot_be(small: Path, target: dict[str, Any], message: s
     with pytest.raises(growth.Inexact, match="exact"):
         growth.grow_checkpoint(small, small.parent / "large", target_config=LARGER, mode="exact")
     assert [path.name for path in small.parent.iterdir()] == ["small"]
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "text"),
+    [
+        ("ViTModel", {"qkv_bias": False}, "target_config: expected qkv_bias True as the source's, got False"),
+        ("ViTModel", {"pooler_act": "relu"}, "target_config: expected pooler_act 'tanh' as the source's, got 'relu'"),
+        ("BertModel", {"is_decoder": True}, "target_config: expected is_decoder False as the source's, got True"),
+        ("LlamaModel", {"attention_bias": True}, "target_config: expected attention_bias False .*, got True"),
+        ("LlamaModel", {"mlp_bias": True}, "target_config: expected mlp_bias False as the source's, got True"),
+        ("LlamaModel", {"intermediate_size": None}, "config: expected 'intermediate_size', got none"),
+        ("LlamaModel", {"num_attention_heads": 8}, "6 heads on 6 keys -> 8 on 6; exact would be 6 keys, 1 or more"),
+    ],
+)
+def test_settings_that_no_tensor_shows(tmp_path: Path, name: str, target: dict[str, Any], text: str) -> None:
+    cls = getattr(transformers, name)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 6, "intermediate_size": 40}
+    cls(cls.config_class(**sizes, **({"image_size": 16} if "ViT" in name else {"vocab_size": 50}))).save_pretrained(
+        tmp_path / "small"
+    )
+    with pytest.raises(ValueError, match=text):
+        growth.grow_checkpoint(tmp_path / "small", tmp_path / "large", target_config=target)
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_a_whole_config_of_the_larger_model(small: Path, tmp_path: Path) -> None:
+    config = build(**LARGER).config
+    for number, whole in enumerate((config.to_dict(), config.to_json_file(tmp_path / "c.json") or tmp_path / "c.json")):
+        report = growth.grow_checkpoint(small, tmp_path / f"{number}", target_config=whole, verify=True)
+        assert report.config["architectures"] == ["GPT2LMHeadModel"] and report.config["dtype"] == "float32"
 
 
 def test_destinations(small: Path, tmp_path: Path) -> None:

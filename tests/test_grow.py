@@ -660,6 +660,38 @@ def test_activations_are_compared_and_dropout_is_not():
     assert growth.grow(source, target, inputs=make_inputs("timm vit")).difference <= 1e-12
 
 
+@pytest.mark.parametrize(
+    ("build_one", "old", "new", "text"),
+    [
+        (build_timm_vit, {}, {"global_pool": "avg", "fc_norm": False}, "global_pool='token' in the model, .*got 'avg'"),
+        (
+            build_timm_vit,
+            {"reg_tokens": 2},
+            {"reg_tokens": 2, "pool_include_prefix": True},
+            "pool_include_prefix=False",
+        ),
+        (functools.partial(build_encoder, "Bert"), {}, {"is_decoder": True}, "is_decoder False .*, got True"),
+        (functools.partial(build_encoder, "ViT"), {}, {"pooler_act": "relu"}, "pooler_act 'tanh' .*, got 'relu'"),
+        (
+            build_llama,
+            {"rope_scaling": (dynamic := {"rope_type": "dynamic", "factor": 2.0}), "max_position_embeddings": 64},
+            {"rope_scaling": dynamic, "max_position_embeddings": 32},
+            "max_position_embeddings 64 as the source's, got 32",
+        ),
+    ],
+)
+def test_settings_that_no_tensor_shows(build_one, old, new, text):
+    with pytest.raises(ValueError, match=f"target: expected {text}"):
+        growth.grow(build_one(**old), build_one(D=48, H=12, **new))
+
+
+def test_types_of_one_name_are_told_apart():
+    source, target = build_timm_vit(), build_timm_vit(D=48, H=12, norm_layer=nn.LayerNorm)
+    text = r"timm\.layers\.norm\.LayerNorm as blocks\.0\.norm1, as the source's, got torch\.nn\..*\.LayerNorm"
+    with pytest.raises(ValueError, match=f"target: expected {text}"):
+        growth.grow(source, target)
+
+
 @pytest.mark.parametrize("name", ["resnet18d", "seresnet18"])
 def test_variants_of_resnets(name):
     source, target = (
@@ -870,7 +902,7 @@ def test_plans_need_no_torch():
             growth.Inexact,
             "exact would be heads of 4 dimensions",
         ),
-        ("gpt2", {"vocab_size": 60}, {}, ValueError, "wte.weight: expected 50 in axis 0 as in the source, got 60"),
+        ("gpt2", {"vocab_size": 60}, {}, ValueError, "target: expected vocab_size 50 as the source's, got 60"),
         ("timm resnet", {"L": 3}, {"first": {"L": 1}}, growth.Inexact, "none of which can be copied; exact would be 1"),
         ("sequential", {"D": 48}, {"spec": growth.GPT2}, ValueError, "0.weight: .* found no rule for it"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import json
+import math
 import os
 import shutil
 import warnings
@@ -17,7 +18,7 @@ from typing import Any, TypeAlias
 from pycodesign.growth.plan import Plan, make_plan
 from pycodesign.growth.rules import OPTIMIZERS, POWERS, Rule, scale_settings
 from pycodesign.growth.shards import Array, Checkpoint, Tensor, Writer, read_checkpoint
-from pycodesign.growth.sizes import SAME, check_configs, compute_shapes, is_tied, read_heads, read_sizes
+from pycodesign.growth.sizes import DEFAULTS, FREE, check_configs, compute_shapes, is_tied, read_heads, read_sizes
 from pycodesign.growth.spec import Spec
 from pycodesign.growth.specs import find_spec
 from pycodesign.growth.staging import stage_directory
@@ -28,18 +29,7 @@ Config: TypeAlias = Mapping[str, Any] | str | os.PathLike[str]
 
 MODEL, OPTIMIZER, CONFIG = "model", "optimizer", "config.json"
 SHARD_BYTES = 5_000_000_000
-KEPT = (  # what no rule changes, though a tensor's shape or meaning follows it
-    "model_type",
-    "tie_word_embeddings",
-    "vocab_size",
-    "n_positions",
-    "max_position_embeddings",
-    "type_vocab_size",
-    "image_size",
-    "patch_size",
-    "num_channels",
-    *SAME,
-)
+WRITTEN = ("architectures", "dtype", "torch_dtype")  # may be null in a config made for its sizes
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".h5", ".msgpack")
 TOLERANCES = {"F16": 2.0**-7, "BF16": 2.0**-4}  # of rounded weights; 1e-5 for others
 
@@ -215,6 +205,7 @@ def grow_checkpoint(
         raise ValueError(f"dst: expected a directory, got the file {target}")
     old_config = _read_config("source_config", source / CONFIG if source_config is None else source_config)
     changes = _read_config("target_config", target_config)
+    changes = {key: value for key, value in changes.items() if value is not None or key not in WRITTEN}
     new_config = {**old_config, **changes}
     spec = spec if isinstance(spec, Spec) else find_spec(old_config if spec == "auto" else {"model_type": spec})
     checkpoint = read_checkpoint(source, MODEL)
@@ -223,10 +214,10 @@ def grow_checkpoint(
         raise ValueError(f"src: expected {wanted} in {source}, got neither")
     if not checkpoint.tensors:
         raise ValueError(f"src: expected tensors in {source}, got none")
-    _check_configs(old_config, new_config, spec)
     _check_keys(old_config, changes, spec)
+    _check_configs(old_config, new_config, spec)
     plan = _make_plan(checkpoint, source, old_config, new_config, spec, mode, noise, seed)
-    _scale_eps(old_config, new_config, plan)
+    _scale_eps(old_config, changes, new_config, plan)
     parts = [_plan_model(checkpoint, plan)]
     if optimizer := read_checkpoint(source, OPTIMIZER):
         parts.append(_plan_optimizer(optimizer, plan))
@@ -262,7 +253,7 @@ def _check_keys(old: Mapping[str, Any], changes: Mapping[str, Any], spec: Spec) 
     """Refuse keys that would change nothing; a whole config may have some, if they are no misspelled sizes."""
     sizes = sorted({key for size, key in spec.config.items() if size != "eps"})
     for key in changes:
-        if key in {*old, *sizes, *KEPT}:
+        if key in {*old, *sizes, *DEFAULTS, *FREE}:
             continue
         if meant := difflib.get_close_matches(key, sizes, 1, 0.8):
             raise ValueError(f"target_config: expected {meant[0]!r}, or another key of the config, got {key!r}")
@@ -273,7 +264,7 @@ def _check_keys(old: Mapping[str, Any], changes: Mapping[str, Any], spec: Spec) 
 
 
 def _check_configs(old: Mapping[str, Any], new: Mapping[str, Any], spec: Spec) -> None:
-    check_configs("target_config", spec, old, new, KEPT)
+    check_configs("target_config", spec, old, new, [key for key in FREE if key not in WRITTEN])
     before, after = read_sizes(spec, old), read_sizes(spec, new)
     for size, count in before.items():
         if after[size] < count:
@@ -319,10 +310,14 @@ def _check_blocks(names: Mapping[str, object], source: Path, spec: Spec, layers:
                     raise ValueError(f"{source}: expected {name} in a model of {layers} layers, got no such tensor")
 
 
-def _scale_eps(old: Mapping[str, Any], new: dict[str, Any], plan: Plan) -> None:
+def _scale_eps(old: Mapping[str, Any], changes: Mapping[str, Any], new: dict[str, Any], plan: Plan) -> None:
     key = plan.spec.config.get("eps", "")
     if key in old:
         new[key] = old[key] * plan.eps_factor
+        if not any(math.isclose(changes.get(key, new[key]), eps) for eps in (old[key], new[key])):
+            raise ValueError(
+                f"target_config: expected {key} {new[key]!r}, which keeps the function, got {changes[key]!r}"
+            )
     elif plan.eps_factor != 1:
         raise ValueError(f"source_config: expected {key or 'eps'!r}, which changes with the width, got none")
 

@@ -22,18 +22,21 @@ from pycodesign.growth.optimizers import OptimizerGrowth
 from pycodesign.growth.plan import Plan, make_plan
 from pycodesign.growth.rules import Rule
 from pycodesign.growth.sequential import is_sequential, make_sequential_spec
-from pycodesign.growth.sizes import check_configs, read_heads, read_sizes
+from pycodesign.growth.sizes import FREE, check_configs, read_heads, read_sizes
 from pycodesign.growth.spec import Spec
 from pycodesign.growth.specs import find_spec, find_timm_spec
 
 __all__ = ["Report", "grow", "plan_modules"]
 
 IDLE = ("Identity", "DropPath", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d")  # keep what they get, evaluated
-SIZES = (  # attributes of torch's modules in which the larger may differ, and those that only training reads
+SIZES = (  # attributes of torch's and timm's modules in which the larger may differ, and what only training reads
     *("in_features", "out_features", "in_channels", "out_channels", "num_features", "embedding_dim"),
     *("normalized_shape", "groups", "num_parameters", "unflattened_size"),
     *("eps", "momentum", "padding_idx", "inplace", "training"),
+    *("embed_dim", "head_hidden_size", "num_heads", "head_dim", "attn_dim", "scale", "channels", "fused_attn"),
+    *("drop_rate", "drop_prob", "scale_by_keep", "init_values", "weight_init_mode", "fix_init", "grad_checkpointing"),
 )
+LIBRARIES = ("torch.nn.modules", "timm.")
 WRAPPERS = (DistributedDataParallel, nn.DataParallel, AveragedModel)  # and torch.compile's
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -187,7 +190,8 @@ def plan_modules(
 ) -> Plan:
     """Plan what `grow` would do."""
     if type(source) is not type(target):
-        raise TypeError(f"target: expected {type(source).__name__} as the source, got {type(target).__name__}")
+        kinds = name_types(source, target)
+        raise TypeError(f"target: expected {kinds[0]} as the source, got {kinds[1]}")
     if not isinstance(spec, Spec):
         spec = _find_spec(source, target, spec)
     _check_config(source, target, spec)
@@ -256,7 +260,7 @@ def _read_config(model: nn.Module) -> Mapping[str, Any] | None:
 def _check_config(source: nn.Module, target: nn.Module, spec: Spec) -> None:
     old, new = _read_config(source), _read_config(target)
     if old is not None and new is not None:
-        check_configs("target", spec, old, new)
+        check_configs("target", spec, old, new, [*FREE, "tie_word_embeddings"])  # that the tensors show
 
 
 def _check_settings(plan: Plan, source: nn.Module, target: nn.Module) -> None:
@@ -272,18 +276,25 @@ def _check_settings(plan: Plan, source: nn.Module, target: nn.Module) -> None:
         if old_module is None or (type(old_module).__name__ in IDLE and type(module).__name__ in IDLE):
             continue
         if type(old_module) is not type(module):
-            kinds = type(old_module).__name__, type(module).__name__
+            kinds = name_types(old_module, module)
             raise ValueError(f"target: expected {kinds[0]} as {name}, as the source's, got {kinds[1]}")
         expected, got = _read_settings(old_module), _read_settings(module)
-        for key in expected.keys() | got.keys():
+        for key in sorted(expected.keys() | got.keys()):
             if expected.get(key) != got.get(key):
-                wanted = f"{key}={expected.get(key)!r} in {name}, as the source's"
+                wanted = f"{key}={expected.get(key)!r} in {name or 'the model'}, as the source's"
                 raise ValueError(f"target: expected {wanted}, got {got.get(key)!r}")
 
 
+def name_types(one: object, other: object) -> list[str]:
+    """Name the types of two objects, with their modules where the names alone are the same."""
+    kinds = [type(one), type(other)]
+    names = [kind.__name__ for kind in kinds]
+    return names if names[0] != names[1] else [f"{kind.__module__}.{kind.__qualname__}" for kind in kinds]
+
+
 def _read_settings(module: nn.Module) -> dict[str, Any]:
-    """Return the numbers and strings of one of torch's own modules that are no sizes."""
-    own = any(c.__module__.startswith("torch.nn.modules") and c is not nn.Module for c in type(module).__mro__)
+    """Return the numbers and strings of one of torch's or timm's own modules that are no sizes."""
+    own = any(c.__module__.startswith(LIBRARIES) and c is not nn.Module for c in type(module).__mro__)
     plain = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in SIZES}
     return {k: v for k, v in plain.items() if isinstance(v, (int, float, str, tuple))} if own else {}
 

@@ -1097,10 +1097,57 @@ def test_schedule_keeps_groups():
     assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.2, 0.5), (0.1, 0)]
 
 
-@pytest.mark.parametrize("steps", [[], [3, 3], [5, 2], [-1]])
+@pytest.mark.parametrize("steps", [[], [3, 3], [5, 2], [-1], [1.5], ["a", 2]])
 def test_refused_schedules(steps):
     with pytest.raises(ValueError, match="stages: expected ascending steps from 0"):
         growth.Schedule([(step, build_small) for step in steps])
+    with pytest.raises(TypeError, match="stages: expected functions that build models, got"):
+        growth.Schedule([(0, 5)])
+    with pytest.raises(ValueError, match="noise: expected"):
+        growth.Schedule([(0, build_small)], noise=-1)
+
+
+def test_learning_rates_go_on_through_growth():
+    model = build_small()
+    first = optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 10)
+    schedule = growth.Schedule([(2, lambda: build_small(24)), (4, lambda: build_small(32))])
+    for step in range(6):
+        model, optimizer = schedule.grow(step, model, optimizer)
+        assert optimizer.param_groups[0]["lr"] == rates.get_last_lr()[0] == pytest.approx(1 - 0.09 * step)
+        model(torch.ones(2, 8).double()).sum().backward()
+        optimizer.step()
+        rates.step()
+    assert optimizer is first and model[0].out_features == 32
+    assert {id(p) for p in model.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}
+    with pytest.raises(ValueError, match="mode: expected 'break_symmetry' with a schedule of learning rates"):
+        growth.Schedule([(0, lambda: build_small(64))], mode="exact").grow(0, model, optimizer)
+
+
+def test_growth_in_place_of_a_wrapped_model():
+    model = build_small()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    schedule = growth.Schedule([(2, lambda: build_small(24))])
+    for step in range(4):
+        schedule.grow_in_place(step, average, None)
+        assert average(torch.ones(2, 8).double()).shape == (2, CLASSES)
+        assert average.module[0].out_features == (16 if step < 2 else 24)
+
+
+def test_growth_in_several_processes(monkeypatch):
+    schedule, model = growth.Schedule([(2, lambda: build_small(24))]), build_small()
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        with pytest.raises(ValueError, match=r"model: .* grow its \.module, and wrap .*, got DistributedDataParallel"):
+            schedule.grow(0, wrapped)
+        assert schedule.grow(2, wrapped.module)[0][0].out_features == 24
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        with pytest.raises(ValueError, match=r"model: expected one process, for growth in place; .*, got 2"):
+            schedule.grow_in_place(0, model, None)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 class Texts(torch.utils.data.Dataset):

@@ -7,10 +7,12 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from torch import nn
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from pycodesign.growth.modules import Report, grow, list_tensors, plan_modules, unwrap, write_eps
+from pycodesign.growth.plan import check_options
 from pycodesign.growth.spec import Spec
 
 __all__ = ["Schedule", "copy_optimizer"]
@@ -84,8 +86,12 @@ class Schedule:
     ) -> None:
         self.steps = [step for step, _ in stages]
         self.builds = [build for _, build in stages]
-        if not stages or self.steps[0] < 0 or any(a >= b for a, b in zip(self.steps, self.steps[1:], strict=False)):
+        ascending = all(isinstance(step, int) for step in self.steps) and self.steps == sorted({*self.steps})
+        if not stages or not ascending or self.steps[0] < 0:
             raise ValueError(f"stages: expected ascending steps from 0, got {self.steps}")
+        if not all(callable(build) for build in self.builds):
+            raise TypeError(f"stages: expected functions that build models, got {self.builds}")
+        check_options(mode, noise, seed)
         self._options: dict[str, Any] = {"spec": spec, "mode": mode, "noise": noise}
         self._seed = seed
         self.stage = 0
@@ -101,6 +107,8 @@ class Schedule:
         step : int
             The number of training steps done.
         model : torch.nn.Module
+            Not in DistributedDataParallel: its hooks would stay with the small model. Grow ``model.module``, and wrap
+            what comes back anew.
         optimizer : Adam, AdamW or SGD, optional
         ema : torch.nn.Module, optional
             Average of the model, as `torch.optim.swa_utils.AveragedModel`; it grows in place.
@@ -108,8 +116,18 @@ class Schedule:
         Returns
         -------
         tuple of torch.nn.Module and Optimizer
-            The same two, or larger ones. The new optimizer has the settings and groups of the old.
+            The model is the same or a larger one, without its wrapper; the optimizer is always the same object, then of
+            the larger model's parameters, so that a schedule of its learning rates goes on.
+
+        Raises
+        ------
+        ValueError
+            As `growth.grow`; or if the model is in DistributedDataParallel, or in mode ``"exact"``, which makes more
+            groups, the optimizer has a schedule of learning rates.
         """
+        if isinstance(model, DistributedDataParallel):
+            text = "one that is not wrapped; grow its .module, and wrap what comes back anew"
+            raise ValueError(f"model: expected {text}, got DistributedDataParallel")
         while self.stage < len(self.steps) and self.steps[self.stage] <= step:
             model, optimizer = self._grow(model, optimizer, None if ema is None else unwrap(ema))
             self.stage += 1
@@ -123,12 +141,19 @@ class Schedule:
         target.to(like.device, like.dtype).train(source.training)
         options = {**self._options, "seed": self._seed + self.stage}
         new = None if optimizer is None else copy_optimizer(source, target, optimizer, self._options["spec"])
+        if new is not None and options["mode"] == "exact" and any("initial_lr" in g for g in new.param_groups):
+            text = "'break_symmetry' with a schedule of learning rates, which knows the old groups"
+            raise ValueError(f"mode: expected {text}, got 'exact'")
         average = None if ema is None else copy.deepcopy(target).to(next(ema.parameters())).train(ema.training)
         options |= {"ema": ema, "target_ema": average}
         self.report = grow(source, target, optimizer=optimizer, target_optimizer=new, **options)
         if ema is not None and average is not None:
             ema.__dict__ = average.__dict__
-        return target, new
+        if optimizer is not None and new is not None:
+            inner = getattr(optimizer, "optimizer", optimizer)
+            inner.param_groups[:] = new.param_groups
+            inner.state = new.state
+        return target, optimizer
 
     def build(self, steps: int, first: Build) -> nn.Module:
         """Build the model that a checkpoint made after so many training steps holds, and go to its stage.
@@ -210,21 +235,35 @@ class Schedule:
         schedule = self
 
         class Grow(TrainerCallback):
+            def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                check_alone()
+
             def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 schedule.grow_in_place(state.global_step, kwargs["model"], kwargs["optimizer"])
 
         return Grow()
 
     def grow_in_place(self, step: int, model: nn.Module, optimizer: Any) -> None:
-        """Grow what is due, as `grow`, but make the larger ones of the same two objects."""
-        inner = getattr(optimizer, "optimizer", optimizer)
-        larger, new = self.grow(step, model, inner)
+        """Grow what is due, as `grow`, but make the larger one of the same object.
+
+        Raises
+        ------
+        ValueError
+            As `grow`; or if several processes train the model: DistributedDataParallel would not see the new one.
+        """
+        check_alone()
         model = unwrap(model)
-        if larger is not model and new is not None:
+        larger, _ = self.grow(step, model, optimizer)
+        if larger is not model:
             kept = {name: model.__dict__[name] for name in KEPT if name in model.__dict__}
             model.__dict__ = {**larger.__dict__, **kept}
-            inner.param_groups[:] = new.param_groups
-            inner.state = new.state
+
+
+def check_alone() -> None:
+    """Refuse growth in place where several processes train."""
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        text = "one process, for growth in place; where several train, Schedule.grow the module, and wrap it anew"
+        raise ValueError(f"model: expected {text}, got {distributed.get_world_size()}")
 
 
 def copy_optimizer(source: nn.Module, target: nn.Module, optimizer: Any, spec: Spec | str = "auto") -> Optimizer:

@@ -100,6 +100,30 @@ TRANSFORMER_CONFIG = {
     "eps": "layer_norm_eps",
 }
 
+VIT_ALIASES = {  # names of transformers 5: those of transformers 4 and of every checkpoint
+    f"layers.*.{one}": f"encoder.layer.*.{other}"
+    for one, other in {
+        "layernorm_before": "layernorm_before",
+        "attention.q_proj": "attention.attention.query",
+        "attention.k_proj": "attention.attention.key",
+        "attention.v_proj": "attention.attention.value",
+        "attention.o_proj": "attention.output.dense",
+        "layernorm_after": "layernorm_after",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+    }.items()
+}
+VIT_BLOCK = {
+    "layers.*.layernorm_before": layer_norm("stream"),
+    "layers.*.attention.q_proj": linear("stream", "q"),
+    "layers.*.attention.k_proj": linear("stream", "k"),
+    "layers.*.attention.v_proj": linear("stream", "v"),
+    "layers.*.attention.o_proj": linear("o", "stream"),
+    "layers.*.layernorm_after": layer_norm("stream"),
+    "layers.*.mlp.fc1": linear("stream", "hidden"),
+    "layers.*.mlp.fc2": linear("hidden", "stream"),
+}
+
 VIT = Spec(
     "vit",
     {
@@ -108,24 +132,8 @@ VIT = Spec(
         "embeddings.distillation_token": parameter(None, None, "stream"),
         "embeddings.position_embeddings": parameter(None, None, "stream"),
         "embeddings.patch_embeddings.projection": convolution(None, "stream"),
-        # names of transformers 5
-        "layers.*.layernorm_before": layer_norm("stream"),
-        "layers.*.attention.q_proj": linear("stream", "q"),
-        "layers.*.attention.k_proj": linear("stream", "k"),
-        "layers.*.attention.v_proj": linear("stream", "v"),
-        "layers.*.attention.o_proj": linear("o", "stream"),
-        "layers.*.layernorm_after": layer_norm("stream"),
-        "layers.*.mlp.fc1": linear("stream", "hidden"),
-        "layers.*.mlp.fc2": linear("hidden", "stream"),
-        # names of transformers 4 and of every checkpoint
-        "encoder.layer.*.layernorm_before": layer_norm("stream"),
-        "encoder.layer.*.attention.attention.query": linear("stream", "q"),
-        "encoder.layer.*.attention.attention.key": linear("stream", "k"),
-        "encoder.layer.*.attention.attention.value": linear("stream", "v"),
-        "encoder.layer.*.attention.output.dense": linear("o", "stream"),
-        "encoder.layer.*.layernorm_after": layer_norm("stream"),
-        "encoder.layer.*.intermediate.dense": linear("stream", "hidden"),
-        "encoder.layer.*.output.dense": linear("hidden", "stream"),
+        **VIT_BLOCK,
+        **{VIT_ALIASES[name]: layer for name, layer in VIT_BLOCK.items()},
         "layernorm": layer_norm("stream"),
         "pooler.dense": linear("stream", "pooled"),
         "classifier": linear("stream", None),
@@ -142,6 +150,7 @@ VIT = Spec(
     ),
     prefixes=("vit", "deit"),
     config={**TRANSFORMER_CONFIG, "pooled": "pooler_output_size"},
+    aliases=VIT_ALIASES,
 )
 
 # A block of BERT normalizes its sum: it is never an identity, and a mean in the stream would vary.

@@ -192,7 +192,9 @@ def test_groups_of_heads(heads, precise_llama):
 @pytest.mark.parametrize("mode", ["break_symmetry", "exact"])
 def test_wider_heads(name, mode):
     if mode == "exact" and name in ("gpt2", "timm vit"):  # keys' settings are not those of queries in the same tensor
-        with pytest.raises(growth.Inexact, match=r"mode: .*'exact'.*(c_attn|qkv)"):
+        with pytest.raises(
+            growth.Inexact, match=r"mode: expected heads of the same dimensions for 'exact'.*(c_attn|qkv)"
+        ):
             growth.grow(build(name), build(name, D=48), mode=mode)
         return
     source, target = build(name), build(name, D=48)
@@ -1243,11 +1245,36 @@ def test_search_checks_before_it_trains():
     candidates = {"wide": lambda: build_small(16), "narrow": lambda: build_small(4)}
     with pytest.raises(ValueError, match="expected at least 8"):
         growth.search(source, candidates, None, score, steps=5)
-    for options, text in (({"steps": 0}, "steps"), ({"steps": 1, "keep": 1}, "keep")):
+    del candidates["narrow"]
+    bad = {"steps": (0, 1.5), "keep": (0, 1), "rungs": (0, -1, 1.5)}
+    for options, text in (({"steps": 1, name: value}, name) for name, values in bad.items() for value in values):
         with pytest.raises(ValueError, match=text):
             growth.search(source, candidates, train, score, **options)
     with pytest.raises(ValueError, match="candidates"):
         growth.search(source, {}, train, score, steps=1)
+
+
+def test_each_rung_drops_a_candidate():
+    train, score = make_task()
+    candidates = {f"{w}": lambda w=w: build_small(w) for w in (8, 10, 16, 24)}
+    found = growth.search(build_small(8), candidates, train, score, steps=1, keep=0.999)
+    assert [(steps, len(scores)) for steps, scores in found.rungs] == [(1, 4), (2, 3), (4, 2)]
+
+
+@pytest.mark.parametrize(
+    ("count", "steps", "final", "text"),
+    [
+        (1, [2], 4, "candidates: expected two or more, got 1"),
+        (2, [], 4, r"steps: expected ascending ones from 1 to final_steps, 4, got \[\]"),
+        (2, [4, 2], 8, "steps: expected ascending"),
+        (2, [0], 8, "steps: expected ascending"),
+        (2, [2, 10], 8, "steps: expected ascending"),
+    ],
+)
+def test_proxies_are_checked_before_they_are_trained(count, steps, final, text):
+    candidates = {f"{w}": lambda w=w: build_small(w) for w in range(16, 16 + count)}
+    with pytest.raises(ValueError, match=text):
+        growth.compare_proxies(build_small(8), candidates, None, None, steps=steps, final_steps=final)
 
 
 def test_a_diverged_candidate_loses():

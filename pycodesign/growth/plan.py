@@ -152,7 +152,7 @@ def make_plan(
         old_shape = tuple(source[origin])
         growths = _grow_axes(name, roles, old_shape, tuple(shape), spec, heads, tied and pattern in spec.tied.values())
         if mode == "exact":
-            _check_exact(name, old_shape, tuple(shape), copied, growths)
+            _check_exact(name, roles, old_shape, tuple(shape), copied, growths)
         ending = name.rpartition(".")[2]
         silent = copied and pattern in spec.silence and ending in ("weight", "bias")
         if copied:
@@ -293,13 +293,21 @@ def _split_heads(spaces: list[str], heads: Heads, size: int) -> tuple[list[int],
 
 
 def _check_exact(
-    name: str, old_shape: tuple[int, ...], shape: tuple[int, ...], copied: bool, axes: Mapping[int, Axis]
+    name: str,
+    roles: Sequence[Role],
+    old_shape: tuple[int, ...],
+    shape: tuple[int, ...],
+    copied: bool,
+    axes: Mapping[int, Axis],
 ) -> None:
     if copied:
         raise Inexact(f"mode: expected the source's depth for 'exact', got a new block with {name}")
     for position, axis in axes.items():
         if (axis.index < 0).any() or (axis.scale != axis.scale[0]).any() or (axis.gradient != axis.gradient[0]).any():
             old = old_shape[position]
+            if "k" in roles[position].space.split("+")[1:]:
+                text = "heads of the same dimensions for 'exact', or a layer of its own for keys"
+                raise Inexact(f"mode: expected {text}, got {name} with {old} -> {shape[position]} in axis {position}")
             text = f"{name} with {old} -> {shape[position]} in axis {position}, unevenly copied"
             raise Inexact(f"mode: expected integer multiples of width and heads for 'exact', got {text}")
 

@@ -342,10 +342,7 @@ def test_a_disk_without_room(small: Path, tmp_path: Path, monkeypatch: pytest.Mo
         growth.grow_checkpoint(small, tmp_path / "deep" / "large", target_config=LARGER)
 
 
-def test_what_a_killed_process_left_behind_is_removed(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(staging, "GRACE", 0)
+def test_what_a_killed_process_left_behind_is_removed(small: Path, tmp_path: Path) -> None:
     stop = "import os, signal\n" + textwrap.dedent(STOPS["between tensors"])
     with start(small, tmp_path / "large", stop) as process:
         process.communicate(timeout=60)

@@ -1122,6 +1122,12 @@ def test_learning_rates_go_on_through_growth():
         rates.step()
     assert optimizer is first and model[0].out_features == 32
     assert {id(p) for p in model.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}
+    schedule = growth.Schedule([(0, lambda: build_small(40)), (1, lambda: build_small(8))])
+    with pytest.raises(ValueError, match="expected at least 40 features"):
+        schedule.grow(1, model, optimizer)
+    assert schedule.stage == 0 and {id(p) for p in model.parameters()} == {
+        *map(id, optimizer.param_groups[0]["params"])
+    }
     with pytest.raises(ValueError, match="mode: expected 'break_symmetry' with a schedule of learning rates"):
         growth.Schedule([(0, lambda: build_small(64))], mode="exact").grow(0, model, optimizer)
 

@@ -7,15 +7,12 @@ import fcntl
 import os
 import re
 import shutil
-import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 __all__ = ["stage_directory"]
-
-GRACE = 1.0  # seconds; a younger directory may not have its lock yet
 
 
 @contextmanager
@@ -27,8 +24,10 @@ def stage_directory(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(target)
     staging = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    staging.mkdir()
-    lock = _lock(staging)
+    unlocked = staging.with_name(f"{staging.name}.new")  # a name that nobody removes
+    unlocked.mkdir()
+    lock = _lock(unlocked)
+    unlocked.rename(staging)
     try:
         yield staging
         _sync(staging)
@@ -58,9 +57,7 @@ def _remove_stale(target: Path) -> None:
     name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{32}}")
     for directory in target.parent.iterdir():
         with suppress(OSError):  # it may vanish
-            if not name.fullmatch(directory.name) or time.time() - directory.stat().st_ctime < GRACE:
-                continue
-            if (lock := _lock(directory)) is not None:
+            if name.fullmatch(directory.name) and (lock := _lock(directory)) is not None:
                 os.close(lock)
                 shutil.rmtree(directory, ignore_errors=True)
 

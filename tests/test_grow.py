@@ -287,6 +287,7 @@ def test_dry_run_plans_each_parameter_and_writes_nothing():
     (row,) = [line for line in text.splitlines() if line.split()[:1] == ["transformer.h.1.mlp.c_proj.weight"]]
     assert row.split()[1:5] == ["transformer.h.0.mlp.c_proj.weight", "40x24", "->", "53x32"]
     assert "zero in a new block" in row
+    assert "eps x 0.75" in text
 
 
 def test_wrapped_models():

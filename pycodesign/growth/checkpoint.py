@@ -130,7 +130,9 @@ def grow_checkpoint(
     """Grow a checkpoint in safetensors files, with no more in memory than one tensor and what it becomes.
 
     Each tensor is read once. The new checkpoint is written under a temporary name beside `dst` and renamed when all of
-    it is on the disk: whenever the process ends, `dst` is what it was or complete.
+    it is on the disk: whenever the process ends, `dst` is what it was or complete. What a process that was killed left
+    beside `dst` is removed by the next one. (Where the file system cannot swap two directories, overwriting is two
+    renames; a process that ends between them leaves the old one beside `dst`, as ``.NAME.HEX.old``.)
 
     Parameters
     ----------
@@ -143,7 +145,8 @@ def grow_checkpoint(
     source_config : mapping or path, optional
         In place of the ``config.json`` of `src`.
     target_config : mapping or path
-        Sizes of the larger model, as in its ``config.json``; what it leaves out stays as it is.
+        Sizes of the larger model, as in its ``config.json``; what it leaves out stays as it is. A norm's eps follows
+        the width. All other keys must agree, but for dropout and what only loading and generation read.
     spec : Spec or str
         What the axes of the parameters mean; ``"auto"``: by the config's ``model_type``.
     mode, seed, noise

@@ -49,7 +49,8 @@ class Report:
     ----------
     plan : Plan
     difference : float or None
-        The largest difference of outputs for `inputs`, relative to the largest output; None without inputs.
+        The largest difference of outputs for `inputs`, relative to the largest output; None without inputs, NaN where
+        an output is.
     """
 
     plan: Plan
@@ -90,18 +91,19 @@ def grow(
         its config, too.
     spec : Spec or str
         What the axes of the parameters mean. ``"auto"`` knows Hugging Face's GPT-2, Llama, ViT, DeiT and BERT, timm's
-        ViT, DeiT and ResNet, and `torch.nn.Sequential`.
+        ViT, DeiT and ResNet, and `torch.nn.Sequential`, by the exact types of their modules.
     mode : {"break_symmetry", "exact"}
         ``"break_symmetry"`` gives copies different weights where only their sum matters, moves the optimizer's states
         as well as can be, and leaves learning rates and weight decay alone. ``"exact"`` copies evenly, and gives the
         target's optimizer the source's settings, scaled by parameter as groups: without dropout the training continues
-        on the source's trajectory, copies stay copies. It needs integer multiples and the same depth.
+        on the source's trajectory, copies stay copies. It needs integer multiples and the same depth. Clipping by the
+        norm of all gradients leaves the trajectory, once it clips: copies change that norm.
     optimizer, target_optimizer : torch.optim.Adam, AdamW or SGD, optional
         Of the source's and of the target's parameters. The target's moments and step counts are written.
     seed : int
         Of the noise.
     inputs : Tensor, tuple or dict, optional
-        Arguments to call both models with, to compare what they return.
+        Arguments to call both models with, to compare what they return: the source before anything is written.
     noise : float
         How different copies are, relative to the weights.
     ema, target_ema : torch.nn.Module, optional
@@ -119,7 +121,8 @@ def grow(
     TypeError
         If the two are not of one class, or the optimizer is not one of those three.
     ValueError
-        Before anything is written: if the target is smaller or differs in more than size (an activation, a stride), if
+        Before anything is written: if the target is smaller or differs in more than size (an activation, a stride, a
+        key of its config), if
         the change cannot be exact (`Inexact`; the message says what would be), or if no rule covers a parameter.
 
     Notes
@@ -128,8 +131,10 @@ def grow(
     moments times a and a squared; in mode ``"exact"`` Adam's learning rate goes by s and its eps by a, SGD's learning
     rate by s / a, decoupled weight decay by 1 / s, coupled by a / s.
 
-    A change of a post-norm model (BERT) is exact for integer multiples of its width only; rotary heads keep their
-    dimension. In mode ``"exact"`` the loss must read outputs that keep their size: logits, not features.
+    A change of a post-norm model (BERT) is exact for integer multiples of its width only, as is that of timm's ViTs
+    with a norm before the blocks (CLIP's), none behind them, max pooling before the last one, or norms without gamma.
+    Rotary heads keep their dimension, and ResNets with another activation than ReLU their depth. In mode ``"exact"``
+    the loss must read outputs that keep their size: logits, not features.
 
     References
     ----------

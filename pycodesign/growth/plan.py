@@ -161,6 +161,8 @@ def make_plan(
         what = [_describe(roles[position], axis) for position, axis in growths.items()]
         if copied:
             what.insert(0, "zero in a new block" if silent else "copy for a new block")
+        if roles and roles[0].kind == "gamma" and 0 in growths and (eps := _scale_eps(old_shape[0], shape[0])) != 1:
+            what.append(f"eps x {eps:.4g}")
         factor = spec.resolve(spec.layers[pattern].factor, origin)
         weighted = factor in source and any((axis.index == MEAN).any() for axis in growths.values())
         rules.append(
@@ -317,9 +319,13 @@ def _find_eps(rules: list[Rule], spec: Spec) -> dict[str, float]:
     for rule in rules:
         _, roles = spec.find(rule.name)
         if roles and roles[0].kind == "gamma" and 0 in rule.axes:
-            old, new = rule.old_shape[0], rule.shape[0]
-            eps[rule.name.rpartition(".")[0]] = new // old * old / new
+            eps[rule.name.rpartition(".")[0]] = _scale_eps(rule.old_shape[0], rule.shape[0])
     return eps
+
+
+def _scale_eps(old: int, new: int) -> float:
+    """Return by how much the variance of a stream falls when it gets features in which a norm finds nothing."""
+    return new // old * old / new
 
 
 def _describe(role: Role, axis: Axis) -> str:

@@ -72,7 +72,10 @@ class Schedule:
 
     With Hugging Face's Trainer, ``callbacks=[schedule.callback()]``; to resume, the model to begin with is
     ``schedule.build(steps, build_first)``, `steps` being the checkpoint's, and the rest is as ever:
-    ``trainer.train(resume_from_checkpoint=...)``.
+    ``trainer.train(resume_from_checkpoint=...)``. That is for one process; where several train, by
+    DistributedDataParallel, end a Trainer at each growth and begin another, or grow in a loop of your own:
+    ``inner, optimizer = schedule.grow(step, model.module, optimizer)``, and where `inner` is another module than
+    before, ``model = DistributedDataParallel(inner)``.
     """
 
     def __init__(

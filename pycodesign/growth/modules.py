@@ -122,8 +122,8 @@ def grow(
         If the two are not of one class, or the optimizer is not one of those three.
     ValueError
         Before anything is written: if the target is smaller or differs in more than size (an activation, a stride, a
-        key of its config), if
-        the change cannot be exact (`Inexact`; the message says what would be), or if no rule covers a parameter.
+        key of its config), if the change cannot be exact (`Inexact`; the message says what would be), if no rule covers
+        a parameter, or if the source returns nothing for `inputs` that could be compared.
 
     Notes
     -----

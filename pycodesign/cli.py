@@ -382,7 +382,7 @@ def show_levels(levels: Sequence[float] | None) -> str:
     metavar="MB",
     help="Of one file, at most.",
 )
-@click.option("--overwrite", is_flag=True, help="Replace DST, which may be SRC.")
+@click.option("--overwrite", is_flag=True, help="Replace the checkpoint in DST, which may be SRC.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, write nothing.")
 @click.option("--verify", is_flag=True, help="Load both models and compare their outputs before DST appears.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output, nothing else.")

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -42,7 +43,7 @@ def quiet() -> None:
 def build(**sizes: int) -> transformers.GPT2LMHeadModel:
     torch.manual_seed(0)
     tokens = {"vocab_size": 50, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0}
-    config = transformers.GPT2Config(**tokens, layer_norm_epsilon=1e-2, **(SIZES | sizes))
+    config = transformers.GPT2Config(**{**tokens, **SIZES, **sizes}, layer_norm_epsilon=1e-2)
     return transformers.GPT2LMHeadModel(config).eval()
 
 
@@ -162,6 +163,47 @@ def test_other_architectures(tmp_path: Path, name: str, target: dict[str, int]) 
     if name == "BertForMaskedLM":
         with pytest.raises(growth.Inexact, match="num_hidden_layers: 2 -> 3, but no block of bert can be an identity"):
             growth.grow_checkpoint(tmp_path / "small", tmp_path / "deep", target_config={"num_hidden_layers": 3})
+
+
+@pytest.mark.parametrize("name", ["ViTForImageClassification", "DeiTForImageClassification"])
+def test_optimizers_of_models_whose_files_have_other_names(tmp_path: Path, name: str) -> None:
+    cls = getattr(transformers, name)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 40}
+    larger = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 8}
+    models = [cls(cls.config_class(image_size=16, patch_size=8, **{**sizes, **change})) for change in ({}, larger)]
+    adams = [torch.optim.AdamW(model.parameters()) for model in models]
+    models[0](torch.randn(2, 3, 16, 16)).logits.square().sum().backward()
+    adams[0].step()
+    models[0].save_pretrained(tmp_path / "small")
+    growth.save_optimizer(models[0], adams[0], tmp_path / "small")
+    growth.grow(*models, optimizer=adams[0], target_optimizer=adams[1])
+    growth.grow_checkpoint(tmp_path / "small", tmp_path / "large", target_config=larger, verify=True)
+    loaded = cls.from_pretrained(tmp_path / "large")
+    adam = torch.optim.AdamW(loaded.parameters())
+    growth.load_optimizer(loaded, adam, tmp_path / "large")
+    for got, expected in zip(loaded.parameters(), models[1].parameters(), strict=True):
+        for key, state in adams[1].state[expected].items():
+            assert torch.equal(adam.state[got][key], state)
+
+
+def test_old_names_of_norms(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 6, "intermediate_size": 40}
+    model = transformers.BertModel(transformers.BertConfig(vocab_size=50, **sizes))
+    model.save_pretrained(tmp_path / "small")
+    names = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    tensors = {name: np.ascontiguousarray(array) for name, array in read_all(tmp_path / "small").items()}
+    for new, old in names.items():
+        tensors = {name.replace(new, old): array for name, array in tensors.items()}
+    safetensors.numpy.save_file(tensors, tmp_path / "small" / "model.safetensors", {"format": "pt"})
+    target = {"hidden_size": 48, "num_attention_heads": 12}
+    report = growth.grow_checkpoint(tmp_path / "small", tmp_path / "large", target_config=target, verify=True)
+    assert report.difference is not None and report.difference < 1e-6
+
+
+def test_few_positions_are_verified(tmp_path: Path) -> None:
+    build(n_positions=5).save_pretrained(tmp_path / "small")
+    report = growth.grow_checkpoint(tmp_path / "small", tmp_path / "large", target_config=LARGER, verify=True)
+    assert report.difference is not None and report.difference < 1e-6
 
 
 def test_layer_scale_vectors_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,6 +334,41 @@ def test_a_full_disk(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
 
 
+def test_a_disk_without_room(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (small / "tokenizer.json").write_text(" " * 1_000_000)
+    monkeypatch.setattr(growth.checkpoint, "stage_directory", None)  # nothing is written
+    monkeypatch.setattr("shutil.disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 900_000))
+    with pytest.raises(OSError, match=r"dst: expected room on the disk for 1,[\d,]+ bytes, got 900,000 free"):
+        growth.grow_checkpoint(small, tmp_path / "deep" / "large", target_config=LARGER)
+
+
+def test_what_a_killed_process_left_behind_is_removed(small: Path, tmp_path: Path) -> None:
+    stop = "import os, signal\n" + textwrap.dedent(STOPS["between tensors"])
+    with start(small, tmp_path / "large", stop) as process:
+        process.communicate(timeout=60)
+    (left,) = tmp_path.glob(".large.*")
+    (tmp_path / ".large.notes").mkdir()
+    with staging.stage_directory(tmp_path / "other"):
+        assert left.exists()
+        with staging.stage_directory(tmp_path / "large") as first, staging.stage_directory(tmp_path / "large"):
+            assert first.exists() and not left.exists()
+    assert (tmp_path / ".large.notes").exists()
+
+
+def test_what_is_no_part_of_the_checkpoint_stays(small: Path) -> None:
+    kept = {"notes/a/b.txt": "1", ".git/HEAD": "2", ".gitattributes": "3", "training.log": "4"}
+    replaced = {"pytorch_model.bin": "5", "model-00001-of-00002.safetensors": "6"}
+    for name, text in (kept | replaced).items():
+        (small / name).parent.mkdir(parents=True, exist_ok=True)
+        (small / name).write_text(text)
+    (small / "link").symlink_to("notes")
+    before = set(list_files(small))
+    growth.grow_checkpoint(small, small, target_config=LARGER, overwrite=True)
+    assert set(list_files(small)) == before - replaced.keys()
+    assert {name: (small / name).read_text() for name in kept} == kept
+    assert (small / "link").is_symlink()
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -324,6 +401,19 @@ def drop(name: str) -> Callable[[Path], None]:
         safetensors.numpy.save_file(tensors, file)
 
     return edit
+
+
+def convert(name: str, dtype: str) -> Callable[[Path], None]:
+    def edit(src: Path) -> None:
+        file = src / "model.safetensors"
+        tensors = safetensors.numpy.load_file(file)
+        safetensors.numpy.save_file({**tensors, name: tensors[name].astype(dtype)}, file)
+
+    return edit
+
+
+def edit_config(src: Path, **changes: Any) -> None:
+    (src / "config.json").write_text(json.dumps({**json.loads((src / "config.json").read_text()), **changes}))
 
 
 def shard(change: Callable[[Path, dict[str, str]], object]) -> Callable[[Path], None]:
@@ -364,6 +454,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "dtype": (edit_header(lambda h: h[LN].update(dtype="Q4")), f"{LN} is Q4, none of BOOL, U8"),
     "no file": (lambda src: (src / "model.safetensors").unlink(), "src: expected model.safetensors or .*, got neither"),
     "missing tensor": (drop("transformer.h.0.ln_1.bias"), "expected transformer.h.0.ln_1.bias in a model of 2 layers"),
+    "integers": (convert(LN, "i4"), f"expected {LN} of F16, BF16, F32, F64, got I32"),
+    "too many blocks": (
+        lambda src: edit_config(src, n_layer=1),
+        r"small: expected blocks below 1 by the config, got transformer\.h\.1\.",
+    ),
     "missing shard": (
         shard(lambda src, _: (src / "model-1.safetensors").unlink()),
         "expected a shard that model.safetensors.index.json lists, got no file",
@@ -391,6 +486,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "unknown optimizer": (save_settings({"class": "Lion", "param_groups": []}), "expected Adam, AdamW, SGD, got Lion"),
     "damaged settings": (
         save_settings({"class": "SGD"}),
+        "optimizer: expected the settings that save_optimizer writes",
+    ),
+    "settings without a learning rate": (
+        save_settings({"class": "AdamW", "param_groups": [{"params": [LN], "weight_decay": 0.1, "eps": 1e-8}]}),
         "optimizer: expected the settings that save_optimizer writes",
     ),
     "unknown state": (save_states({f"state.{LN}.prodigy": (24,)}), f"expected state.* got state.{LN}.prodigy"),
@@ -432,6 +531,23 @@ REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
         {"scale_attn_by_inverse_layer_idx": True},
         "target_config: expected scale_attn_by_inverse_layer_idx False as the source's, got True",
     ),
+    "cross attention": (
+        {"add_cross_attention": True},
+        "target_config: expected add_cross_attention False as the source's, got True",
+    ),
+    "class": (
+        {"architectures": ["GPT2ForSequenceClassification"]},
+        "target_config: expected architectures ['GPT2LMHeadModel'] as the source's, "
+        "got ['GPT2ForSequenceClassification']",
+    ),
+    "eps": (
+        {"n_embd": 32, "n_head": 8, "layer_norm_epsilon": 0.3},
+        "target_config: expected layer_norm_epsilon 0.0075, which keeps the function, got 0.3",
+    ),
+    "unknown in a whole config": (
+        {"model_type": "gpt2", "sliding_window": 8},
+        "target_config: expected sliding_window None as the source's, got 8",
+    ),
     "architecture": ({"model_type": "llama"}, "target_config: expected model_type 'gpt2' as the source's, got 'llama'"),
 }
 
@@ -445,9 +561,49 @@ def test_requests_that_cannot_be(small: Path, target: dict[str, Any], message: s
     assert [path.name for path in small.parent.iterdir()] == ["small"]
 
 
+@pytest.mark.parametrize(
+    ("name", "target", "text"),
+    [
+        ("ViTModel", {"qkv_bias": False}, "target_config: expected qkv_bias True as the source's, got False"),
+        ("ViTModel", {"pooler_act": "relu"}, "target_config: expected pooler_act 'tanh' as the source's, got 'relu'"),
+        ("BertModel", {"is_decoder": True}, "target_config: expected is_decoder False as the source's, got True"),
+        ("LlamaModel", {"attention_bias": True}, "target_config: expected attention_bias False .*, got True"),
+        ("LlamaModel", {"mlp_bias": True}, "target_config: expected mlp_bias False as the source's, got True"),
+        ("LlamaModel", {"intermediate_size": None}, "config: expected 'intermediate_size', got none"),
+        ("LlamaModel", {"num_attention_heads": 8}, "6 heads on 6 keys -> 8 on 6; exact would be 6 keys, 1 or more"),
+    ],
+)
+def test_settings_that_no_tensor_shows(tmp_path: Path, name: str, target: dict[str, Any], text: str) -> None:
+    cls = getattr(transformers, name)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 6, "intermediate_size": 40}
+    cls(cls.config_class(**sizes, **({"image_size": 16} if "ViT" in name else {"vocab_size": 50}))).save_pretrained(
+        tmp_path / "small"
+    )
+    with pytest.raises(ValueError, match=text):
+        growth.grow_checkpoint(tmp_path / "small", tmp_path / "large", target_config=target)
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_a_whole_config_of_the_larger_model(small: Path, tmp_path: Path) -> None:
+    config = build(**LARGER).config
+    for number, whole in enumerate((config.to_dict(), config.to_json_file(tmp_path / "c.json") or tmp_path / "c.json")):
+        report = growth.grow_checkpoint(small, tmp_path / f"{number}", target_config=whole, verify=True)
+        assert report.config["architectures"] == ["GPT2LMHeadModel"] and report.config["dtype"] == "float32"
+
+
 def test_destinations(small: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"^dst: expected a new directory, or overwrite, got {small}, which exists$"):
         growth.grow_checkpoint(small, small, target_config=LARGER)
+    with pytest.raises(
+        ValueError, match=f"^dst: expected another directory than one that src lies in, got {tmp_path}$"
+    ):
+        growth.grow_checkpoint(small, tmp_path, target_config=LARGER, overwrite=True)
+    (tmp_path / "documents").mkdir()
+    (tmp_path / "documents" / "precious").touch()
+    with pytest.raises(
+        ValueError, match=r"dst: expected a checkpoint to overwrite, got .* without any of config\.json"
+    ):
+        growth.grow_checkpoint(small, tmp_path / "documents", target_config=LARGER, overwrite=True)
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="dst: expected a directory, got the file"):
         growth.grow_checkpoint(small, tmp_path / "file", target_config=LARGER, overwrite=True)
@@ -473,6 +629,10 @@ def test_optimizer_files(tmp_path: Path) -> None:
     growth.save_optimizer(model, optimizer, tmp_path)
     with pytest.raises(ValueError, match="optimizer: expected AdamW as was saved, got SGD"):
         growth.load_optimizer(model, torch.optim.SGD(model.parameters()), tmp_path)
+    (tmp_path / "damaged").mkdir()
+    safetensors.numpy.save_file({}, tmp_path / "damaged" / "optimizer.safetensors", {"optimizer": '{"class": "AdamW"}'})
+    with pytest.raises(ValueError, match="directory: expected the settings that save_optimizer writes, got damaged"):
+        growth.load_optimizer(model, optimizer, tmp_path / "damaged")
     other = torch.nn.Linear(2, 2)
     with pytest.raises(
         ValueError, match=r"model: expected the parameter transformer\.h\.0\.attn\.c_attn\.bias, got none"

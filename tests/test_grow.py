@@ -2,8 +2,10 @@
 
 import copy
 import doctest
+import functools
 import importlib
 import json
+import math
 import subprocess
 import sys
 from itertools import product
@@ -71,9 +73,9 @@ def build_timm_vit(D=24, L=2, H=6, F=40, name="VisionTransformer", **options):
     return getattr(module, name)(img_size=16, patch_size=8, num_classes=CLASSES, **sizes, **options)
 
 
-def build_resnet(D=24, L=2, H=None, F=None, block="BasicBlock"):
+def build_resnet(D=24, L=2, H=None, F=None, block="BasicBlock", **options):
     width = D // 4
-    options = {"base_width": 64 * width // 6} if block == "Bottleneck" else {}
+    options |= {"base_width": 64 * width // 6} if block == "Bottleneck" else {}
     channels = (width, 2 * width, 2 * width, 3 * width)
     return timm.resnet.ResNet(
         getattr(timm.resnet, block), (L,) * 4, CLASSES, channels=channels, stem_width=width, **options
@@ -131,7 +133,10 @@ CHANGES = {
 
 def build(name, dtype=torch.float64, **sizes):
     """Build a model; every parameter is random, norms and biases, too."""
-    model = BUILDS[name](**sizes).to(dtype)
+    return randomize(BUILDS[name](**sizes).to(dtype))
+
+
+def randomize(model):
     with torch.no_grad():
         for parameter in model.parameters():
             spread = float(parameter.std()) if parameter.numel() > 1 else 0.0
@@ -187,7 +192,9 @@ def test_groups_of_heads(heads, precise_llama):
 @pytest.mark.parametrize("mode", ["break_symmetry", "exact"])
 def test_wider_heads(name, mode):
     if mode == "exact" and name in ("gpt2", "timm vit"):  # keys' settings are not those of queries in the same tensor
-        with pytest.raises(growth.Inexact, match=r"mode: .*'exact'.*(c_attn|qkv)"):
+        with pytest.raises(
+            growth.Inexact, match=r"mode: expected heads of the same dimensions for 'exact'.*(c_attn|qkv)"
+        ):
             growth.grow(build(name), build(name, D=48), mode=mode)
         return
     source, target = build(name), build(name, D=48)
@@ -280,6 +287,7 @@ def test_dry_run_plans_each_parameter_and_writes_nothing():
     (row,) = [line for line in text.splitlines() if line.split()[:1] == ["transformer.h.1.mlp.c_proj.weight"]]
     assert row.split()[1:5] == ["transformer.h.0.mlp.c_proj.weight", "40x24", "->", "53x32"]
     assert "zero in a new block" in row
+    assert "eps x 0.75" in text
 
 
 def test_wrapped_models():
@@ -590,12 +598,101 @@ def test_models_that_differ_in_more_than_size(build_one, text):
         growth.grow(source, target)
 
 
+class Squared(nn.ReLU):
+    def forward(self, x):
+        return super().forward(x) ** 2
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x / x.norm(dim=-1, keepdim=True))
+
+
+class Residuals(nn.Sequential):
+    def forward(self, x):
+        return self[1](self[0](x)).softmax(-1) @ self[2].weight.mT
+
+
+def share(modules, one, other):
+    modules[other].weight = modules[one].weight
+    return modules
+
+
+@pytest.mark.parametrize(
+    ("build_one", "text"),
+    [
+        (lambda w: [nn.Linear(8, w), nn.LayerNorm(w), nn.Hardtanh(0.2, 1), nn.Linear(w, 4)], "12 -> 18; exact .* 24"),
+        (
+            lambda w: [nn.Linear(8, w), (act := nn.Sigmoid()), nn.Linear(w, w), nn.LayerNorm(w), act, nn.Linear(w, 4)],
+            "features 2 12 -> 18; exact would be 24",
+        ),
+        (
+            lambda w: [nn.Linear(8, w), (norm := nn.LayerNorm(w)), nn.Linear(w, w), norm, nn.Linear(w, 4)],
+            "1 and 3 share weight.* exact would be the source's shape, or parameters of their own",
+        ),
+        (
+            lambda w: share([nn.Embedding(9, w), nn.Tanh(), nn.Linear(w, 9, bias=False)], 0, 2),
+            r"0 and 2 share weight, \(9, 12\) -> \(9, 18\)",
+        ),
+        (lambda w: [nn.Embedding(9, w, max_norm=1.0), nn.Linear(w, 4)], "0 limits the norm of 12 -> 18.* be 12"),
+        (lambda w: [nn.Linear(8, w), Squared(), nn.Linear(w, 4)], "knows, got Squared as 1"),
+        (lambda w: [nn.Linear(8, w), nn.ReLU(), Scaled(w, w), nn.Linear(w, 4)], "knows, got Scaled as 2"),
+        (
+            lambda w: [nn.Linear(8, w), Residuals(nn.Linear(w, w), nn.Tanh(), nn.Linear(w, w)), nn.Linear(w, 4)],
+            "got Residuals as 1",
+        ),
+    ],
+)
+def test_sequentials_that_compute_something_else(build_one, text):
+    source, target = (nn.Sequential(*build_one(width)) for width in (12, 18))
+    with pytest.raises(ValueError, match=text):
+        growth.grow(source, target)
+
+
+def test_a_sequential_with_a_forward_of_its_own():
+    source, target = (Residuals(nn.Linear(8, w), nn.Tanh(), nn.Linear(w, 8)) for w in (12, 18))
+    with pytest.raises(ValueError, match="spec: expected a Spec for Residuals"):
+        growth.grow(source, target)
+
+
 def test_activations_are_compared_and_dropout_is_not():
     source = build("timm vit")
     with pytest.raises(ValueError, match=r"target: expected GELU as blocks\.0\.mlp\.act, as the source's, got ReLU"):
         growth.grow(source, build_timm_vit(**CHANGES["2x"], act_layer=nn.ReLU))
     target = build_timm_vit(**CHANGES["deeper"], drop_path_rate=0.1, proj_drop_rate=0.1).double()
     assert growth.grow(source, target, inputs=make_inputs("timm vit")).difference <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("build_one", "old", "new", "text"),
+    [
+        (build_timm_vit, {}, {"global_pool": "avg", "fc_norm": False}, "global_pool='token' in the model, .*got 'avg'"),
+        (
+            build_timm_vit,
+            {"reg_tokens": 2},
+            {"reg_tokens": 2, "pool_include_prefix": True},
+            "pool_include_prefix=False",
+        ),
+        (functools.partial(build_encoder, "Bert"), {}, {"is_decoder": True}, "is_decoder False .*, got True"),
+        (functools.partial(build_encoder, "ViT"), {}, {"pooler_act": "relu"}, "pooler_act 'tanh' .*, got 'relu'"),
+        (
+            build_llama,
+            {"rope_scaling": (dynamic := {"rope_type": "dynamic", "factor": 2.0}), "max_position_embeddings": 64},
+            {"rope_scaling": dynamic, "max_position_embeddings": 32},
+            "max_position_embeddings 64 as the source's, got 32",
+        ),
+    ],
+)
+def test_settings_that_no_tensor_shows(build_one, old, new, text):
+    with pytest.raises(ValueError, match=f"target: expected {text}"):
+        growth.grow(build_one(**old), build_one(D=48, H=12, **new))
+
+
+def test_types_of_one_name_are_told_apart():
+    source, target = build_timm_vit(), build_timm_vit(D=48, H=12, norm_layer=nn.LayerNorm)
+    text = r"timm\.layers\.norm\.LayerNorm as blocks\.0\.norm1, as the source's, got torch\.nn\..*\.LayerNorm"
+    with pytest.raises(ValueError, match=f"target: expected {text}"):
+        growth.grow(source, target)
 
 
 @pytest.mark.parametrize("name", ["resnet18d", "seresnet18"])
@@ -613,12 +710,55 @@ def test_variants_of_resnets(name):
         ({"block_fn": timm.vision_transformer.ResPostBlock}, "got ResPostBlock as blocks.0"),
         ({"mlp_layer": importlib.import_module("timm.layers").GluMlp}, "got GluMlp as blocks.0.mlp"),
         ({"norm_layer": nn.RMSNorm}, "got RMSNorm as blocks.0.norm1"),
+        ({"act_layer": nn.Softmax}, "got Softmax as blocks.0.mlp.act"),
+        ({"mlp_layer": type("Mlp", (importlib.import_module("timm.layers").Mlp,), {})}, "got Mlp as blocks.0.mlp"),
     ],
 )
 def test_unknown_modules_of_timm(options, text):
     source, target = build_timm_vit(**options), build_timm_vit(**CHANGES["2x"], **options)
     with pytest.raises(ValueError, match=f"spec: expected modules that 'auto' knows, or a Spec, {text}"):
         growth.grow(source, target)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pre_norm": True},
+        {"final_norm": False},
+        {"global_pool": "max"},
+        {"global_pool": "avgmax"},
+        {"norm_layer": functools.partial(nn.LayerNorm, elementwise_affine=False)},
+    ],
+)
+def test_vits_whose_stream_holds_no_means(options):
+    source = randomize(build_timm_vit(**options).double())
+    with pytest.raises(growth.Inexact, match="stream 24 -> 32; exact would be 48"):
+        growth.grow(source, build_timm_vit(D=32, H=8, **options))
+    target = build_timm_vit(D=48, H=12, L=3, **options).double()
+    assert growth.grow(source, target, inputs=make_inputs("timm vit")).difference <= 1e-12
+
+
+@pytest.mark.parametrize("pool", ["max", "avgmax", "avg"])
+def test_vits_that_pool_behind_the_norm(pool):
+    options = {"global_pool": pool, "fc_norm": False}
+    source, target = build_timm_vit(**options).double(), build_timm_vit(D=32, H=8, **options).double()
+    assert growth.grow(randomize(source), target, inputs=make_inputs("timm vit")).difference <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"act_layer": nn.SiLU}, r"layer1\.2\.conv1\.weight: no block of timm_resnet can be an identity"),
+        ({"act_layer": nn.LeakyReLU}, "no block of timm_resnet can be an identity"),
+        ({"norm_layer": functools.partial(nn.BatchNorm2d, affine=False)}, "no parameters that make layer1.2.bn2 zero"),
+    ],
+)
+def test_resnets_whose_blocks_are_no_identities(options, text):
+    source = randomize(build_resnet(**options).double())
+    with pytest.raises(growth.Inexact, match=f"{text}; exact would be the source's depth"):
+        growth.grow(source, build_resnet(L=3, **options))
+    target = build_resnet(D=32, **options).double()
+    assert growth.grow(source, target, inputs=make_inputs("resnet")).difference <= 1e-12
 
 
 def test_transposed_and_depthwise_convolutions():
@@ -712,7 +852,14 @@ def test_plans_need_no_torch():
             "no block of bert can be an identity; exact would be the source's depth",
         ),
         ("llama", {"head_dim": 8}, {}, growth.Inexact, "heads of 4 -> 8 dimensions.*exact would be 4"),
-        ("llama", {"H": 8, "K": 4}, {}, growth.Inexact, "6 heads on 6 keys -> 8 on 4; exact would be a multiple of 6"),
+        (
+            "llama",
+            {"H": 8, "K": 4},
+            {},
+            growth.Inexact,
+            "6 heads on 6 keys -> 8 on 4; exact would be 6 keys, 1 or more",
+        ),
+        ("llama", {"H": 8, "K": 7, "D": 32}, {}, growth.Inexact, "6 heads on 6 keys -> 8 on 7; exact would be 7 keys"),
         ("vit", {"H": 12}, {}, growth.Inexact, "heads of 4 -> 2 dimensions; exact would be 4 or more"),
         (
             "gpt2",
@@ -728,6 +875,19 @@ def test_plans_need_no_torch():
             {"mode": "even"},
             ValueError,
             "mode: expected 'exact' or 'break_symmetry', got 'even'",
+        ),
+        ("gpt2", {"D": 48, "H": 12}, {"seed": -1}, ValueError, "seed: expected an integer of at least 0, got -1"),
+        ("gpt2", {"D": 48, "H": 12}, {"seed": 1.5}, ValueError, "seed: expected an integer of at least 0, got 1.5"),
+        ("gpt2", {"D": 48, "H": 12}, {"noise": "a"}, ValueError, "noise: expected a finite number .*, got 'a'"),
+        ("gpt2", {"D": 48, "H": 12}, {"noise": -0.5}, ValueError, "noise: expected a finite number of at least 0"),
+        ("gpt2", {"D": 48, "H": 12}, {"noise": float("nan")}, ValueError, "noise: expected a finite number .* got nan"),
+        ("gpt2", {"D": 48, "H": 12}, {"inputs": {"input_ids": torch.full((2, 9), 99)}}, IndexError, "range"),
+        (
+            "sequential",
+            {"D": 48},
+            {"inputs": torch.ones(0, 3, 16, 16)},
+            ValueError,
+            "inputs: expected some for which the model returns floating-point numbers, got none",
         ),
         ("gpt2", {"D": 48, "H": 12}, {"spec": "rnn"}, ValueError, "spec: expected a model_type of gpt2, .* got 'rnn'"),
         ("gpt2", {"activation_function": "relu"}, {}, ValueError, "activation_function 'gelu_new' .* got 'relu'"),
@@ -745,7 +905,7 @@ def test_plans_need_no_torch():
             growth.Inexact,
             "exact would be heads of 4 dimensions",
         ),
-        ("gpt2", {"vocab_size": 60}, {}, ValueError, "wte.weight: expected 50 in axis 0 as in the source, got 60"),
+        ("gpt2", {"vocab_size": 60}, {}, ValueError, "target: expected vocab_size 50 as the source's, got 60"),
         ("timm resnet", {"L": 3}, {"first": {"L": 1}}, growth.Inexact, "none of which can be copied; exact would be 1"),
         ("sequential", {"D": 48}, {"spec": growth.GPT2}, ValueError, "0.weight: .* found no rule for it"),
     ],
@@ -762,6 +922,79 @@ def test_refused(name, sizes, options, error, text):
     with pytest.raises(error, match=text):
         growth.grow(source, target, **options)
     assert all(torch.equal(before[key], tensor) for key, tensor in target.state_dict().items())
+
+
+def test_nan_is_no_agreement():
+    source, target = build("sequential"), build("sequential", **CHANGES["2x"])
+    with torch.no_grad():
+        source[8].bias[0] = float("nan")
+    report = growth.grow(source, target, inputs=make_inputs("sequential"))
+    assert report.difference != report.difference  # NaN
+    assert growth.modules.compare([torch.tensor([1.0, -math.inf])], [torch.tensor([1.5, -math.inf])]) == 0.5
+
+
+def test_convolutions_in_three_dimensions():
+    def build_one(width):
+        layers = [nn.Conv3d(1, width, 2), nn.BatchNorm3d(width), nn.ReLU(), nn.Conv3d(width, width, 1, groups=width)]
+        return nn.Sequential(*layers, nn.ConvTranspose3d(width, 2 * width, 2), nn.Flatten(), nn.Linear(54 * width, 4))
+
+    source, target = build_one(4).double(), build_one(6).double()
+    adams = torch.optim.AdamW(source.parameters()), torch.optim.AdamW(target.parameters())
+    x = torch.randn(2, 1, 3, 3, 3, dtype=torch.float64)
+    source(x).sum().backward()
+    adams[0].step()
+    options = {"optimizer": adams[0], "target_optimizer": adams[1]}
+    assert growth.grow(source, target, inputs=x, **options).difference <= 1e-12
+
+
+def test_tensors_that_cannot_be_read_or_written():
+    source, target = build("sequential"), build("sequential", **CHANGES["2x"])
+    with pytest.raises(ValueError, match="target: expected plain tensors in memory, got one on the meta device for 0"):
+        growth.grow(source, copy.deepcopy(target).to("meta"))
+    with pytest.raises(ValueError, match="target: expected parameters of its own, got the source's"):
+        growth.grow(source, source)
+    with pytest.raises(TypeError, match=r"source: expected a torch\.nn\.Module, got NoneType"):
+        growth.grow(None, target)
+    for model in (source, target):
+        model[5].weight = nn.Parameter(model[5].weight.int(), requires_grad=False)
+    with pytest.raises(ValueError, match=r"5.weight of floating-point numbers .*, got torch\.int32 -> torch\.int32"):
+        growth.grow(source, target)
+
+
+class Half(nn.Module):
+    """No wrapper, though its only module is called as theirs."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.module = nn.Sequential(nn.Linear(8, width), nn.Linear(width, 4))
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x):
+        return self.module(x) * self.scale
+
+
+def test_a_model_that_looks_like_a_wrapper():
+    layers = {"module.0": growth.linear(None, "hidden"), "module.1": growth.linear("hidden", None)}
+    spec = growth.Spec("half", {**layers, "scale": growth.parameter()})
+    source, target = Half(12).double(), Half(18).double()
+    with torch.no_grad():
+        source.scale.fill_(3)
+    x = torch.randn(4, 8, dtype=torch.float64)
+    assert growth.grow(source, target, spec=spec, inputs=x).difference <= 1e-12
+    assert target.scale == 3
+
+
+def test_amsgrad_begins_at_the_growth():
+    source, target = build("sequential"), build("sequential", **CHANGES["2x"])
+    adam, larger = torch.optim.AdamW(source.parameters()), torch.optim.AdamW(target.parameters(), amsgrad=True)
+    train_steps(source, adam, "sequential", 2)
+    growth.grow(source, target, optimizer=adam, target_optimizer=larger)
+    state = larger.state[target[5].weight]
+    assert torch.equal(state["max_exp_avg_sq"], state["exp_avg_sq"])
+    train_steps(target, larger, "sequential", 1)
+    adam.state[source[5].weight]["exp_avg"] = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"optimizer: expected exp_avg of 5.weight of shape \(40, 216\), got \(3,\)"):
+        growth.grow(source, target, optimizer=adam, target_optimizer=larger)
 
 
 def test_refused_models_and_optimizers():
@@ -867,10 +1100,63 @@ def test_schedule_keeps_groups():
     assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.2, 0.5), (0.1, 0)]
 
 
-@pytest.mark.parametrize("steps", [[], [3, 3], [5, 2], [-1]])
+@pytest.mark.parametrize("steps", [[], [3, 3], [5, 2], [-1], [1.5], ["a", 2]])
 def test_refused_schedules(steps):
     with pytest.raises(ValueError, match="stages: expected ascending steps from 0"):
         growth.Schedule([(step, build_small) for step in steps])
+    with pytest.raises(TypeError, match="stages: expected functions that build models, got"):
+        growth.Schedule([(0, 5)])
+    with pytest.raises(ValueError, match="noise: expected"):
+        growth.Schedule([(0, build_small)], noise=-1)
+
+
+def test_learning_rates_go_on_through_growth():
+    model = build_small()
+    first = optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
+    rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 10)
+    schedule = growth.Schedule([(2, lambda: build_small(24)), (4, lambda: build_small(32))])
+    for step in range(6):
+        model, optimizer = schedule.grow(step, model, optimizer)
+        assert optimizer.param_groups[0]["lr"] == rates.get_last_lr()[0] == pytest.approx(1 - 0.09 * step)
+        model(torch.ones(2, 8).double()).sum().backward()
+        optimizer.step()
+        rates.step()
+    assert optimizer is first and model[0].out_features == 32
+    assert {id(p) for p in model.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}
+    schedule = growth.Schedule([(0, lambda: build_small(40)), (1, lambda: build_small(8))])
+    with pytest.raises(ValueError, match="expected at least 40 features"):
+        schedule.grow(1, model, optimizer)
+    assert schedule.stage == 0 and {id(p) for p in model.parameters()} == {
+        *map(id, optimizer.param_groups[0]["params"])
+    }
+    with pytest.raises(ValueError, match="mode: expected 'break_symmetry' with a schedule of learning rates"):
+        growth.Schedule([(0, lambda: build_small(64))], mode="exact").grow(0, model, optimizer)
+
+
+def test_growth_in_place_of_a_wrapped_model():
+    model = build_small()
+    average = torch.optim.swa_utils.AveragedModel(model)
+    schedule = growth.Schedule([(2, lambda: build_small(24))])
+    for step in range(4):
+        schedule.grow_in_place(step, average, None)
+        assert average(torch.ones(2, 8).double()).shape == (2, CLASSES)
+        assert average.module[0].out_features == (16 if step < 2 else 24)
+
+
+def test_growth_in_several_processes(monkeypatch):
+    schedule, model = growth.Schedule([(2, lambda: build_small(24))]), build_small()
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        with pytest.raises(ValueError, match=r"model: .* grow its \.module, and wrap .*, got DistributedDataParallel"):
+            schedule.grow(0, wrapped)
+        assert schedule.grow(2, wrapped.module)[0][0].out_features == 24
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        with pytest.raises(ValueError, match=r"model: expected one process, for growth in place; .*, got 2"):
+            schedule.grow_in_place(0, model, None)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 class Texts(torch.utils.data.Dataset):
@@ -966,11 +1252,36 @@ def test_search_checks_before_it_trains():
     candidates = {"wide": lambda: build_small(16), "narrow": lambda: build_small(4)}
     with pytest.raises(ValueError, match="expected at least 8"):
         growth.search(source, candidates, None, score, steps=5)
-    for options, text in (({"steps": 0}, "steps"), ({"steps": 1, "keep": 1}, "keep")):
+    del candidates["narrow"]
+    bad = {"steps": (0, 1.5), "keep": (0, 1), "rungs": (0, -1, 1.5)}
+    for options, text in (({"steps": 1, name: value}, name) for name, values in bad.items() for value in values):
         with pytest.raises(ValueError, match=text):
             growth.search(source, candidates, train, score, **options)
     with pytest.raises(ValueError, match="candidates"):
         growth.search(source, {}, train, score, steps=1)
+
+
+def test_each_rung_drops_a_candidate():
+    train, score = make_task()
+    candidates = {f"{w}": lambda w=w: build_small(w) for w in (8, 10, 16, 24)}
+    found = growth.search(build_small(8), candidates, train, score, steps=1, keep=0.999)
+    assert [(steps, len(scores)) for steps, scores in found.rungs] == [(1, 4), (2, 3), (4, 2)]
+
+
+@pytest.mark.parametrize(
+    ("count", "steps", "final", "text"),
+    [
+        (1, [2], 4, "candidates: expected two or more, got 1"),
+        (2, [], 4, r"steps: expected ascending ones from 1 to final_steps, 4, got \[\]"),
+        (2, [4, 2], 8, "steps: expected ascending"),
+        (2, [0], 8, "steps: expected ascending"),
+        (2, [2, 10], 8, "steps: expected ascending"),
+    ],
+)
+def test_proxies_are_checked_before_they_are_trained(count, steps, final, text):
+    candidates = {f"{w}": lambda w=w: build_small(w) for w in range(16, 16 + count)}
+    with pytest.raises(ValueError, match=text):
+        growth.compare_proxies(build_small(8), candidates, None, None, steps=steps, final_steps=final)
 
 
 def test_a_diverged_candidate_loses():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import errno
 import json
+import math
 import os
 import shutil
 import warnings
@@ -17,7 +18,7 @@ from typing import Any, TypeAlias
 from pycodesign.growth.plan import Plan, make_plan
 from pycodesign.growth.rules import OPTIMIZERS, POWERS, Rule, scale_settings
 from pycodesign.growth.shards import Array, Checkpoint, Tensor, Writer, read_checkpoint
-from pycodesign.growth.sizes import SAME, check_configs, compute_shapes, is_tied, read_heads, read_sizes
+from pycodesign.growth.sizes import DEFAULTS, FREE, check_configs, compute_shapes, is_tied, read_heads, read_sizes
 from pycodesign.growth.spec import Spec
 from pycodesign.growth.specs import find_spec
 from pycodesign.growth.staging import stage_directory
@@ -27,20 +28,11 @@ __all__ = ["CheckpointReport", "grow_checkpoint"]
 Config: TypeAlias = Mapping[str, Any] | str | os.PathLike[str]
 
 MODEL, OPTIMIZER, CONFIG = "model", "optimizer", "config.json"
+MARKS = (CONFIG, f"{MODEL}.safetensors", f"{MODEL}.safetensors.index.json")  # of a checkpoint
 SHARD_BYTES = 5_000_000_000
-KEPT = (  # what no rule changes, though a tensor's shape or meaning follows it
-    "model_type",
-    "tie_word_embeddings",
-    "vocab_size",
-    "n_positions",
-    "max_position_embeddings",
-    "type_vocab_size",
-    "image_size",
-    "patch_size",
-    "num_channels",
-    *SAME,
-)
+WRITTEN = ("architectures", "dtype", "torch_dtype")  # may be null in a config made for its sizes
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".h5", ".msgpack")
+FLOATS = ("F16", "BF16", "F32", "F64")
 TOLERANCES = {"F16": 2.0**-7, "BF16": 2.0**-4}  # of rounded weights; 1e-5 for others
 
 
@@ -138,7 +130,9 @@ def grow_checkpoint(
     """Grow a checkpoint in safetensors files, with no more in memory than one tensor and what it becomes.
 
     Each tensor is read once. The new checkpoint is written under a temporary name beside `dst` and renamed when all of
-    it is on the disk: whenever the process ends, `dst` is what it was or complete.
+    it is on the disk: whenever the process ends, `dst` is what it was or complete. What a process that was killed left
+    beside `dst` is removed by the next one. (Where the file system cannot swap two directories, overwriting is two
+    renames; a process that ends between them leaves the old one beside `dst`, as ``.NAME.HEX.old``.)
 
     Parameters
     ----------
@@ -151,7 +145,8 @@ def grow_checkpoint(
     source_config : mapping or path, optional
         In place of the ``config.json`` of `src`.
     target_config : mapping or path
-        Sizes of the larger model, as in its ``config.json``; what it leaves out stays as it is.
+        Sizes of the larger model, as in its ``config.json``; what it leaves out stays as it is. A norm's eps follows
+        the width. All other keys must agree, but for dropout and what only loading and generation read.
     spec : Spec or str
         What the axes of the parameters mean; ``"auto"``: by the config's ``model_type``.
     mode, seed, noise
@@ -159,7 +154,8 @@ def grow_checkpoint(
     max_shard_bytes : int
         Of one file.
     overwrite : bool
-        Replace `dst`.
+        Replace the checkpoint in `dst`: its weights in any format, its optimizer's state, and the files that `src` has,
+        too. Whatever else is there stays.
     dry_run : bool
         Check and plan, write nothing.
     verify : bool
@@ -213,8 +209,13 @@ def grow_checkpoint(
         raise ValueError(f"dst: expected a new directory, or overwrite, got {target}, which exists")
     if target.exists() and not target.is_dir():
         raise ValueError(f"dst: expected a directory, got the file {target}")
+    if target in Path(os.path.realpath(source)).parents:
+        raise ValueError(f"dst: expected another directory than one that src lies in, got {target}")
+    if target.exists() and any(target.iterdir()) and not any((target / name).exists() for name in MARKS):
+        raise ValueError(f"dst: expected a checkpoint to overwrite, got {target} without any of {', '.join(MARKS)}")
     old_config = _read_config("source_config", source / CONFIG if source_config is None else source_config)
     changes = _read_config("target_config", target_config)
+    changes = {key: value for key, value in changes.items() if value is not None or key not in WRITTEN}
     new_config = {**old_config, **changes}
     spec = spec if isinstance(spec, Spec) else find_spec(old_config if spec == "auto" else {"model_type": spec})
     checkpoint = read_checkpoint(source, MODEL)
@@ -223,23 +224,31 @@ def grow_checkpoint(
         raise ValueError(f"src: expected {wanted} in {source}, got neither")
     if not checkpoint.tensors:
         raise ValueError(f"src: expected tensors in {source}, got none")
-    _check_configs(old_config, new_config, spec)
     _check_keys(old_config, changes, spec)
+    _check_configs(old_config, new_config, spec)
     plan = _make_plan(checkpoint, source, old_config, new_config, spec, mode, noise, seed)
-    _scale_eps(old_config, new_config, plan)
+    _scale_eps(old_config, changes, new_config, plan)
     parts = [_plan_model(checkpoint, plan)]
     if optimizer := read_checkpoint(source, OPTIMIZER):
         parts.append(_plan_optimizer(optimizer, plan))
+    cls = _find_class(old_config) if verify else None
     tolerance = max(TOLERANCES.get(tensor.dtype, 1e-5) for tensor in checkpoint.tensors.values())
     bytes_read = sum(tensor.nbytes for part in parts for tensor in part.sources.values())
     if dry_run:
         bytes_written = sum(tensor.nbytes for part in parts for tensor in part.list_targets())
         return CheckpointReport(plan, new_config, [], bytes_read, bytes_written)
+    _check_room(target, source, parts)
     with stage_directory(target) as staging:
         files, bytes_written = _write_parts(staging, parts, max_shard_bytes, progress)
         (staging / CONFIG).write_text(json.dumps(new_config, indent=2, sort_keys=True) + "\n")
-        _copy_others(source, staging)
-        difference = _verify(source, old_config, staging, new_config, tolerance) if verify else None
+        for file in _list_others(source):
+            if not (staging / file.name).exists():
+                shutil.copyfile(file, staging / file.name)
+        difference = None
+        if cls is not None:
+            difference = _verify(cls, source, old_config, staging, new_config, tolerance)
+        if target.exists():
+            _keep_others(target, staging)
     return CheckpointReport(plan, new_config, files, bytes_read, bytes_written, difference)
 
 
@@ -262,7 +271,7 @@ def _check_keys(old: Mapping[str, Any], changes: Mapping[str, Any], spec: Spec) 
     """Refuse keys that would change nothing; a whole config may have some, if they are no misspelled sizes."""
     sizes = sorted({key for size, key in spec.config.items() if size != "eps"})
     for key in changes:
-        if key in {*old, *sizes, *KEPT}:
+        if key in {*old, *sizes, *DEFAULTS, *FREE}:
             continue
         if meant := difflib.get_close_matches(key, sizes, 1, 0.8):
             raise ValueError(f"target_config: expected {meant[0]!r}, or another key of the config, got {key!r}")
@@ -273,7 +282,7 @@ def _check_keys(old: Mapping[str, Any], changes: Mapping[str, Any], spec: Spec) 
 
 
 def _check_configs(old: Mapping[str, Any], new: Mapping[str, Any], spec: Spec) -> None:
-    check_configs("target_config", spec, old, new, KEPT)
+    check_configs("target_config", spec, old, new, [key for key in FREE if key not in WRITTEN])
     before, after = read_sizes(spec, old), read_sizes(spec, new)
     for size, count in before.items():
         if after[size] < count:
@@ -294,7 +303,7 @@ def _make_plan(
     old_sizes, new_sizes = read_sizes(spec, old_config), read_sizes(spec, new_config)
     shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
     _check_blocks(shapes, source, spec, old_sizes["layers"])
-    return make_plan(
+    plan = make_plan(
         shapes,
         compute_shapes(shapes, spec, old_sizes, new_sizes),
         spec,
@@ -304,6 +313,10 @@ def _make_plan(
         noise=noise,
         seed=seed,
     )
+    for rule in plan:
+        if rule.axes and (dtype := checkpoint.tensors[rule.source].dtype) not in FLOATS:
+            raise ValueError(f"{source}: expected {rule.source} of {', '.join(FLOATS)}, got {dtype}")
+    return plan
 
 
 def _check_blocks(names: Mapping[str, object], source: Path, spec: Spec, layers: int) -> None:
@@ -317,12 +330,19 @@ def _check_blocks(names: Mapping[str, object], source: Path, spec: Spec, layers:
             for ending in sorted(endings):
                 if (name := f"{before}{number}{ending}") not in names:
                     raise ValueError(f"{source}: expected {name} in a model of {layers} layers, got no such tensor")
+    for name in names:
+        if (split := spec.split_block(name)) and split[1] >= layers:
+            raise ValueError(f"{source}: expected blocks below {layers} by the config, got {name}")
 
 
-def _scale_eps(old: Mapping[str, Any], new: dict[str, Any], plan: Plan) -> None:
+def _scale_eps(old: Mapping[str, Any], changes: Mapping[str, Any], new: dict[str, Any], plan: Plan) -> None:
     key = plan.spec.config.get("eps", "")
     if key in old:
         new[key] = old[key] * plan.eps_factor
+        if not any(math.isclose(changes.get(key, new[key]), eps) for eps in (old[key], new[key])):
+            raise ValueError(
+                f"target_config: expected {key} {new[key]!r}, which keeps the function, got {changes[key]!r}"
+            )
     elif plan.eps_factor != 1:
         raise ValueError(f"source_config: expected {key or 'eps'!r}, which changes with the width, got none")
 
@@ -335,9 +355,11 @@ def _plan_model(checkpoint: Checkpoint, plan: Plan) -> Part:
 
 
 def _plan_optimizer(checkpoint: Checkpoint, plan: Plan) -> Part:
-    rules: dict[str, list[Rule]] = {}
+    rules: dict[str, list[tuple[str, Rule]]] = {}  # by either name of the source: new names of the same kind
     for rule in plan:
-        rules.setdefault(rule.source, []).append(rule)
+        rules.setdefault(rule.source, []).append((rule.name, rule))
+        if (other := plan.spec.translate(rule.source)) != rule.source:
+            rules.setdefault(other, []).append((plan.spec.translate(rule.name), rule))
     targets: dict[str, list[tuple[str, Rule | None, int]]] = {}
     for tensor in checkpoint.tensors.values():
         prefix, _, rest = tensor.name.partition(".")
@@ -346,11 +368,13 @@ def _plan_optimizer(checkpoint: Checkpoint, plan: Plan) -> Part:
             wanted = f"state.PARAMETER.KEY, a parameter of the model and a key of {', '.join(POWERS)}, step"
             raise ValueError(f"{tensor.file}: expected {wanted}, got {tensor.name}")
         power = POWERS.get(key, 0)
-        if power and tensor.shape != rules[parameter][0].old_shape:
-            expected = rules[parameter][0].old_shape
+        expected = rules[parameter][0][1].old_shape
+        if power and tensor.dtype not in FLOATS:
+            raise ValueError(f"{tensor.file}: expected {tensor.name} of {', '.join(FLOATS)}, got {tensor.dtype}")
+        if power and tensor.shape != expected:
             raise ValueError(f"{tensor.file}: expected {tensor.name} of shape {expected}, got {tensor.shape}")
         targets[tensor.name] = [
-            (f"state.{rule.name}.{key}", rule if power else None, power) for rule in rules[parameter]
+            (f"state.{name}.{key}", rule if power else None, power) for name, rule in rules[parameter]
         ]
     metadata = dict(checkpoint.metadata)
     if OPTIMIZER in metadata:
@@ -363,6 +387,11 @@ def _read_settings(text: str) -> dict[str, Any]:
     try:
         settings = json.loads(text)
         kind, groups = settings["class"], [dict(group) for group in settings["param_groups"]]
+        numbers = ["lr", "weight_decay", *(["eps"] if kind != "SGD" else [])]
+        if not all(isinstance(group[key], (int, float)) for group in groups for key in numbers):
+            raise ValueError
+        if not all(isinstance(group["params"], list) for group in groups):
+            raise ValueError
     except (ValueError, KeyError, TypeError):
         raise ValueError("optimizer: expected the settings that save_optimizer writes, got damaged ones") from None
     if kind not in OPTIMIZERS:
@@ -370,7 +399,7 @@ def _read_settings(text: str) -> dict[str, Any]:
     return {"class": kind, "param_groups": groups}
 
 
-def _grow_groups(optimizer: dict[str, Any], rules: Mapping[str, list[Rule]], mode: str) -> dict[str, Any]:
+def _grow_groups(optimizer: dict[str, Any], rules: Mapping[str, list[tuple[str, Rule]]], mode: str) -> dict[str, Any]:
     """Name the new parameters in an optimizer's groups; in mode ``"exact"`` one group for each way to scale."""
     groups = []
     for group in optimizer["param_groups"]:
@@ -378,10 +407,10 @@ def _grow_groups(optimizer: dict[str, Any], rules: Mapping[str, list[Rule]], mod
         for parameter in group["params"]:
             if parameter not in rules:
                 raise ValueError(f"optimizer: expected groups of the model's parameters, got {parameter}")
-            for rule in rules[parameter]:
+            for name, rule in rules[parameter]:
                 exact = mode == "exact" and rule.scale is not None and rule.gradient is not None
                 key = (rule.scale or 1.0, rule.gradient or 1.0) if exact else (1.0, 1.0)
-                by_scale.setdefault(key, []).append(rule.name)
+                by_scale.setdefault(key, []).append(name)
         for (scale, gradient), names in by_scale.items():
             groups.append({**scale_settings(optimizer["class"], group, scale, gradient), "params": names})
     return {**optimizer, "param_groups": groups}
@@ -392,6 +421,7 @@ def _write_parts(
 ) -> tuple[list[str], int]:
     total = sum(tensor.nbytes for part in parts for tensor in part.list_targets())
     done = 0
+    free = shutil.disk_usage(staging).free
     with ExitStack() as stack:
         try:
             writers = [
@@ -401,7 +431,6 @@ def _write_parts(
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
-            free = shutil.disk_usage(staging).free
             raise OSError(f"dst: expected room on the disk for {total:,} bytes, got {free:,} free") from None
         for part, writer in zip(parts, writers, strict=True):
             factors = {name: part.sources[name].read() for name in part.factors}
@@ -421,30 +450,67 @@ def _grow(old: Array, rule: Rule | None, power: int, factors: Mapping[str, Array
     return rule.apply_state(old, power) if power else rule.apply(old, factors.get(rule.factor))
 
 
-def _copy_others(source: Path, staging: Path) -> None:
+def _list_others(source: Path) -> list[Path]:
+    """List the files that go along as they are, such as a tokenizer's; warn of optimizer states that cannot."""
+    others = []
     for file in sorted(source.iterdir()):
-        if not file.is_file() or file.name.startswith(".") or (staging / file.name).exists():
+        if not file.is_file() or file.name.startswith("."):
             continue
         if not file.name.endswith(WEIGHTS):
-            shutil.copyfile(file, staging / file.name)
+            others.append(file)
         elif file.name in ("optimizer.pt", "optimizer.bin"):
             text = f"{file}: left out; growth.save_optimizer writes a state that can be grown"
             warnings.warn(text, RuntimeWarning, stacklevel=3)
+    return others
 
 
-def _verify(source: Path, old: Mapping[str, Any], staging: Path, new: Mapping[str, Any], tolerance: float) -> float:
+def _check_room(target: Path, source: Path, parts: list[Part]) -> None:
+    others = (file.stat().st_size for file in source.iterdir() if file.is_file() and not file.name.endswith(WEIGHTS))
+    total = sum(tensor.nbytes for part in parts for tensor in part.list_targets()) + sum(others)
+    free = shutil.disk_usage(next(folder for folder in (target, *target.parents) if folder.exists())).free
+    if total > free:
+        raise OSError(f"dst: expected room on the disk for {total:,} bytes, got {free:,} free")
+
+
+def _keep_others(target: Path, staging: Path) -> None:
+    """Take over what is no part of the checkpoint that is replaced, without a copy where the disk can do so."""
+    for entry in target.iterdir():
+        new = staging / entry.name
+        if new.exists() or (entry.is_file() and entry.name.endswith(WEIGHTS)):
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, new, symlinks=True, copy_function=_link)
+        else:
+            _link(entry, new)
+
+
+def _link(old: str | Path, new: str | Path) -> None:
     try:
-        import torch
+        os.link(old, new, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(old, new, follow_symlinks=False)
+
+
+def _find_class(config: Mapping[str, Any]) -> Any:
+    try:
+        import torch  # noqa: F401
         import transformers
     except ImportError:
         text = 'verify: comparing outputs needs torch and transformers: pip install "pycodesign[torch,hf]"'
         raise ModuleNotFoundError(text) from None
-    from pycodesign.growth.modules import compare_outputs
-
-    names = old.get("architectures") or []
+    names = config.get("architectures") or []
     if not names or not hasattr(transformers, names[0]):
         raise ValueError(f"verify: expected the name of a transformers model in architectures, got {names}")
-    cls = getattr(transformers, names[0])
+    return getattr(transformers, names[0])
+
+
+def _verify(
+    cls: Any, source: Path, old: Mapping[str, Any], staging: Path, new: Mapping[str, Any], tolerance: float
+) -> float:
+    import torch
+
+    from pycodesign.growth.modules import compare_outputs
+
     config = cls.config_class
     small, large = (
         cls.from_pretrained(directory, config=config.from_dict(dict(values)), dtype=torch.float32)
@@ -452,10 +518,11 @@ def _verify(source: Path, old: Mapping[str, Any], staging: Path, new: Mapping[st
     )
     generator = torch.Generator().manual_seed(0)
     if "image_size" in old:
-        size = old["image_size"]
-        inputs = {"pixel_values": torch.randn(2, old.get("num_channels", 3), size, size, generator=generator)}
+        sizes = old["image_size"] if isinstance(old["image_size"], list) else [old["image_size"]] * 2
+        inputs = {"pixel_values": torch.randn(2, old.get("num_channels", 3), *sizes, generator=generator)}
     else:
-        inputs = {"input_ids": torch.randint(old["vocab_size"], (2, 16), generator=generator)}
+        positions = min(16, old.get("n_positions", 16), old.get("max_position_embeddings", 16))
+        inputs = {"input_ids": torch.randint(old["vocab_size"], (2, positions), generator=generator)}
     difference = compare_outputs(small, large, inputs)
     if not difference <= tolerance:
         text = f"outputs within {tolerance:.1g} of the largest"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -92,7 +93,7 @@ def search(
     rungs : int, optional
         How many; by default until one candidate is left.
     keep : float
-        Share of the candidates that stay after a rung, in (0, 1).
+        Share of the candidates that stay after a rung, in (0, 1); at least one is dropped.
     optimizer : Adam, AdamW or SGD, optional
         Of the source; its states are grown.
     build_optimizer : callable
@@ -136,12 +137,13 @@ def search(
     """
     if not candidates:
         raise ValueError("candidates: expected one or more, got none")
-    if steps < 1:
-        raise ValueError(f"steps: expected 1 or more, got {steps}")
+    for name, number in (("steps", steps), ("rungs", 1 if rungs is None else rungs)):
+        if not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name}: expected an integer of 1 or more, got {number!r}")
     if not 0 < keep < 1:
         raise ValueError(f"keep: expected a share between 0 and 1, got {keep}")
     if rungs is None:
-        rungs = max(1, math.ceil(math.log(len(candidates)) / -math.log(keep)))
+        rungs = len(candidates)  # at most: each drops one or more
     racing = {
         name: _grow_candidate(source, build(), optimizer, build_optimizer, spec, seed)
         for name, build in candidates.items()
@@ -158,7 +160,9 @@ def search(
             found.append((last, scores))
             done = last
             ranked = [name for name, _ in _sort_scores(scores)]
-            racing = {name: racing[name] for name in ranked[: max(1, math.ceil(len(ranked) * keep))]}
+            racing = {
+                name: racing[name] for name in ranked[: max(1, min(math.ceil(len(ranked) * keep), len(ranked) - 1))]
+            }
             if len(racing) == 1:
                 break
     best = ranked[0]
@@ -166,8 +170,13 @@ def search(
 
 
 def _sort_scores(scores: Mapping[str, float]) -> list[tuple[str, float]]:
-    """Sort from the best to the worst; a training that diverged is the worst."""
-    return sorted(scores.items(), key=lambda item: -math.inf if math.isnan(item[1]) else item[1], reverse=True)
+    """Sort from the best to the worst."""
+    return sorted(scores.items(), key=lambda item: _rank(item[1]), reverse=True)
+
+
+def _rank(score: float) -> float:
+    """A training that diverged is the worst."""
+    return -math.inf if math.isnan(score) else score
 
 
 def _grow_candidate(
@@ -223,9 +232,16 @@ def compare_proxies(
 
     Raises
     ------
+    ValueError
+        If there are fewer than two candidates, or `steps` do not rise to `final_steps`; nothing is trained then.
     ImportError
         Without scipy.
     """
+    if len(candidates) < 2:
+        raise ValueError(f"candidates: expected two or more, got {len(candidates)}")
+    marks = [0, *steps]
+    if len(marks) == 1 or any(b <= a for a, b in itertools.pairwise(marks)) or final_steps < marks[-1]:
+        raise ValueError(f"steps: expected ascending ones from 1 to final_steps, {final_steps}, got {list(steps)}")
     try:
         from scipy.stats import kendalltau
     except ImportError as error:
@@ -250,7 +266,7 @@ def compare_proxies(
             final[name] = (final_score or score)(model)
     taus = {
         proxy: {
-            mark: float(kendalltau(column, list(final.values())).statistic)
+            mark: float(kendalltau([*map(_rank, column)], [*map(_rank, final.values())]).statistic)
             for mark, column in zip(steps, columns, strict=True)
         }
         for proxy, columns in ((proxy, zip(*rows, strict=True)) for proxy, rows in scores.items())

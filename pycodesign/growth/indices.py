@@ -124,9 +124,10 @@ def grow_heads(space: str, old: tuple[Heads, int], new: tuple[Heads, int], rotar
     kv = np.arange(new_heads.kv) % old_heads.kv
     slot = np.arange(new_heads.kv)[:, None] // old_heads.kv * new_group + np.arange(new_group)
     q = (kv[:, None] * old_group + slot % old_group).ravel()
-    if len(np.unique(q)) < old_heads.q or len(np.unique(kv)) < old_heads.kv:
+    if len(np.unique(q)) < old_heads.q or len(np.unique(kv)) < old_heads.kv or len(q) != new_heads.q:
         text = f"{old_heads.q} heads on {old_heads.kv} keys -> {new_heads.q} on {new_heads.kv}"
-        raise Inexact(f"{text}; exact would be a multiple of {old_heads.kv} keys, {old_group} heads on each")
+        least = math.ceil(old_group / max(1, new_heads.kv // old_heads.kv))
+        raise Inexact(f"{text}; exact would be {max(old_heads.kv, new_heads.kv)} keys, {least} or more heads on each")
     heads = kv if space in "kv" else q
     inner = np.arange(new_dim) % old_dim
     index = (heads[:, None] * old_dim + inner).ravel()

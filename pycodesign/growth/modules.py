@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,26 +13,32 @@ except ImportError as error:
     raise ImportError("pycodesign.growth.grow needs torch: `pip install 'pycodesign[torch]'`") from error
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from pycodesign.growth.indices import Heads, Inexact
 from pycodesign.growth.optimizers import OptimizerGrowth
 from pycodesign.growth.plan import Plan, make_plan
 from pycodesign.growth.rules import Rule
-from pycodesign.growth.sequential import make_sequential_spec
-from pycodesign.growth.sizes import check_configs, read_heads, read_sizes
+from pycodesign.growth.sequential import is_sequential, make_sequential_spec
+from pycodesign.growth.sizes import FREE, check_configs, read_heads, read_sizes
 from pycodesign.growth.spec import Spec
 from pycodesign.growth.specs import find_spec, find_timm_spec
 
 __all__ = ["Report", "grow", "plan_modules"]
 
 IDLE = ("Identity", "DropPath", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d")  # keep what they get, evaluated
-SIZES = (  # attributes of torch's modules in which the larger may differ, and those that only training reads
+SIZES = (  # attributes of torch's and timm's modules in which the larger may differ, and what only training reads
     *("in_features", "out_features", "in_channels", "out_channels", "num_features", "embedding_dim"),
     *("normalized_shape", "groups", "num_parameters", "unflattened_size"),
     *("eps", "momentum", "padding_idx", "inplace", "training"),
+    *("embed_dim", "head_hidden_size", "num_heads", "head_dim", "attn_dim", "scale", "channels", "fused_attn"),
+    *("drop_rate", "drop_prob", "scale_by_keep", "init_values", "weight_init_mode", "fix_init", "grad_checkpointing"),
 )
-WRAPPERS = ("module", "_orig_mod")  # attributes of DistributedDataParallel, AveragedModel; of torch.compile
+LIBRARIES = ("torch.nn.modules", "timm.")
+WRAPPERS = (DistributedDataParallel, nn.DataParallel, AveragedModel)  # and torch.compile's
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,8 @@ class Report:
     ----------
     plan : Plan
     difference : float or None
-        The largest difference of outputs for `inputs`, relative to the largest output; None without inputs.
+        The largest difference of outputs for `inputs`, relative to the largest output; None without inputs, NaN where
+        an output is.
     """
 
     plan: Plan
@@ -83,18 +91,19 @@ def grow(
         its config, too.
     spec : Spec or str
         What the axes of the parameters mean. ``"auto"`` knows Hugging Face's GPT-2, Llama, ViT, DeiT and BERT, timm's
-        ViT, DeiT and ResNet, and `torch.nn.Sequential`.
+        ViT, DeiT and ResNet, and `torch.nn.Sequential`, by the exact types of their modules.
     mode : {"break_symmetry", "exact"}
         ``"break_symmetry"`` gives copies different weights where only their sum matters, moves the optimizer's states
         as well as can be, and leaves learning rates and weight decay alone. ``"exact"`` copies evenly, and gives the
         target's optimizer the source's settings, scaled by parameter as groups: without dropout the training continues
-        on the source's trajectory, copies stay copies. It needs integer multiples and the same depth.
+        on the source's trajectory, copies stay copies. It needs integer multiples and the same depth. Clipping by the
+        norm of all gradients leaves the trajectory, once it clips: copies change that norm.
     optimizer, target_optimizer : torch.optim.Adam, AdamW or SGD, optional
         Of the source's and of the target's parameters. The target's moments and step counts are written.
     seed : int
         Of the noise.
     inputs : Tensor, tuple or dict, optional
-        Arguments to call both models with, to compare what they return.
+        Arguments to call both models with, to compare what they return: the source before anything is written.
     noise : float
         How different copies are, relative to the weights.
     ema, target_ema : torch.nn.Module, optional
@@ -112,8 +121,9 @@ def grow(
     TypeError
         If the two are not of one class, or the optimizer is not one of those three.
     ValueError
-        Before anything is written: if the target is smaller or differs in more than size (an activation, a stride), if
-        the change cannot be exact (`Inexact`; the message says what would be), or if no rule covers a parameter.
+        Before anything is written: if the target is smaller or differs in more than size (an activation, a stride, a
+        key of its config), if the change cannot be exact (`Inexact`; the message says what would be), if no rule covers
+        a parameter, or if the source returns nothing for `inputs` that could be compared.
 
     Notes
     -----
@@ -121,8 +131,10 @@ def grow(
     moments times a and a squared; in mode ``"exact"`` Adam's learning rate goes by s and its eps by a, SGD's learning
     rate by s / a, decoupled weight decay by 1 / s, coupled by a / s.
 
-    A change of a post-norm model (BERT) is exact for integer multiples of its width only; rotary heads keep their
-    dimension. In mode ``"exact"`` the loss must read outputs that keep their size: logits, not features.
+    A change of a post-norm model (BERT) is exact for integer multiples of its width only, as is that of timm's ViTs
+    with a norm before the blocks (CLIP's), none behind them, max pooling before the last one, or norms without gamma.
+    Rotary heads keep their dimension, and ResNets with another activation than ReLU their depth. In mode ``"exact"``
+    the loss must read outputs that keep their size: logits, not features.
 
     References
     ----------
@@ -142,6 +154,9 @@ def grow(
     >>> report.difference < 1e-12
     True
     """
+    for name, model in (("source", source), ("target", target)):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{name}: expected a torch.nn.Module, got {type(model).__name__}")
     source, target = unwrap(source), unwrap(target)
     plan = plan_modules(source, target, spec=spec, mode=mode, seed=seed, noise=noise)
     optimizers = None
@@ -159,13 +174,14 @@ def grow(
             _check_same_shapes(name, *pair)
     if dry_run:
         return Report(plan)
+    outputs = None if inputs is None else compute_outputs(source, inputs)
     for old, new in pairs:
         _write(plan, old, new)
     if ema is not None and target_ema is not None and "n_averaged" in ema._buffers:
         target_ema.get_buffer("n_averaged").copy_(ema.get_buffer("n_averaged"))
     if optimizers is not None:
         optimizers.write()
-    return Report(plan, None if inputs is None else compare_outputs(source, target, inputs))
+    return Report(plan, None if outputs is None else compare(outputs, compute_outputs(target, inputs)))
 
 
 def plan_modules(
@@ -179,7 +195,8 @@ def plan_modules(
 ) -> Plan:
     """Plan what `grow` would do."""
     if type(source) is not type(target):
-        raise TypeError(f"target: expected {type(source).__name__} as the source, got {type(target).__name__}")
+        kinds = name_types(source, target)
+        raise TypeError(f"target: expected {kinds[0]} as the source, got {kinds[1]}")
     if not isinstance(spec, Spec):
         spec = _find_spec(source, target, spec)
     _check_config(source, target, spec)
@@ -202,16 +219,19 @@ def plan_modules(
     plan = make_plan(old_shapes, new_shapes, spec, heads=heads, mode=mode, tied=tied, noise=noise, seed=seed)
     _check_groups(plan, source, target)
     _check_settings(plan, source, target)
+    _check_tensors(plan, source, target)
     return plan
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Take a model out of DistributedDataParallel, AveragedModel or torch.compile."""
     while True:
-        inner = next((m for name in WRAPPERS if isinstance(m := model._modules.get(name), nn.Module)), None)
-        if inner is None or len(model._modules) != 1:
+        if isinstance(model, WRAPPERS):
+            model = model.get_submodule("module")
+        elif type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules:
+            model = model.get_submodule("_orig_mod")
+        else:
             return model
-        model = inner
 
 
 def list_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -228,7 +248,7 @@ def list_tensors(model: nn.Module) -> dict[str, Tensor]:
 def _find_spec(source: nn.Module, target: nn.Module, name: str) -> Spec:
     if name != "auto":
         return find_spec({"model_type": name})
-    if isinstance(source, nn.Sequential) and isinstance(target, nn.Sequential):
+    if is_sequential(source) and is_sequential(target):
         return make_sequential_spec(source, target)
     if (config := _read_config(source)) is not None and "model_type" in config:
         return find_spec(config)
@@ -245,7 +265,7 @@ def _read_config(model: nn.Module) -> Mapping[str, Any] | None:
 def _check_config(source: nn.Module, target: nn.Module, spec: Spec) -> None:
     old, new = _read_config(source), _read_config(target)
     if old is not None and new is not None:
-        check_configs("target", spec, old, new)
+        check_configs("target", spec, old, new, [*FREE, "tie_word_embeddings"])  # that the tensors show
 
 
 def _check_settings(plan: Plan, source: nn.Module, target: nn.Module) -> None:
@@ -261,18 +281,25 @@ def _check_settings(plan: Plan, source: nn.Module, target: nn.Module) -> None:
         if old_module is None or (type(old_module).__name__ in IDLE and type(module).__name__ in IDLE):
             continue
         if type(old_module) is not type(module):
-            kinds = type(old_module).__name__, type(module).__name__
+            kinds = name_types(old_module, module)
             raise ValueError(f"target: expected {kinds[0]} as {name}, as the source's, got {kinds[1]}")
         expected, got = _read_settings(old_module), _read_settings(module)
-        for key in expected.keys() | got.keys():
+        for key in sorted(expected.keys() | got.keys()):
             if expected.get(key) != got.get(key):
-                wanted = f"{key}={expected.get(key)!r} in {name}, as the source's"
+                wanted = f"{key}={expected.get(key)!r} in {name or 'the model'}, as the source's"
                 raise ValueError(f"target: expected {wanted}, got {got.get(key)!r}")
 
 
+def name_types(one: object, other: object) -> list[str]:
+    """Name the types of two objects, with their modules where the names alone are the same."""
+    kinds = [type(one), type(other)]
+    names = [kind.__name__ for kind in kinds]
+    return names if names[0] != names[1] else [f"{kind.__module__}.{kind.__qualname__}" for kind in kinds]
+
+
 def _read_settings(module: nn.Module) -> dict[str, Any]:
-    """Return the numbers and strings of one of torch's own modules that are no sizes."""
-    own = any(c.__module__.startswith("torch.nn.modules") and c is not nn.Module for c in type(module).__mro__)
+    """Return the numbers and strings of one of torch's or timm's own modules that are no sizes."""
+    own = any(c.__module__.startswith(LIBRARIES) and c is not nn.Module for c in type(module).__mro__)
     plain = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in SIZES}
     return {k: v for k, v in plain.items() if isinstance(v, (int, float, str, tuple))} if own else {}
 
@@ -301,6 +328,23 @@ def _check_groups(plan: Plan, source: nn.Module, target: nn.Module) -> None:
             if not depthwise or old.out_channels * new.in_channels != new.out_channels * old.in_channels:
                 text = f"{name}: a convolution of {old.groups} -> {new.groups} groups"
                 raise Inexact(f"{text}; exact would be its source's shape, or as many groups as channels")
+
+
+def _check_tensors(plan: Plan, source: nn.Module, target: nn.Module) -> None:
+    """Refuse tensors that cannot be read or written, before the first is."""
+    olds, news = dict(source.state_dict(keep_vars=True)), list_tensors(target)
+    for name, tensors in (("source", olds), ("target", news)):
+        for key, tensor in tensors.items():
+            if tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter):
+                kind = "one on the meta device" if tensor.is_meta else type(tensor).__name__
+                raise ValueError(f"{name}: expected plain tensors in memory, got {kind} for {key}")
+    if {id(tensor) for tensor in olds.values()} & {id(tensor) for tensor in news.values()}:
+        raise ValueError("target: expected parameters of its own, got the source's")
+    for rule in plan:
+        old, new = olds[rule.source], news[rule.name]
+        if old.is_floating_point() != new.is_floating_point() or (rule.axes and old.dtype not in FLOATS):
+            expected = f"{rule.name} of floating-point numbers of 16 bits or more"
+            raise ValueError(f"target: expected {expected}, got {old.dtype} -> {new.dtype}")
 
 
 def _check_same_shapes(name: str, model: nn.Module, average: nn.Module) -> None:
@@ -351,26 +395,39 @@ def _scale_eps(old: nn.Module, new: nn.Module, factor: float) -> None:
             setattr(new, name, eps if eps is None else eps * factor)
 
 
-@torch.no_grad()
 def compare_outputs(source: nn.Module, target: nn.Module, inputs: Any) -> float:
-    """Return the largest difference of outputs, relative to the largest output.
+    """Return the largest difference of outputs, relative to the largest output; NaN where there is one.
 
     Of representations that grew the old features are compared.
     """
-    outputs = []
-    for model in (source, target):
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        try:
-            outputs.append(list(_flatten(_call(model, inputs))))
-        finally:
-            for module, training in modes.items():
-                module.training = training
-    worst = 0.0
-    for old, new in zip(*outputs, strict=True):
-        new = new[tuple(slice(size) for size in old.shape)]
-        worst = max(worst, float((new - old).abs().max() / old.abs().max().clamp_min(1e-30)))
-    return worst
+    return compare(compute_outputs(source, inputs), compute_outputs(target, inputs))
+
+
+@torch.no_grad()
+def compute_outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """Call a model that does not train at the time, and return what it returns of floating-point numbers."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        outputs = [output for output in _flatten(_call(model, inputs)) if output.numel()]
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if not outputs:
+        raise ValueError("inputs: expected some for which the model returns floating-point numbers, got none")
+    return outputs
+
+
+def compare(olds: list[Tensor], news: list[Tensor]) -> float:
+    worst = []
+    for old, new in zip(olds, news, strict=True):
+        new = new[tuple(slice(size) for size in old.shape)].to(old.device)
+        if new.shape != old.shape:
+            raise ValueError(f"target: expected outputs of shape {tuple(old.shape)}, got {tuple(new.shape)}")
+        difference = (new - old).abs().masked_fill(new == old, 0)  # infinities, too
+        largest = old.abs().masked_fill(~old.isfinite(), 0).max().clamp_min(1e-30)
+        worst.append(float(difference.max() / largest))
+    return math.nan if any(map(math.isnan, worst)) else max(worst)
 
 
 def _call(model: nn.Module, inputs: Any) -> Any:

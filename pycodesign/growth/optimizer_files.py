@@ -103,10 +103,14 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, directory: str | os.P
             for name in tensors.keys():
                 parameter, _, key = name.removeprefix("state.").rpartition(".")
                 states.setdefault(parameter, {})[key] = tensors.get_tensor(name)
-    saved = json.loads(metadata.get("optimizer", "{}"))
-    if saved.get("class") != type(optimizer).__name__:
-        raise ValueError(f"optimizer: expected {saved.get('class')} as was saved, got {type(optimizer).__name__}")
-    unknown = {name for group in saved["param_groups"] for name in group["params"]} - parameters.keys()
+    try:
+        saved = json.loads(metadata["optimizer"])
+        kind, unknown = saved["class"], {name for group in saved["param_groups"] for name in group["params"]}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError("directory: expected the settings that save_optimizer writes, got damaged ones") from None
+    if kind != type(optimizer).__name__:
+        raise ValueError(f"optimizer: expected {kind} as was saved, got {type(optimizer).__name__}")
+    unknown -= parameters.keys()
     if unknown or not states.keys() <= parameters.keys():
         raise ValueError(
             f"model: expected the parameter {min(unknown | (states.keys() - parameters.keys()))}, got none"

@@ -53,9 +53,16 @@ class OptimizerGrowth:
             for key, state in self._state(name).items():
                 if isinstance(state, Tensor) and key != "step" and key not in POWERS:
                     raise ValueError(f"optimizer: expected states {', '.join(POWERS)}, got {key}")
+                if isinstance(state, Tensor) and key != "step" and state.shape != self.rules[name].old_shape:
+                    shapes = self.rules[name].old_shape, tuple(state.shape)
+                    raise ValueError(f"optimizer: expected {key} of {name} of shape {shapes[0]}, got {shapes[1]}")
 
     def _state(self, name: str) -> Mapping[str, Any]:
-        state: Mapping[str, Any] = self.old.state.get(self.olds[self.rules[name].source], {})
+        """Return the source's state, and what the target's settings need beside it."""
+        state: dict[str, Any] = dict(self.old.state.get(self.olds[self.rules[name].source], {}))
+        settings = self.new.param_groups[self.new_groups[name]]
+        if settings.get("amsgrad") and self.plan.mode != "exact" and "exp_avg_sq" in state:
+            state.setdefault("max_exp_avg_sq", state["exp_avg_sq"])  # the largest so far, as far as is known
         return state
 
     @torch.no_grad()

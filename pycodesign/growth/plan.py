@@ -5,8 +5,10 @@ A pure function of shapes: it needs no torch and holds no weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TypeAlias
 
 from rich.box import SIMPLE_HEAD
@@ -29,7 +31,7 @@ from pycodesign.growth.indices import (
 from pycodesign.growth.rules import Rule
 from pycodesign.growth.spec import ATTENTION, Role, Spec
 
-__all__ = ["Heads", "Inexact", "Plan", "Rule", "make_plan"]
+__all__ = ["Heads", "Inexact", "Plan", "Rule", "check_options", "make_plan"]
 
 Shapes: TypeAlias = Mapping[str, Sequence[int]]
 
@@ -135,10 +137,10 @@ def make_plan(
     >>> bool(np.allclose(weight[:, :2] + weight[:, 4:], 1)), bool((weight[:, 2:4] == 1).all())
     (True, True)
     """
-    if mode not in MODES:
-        raise ValueError(f"mode: expected {' or '.join(map(repr, MODES))}, got {mode!r}")
+    check_options(mode, noise, seed)
     origins = _map_names(source, target, spec)
     rules = []
+    silenced: dict[tuple[str, str], set[str]] = {}  # by new block: its number, its pattern
     for name, shape in target.items():
         origin, copied = origins[name]
         pattern, roles = _find_roles(spec, name, tied)
@@ -150,12 +152,17 @@ def make_plan(
         old_shape = tuple(source[origin])
         growths = _grow_axes(name, roles, old_shape, tuple(shape), spec, heads, tied and pattern in spec.tied.values())
         if mode == "exact":
-            _check_exact(name, old_shape, tuple(shape), copied, growths)
+            _check_exact(name, roles, old_shape, tuple(shape), copied, growths)
         ending = name.rpartition(".")[2]
         silent = copied and pattern in spec.silence and ending in ("weight", "bias")
+        if copied:
+            block = next(block for block in spec.blocks if pattern.startswith(f"{block}."))
+            silenced.setdefault((spec.resolve(block, name), block), set()).update([pattern] * silent)
         what = [_describe(roles[position], axis) for position, axis in growths.items()]
         if copied:
             what.insert(0, "zero in a new block" if silent else "copy for a new block")
+        if roles and roles[0].kind == "gamma" and 0 in growths and (eps := _scale_eps(old_shape[0], shape[0])) != 1:
+            what.append(f"eps x {eps:.4g}")
         factor = spec.resolve(spec.layers[pattern].factor, origin)
         weighted = factor in source and any((axis.index == MEAN).any() for axis in growths.values())
         rules.append(
@@ -172,10 +179,26 @@ def make_plan(
                 "; ".join(what),
             )
         )
+    for (name, block), patterns in silenced.items():
+        wanted = {pattern for pattern in spec.silence if pattern.startswith(f"{block}.")}
+        if not wanted or wanted - patterns:
+            layer = spec.resolve(min(wanted - patterns), f"{name}.") if wanted else "what it adds"
+            text = f"a new block {name} has no parameters that make {layer} zero"
+            raise Inexact(f"target: {text}; exact would be the source's depth")
     missing = source.keys() - {rule.source for rule in rules}
     if missing:
         raise ValueError(f"target: expected all of the source's parameters, got none for {min(missing)}")
     return Plan(spec, rules, _find_eps(rules, spec), mode)
+
+
+def check_options(mode: str, noise: float, seed: int) -> None:
+    """Refuse what would fail, or make no numbers, while parameters are written."""
+    if mode not in MODES:
+        raise ValueError(f"mode: expected {' or '.join(map(repr, MODES))}, got {mode!r}")
+    if not isinstance(noise, Real) or not 0 <= noise < math.inf:
+        raise ValueError(f"noise: expected a finite number of at least 0, got {noise!r}")
+    if not isinstance(seed, Integral) or seed < 0:
+        raise ValueError(f"seed: expected an integer of at least 0, got {seed!r}")
 
 
 def _map_names(source: Shapes, target: Shapes, spec: Spec) -> dict[str, tuple[str, bool]]:
@@ -237,6 +260,8 @@ def _grow_axes(
             raise Inexact(f"{name}: {role.space} {error}") from None
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
+        if len(axis.index) != new:
+            raise ValueError(f"{name}: expected {len(axis.index)} in axis {position}, got {new}")
         if not axis.identity:
             axes[position] = axis
     return axes
@@ -270,13 +295,21 @@ def _split_heads(spaces: list[str], heads: Heads, size: int) -> tuple[list[int],
 
 
 def _check_exact(
-    name: str, old_shape: tuple[int, ...], shape: tuple[int, ...], copied: bool, axes: Mapping[int, Axis]
+    name: str,
+    roles: Sequence[Role],
+    old_shape: tuple[int, ...],
+    shape: tuple[int, ...],
+    copied: bool,
+    axes: Mapping[int, Axis],
 ) -> None:
     if copied:
         raise Inexact(f"mode: expected the source's depth for 'exact', got a new block with {name}")
     for position, axis in axes.items():
         if (axis.index < 0).any() or (axis.scale != axis.scale[0]).any() or (axis.gradient != axis.gradient[0]).any():
             old = old_shape[position]
+            if "k" in roles[position].space.split("+")[1:]:
+                text = "heads of the same dimensions for 'exact', or a layer of its own for keys"
+                raise Inexact(f"mode: expected {text}, got {name} with {old} -> {shape[position]} in axis {position}")
             text = f"{name} with {old} -> {shape[position]} in axis {position}, unevenly copied"
             raise Inexact(f"mode: expected integer multiples of width and heads for 'exact', got {text}")
 
@@ -286,9 +319,13 @@ def _find_eps(rules: list[Rule], spec: Spec) -> dict[str, float]:
     for rule in rules:
         _, roles = spec.find(rule.name)
         if roles and roles[0].kind == "gamma" and 0 in rule.axes:
-            old, new = rule.old_shape[0], rule.shape[0]
-            eps[rule.name.rpartition(".")[0]] = new // old * old / new
+            eps[rule.name.rpartition(".")[0]] = _scale_eps(rule.old_shape[0], rule.shape[0])
     return eps
+
+
+def _scale_eps(old: int, new: int) -> float:
+    """Return by how much the variance of a stream falls when it gets features in which a norm finds nothing."""
+    return new // old * old / new
 
 
 def _describe(role: Role, axis: Axis) -> str:

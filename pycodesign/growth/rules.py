@@ -183,10 +183,11 @@ class Rule:
         return axes
 
     def _fold(self, array: Array) -> Array:
-        """View an array so that its first axes are those of `_fold_axes`."""
+        """View an array so that its first axes are those of `_fold_axes`; the pixels of 3-D kernels become one axis."""
         first = min(self.axes)
         before = math.prod(array.shape[:first])
-        return array.reshape([*([] if before == 1 else [before]), *array.shape[first:]])
+        shape = [*([] if before == 1 else [before]), *array.shape[first:]]
+        return array.reshape(shape if len(shape) <= 4 else [*shape[:2], math.prod(shape[2:])])
 
     def _add_noise(self, new: Array, old: Array) -> None:
         """Add noise along one axis, of sum zero over each of its groups."""

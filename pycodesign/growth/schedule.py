@@ -72,7 +72,10 @@ class Schedule:
 
     With Hugging Face's Trainer, ``callbacks=[schedule.callback()]``; to resume, the model to begin with is
     ``schedule.build(steps, build_first)``, `steps` being the checkpoint's, and the rest is as ever:
-    ``trainer.train(resume_from_checkpoint=...)``.
+    ``trainer.train(resume_from_checkpoint=...)``. That is for one process; where several train, by
+    DistributedDataParallel, end a Trainer at each growth and begin another, or grow in a loop of your own:
+    ``inner, optimizer = schedule.grow(step, model.module, optimizer)``, and where `inner` is another module than
+    before, ``model = DistributedDataParallel(inner)``.
     """
 
     def __init__(
@@ -128,18 +131,24 @@ class Schedule:
         if isinstance(model, DistributedDataParallel):
             text = "one that is not wrapped; grow its .module, and wrap what comes back anew"
             raise ValueError(f"model: expected {text}, got DistributedDataParallel")
-        while self.stage < len(self.steps) and self.steps[self.stage] <= step:
-            model, optimizer = self._grow(model, optimizer, None if ema is None else unwrap(ema))
-            self.stage += 1
+        stage, larger = self.stage, optimizer
+        while stage < len(self.steps) and self.steps[stage] <= step:
+            model, larger = self._grow(stage, model, larger, None if ema is None else unwrap(ema))
+            stage += 1
+        self.stage = stage
+        if optimizer is not None and larger is not None and larger is not optimizer:
+            inner = getattr(optimizer, "optimizer", optimizer)
+            inner.param_groups[:] = larger.param_groups
+            inner.state = larger.state
         return model, optimizer
 
     def _grow(
-        self, model: nn.Module, optimizer: Optimizer | None, ema: nn.Module | None
+        self, stage: int, model: nn.Module, optimizer: Optimizer | None, ema: nn.Module | None
     ) -> tuple[nn.Module, Optimizer | None]:
-        source, target = unwrap(model), self.builds[self.stage]()
+        source, target = unwrap(model), self.builds[stage]()
         like = next(source.parameters())
         target.to(like.device, like.dtype).train(source.training)
-        options = {**self._options, "seed": self._seed + self.stage}
+        options = {**self._options, "seed": self._seed + stage}
         new = None if optimizer is None else copy_optimizer(source, target, optimizer, self._options["spec"])
         if new is not None and options["mode"] == "exact" and any("initial_lr" in g for g in new.param_groups):
             text = "'break_symmetry' with a schedule of learning rates, which knows the old groups"
@@ -149,11 +158,7 @@ class Schedule:
         self.report = grow(source, target, optimizer=optimizer, target_optimizer=new, **options)
         if ema is not None and average is not None:
             ema.__dict__ = average.__dict__
-        if optimizer is not None and new is not None:
-            inner = getattr(optimizer, "optimizer", optimizer)
-            inner.param_groups[:] = new.param_groups
-            inner.state = new.state
-        return target, optimizer
+        return target, new
 
     def build(self, steps: int, first: Build) -> nn.Module:
         """Build the model that a checkpoint made after so many training steps holds, and go to its stage.

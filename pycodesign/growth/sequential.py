@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypeGuard
 
 from torch import nn
 
@@ -19,11 +19,11 @@ from pycodesign.growth.spec import (
     linear,
 )
 
-__all__ = ["make_sequential_spec"]
+__all__ = ["is_sequential", "make_sequential_spec"]
 
 Modules: TypeAlias = tuple[type[nn.Module], ...]
 
-# Applied to each number alone; the first kind keeps zeros.
+# Exact types: a subclass may compute something else. Applied to each number alone; the first kind keeps zeros.
 ZERO_KEEPING: Modules = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh)
 ZERO_KEEPING += (nn.Hardtanh, nn.Hardswish, nn.Softsign, nn.Tanhshrink, nn.Softshrink, nn.Hardshrink, nn.Identity)
 ZERO_KEEPING += (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -34,7 +34,8 @@ POOLINGS += (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, n
 POOLINGS += (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
 BATCH_NORMS: Modules = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 NORMS: Modules = (nn.LayerNorm, nn.RMSNorm)
-CONVOLUTIONS: Modules = (nn.modules.conv._ConvNd,)
+TRANSPOSED: Modules = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS: Modules = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 WRITERS: Modules = (nn.Linear, nn.Embedding, *CONVOLUTIONS)
 FLATTENED = {"channels": "pixels", "last": "tokens"}  # what the axis of features becomes
 FEATUREWISE: Modules = (*ELEMENTWISE, *POOLINGS, *BATCH_NORMS, *NORMS, nn.Flatten)
@@ -79,6 +80,7 @@ def make_sequential_spec(source: nn.Sequential, target: nn.Sequential) -> Spec:
         raise Inexact(f"target: {text}; exact would be {len(modules)}, larger")
     if [(name, type(module)) for name, module in modules] != [(name, type(module)) for name, module in others]:
         raise ValueError("target: expected the source's modules, larger, got others")
+    _check_parameters(modules, others)
     layers: dict[str, Layer] = {}
     spaces: dict[str, str] = {}
     last = max((i for i, (_, module) in enumerate(modules) if _is_full(module)), default=-1)
@@ -94,17 +96,17 @@ def make_sequential_spec(source: nn.Sequential, target: nn.Sequential) -> Spec:
             layers[name] = keep(*module.state_dict())
         elif isinstance(module, nn.modules.conv._ConvNd):
             layers[name], features = depthwise(features.space), features._replace(size=module.out_channels)
-        elif isinstance(module, nn.Flatten):
+        elif type(module) is nn.Flatten:
             features = features._replace(axis=FLATTENED.get(features.axis, features.axis))
         elif reads is not None:
-            layers[name] = (layer_norm if isinstance(module, NORMS) else batch_norm)(reads)
+            layers[name] = (layer_norm if type(module) in NORMS else batch_norm)(reads)
     return Spec("Sequential", layers, spaces={s: kind for s, kind in spaces.items() if kind != "cycle"})
 
 
 def _is_full(module: nn.Module) -> bool:
     """Whether each output depends on all inputs, so that the outputs may be others than the inputs."""
     groups = getattr(module, "groups", 1)
-    return isinstance(module, WRITERS) and (groups == 1 or groups != getattr(module, "in_channels", None))
+    return type(module) in WRITERS and (groups == 1 or groups != getattr(module, "in_channels", None))
 
 
 def _find_outputs(name: str, module: nn.Module) -> _Features | None:
@@ -112,16 +114,16 @@ def _find_outputs(name: str, module: nn.Module) -> _Features | None:
         return None
     keys = ("out_features", "out_channels", "embedding_dim")
     size = next(getattr(module, key) for key in keys if hasattr(module, key))
-    return _Features(f"features {name}", size, "channels" if isinstance(module, CONVOLUTIONS) else "last")
+    return _Features(f"features {name}", size, "channels" if type(module) in CONVOLUTIONS else "last")
 
 
 def _make_writer(module: nn.Module, reads: str | None, features: _Features | None) -> Layer:
     writes = None if features is None else features.space
-    if isinstance(module, nn.Embedding):
+    if type(module) is nn.Embedding:
         return embedding(writes) if writes is not None else keep()
     if getattr(module, "groups", 1) > 1:
         return keep()
-    return linear(reads, writes, transposed=isinstance(module, nn.modules.conv._ConvTransposeNd))
+    return linear(reads, writes, transposed=type(module) in TRANSPOSED)
 
 
 def _name_inputs(features: _Features, name: str, module: nn.Module) -> str | None:
@@ -133,12 +135,12 @@ def _name_inputs(features: _Features, name: str, module: nn.Module) -> str | Non
         If it works on something else than the features.
     """
     kind = type(module).__name__
-    if not isinstance(module, (*WRITERS, *FEATUREWISE)) or isinstance(module, nn.Embedding):
+    if type(module) not in (*WRITERS, *FEATUREWISE) or type(module) is nn.Embedding:
         raise ValueError(f"spec: expected modules that 'auto' knows, got {kind} as {name}")
     shape = getattr(module, "normalized_shape", ())
-    on_channels = isinstance(module, (*CONVOLUTIONS, *POOLINGS)) or len(shape) > 1
-    on_last = isinstance(module, nn.Linear) or len(shape) == 1
-    is_partial = isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) != (1, -1)
+    on_channels = type(module) in (*CONVOLUTIONS, *POOLINGS) or len(shape) > 1
+    on_last = type(module) is nn.Linear or len(shape) == 1
+    is_partial = type(module) is nn.Flatten and (module.start_dim, module.end_dim) != (1, -1)
     if is_partial or (on_channels if features.axis != "channels" else on_last):
         raise ValueError(f"spec: expected {name} to work on the {features.axis} of {features.space}, got a {kind}")
     keys = ("in_features", "in_channels", "num_features")
@@ -151,25 +153,55 @@ def _name_inputs(features: _Features, name: str, module: nn.Module) -> str | Non
     return "+".join([features.space] * times) if features.axis == "tokens" else features.space
 
 
+def is_sequential(module: nn.Module) -> TypeGuard[nn.Sequential]:
+    """Whether it runs its modules one after the other, and does nothing else."""
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
 def _list_leaves(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_children():
-        if isinstance(module, nn.Sequential):
+    """Yield modules in the order in which they run: one that is used twice, twice."""
+    for name, module in model._modules.items():
+        if module is not None and is_sequential(module):
             yield from _list_leaves(module, f"{prefix}{name}.")
-        else:
+        elif module is not None:
             yield prefix + name, module
+
+
+def _check_parameters(modules: list[tuple[str, nn.Module]], others: list[tuple[str, nn.Module]]) -> None:
+    """Refuse what grows in one place and is used in another, or works on all features at once."""
+    users: dict[int, str] = {}
+    for (name, module), (_, other) in zip(modules, others, strict=True):
+        tensors = other.state_dict(keep_vars=True)
+        for key, old in module.state_dict(keep_vars=True).items():
+            if key not in tensors or old.shape == tensors[key].shape:
+                continue
+            if (user := users.setdefault(id(old), name)) != name:
+                text = f"{user} and {name} share {key}, {tuple(old.shape)} -> {tuple(tensors[key].shape)}"
+                raise Inexact(f"target: {text}; exact would be the source's shape, or parameters of their own")
+        if isinstance(module, nn.Embedding) and module.max_norm is not None:
+            sizes = module.embedding_dim, other.embedding_dim
+            if sizes[0] != sizes[1]:
+                text = f"{name} limits the norm of {sizes[0]} -> {sizes[1]} features"
+                raise Inexact(f"target: {text}; exact would be {sizes[0]}, or no max_norm")
+
+
+def _keeps_zeros(module: nn.Module) -> bool:
+    if isinstance(module, nn.Hardtanh):
+        return module.min_val <= 0 <= module.max_val
+    return type(module) in ZERO_KEEPING or type(module) is nn.Flatten
 
 
 def _find_kind(writer: nn.Module, following: list[nn.Module]) -> str:
     """Say how the features that a module writes may grow, by what works on them."""
-    until = next((i for i, module in enumerate(following) if not isinstance(module, FEATUREWISE)), len(following))
-    norms = [i for i in range(until) if isinstance(following[i], (nn.LayerNorm, nn.RMSNorm))]
+    until = next((i for i, module in enumerate(following) if type(module) not in FEATUREWISE), len(following))
+    norms = [i for i in range(until) if type(following[i]) in NORMS]
     if not norms:
         return "cycle"
     norm = following[0]
     if getattr(norm, "weight", None) is None:
         return "repeat"
-    last_axis = isinstance(writer, (nn.Linear, nn.Embedding)) and len(getattr(norm, "normalized_shape", ())) == 1
-    keep_zeros = all(isinstance(module, (*ZERO_KEEPING, nn.Flatten)) for module in following[1:until])
+    last_axis = type(writer) in (nn.Linear, nn.Embedding) and len(getattr(norm, "normalized_shape", ())) == 1
+    keep_zeros = all(_keeps_zeros(module) for module in following[1:until])
     if norms == [0] and last_axis and keep_zeros:
         return "mean" if isinstance(norm, nn.LayerNorm) else "zero"
     return "repeat"

@@ -12,16 +12,31 @@ __all__ = ["SAME", "check_configs", "compute_shapes", "is_tied", "read_heads", "
 
 OUTPUT_HEADS = ("LMHead", "ForCausalLM", "ForMaskedLM", "ForPreTraining")  # in names of classes with an output layer
 UNSCALED, BY_LAYER = "scale_attn_weights", "scale_attn_by_inverse_layer_idx"  # GPT-2's: false, true
-SAME = (
-    "hidden_act",
-    "activation_function",
-    "rope_parameters",
-    "rope_theta",
-    "position_embedding_type",
-    UNSCALED,
-    BY_LAYER,
+SAME = (  # what must agree where a spec does not say which keys are sizes
+    *("hidden_act", "activation_function", "rope_parameters", "rope_theta", "position_embedding_type"),
+    *(UNSCALED, BY_LAYER),
 )
-DEFAULTS = {UNSCALED: True, BY_LAYER: False, "position_embedding_type": "absolute"}  # where a config does not say
+FREE = (  # what may differ: what only loading, generation and training read
+    *("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "tokenizer_class"),
+    *("_attn_implementation_autoset", "_attn_implementation", "use_cache", "problem_type", "task_specific_params"),
+    *("bos_token_id", "eos_token_id", "sep_token_id", "initializer_range", "gradient_checkpointing"),
+)
+LABELS = ("id2label", "label2id")  # only their number matters
+DEFAULTS = {  # where a config does not say
+    UNSCALED: True,
+    BY_LAYER: False,
+    "position_embedding_type": "absolute",
+    "qkv_bias": True,
+    "pooler_act": "tanh",
+    "pretraining_tp": 1,
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "chunk_size_feed_forward": 0,
+    "return_dict": True,
+}
+FOURFOLD = "n_inner"  # may be null: four times the width
 
 
 def read_sizes(spec: Spec, config: Mapping[str, Any]) -> dict[str, int]:
@@ -63,6 +78,8 @@ def read_sizes(spec: Spec, config: Mapping[str, Any]) -> dict[str, int]:
     for size in ("stream", "heads", "layers"):
         if size in spec.config and size not in sizes:
             raise ValueError(f"config: expected {spec.config[size]!r}, got none")
+    if "hidden" not in sizes and spec.config.get("hidden", FOURFOLD) != FOURFOLD:
+        raise ValueError(f"config: expected {spec.config['hidden']!r}, got none")
     heads = sizes.setdefault("heads", 1)
     sizes.setdefault("kv_heads", heads)
     sizes.setdefault("layers", 0)
@@ -76,7 +93,7 @@ def read_sizes(spec: Spec, config: Mapping[str, Any]) -> dict[str, int]:
 
 
 def check_configs(
-    name: str, spec: Spec, old: Mapping[str, Any], new: Mapping[str, Any], same: Sequence[str] = SAME
+    name: str, spec: Spec, old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str] = FREE
 ) -> None:
     """Refuse what changes the function though no parameter shows it.
 
@@ -85,19 +102,23 @@ def check_configs(
     name : str
         Of the argument, for the message.
     spec : Spec
+        Its `config` names the keys of sizes; all others must agree, but for `free` ones and dropout.
     old, new : mapping
         Configs of the two models.
-    same : sequence of str
-        Keys that must agree.
+    free : sequence of str
+        Keys that may differ.
 
     Raises
     ------
     ValueError
-        If one of them does not, or the change cannot be exact (`Inexact`).
+        If a key does not agree, or the change cannot be exact (`Inexact`).
     """
-    for key in same:
+    keys = sorted((old.keys() | new.keys()) - {*free, *spec.config.values()}) if spec.config else SAME
+    for key in keys:
         expected, got = (config.get(key, DEFAULTS.get(key)) for config in (old, new))
-        if expected != got:
+        if key in LABELS:
+            expected, got = (2 if labels is None else len(labels) for labels in (expected, got))
+        if "drop" not in key and (None if expected is False else expected) != (None if got is False else got):
             raise ValueError(f"{name}: expected {key} {expected!r} as the source's, got {got!r}")
     if not spec.config:
         return

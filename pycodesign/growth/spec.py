@@ -87,7 +87,8 @@ def parameter(*spaces: str | None) -> Layer:
 
 def layer_norm(space: str) -> Layer:
     """A LayerNorm; where the space is of kind ``"mean"`` its eps follows the width."""
-    return Layer({"weight": (Role("gamma", space),), "bias": (Role("beta", space),)})
+    gamma, beta = (Role("gamma", space),), (Role("beta", space),)
+    return Layer({"weight": gamma, "bias": beta, "gamma": gamma, "beta": beta})  # the last two in old files
 
 
 def rms_norm(space: str) -> Layer:
@@ -151,6 +152,8 @@ class Spec:
     config : mapping from str to str
         Hugging Face config keys of the sizes: of ``"heads"``, ``"kv_heads"``, ``"head_dim"``, ``"layers"``, ``"eps"``,
         and of spaces by their names.
+    aliases : mapping from str to str
+        Patterns of layers that have two names, one in modules and one in files: the other's.
 
     Examples
     --------
@@ -220,6 +223,7 @@ class Spec:
     tied: Mapping[str, str] = field(default_factory=dict)
     tied_by_default: bool = True
     config: Mapping[str, str] = field(default_factory=dict)
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for space, kind in self.spaces.items():
@@ -231,7 +235,8 @@ class Spec:
                     text = "'mean', 'zero' or 'repeat'"
                     raise ValueError(f"spaces: expected {text} for {role.space!r}, which {pattern} scales, got 'cycle'")
         patterns = set(self.layers)
-        for name, named in (("silence", self.silence), ("tied", [*self.tied, *self.tied.values()])):
+        pairs = {name: [*names, *names.values()] for name, names in (("tied", self.tied), ("aliases", self.aliases))}
+        for name, named in (("silence", self.silence), *pairs.items()):
             for pattern in named:
                 if pattern not in patterns:
                     raise ValueError(f"{name}: expected patterns of layers, got {pattern!r}")
@@ -270,6 +275,12 @@ class Spec:
             if compiled.fullmatch(name):
                 return pattern, roles
         raise ValueError(f"{name}: expected a parameter that the spec {self.name!r} knows, found no rule for it")
+
+    def translate(self, name: str) -> str:
+        """Return a parameter's other name, in files or in modules; the same where it has but one."""
+        pattern, _ = self.find(name)
+        others = {**self.aliases, **{other: one for one, other in self.aliases.items()}}
+        return f"{self.resolve(others[pattern], name)}.{name.rpartition('.')[2]}" if pattern in others else name
 
     def split_block(self, name: str) -> tuple[str, int, str, int] | None:
         """Return what is before a block's number, the number, what is after it, and how many cannot be copied."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from pycodesign.growth.spec import (
@@ -99,6 +100,30 @@ TRANSFORMER_CONFIG = {
     "eps": "layer_norm_eps",
 }
 
+VIT_ALIASES = {  # names of transformers 5: those of transformers 4 and of every checkpoint
+    f"layers.*.{one}": f"encoder.layer.*.{other}"
+    for one, other in {
+        "layernorm_before": "layernorm_before",
+        "attention.q_proj": "attention.attention.query",
+        "attention.k_proj": "attention.attention.key",
+        "attention.v_proj": "attention.attention.value",
+        "attention.o_proj": "attention.output.dense",
+        "layernorm_after": "layernorm_after",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+    }.items()
+}
+VIT_BLOCK = {
+    "layers.*.layernorm_before": layer_norm("stream"),
+    "layers.*.attention.q_proj": linear("stream", "q"),
+    "layers.*.attention.k_proj": linear("stream", "k"),
+    "layers.*.attention.v_proj": linear("stream", "v"),
+    "layers.*.attention.o_proj": linear("o", "stream"),
+    "layers.*.layernorm_after": layer_norm("stream"),
+    "layers.*.mlp.fc1": linear("stream", "hidden"),
+    "layers.*.mlp.fc2": linear("hidden", "stream"),
+}
+
 VIT = Spec(
     "vit",
     {
@@ -107,24 +132,8 @@ VIT = Spec(
         "embeddings.distillation_token": parameter(None, None, "stream"),
         "embeddings.position_embeddings": parameter(None, None, "stream"),
         "embeddings.patch_embeddings.projection": convolution(None, "stream"),
-        # names of transformers 5
-        "layers.*.layernorm_before": layer_norm("stream"),
-        "layers.*.attention.q_proj": linear("stream", "q"),
-        "layers.*.attention.k_proj": linear("stream", "k"),
-        "layers.*.attention.v_proj": linear("stream", "v"),
-        "layers.*.attention.o_proj": linear("o", "stream"),
-        "layers.*.layernorm_after": layer_norm("stream"),
-        "layers.*.mlp.fc1": linear("stream", "hidden"),
-        "layers.*.mlp.fc2": linear("hidden", "stream"),
-        # names of transformers 4 and of every checkpoint
-        "encoder.layer.*.layernorm_before": layer_norm("stream"),
-        "encoder.layer.*.attention.attention.query": linear("stream", "q"),
-        "encoder.layer.*.attention.attention.key": linear("stream", "k"),
-        "encoder.layer.*.attention.attention.value": linear("stream", "v"),
-        "encoder.layer.*.attention.output.dense": linear("o", "stream"),
-        "encoder.layer.*.layernorm_after": layer_norm("stream"),
-        "encoder.layer.*.intermediate.dense": linear("stream", "hidden"),
-        "encoder.layer.*.output.dense": linear("hidden", "stream"),
+        **VIT_BLOCK,
+        **{VIT_ALIASES[name]: layer for name, layer in VIT_BLOCK.items()},
         "layernorm": layer_norm("stream"),
         "pooler.dense": linear("stream", "pooled"),
         "classifier": linear("stream", None),
@@ -141,6 +150,7 @@ VIT = Spec(
     ),
     prefixes=("vit", "deit"),
     config={**TRANSFORMER_CONFIG, "pooled": "pooler_output_size"},
+    aliases=VIT_ALIASES,
 )
 
 # A block of BERT normalizes its sum: it is never an identity, and a mean in the stream would vary.
@@ -252,15 +262,19 @@ def find_spec(config: Mapping[str, Any]) -> Spec:
     return SPECS[kind]
 
 
-# Classes of the modules whose roles are known, beside activations. Others with parameters of the same names, such as
-# blocks that normalize behind their layers, would not keep the function.
+# Classes of timm's and torch's modules whose roles are known. Others with parameters of the same names, such as blocks
+# that normalize behind their layers, would not keep the function.
 _TIMM_MODULES = {
     *("Linear", "Conv2d", "Identity", "Dropout", "DropPath", "Sequential", "ModuleList"),
     *("VisionTransformer", "VisionTransformerDistilled", "PatchEmbed", "PatchDropout", "Block", "LayerNorm"),
     *("Attention", "Mlp", "LayerScale"),
     *("ResNet", "BasicBlock", "Bottleneck", "BatchNorm2d", "SEModule", "DropBlock2d", "BlurPool2d", "MaxPool2d"),
     *("AvgPool2d", "AvgPool2dSame", "SelectAdaptivePool2d", "AdaptiveAvgPool2d", "FastAdaptiveAvgPool", "Flatten"),
+    # activations, applied to each number alone
+    *("ReLU", "ReLU6", "LeakyReLU", "ELU", "SELU", "CELU", "GELU", "GELUTanh", "QuickGELU", "SiLU", "Swish", "Mish"),
+    *("Tanh", "Hardtanh", "Hardswish", "HardSwish", "HardMish", "Sigmoid", "Hardsigmoid", "HardSigmoid", "Softplus"),
 }
+_IDEMPOTENT = {"ReLU", "ReLU6", "Identity"}  # applied twice they are the same as once
 
 
 def find_timm_spec(modules: Mapping[str, object]) -> Spec | None:
@@ -276,9 +290,24 @@ def find_timm_spec(modules: Mapping[str, object]) -> Spec | None:
         return None
     for name, module in modules.items():
         kind = type(module)
-        if kind.__name__ not in _TIMM_MODULES and "activation" not in kind.__module__:
+        if kind.__name__ not in _TIMM_MODULES or kind.__module__.partition(".")[0] not in ("timm", "torch"):
             text = f"modules that 'auto' knows, or a Spec, got {kind.__name__} as {name or 'the model'}"
             raise ValueError(f"spec: expected {text}")
-    if "VisionTransformer" in kinds:
+    return _find_vit_spec(modules) if "VisionTransformer" in kinds else _find_resnet_spec(modules)
+
+
+def _find_vit_spec(modules: Mapping[str, Any]) -> Spec:
+    """Means can fill the stream if all that reads it is LayerNorms with a gamma, or behind one, or linear."""
+    norms = {name: m for name, m in modules.items() if type(m).__name__ == "LayerNorm" and not name.endswith("k_norm")}
+    scaled = all(norm.weight is not None for name, norm in norms.items() if not name.endswith("q_norm"))
+    pooled = "fc_norm" in norms and getattr(modules[""], "global_pool", "") in ("", "token", "avg")
+    if scaled and "norm_pre" not in norms and ("norm" in norms or pooled):
         return TIMM_VIT
-    return TIMM_RESNET_BOTTLENECK if "layer1.0.conv3" in modules else TIMM_RESNET
+    return replace(TIMM_VIT, spaces={"stream": "repeat"})
+
+
+def _find_resnet_spec(modules: Mapping[str, object]) -> Spec:
+    """A block that adds nothing is an identity if the activation behind the sum does not change what it has made."""
+    last, spec = (3, TIMM_RESNET_BOTTLENECK) if "layer1.0.conv3" in modules else (2, TIMM_RESNET)
+    kinds = {type(module).__name__ for name, module in modules.items() if name.endswith(f".act{last}")}
+    return spec if kinds <= _IDEMPOTENT else replace(spec, blocks={})

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 __all__ = ["stage_directory"]
@@ -15,10 +17,17 @@ __all__ = ["stage_directory"]
 
 @contextmanager
 def stage_directory(target: Path) -> Iterator[Path]:
-    """Make a directory beside `target` that becomes it if all goes well."""
+    """Make a directory beside `target` that becomes it if all goes well.
+
+    A lock tells it from one that a process which was killed has left behind; those of the same target are removed.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(target)
     staging = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    staging.mkdir()
+    unlocked = staging.with_name(f"{staging.name}.new")  # a name that nobody removes
+    unlocked.mkdir()
+    lock = _lock(unlocked)
+    unlocked.rename(staging)
     try:
         yield staging
         _sync(staging)
@@ -28,7 +37,29 @@ def stage_directory(target: Path) -> Iterator[Path]:
             staging.rename(target)
         _sync(target.parent)
     finally:
+        if lock is not None:
+            os.close(lock)
         shutil.rmtree(staging, ignore_errors=True)  # what was left unfinished, or what was replaced
+
+
+def _lock(directory: Path) -> int | None:
+    """Return a descriptor that locks a directory until it is closed; None where another process, or none, can."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_stale(target: Path) -> None:
+    name = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{32}}")
+    for directory in target.parent.iterdir():
+        with suppress(OSError):  # it may vanish
+            if name.fullmatch(directory.name) and (lock := _lock(directory)) is not None:
+                os.close(lock)
+                shutil.rmtree(directory, ignore_errors=True)
 
 
 def _sync(directory: Path) -> None:

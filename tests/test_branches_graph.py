@@ -10,6 +10,7 @@ from torch import nn
 
 import pycodesign.nn
 from pycodesign.branches import Body, Graph, Placement, Slice, Value, build_inception, build_parnet, to_graph
+from pycodesign.branches.converted import find_chain
 
 VALUES = {"x": Value((1, 2)), "a": Value((1, 2)), "b": Value((1, 2)), "y": Value((1, 4))}
 
@@ -24,6 +25,14 @@ def diamond():
         body("left", ["x"], (Slice("a"),), lambda x: 2 * x),
         body("right", ["x"], (Slice("b"),), lambda x: -x),
     ]
+
+
+def test_a_layer_with_a_residual_is_no_chain_of_one_input():
+    layer = pycodesign.nn.Linear.from_float(nn.Linear(2, 2), "ternary")
+    one, two = (Body("layer", layer, tuple(map(Slice, names)), (Slice("b"),)) for names in ("x", "xa"))
+    for run, wanted in ((one, True), (two, False)):
+        graph = Graph({**VALUES}, [run], [piece.value for piece in run.inputs], ["b"])
+        assert (find_chain(graph, run) is not None) == wanted
 
 
 def test_bodies_are_sorted_and_run():

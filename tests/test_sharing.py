@@ -152,6 +152,23 @@ def test_a_task_is_the_same_to_the_bit_alone_and_among_others(backbone, texts, d
                 assert all(torch.equal(got[name], expected[name]) for name in asked)
 
 
+def test_a_task_is_the_same_to_the_bit_at_any_width():
+    """What attention reads of a task lies between other tasks', at addresses that torch never allocates."""
+    for width, heads in ((90, 5), (39, 3)):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(width, heads, 64, batch_first=True)
+        stack = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        kinds = dict.fromkeys(("query", "key", "value"), "low_rank")
+        tasks = sharing.MultiTask(stack, dict.fromkeys("abc", 2), delta=kinds, rank=2).eval()
+        with torch.no_grad():
+            for parameter in tasks.tasks.parameters():
+                parameter.normal_(std=0.3)
+        x, engine = torch.randn(1, 5, width), tasks.build_engine()
+        expected = engine(x)
+        for asked in (["a"], ["b"], ["c"], ["c", "b", "a"]):
+            assert all(torch.equal(own, expected[name]) for name, own in engine(x, tasks=asked).items())
+
+
 def test_backbone_is_the_same_to_the_bit_whatever_is_asked(backbone, texts):
     tasks = sharing.MultiTask(backbone, LABELS, delta="low_rank")
     engine = tasks.build_engine()

@@ -248,7 +248,7 @@ class Step:
         if not having:
             return [base] * len(chosen)
         packed = _join(self.parts[n].packed[name] for n in having)
-        found = dict(zip(having, _multiply(packed, x, base), strict=True))
+        found = dict(zip(having, (_align(own) for own in _multiply(packed, x, base)), strict=True))
         return [found.get(n, base) for n in chosen]
 
     def _add(self, chosen: list[int], name: str, xs: list[Tensor], added: list[list[Tensor]]) -> None:
@@ -271,6 +271,11 @@ def _multiply(packed: PackedDeltas, x: Tensor, base: Tensor | None = None) -> Te
     shared = None if base is None else base.flatten(-3, -2)
     y: Tensor = ops.delta_linear(rows, shared, packed)
     return y.view(len(packed), *x.shape[-3:-1], y.shape[-1])
+
+
+def _align(y: Tensor) -> Tensor:
+    """Return y at a multiple of 64 bytes, where torch allocates: its attention gives other bits elsewhere."""
+    return y.clone() if y.data_ptr() % 64 else y
 
 
 def _join(packed: Any) -> PackedDeltas:

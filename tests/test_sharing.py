@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import json
 import threading
@@ -15,10 +16,16 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
+    BigBirdConfig,
+    BigBirdModel,
+    Data2VecTextConfig,
+    Data2VecTextModel,
     DeiTConfig,
     DeiTModel,
     ElectraConfig,
     ElectraModel,
+    LongformerConfig,
+    LongformerModel,
     RobertaConfig,
     RobertaModel,
     ViTConfig,
@@ -215,6 +222,8 @@ def test_encoders_compute_what_backbones_do():
             h = h if encoder.norm is None else encoder.norm(h)
             torch.testing.assert_close(h, backbone(**inputs).last_hidden_state, atol=1e-5, rtol=1e-4)
     assert sharing.read_encoder(roberta).longest == 18
+    data2vec = Data2VecTextModel(Data2VecTextConfig(vocab_size=VOCABULARY, max_position_embeddings=20, **SIZES))
+    assert sharing.read_encoder(data2vec.eval()).longest == 18
     tasks = sharing.MultiTask(ViTModel(ViTConfig(**sizes)), {"kind": 4}, delta="low_rank", positions="first").eval()
     images = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(tasks.build_engine()(images)["kind"], tasks(images)["kind"], atol=2e-6, rtol=1e-5)
@@ -234,22 +243,92 @@ def test_torch_encoder(norm_first):
     torch.testing.assert_close(tasks.build_engine()(x, mask)["tone"], tasks(x, mask)["tone"], atol=2e-6, rtol=1e-5)
 
 
+class Own(nn.Module):
+    """A backbone of one's own, with positions of no module."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 32)
+        self.positions = nn.Parameter(torch.randn(12, 32))
+        self.register_buffer("scale", torch.ones(1), persistent=False)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.max_length = 12
+
+    def embed(self, input_ids):
+        return self.scale * (self.embedding(input_ids) + self.positions[: input_ids.shape[1]])
+
+
 def test_own_protocol():
-    class Own(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embedding = nn.Embedding(VOCABULARY, 32)
-            layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
-            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-            self.max_length = 12
-
-        def embed(self, input_ids):
-            return self.embedding(input_ids)
-
     tasks = sharing.MultiTask(Own(), {"tone": 2}, delta="low_rank")
     assert tasks(torch.zeros(2, 12, dtype=torch.long))["tone"].shape == (2, 2)
     with pytest.raises(ValueError, match="at most 12 tokens, got 13"):
         tasks(torch.zeros(2, 13, dtype=torch.long))
+    own = tasks.backbone
+    assert tasks.encoder.count_parameters() == sum(parameter.numel() for parameter in own.parameters())
+
+
+@pytest.mark.parametrize("name", ["embedding.weight", "positions", "scale", "encoder.layers.1.norm2.weight"])
+def test_files_are_bound_to_all_of_a_backbone(tmp_path, name):
+    tasks = sharing.MultiTask(Own(), {"tone": 2}, delta="low_rank")
+    tasks.save_pretrained(tmp_path)
+    other = copy.deepcopy(tasks.backbone)
+    sharing.MultiTask.from_pretrained(other, tmp_path)
+    state = dict(other.named_parameters()) | dict(other.named_buffers())
+    state[name].data.add_(1)
+    with pytest.raises(ValueError, match="expected a task of the backbone"):
+        sharing.MultiTask.from_pretrained(other, tmp_path)
+
+
+@pytest.mark.parametrize("norm", ["embeddings.LayerNorm", "encoder.layer.1.output.LayerNorm"])
+def test_files_are_bound_to_the_backbone_of_now(backbone, tmp_path, norm):
+    tasks = sharing.MultiTask(backbone, {"tone": 2}, delta="low_rank")
+    tasks.save_pretrained(tmp_path)
+    other = copy.deepcopy(backbone)
+    other.get_submodule(norm).eps = 0.1
+    with pytest.raises(ValueError, match="expected a task of the backbone"):
+        sharing.MultiTask.from_pretrained(other, tmp_path)
+    backbone.load_state_dict({key: 2 * value for key, value in backbone.state_dict().items()})
+    with pytest.raises(ValueError, match="expected a task of the backbone"):
+        tasks.load_task(tmp_path / "tone.safetensors", "again")
+
+
+@pytest.mark.parametrize("delta", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_backbones_of_other_dtypes(backbone, texts, delta, dtype):
+    """Tasks stay float32, unless they are converted, too."""
+    tasks = sharing.MultiTask(backbone.to(dtype), LABELS, delta=delta, density=0.1)
+    train(tasks, texts, steps=2)
+    logits = tasks(texts)
+    cached = tasks.run("tone", tasks.cache("tone", [texts])[[0, 1, 2]])
+    torch.testing.assert_close(cached, logits["tone"], atol=0.05, rtol=0.05)
+    assert {own.dtype for own in logits.values()} == {torch.float32}
+    for own in (torch.float64, torch.bfloat16):
+        converted = tasks.to(own)(texts)
+        assert {logits.dtype for logits in converted.values()} == {own}
+        torch.testing.assert_close(converted["topic"].float(), logits["topic"], atol=0.05, rtol=0.05)
+
+
+def test_backbones_that_change(backbone, texts):
+    """What is computed follows the backbone's weights, and an engine, which has copies, refuses."""
+    tasks = sharing.MultiTask(backbone, {"tone": 2}, delta={"up": "dense", "query": "dense"}).eval()
+    engine = tasks.build_engine()
+    before = engine(texts)["tone"]
+    backbone.train()
+    assert torch.equal(engine(texts)["tone"], before) and not backbone.training
+    state = {key: value + 0.1 * torch.randn_like(value) for key, value in backbone.state_dict().items()}
+    for assign in (True, False):
+        backbone.load_state_dict(state, assign=assign)
+        named, mask = tasks.check_inputs(texts["input_ids"])
+        expected = backbone(texts["input_ids"]).last_hidden_state
+        torch.testing.assert_close(tasks.encoder.run(named, mask)[1][-1].h, expected, atol=1e-5, rtol=1e-4)
+        with pytest.raises(RuntimeError, match="backbone: expected the weights that the engine was built on"):
+            engine(texts)
+        with pytest.raises(RuntimeError, match="build it again"):
+            engine.add_task("other", tasks.get_task("tone"))
+        engine = tasks.build_engine()
+        torch.testing.assert_close(engine(texts)["tone"], tasks(texts)["tone"], atol=2e-6, rtol=1e-5)
+        state = {key: value + 0.1 for key, value in state.items()}
 
 
 @pytest.mark.parametrize("positions", ["mean", "first"])
@@ -510,6 +589,18 @@ def test_wrong_calls(backbone, texts, tmp_path):
 
 
 def test_backbones_that_are_no_such_encoders(backbone):
+    long = {"vocab_size": VOCABULARY, "max_position_embeddings": 600, **SIZES}
+    for wrong in (BigBirdModel(BigBirdConfig(**long, block_size=8)), LongformerModel(LongformerConfig(**long))):
+        with pytest.raises(TypeError, match=f"backbone: expected a bare BERT.*, got {type(wrong).__name__}"):
+            sharing.read_encoder(wrong.eval())  # like BERT on short texts alone
+
+    class Windowed(BertModel):
+        def forward(self, input_ids, attention_mask):
+            order = abs(torch.arange(input_ids.shape[1])[:, None] - torch.arange(input_ids.shape[1]))
+            return super().forward(input_ids, (order < 9) & (attention_mask[:, None, None] > 0))
+
+    with pytest.raises(ValueError, match="outputs that differ from those by"):
+        sharing.read_encoder(Windowed(BertConfig(vocab_size=VOCABULARY, **SIZES)).eval())
     decoder = BertModel(BertConfig(vocab_size=VOCABULARY, is_decoder=True, **SIZES))
     with pytest.raises(ValueError, match="backbone: expected an encoder"):
         sharing.read_encoder(decoder)

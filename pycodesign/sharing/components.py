@@ -134,6 +134,11 @@ class Features(NamedTuple):
     slots: Tensor
     layers: dict[int, Frozen]
 
+    def to(self, dtype: torch.dtype) -> Features:
+        """Return the features in a dtype."""
+        layers = {n: Frozen(*(None if t is None else t.to(dtype) for t in own)) for n, own in self.layers.items()}
+        return Features(self.mask, self.slots.to(dtype), layers)
+
 
 def pool(x: Tensor, mask: Tensor, positions: str) -> Tensor:
     """Pool (B, T, D) to (B, P, D)."""
@@ -337,7 +342,11 @@ class Task(nn.Module):
         return {key.replace("_", ".") for key in self.deltas} == set(self.spec.deltas)
 
     def forward(self, encoder: Encoder, features: Features) -> Tensor:
-        """Return logits (B, labels), of token labels (B, T, labels)."""
+        """Return logits (B, labels), of token labels (B, T, labels).
+
+        Components compute in the backbone's dtype, aggregator and head in their own.
+        """
+        features = features.to(encoder.layers[0].projections["query"].weight.dtype)
         slots = list(features.slots)
         for number in sorted({int(key.partition("_")[0]) for key in self.deltas}):
             layer, own = encoder.layers[number], self.find_deltas(number)
@@ -347,7 +356,7 @@ class Task(nn.Module):
 
     def finish(self, slots: Tensor) -> Tensor:
         """Return logits of the layers' pooled outputs (S, B, P, D)."""
-        logits: Tensor = self.head(self.dropout(self.aggregator(slots)))
+        logits: Tensor = self.head(self.dropout(self.aggregator(slots.to(self.head.weight.dtype))))
         return logits if self.spec.positions == "all" else logits[:, 0]
 
     def count_parameters(self) -> dict[str, int]:

@@ -46,7 +46,8 @@ class Delta(nn.Module):
         bias: Tensor = self.bias
         if linear.bias is not None:
             bias = bias + (linear.bias if rows is None else linear.bias[rows])
-        return F.linear(x, self.add_to(linear.weight), bias)
+        weight = self.add_to(linear.weight)
+        return F.linear(x, weight, bias.to(weight.dtype))
 
     def count_parameters(self) -> int:
         """Count what is trained."""
@@ -134,7 +135,7 @@ class LowRankDelta(Delta):
         return weight + (self.up @ self.down).to(weight.dtype)
 
     def project(self, linear: Linear, x: Tensor) -> Tensor:
-        return linear(x) + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype), self.bias)
+        return linear(x) + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype), self.bias.to(x.dtype))
 
     def pack(self) -> Any:
         return to_array(self.up), to_array(self.down)

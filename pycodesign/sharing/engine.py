@@ -72,6 +72,7 @@ class Engine:
         if weight.dtype != torch.float32 or weight.device.type != "cpu":
             raise TypeError(f"backbone: expected float32 in host memory, got {weight.dtype} on {weight.device}")
         self.encoder = encoder
+        self._versions = encoder.list_versions()
         self._check_inputs = check_inputs
         self._tasks: dict[str, Served] = {}
         self._lock = threading.Lock()
@@ -89,7 +90,10 @@ class Engine:
         ------
         ValueError
             If its mask is not selected.
+        RuntimeError
+            If the backbone's weights are others than when the engine was built.
         """
+        self._check_backbone()
         served = Served(task, self.encoder)
         with self._lock:
             self._tasks = {**self._tasks, name: served}
@@ -119,7 +123,10 @@ class Engine:
             For a task that is not served.
         TypeError, ValueError
             For inputs that the backbone does not take, texts longer than it takes among them.
+        RuntimeError
+            If the backbone's weights are others than when the engine was built.
         """
+        self._check_backbone()
         served = self._tasks
         names = list(served) if tasks is None else list(dict.fromkeys(tasks))
         for name in names:
@@ -151,6 +158,10 @@ class Engine:
                     for n, added in zip(chosen, step.run(), strict=True):
                         own_slots[n][number + 1] = own_slots[n][number + 1] + added
         return [task.last.finish(torch.stack(own)) for task, own in zip(tasks, own_slots, strict=True)]
+
+    def _check_backbone(self) -> None:
+        if self.encoder.list_versions() != self._versions:
+            raise RuntimeError("backbone: expected the weights that the engine was built on, got others; build it again")
 
     def share(self, number: int, projection: str) -> PackedDeltas:
         """Return a projection's weight, packed; rows of its products do not depend on one another."""

@@ -39,7 +39,7 @@ class MultiTask(nn.Module):
     Parameters
     ----------
     backbone : torch.nn.Module
-        See `read_encoder`. Its parameters are frozen, and it stays in evaluation mode.
+        See `read_encoder`. Its parameters are frozen, and it stays in evaluation mode: each call puts it back there.
     tasks : dict
         For each name the number of classes, ``"regression"``, or ``("tokens", classes)`` for labels of tokens.
     delta : {"sparse", "rows", "low_rank", "dense", "none"}, or dict
@@ -99,7 +99,6 @@ class MultiTask(nn.Module):
         self.backbone = backbone.requires_grad_(False).eval()
         self.encoder = read_encoder(backbone)
         self.tasks = nn.ModuleDict()
-        self._hash: str | None = None
         options = {"delta": delta, "density": density, "rank": rank, "positions": positions}
         self._options: dict[str, Any] = {**options, "layers": layers, "aggregator": aggregator, "dropout": dropout}
         for name, labels in tasks.items():
@@ -287,10 +286,8 @@ class MultiTask(nn.Module):
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the backbone; computed once."""
-        if self._hash is None:
-            self._hash = self.encoder.compute_hash()
-        return self._hash
+        """SHA-256 of the backbone as it is now."""
+        return self.encoder.compute_hash()
 
     def save_pretrained(self, path: str | os.PathLike[str], tasks: Sequence[str] | None = None) -> list[Path]:
         """Write each task to ``NAME.safetensors`` in a folder; the backbone is not written.
@@ -304,8 +301,9 @@ class MultiTask(nn.Module):
         names = list(self.tasks) if tasks is None else list(tasks)
         chosen = {name: self.get_task(name) for name in names}
         folder.mkdir(parents=True, exist_ok=True)
+        backbone = self.hash
         for name, task in chosen.items():
-            files.write_task(folder / f"{name}.safetensors", task, self.hash)
+            files.write_task(folder / f"{name}.safetensors", task, backbone)
         return [folder / f"{name}.safetensors" for name in names]
 
     def load_task(self, path: str | os.PathLike[str], name: str | None = None) -> str:
@@ -322,9 +320,11 @@ class MultiTask(nn.Module):
         ValueError
             If the file is damaged, of another backbone, or does not fit it.
         """
-        source = Path(path)
+        return self._load_task(Path(path), name, self.hash)
+
+    def _load_task(self, source: Path, name: str | None, backbone: str) -> str:
         name = source.stem if name is None else name
-        self.insert_task(name, files.read_task(source, self.encoder, self.hash))
+        self.insert_task(name, files.read_task(source, self.encoder, backbone))
         return name
 
     def insert_task(self, name: str, task: Task) -> None:
@@ -339,8 +339,9 @@ class MultiTask(nn.Module):
         sources = sorted(Path(path).glob("*.safetensors"))
         if not sources:
             raise ValueError(f"path: expected tasks' files in {path}, got none")
+        backbone_hash = tasks.hash
         for source in sources:
-            tasks.load_task(source)
+            tasks._load_task(source, None, backbone_hash)
         return tasks
 
     def task_model(self, name: str) -> TaskModel:
@@ -361,6 +362,8 @@ class MultiTask(nn.Module):
         self, inputs: Tensor | Inputs, attention_mask: Tensor | None = None
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return inputs by name, and the mask (B, T) of bool; None if there is none, or it hides nothing."""
+        if any(module.training for module in self.backbone.modules()):
+            self.backbone.eval()
         if isinstance(inputs, Tensor):
             kinds = {2: "input_ids", 3: "inputs_embeds", 4: "pixel_values"}
             if inputs.ndim not in kinds:

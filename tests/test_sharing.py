@@ -383,6 +383,20 @@ def test_masks(backbone, texts):
             assert {len(delta.index) for place, delta in deltas.items() if place.endswith("value")} == {256}
 
 
+def test_a_failed_mask_leaves_the_task_as_it_was(backbone, texts):
+    tasks = sharing.MultiTask(backbone, {"tone": 2}, delta={"up": "rows", "value": "sparse"}, density=1.0)
+    labels, task = make_labels("classification"), tasks.get_task("tone")
+    shares = tasks.select_mask("tone", [(texts, labels)], F.cross_entropy)
+    assert set(shares.values()) == {1.0}  # of weights; there are biases, too
+    train(tasks, texts)
+    spec, before = task.spec, tasks(texts)["tone"]
+    for batches, loss in (([], F.cross_entropy), ([(texts, labels)], lambda y, _: y.sum() * torch.nan)):
+        with pytest.raises(ValueError):
+            tasks.select_mask("tone", batches, loss)
+        assert task.spec is spec and task.is_selected
+        assert torch.equal(tasks(texts)["tone"], before)
+
+
 def test_tasks_come_and_go_while_others_are_served(backbone, texts):
     tasks = sharing.MultiTask(backbone, {f"task{n}": 2 for n in range(4)}, delta="low_rank")
     train(tasks, texts, steps=2)
@@ -422,6 +436,36 @@ def test_engine_runs_the_kernels(backbone, texts, monkeypatch):
     tasks = sharing.MultiTask(backbone, {"tone": 2}, delta="low_rank")
     tasks.build_engine()(texts)
     assert calls
+
+
+@pytest.mark.parametrize("delta", KINDS, ids=str)
+def test_padding_may_come_first(backbone, texts, delta):
+    tasks = sharing.MultiTask(backbone, {"tone": 2}, delta=delta, density=0.1, positions="first")
+    train(tasks, texts, steps=3)
+    ids = texts["input_ids"][:, :5]
+    padded = {
+        "input_ids": F.pad(ids, (3, 0)),
+        "position_ids": F.pad(torch.arange(5), (3, 0)).expand(3, 8),
+        "attention_mask": F.pad(torch.ones_like(ids), (3, 0)),
+    }
+    expected = tasks(ids)["tone"]
+    cached = tasks.run("tone", tasks.cache("tone", [padded], dtype=None)[[0, 1, 2]])
+    for own in (tasks(padded)["tone"], tasks.build_engine()(padded)["tone"], cached):
+        torch.testing.assert_close(own, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_engine_is_exact_under_autocast(backbone, texts):
+    engine = sharing.MultiTask(backbone, {"tone": 2}, delta="low_rank").build_engine()
+    expected = engine(texts)["tone"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(engine(texts)["tone"], expected)
+
+
+def test_masks_are_taken_wherever_they_are_given(backbone, texts):
+    tasks = sharing.MultiTask(backbone, {"tone": 2}, delta="none").eval()
+    expected, ids, mask = tasks(texts)["tone"], texts["input_ids"], texts["attention_mask"]
+    for inputs in ({"input_ids": ids, "attention_mask": None}, {"input_ids": ids, "token_type_ids": None}):
+        assert torch.equal(tasks(inputs, mask)["tone"], expected)
 
 
 def test_cache_in_batches(backbone, texts):
@@ -484,7 +528,12 @@ def set_spec(**fields):
         (
             set_item("head.weight", torch.zeros(3, 32)),
             None,
-            r"head.weight: expected float32 \(2, 32\), got float32 \(3, 32\)",
+            r"head.weight: expected float32 \(2, n\), got float32 \(3, 32\)",
+        ),
+        (
+            set_item("head.weight", torch.zeros(2, 33)),
+            None,
+            r"head.weight: expected float32 \(2, 32\), got float32 \(2, 33\)",
         ),
         (set_item("head.weight", torch.full((2, 32), torch.nan)), None, "head.weight: expected finite values"),
         (set_item("head.bias", torch.zeros(2, dtype=torch.float16)), None, "head.bias: expected float32"),
@@ -504,6 +553,10 @@ def set_spec(**fields):
         (None, set_item("format", "other"), "expected format 'pycodesign.sharing'"),
         (None, set_item("spec", "{"), "spec: expected JSON"),
         (None, set_item("spec", "{}"), "spec: expected the fields"),
+        (None, set_item("spec", "[" * 10**5), "spec: expected JSON"),
+        (None, set_spec(density=True), r"density: expected a share in \(0, 1\], got True"),
+        (None, set_spec(labels=10**9), r"head.weight: expected float32 \(1000000000, n\), got float32 \(2, 32\)"),
+        (None, set_spec(labels=10**30), "head.weight: expected float32"),
         (None, set_spec(deltas={"9.value": "sparse"}), "spec: expected deltas of projections in 3 layers"),
         (None, set_spec(deltas={"0.value": "other"}), "spec: expected kinds of deltas"),
         (None, set_spec(density=0), r"density: expected a share in \(0, 1\], got 0"),
@@ -518,6 +571,20 @@ def test_damaged_files(backbone, texts, tmp_path, change_tensors, change_metadat
     with pytest.raises(ValueError, match=message):
         tasks.load_task(path, "again")
     assert list(tasks.tasks) == ["tone"]
+
+
+def test_damaged_files_of_other_tasks(backbone, tmp_path):
+    tasks = sharing.MultiTask(backbone, {"tone": 2}, delta={"value": "low_rank"}, rank=2, aggregator="concat")
+    (path,) = tasks.save_pretrained(tmp_path)
+    for change_tensors, change_metadata, message in (
+        (None, set_spec(rank=3), r"0.value: up: expected float32 \(32, 3\), got float32 \(32, 2\)"),
+        (None, set_spec(rank=None), r"0.value: up: expected float32 \(32, 1\), got float32 \(32, 2\)"),
+        (lambda tensors: tensors["aggregator.norm.running_var"].neg_(), None, "expected variances of at least 0"),
+    ):
+        tasks.save_pretrained(tmp_path)
+        damage(path, change_tensors, change_metadata)
+        with pytest.raises(ValueError, match=message):
+            tasks.load_task(path, "again")
 
 
 def test_files_of_other_backbones(backbone, texts, tmp_path):
@@ -564,6 +631,11 @@ def test_docstrings(name):
 def test_wrong_calls(backbone, texts, tmp_path):
     tasks = sharing.MultiTask(backbone, {"tone": 2})
     ids = texts["input_ids"]
+
+    def serve(**others):
+        engine = sharing.MultiTask(backbone, {"tone": 2}, delta="none").build_engine()
+        engine({"input_ids": ids, **others})
+
     for call, error, message in (
         (lambda: tasks.add_task("tone", 2), ValueError, "name: expected a new name, got 'tone'"),
         (lambda: tasks.add_task("a/b", 2), ValueError, "name: expected letters, digits, _ and -"),
@@ -572,7 +644,11 @@ def test_wrong_calls(backbone, texts, tmp_path):
         (lambda: tasks.add_task("other", 2, depth=3), TypeError, "depth: expected one of delta, density"),
         (lambda: tasks(ids, tasks=["topic"]), KeyError, "name: expected one of tone, got 'topic'"),
         (lambda: tasks(torch.zeros(1, 21, dtype=torch.long)), ValueError, "inputs: expected at most 20 tokens, got 21"),
-        (lambda: tasks(ids + VOCABULARY), ValueError, "input_ids: expected ids from 0 to 49"),
+        (lambda: tasks(ids + VOCABULARY), ValueError, "input_ids: expected numbers from 0 to 49"),
+        (lambda: serve(token_type_ids=ids + 1), ValueError, "token_type_ids: expected numbers from 0 to 1"),
+        (lambda: serve(position_ids=ids - 1), ValueError, "position_ids: expected numbers from 0 to 19, got -1"),
+        (lambda: serve(position_ids=ids * 0.5), ValueError, "position_ids: expected integers, got torch.float32"),
+        (lambda: tasks(texts, ids > 0), ValueError, "attention_mask: expected one, got one among"),
         (lambda: tasks(ids, torch.zeros(3, 9)), ValueError, "attention_mask: expected at least one token"),
         (lambda: tasks(ids, torch.ones(3, 8)), ValueError, r"attention_mask: expected \(3, 9\), got \(3, 8\)"),
         (lambda: tasks(ids[:, :0]), ValueError, "inputs: expected at least one text and one token"),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pycodesign import ops
 from pycodesign._deltas import PackedDeltas
-from pycodesign.sharing.components import ATTENTION, MLP, Frozen, Task, TaskSpec, pool, read_frozen
+from pycodesign.sharing.components import ATTENTION, MLP, Frozen, Task, TaskSpec, pool, read_frozen, take_first
 from pycodesign.sharing.deltas import Delta, to_array
 from pycodesign.sharing.encoders import Activations, Encoder, Inputs, Layer, attend
 
@@ -132,7 +132,7 @@ class Engine:
         for name in names:
             if name not in served:
                 raise KeyError(f"tasks: expected some of {', '.join(served) or 'no task at all'}, got {name!r}")
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
             named, mask = self._check_inputs(inputs, attention_mask)
             first, layers = self.encoder.run(named, mask)
             mask = torch.ones(first.shape[:2], dtype=torch.bool) if mask is None else mask
@@ -161,7 +161,8 @@ class Engine:
 
     def _check_backbone(self) -> None:
         if self.encoder.list_versions() != self._versions:
-            raise RuntimeError("backbone: expected the weights that the engine was built on, got others; build it again")
+            wanted = "the weights that the engine was built on"
+            raise RuntimeError(f"backbone: expected {wanted}, got others: build it again")
 
     def share(self, number: int, projection: str) -> PackedDeltas:
         """Return a projection's weight, packed; rows of its products do not depend on one another."""
@@ -216,7 +217,7 @@ class Step:
 
     def _run_mlp(self, chosen: list[int], added: list[list[Tensor]]) -> None:
         a, g = _take(self.frozen.a), _take(self.frozen.g)
-        z = self.activations.z[:, :1] if self.positions == "first" else self.activations.z
+        z = take_first(self.activations.z, self.mask) if self.positions == "first" else self.activations.z
         read = dict.fromkeys(chosen, g)  # by the second projection
         whole = [n for n in chosen if "up" in self.parts[n].packed and self.parts[n].rows is None]
         if whole:

@@ -26,6 +26,7 @@ __all__ = ["MultiTask"]
 
 Labels: TypeAlias = int | str | tuple[str, int]
 NAME = re.compile(r"[A-Za-z0-9_-]+")
+RANGES = {"input_ids": "vocab_size", "token_type_ids": "type_vocab_size", "position_ids": "max_position_embeddings"}
 
 
 class MultiTask(nn.Module):
@@ -260,16 +261,18 @@ class MultiTask(nn.Module):
         Returns
         -------
         dict
-            For each ``"LAYER.PROJECTION"`` the share that was chosen.
+            For each ``"LAYER.PROJECTION"`` the share of its weights that was chosen, biases aside.
 
         Raises
         ------
         KeyError, ValueError
-            For an unknown task, one without sparse deltas or rows, no batch at all, or gradients that are all zero.
+            For an unknown task, one without sparse deltas or rows, no batch at all, or gradients that are all zero. The
+            task is then as it was.
         """
         task = self.get_task(name)
         read = ((item if isinstance(item, Features) else self.read(name, item), labels) for item, labels in batches)
-        return masks.select_mask(task, self.encoder, read, loss, method, scope, lr)
+        with masks.restore_on_failure(task):
+            return masks.select_mask(task, self.encoder, read, loss, method, scope, lr)
 
     def search(
         self, name: str, batches: Sequence[tuple[Any, Any]], loss: Callable[[Tensor, Any], Tensor], **options: Any
@@ -370,9 +373,11 @@ class MultiTask(nn.Module):
                 raise ValueError(f"inputs: expected input_ids (B, T), got {tuple(inputs.shape)}")
             named = {kinds[inputs.ndim]: inputs}
         else:
-            named = dict(inputs)
-            if "attention_mask" in named:
-                attention_mask = named.pop("attention_mask")
+            named = {name: value for name, value in inputs.items() if value is not None}
+            own = named.pop("attention_mask", None)
+            if own is not None and attention_mask is not None:
+                raise ValueError("attention_mask: expected one, got one among the inputs and another beside them")
+            attention_mask = attention_mask if own is None else own
         if not named:
             raise ValueError("inputs: expected input_ids, pixel_values or inputs_embeds, got none")
         first = next(iter(named.values()))
@@ -384,12 +389,18 @@ class MultiTask(nn.Module):
             if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
                 raise ValueError(f"input_ids: expected integers (B, T), got {ids.dtype} {tuple(ids.shape)}")
             tokens = tuple(ids.shape)
-            vocabulary = getattr(getattr(self.backbone, "config", None), "vocab_size", None)
-            if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-                wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
-                raise ValueError(f"input_ids: expected ids from 0 to {vocabulary - 1}, got {wrong}")
         elif "inputs_embeds" in named:
             tokens = tuple(named["inputs_embeds"].shape[:2])
+        for name, size in RANGES.items():
+            count, numbers = getattr(getattr(self.backbone, "config", None), size, None), named.get(name)
+            if numbers is None or count is None:
+                continue
+            if numbers.is_floating_point() or not numbers.numel():
+                raise ValueError(f"{name}: expected integers, got {numbers.dtype} {tuple(numbers.shape)}")
+            low, high = int(numbers.min()), int(numbers.max())
+            if low < 0 or high >= count:
+                wrong = low if low < 0 else high
+                raise ValueError(f"{name}: expected numbers from 0 to {count - 1}, got {wrong}")
         if tokens is not None and self.encoder.longest is not None and tokens[1] > self.encoder.longest:
             raise ValueError(f"inputs: expected at most {self.encoder.longest} tokens, got {tokens[1]}")
         if attention_mask is None:

@@ -268,9 +268,15 @@ def test_own_protocol():
     assert tasks.encoder.count_parameters() == sum(parameter.numel() for parameter in own.parameters())
 
 
-@pytest.mark.parametrize("name", ["embedding.weight", "positions", "scale", "encoder.layers.1.norm2.weight"])
+@pytest.mark.parametrize(
+    "name",
+    ["embedding.weight", "positions", "scale", "encoder.layers.1.norm2.weight", "encoder.layers.1.activation.weight"],
+)
 def test_files_are_bound_to_all_of_a_backbone(tmp_path, name):
-    tasks = sharing.MultiTask(Own(), {"tone": 2}, delta="low_rank")
+    own = Own()
+    for layer in own.encoder.layers:
+        layer.activation = nn.PReLU()
+    tasks = sharing.MultiTask(own, {"tone": 2}, delta="low_rank")
     tasks.save_pretrained(tmp_path)
     other = copy.deepcopy(tasks.backbone)
     sharing.MultiTask.from_pretrained(other, tmp_path)
@@ -280,12 +286,15 @@ def test_files_are_bound_to_all_of_a_backbone(tmp_path, name):
         sharing.MultiTask.from_pretrained(other, tmp_path)
 
 
-@pytest.mark.parametrize("norm", ["embeddings.LayerNorm", "encoder.layer.1.output.LayerNorm"])
-def test_files_are_bound_to_the_backbone_of_now(backbone, tmp_path, norm):
+@pytest.mark.parametrize(
+    ("module", "setting"),
+    [("embeddings.LayerNorm", "eps"), ("encoder.layer.1.output.LayerNorm", "eps"), ("embeddings", "padding_idx")],
+)
+def test_files_are_bound_to_the_backbone_of_now(backbone, tmp_path, module, setting):
     tasks = sharing.MultiTask(backbone, {"tone": 2}, delta="low_rank")
     tasks.save_pretrained(tmp_path)
     other = copy.deepcopy(backbone)
-    other.get_submodule(norm).eps = 0.1
+    setattr(other.get_submodule(module), setting, 0.1)
     with pytest.raises(ValueError, match="expected a task of the backbone"):
         sharing.MultiTask.from_pretrained(other, tmp_path)
     backbone.load_state_dict({key: 2 * value for key, value in backbone.state_dict().items()})

@@ -167,12 +167,12 @@ class Encoder:
         """Return a SHA-256 over the values, shapes and order of all weights, and what else fixes the function."""
         digest = hashlib.sha256()
         for layer in self.layers:
-            eps = [_list_eps(norm) for norm in (layer.attention_norm, layer.mlp_norm)]
-            digest.update(f"{layer.heads} {layer.pre_norm} {name_activation(layer.activation)} {eps};".encode())
+            norms = [_list_settings(norm) for norm in (layer.attention_norm, layer.mlp_norm)]
+            digest.update(f"{layer.heads} {layer.pre_norm} {name_activation(layer.activation)} {norms};".encode())
         for name, module in sorted(self.modules.items()):
-            digest.update(f"{name} {_list_eps(module)};".encode())
+            digest.update(f"{name} {_list_settings(module)};".encode())
         if self.owner is not None:
-            digest.update(f"{_list_eps(self.owner)};".encode())
+            digest.update(f"{_list_settings(self.owner)};".encode())
         for name, tensor in self._list_tensors():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
             digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
@@ -192,8 +192,14 @@ class Encoder:
                 named.append((f"{number}.{name}.weight", linear.weight))
                 if linear.bias is not None:
                     named.append((f"{number}.{name}.bias", linear.bias))
-            for name, norm in (("attention_norm", layer.attention_norm), ("mlp_norm", layer.mlp_norm)):
-                named += [(f"{number}.{name}.{key}", tensor) for key, tensor in sorted(norm.state_dict().items())]
+            modules = {
+                "attention_norm": layer.attention_norm,
+                "mlp_norm": layer.mlp_norm,
+                "activation": layer.activation,
+            }
+            for name, module in modules.items():
+                state = module.state_dict() if isinstance(module, nn.Module) else {}
+                named += [(f"{number}.{name}.{key}", state[key]) for key in sorted(state)]
         return named
 
 
@@ -212,13 +218,16 @@ def run_layer(layer: Layer, h: Tensor, mask: Tensor | None) -> Activations:
     return Activations(x, q, k, v, context, a, z, g, h)
 
 
-def _list_eps(module: nn.Module) -> list[float]:
-    """Return what its norms add to variances, in order."""
-    return [own.eps for own in module.modules() if isinstance(getattr(own, "eps", None), float)]  # type: ignore[misc]
+def _list_settings(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Return what norms add to variances, and which ids are padding, which may shift positions."""
+    settings = [(getattr(own, "eps", None), getattr(own, "padding_idx", None)) for own in module.modules()]
+    return [pair for pair in settings if pair != (None, None)]
 
 
 def name_activation(activation: Callable[[Tensor], Tensor]) -> str:
-    """Name a function or a module of torch or transformers."""
+    """Name a function or a module, with its options, of torch or transformers."""
+    if isinstance(activation, nn.Module):
+        return repr(activation)
     return getattr(activation, "__name__", type(activation).__name__)
 
 
@@ -228,14 +237,15 @@ def read_encoder(backbone: nn.Module) -> Encoder:
     Parameters
     ----------
     backbone : torch.nn.Module
-        Hugging Face's BERT, RoBERTa or ELECTRA, ViT or DeiT, the bare model without a head; a
+        Hugging Face's BERT, RoBERTa or ELECTRA, ViT or DeiT, or one built like them (CamemBERT, XLM-RoBERTa,
+        Data2VecText, ERNIE, Splinter, BertGeneration, ViTMSN, I-JEPA), the bare model without a head; a
         `torch.nn.TransformerEncoder`, whose input is (B, T, D); or a module of your own with such an encoder as its
         ``encoder`` and a method ``embed`` that takes the inputs by name and returns (B, T, D).
 
     Raises
     ------
     TypeError
-        For any other module.
+        For any other module, those that attend within a window on long texts alone among them.
     ValueError
         If the backbone computes something else than its layers, read so, do.
     """

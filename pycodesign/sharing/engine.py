@@ -61,7 +61,9 @@ class Served:
 
 
 class Engine:
-    """A frozen encoder and tasks on it, made by `MultiTask.build_engine`; float32, in host memory.
+    """A frozen encoder and tasks on it, made by `MultiTask.build_engine`; float32, in host memory, autocast or not.
+
+    It has copies of weights: once the backbone's are others, calls raise RuntimeError.
 
     Calls may run at the same time from several threads, while tasks are added and removed: a call serves the tasks that
     there are when it starts.

@@ -51,7 +51,8 @@ class MultiTask(nn.Module):
         Share of the entries, or rows, that may differ; for low-rank ones it sets the rank unless `rank` does.
     rank : int, optional
     positions : {"mean", "first"}
-        What heads read: the mean over a text's tokens, or its first token. Labels of tokens read all.
+        What heads read: the mean over a text's tokens, or its first token, which padding may precede. Labels of tokens
+        read all.
     layers : sequence of int, optional
         With components; all by default.
     aggregator : {"attention", "concat"}
@@ -173,7 +174,7 @@ class MultiTask(nn.Module):
         ----------
         inputs : Tensor or dict
             ``input_ids`` (B, T) of integers, ``pixel_values`` (B, C, H, W), ``inputs_embeds`` (B, T, D), or the
-            backbone's arguments by name, ``attention_mask`` among them.
+            backbone's arguments by name, ``attention_mask`` among them; None counts as not given.
         attention_mask : Tensor (B, T), optional
             1 where a token is.
         tasks : sequence of str, optional

@@ -537,12 +537,12 @@ def set_spec(**fields):
         (
             set_item("head.weight", torch.zeros(3, 32)),
             None,
-            r"head.weight: expected float32 \(2, n\), got float32 \(3, 32\)",
+            r"head.weight: expected float32 \(2, 32\), got float32 \(3, 32\)",
         ),
         (
-            set_item("head.weight", torch.zeros(2, 33)),
-            None,
-            r"head.weight: expected float32 \(2, 32\), got float32 \(2, 33\)",
+            set_item("head.weight", torch.zeros(10**9, 0)),
+            set_spec(labels=10**9),
+            r"head.weight: expected float32 \(1000000000, 32\), got float32 \(1000000000, 0\)",
         ),
         (set_item("head.weight", torch.full((2, 32), torch.nan)), None, "head.weight: expected finite values"),
         (set_item("head.bias", torch.zeros(2, dtype=torch.float16)), None, "head.bias: expected float32"),
@@ -564,7 +564,7 @@ def set_spec(**fields):
         (None, set_item("spec", "{}"), "spec: expected the fields"),
         (None, set_item("spec", "[" * 10**5), "spec: expected JSON"),
         (None, set_spec(density=True), r"density: expected a share in \(0, 1\], got True"),
-        (None, set_spec(labels=10**9), r"head.weight: expected float32 \(1000000000, n\), got float32 \(2, 32\)"),
+        (None, set_spec(labels=10**9), r"head.weight: expected float32 \(1000000000, 32\), got float32 \(2, 32\)"),
         (None, set_spec(labels=10**30), "head.weight: expected float32"),
         (None, set_spec(deltas={"9.value": "sparse"}), "spec: expected deltas of projections in 3 layers"),
         (None, set_spec(deltas={"0.value": "other"}), "spec: expected kinds of deltas"),
@@ -588,6 +588,7 @@ def test_damaged_files_of_other_tasks(backbone, tmp_path):
     for change_tensors, change_metadata, message in (
         (None, set_spec(rank=3), r"0.value: up: expected float32 \(32, 3\), got float32 \(32, 2\)"),
         (None, set_spec(rank=None), r"0.value: up: expected float32 \(32, 1\), got float32 \(32, 2\)"),
+        (set_item("deltas.0_value.up", torch.zeros(0, 10**9)), set_spec(rank=10**9), "0.value: up: expected float32"),
         (lambda tensors: tensors["aggregator.norm.running_var"].neg_(), None, "expected variances of at least 0"),
     ):
         tasks.save_pretrained(tmp_path)

@@ -102,8 +102,9 @@ def read_spec(text: str, layers: int) -> TaskSpec:
 def make_task(spec: TaskSpec, encoder: Encoder, tensors: dict[str, Tensor]) -> Task:
     """Make a task of all its tensors, of which those that say how much to allocate are checked before."""
     head, variance = tensors.get("head.weight"), tensors.get("aggregator.norm.running_var")
-    if head is None or head.ndim != 2 or len(head) != spec.labels:
-        raise ValueError(f"head.weight: expected float32 ({spec.labels}, n), got {describe_tensor(head)}")
+    wanted = spec.labels, encoder.width * (len(encoder.layers) + 1 if spec.aggregator == "concat" else 1)
+    if head is None or tuple(head.shape) != wanted:
+        raise ValueError(f"head.weight: expected float32 {wanted}, got {describe_tensor(head)}")
     if variance is not None and bool((variance < 0).any()):
         raise ValueError("aggregator.norm.running_var: expected variances of at least 0, got others")
     task = Task(spec, encoder)
@@ -114,7 +115,7 @@ def make_task(spec: TaskSpec, encoder: Encoder, tensors: dict[str, Tensor]) -> T
         own = {name.removeprefix(prefix): rest.pop(name) for name in list(rest) if name.startswith(prefix)}
         outputs, inputs = encoder.layers[int(layer)].projections[projection].weight.shape
         up, rank = own.get("up"), spec.rank or find_rank((outputs, inputs), spec.density)
-        if kind == "low_rank" and up is not None and up.ndim == 2 and up.shape[1] != rank:
+        if kind == "low_rank" and up is not None and tuple(up.shape) != (outputs, rank):
             raise ValueError(f"{place}: up: expected float32 ({outputs}, {rank}), got {describe_tensor(up)}")
         try:
             task.deltas[f"{layer}_{projection}"] = make_delta(kind, (outputs, inputs), own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import json
 import threading
@@ -15,10 +16,16 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertModel,
+    BigBirdConfig,
+    BigBirdModel,
+    Data2VecTextConfig,
+    Data2VecTextModel,
     DeiTConfig,
     DeiTModel,
     ElectraConfig,
     ElectraModel,
+    LongformerConfig,
+    LongformerModel,
     RobertaConfig,
     RobertaModel,
     ViTConfig,
@@ -152,6 +159,23 @@ def test_a_task_is_the_same_to_the_bit_alone_and_among_others(backbone, texts, d
                 assert all(torch.equal(got[name], expected[name]) for name in asked)
 
 
+def test_a_task_is_the_same_to_the_bit_at_any_width():
+    """What attention reads of a task lies between other tasks', at addresses that torch never allocates."""
+    for width, heads in ((90, 5), (39, 3)):
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(width, heads, 64, batch_first=True)
+        stack = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        kinds = dict.fromkeys(("query", "key", "value"), "low_rank")
+        tasks = sharing.MultiTask(stack, dict.fromkeys("abc", 2), delta=kinds, rank=2).eval()
+        with torch.no_grad():
+            for parameter in tasks.tasks.parameters():
+                parameter.normal_(std=0.3)
+        x, engine = torch.randn(1, 5, width), tasks.build_engine()
+        expected = engine(x)
+        for asked in (["a"], ["b"], ["c"], ["c", "b", "a"]):
+            assert all(torch.equal(own, expected[name]) for name, own in engine(x, tasks=asked).items())
+
+
 def test_backbone_is_the_same_to_the_bit_whatever_is_asked(backbone, texts):
     tasks = sharing.MultiTask(backbone, LABELS, delta="low_rank")
     engine = tasks.build_engine()
@@ -198,6 +222,8 @@ def test_encoders_compute_what_backbones_do():
             h = h if encoder.norm is None else encoder.norm(h)
             torch.testing.assert_close(h, backbone(**inputs).last_hidden_state, atol=1e-5, rtol=1e-4)
     assert sharing.read_encoder(roberta).longest == 18
+    data2vec = Data2VecTextModel(Data2VecTextConfig(vocab_size=VOCABULARY, max_position_embeddings=20, **SIZES))
+    assert sharing.read_encoder(data2vec.eval()).longest == 18
     tasks = sharing.MultiTask(ViTModel(ViTConfig(**sizes)), {"kind": 4}, delta="low_rank", positions="first").eval()
     images = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(tasks.build_engine()(images)["kind"], tasks(images)["kind"], atol=2e-6, rtol=1e-5)
@@ -217,22 +243,101 @@ def test_torch_encoder(norm_first):
     torch.testing.assert_close(tasks.build_engine()(x, mask)["tone"], tasks(x, mask)["tone"], atol=2e-6, rtol=1e-5)
 
 
+class Own(nn.Module):
+    """A backbone of one's own, with positions of no module."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, 32)
+        self.positions = nn.Parameter(torch.randn(12, 32))
+        self.register_buffer("scale", torch.ones(1), persistent=False)
+        layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.max_length = 12
+
+    def embed(self, input_ids):
+        return self.scale * (self.embedding(input_ids) + self.positions[: input_ids.shape[1]])
+
+
 def test_own_protocol():
-    class Own(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.embedding = nn.Embedding(VOCABULARY, 32)
-            layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
-            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-            self.max_length = 12
-
-        def embed(self, input_ids):
-            return self.embedding(input_ids)
-
     tasks = sharing.MultiTask(Own(), {"tone": 2}, delta="low_rank")
     assert tasks(torch.zeros(2, 12, dtype=torch.long))["tone"].shape == (2, 2)
     with pytest.raises(ValueError, match="at most 12 tokens, got 13"):
         tasks(torch.zeros(2, 13, dtype=torch.long))
+    own = tasks.backbone
+    assert tasks.encoder.count_parameters() == sum(parameter.numel() for parameter in own.parameters())
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["embedding.weight", "positions", "scale", "encoder.layers.1.norm2.weight", "encoder.layers.1.activation.weight"],
+)
+def test_files_are_bound_to_all_of_a_backbone(tmp_path, name):
+    own = Own()
+    for layer in own.encoder.layers:
+        layer.activation = nn.PReLU()
+    tasks = sharing.MultiTask(own, {"tone": 2}, delta="low_rank")
+    tasks.save_pretrained(tmp_path)
+    other = copy.deepcopy(tasks.backbone)
+    sharing.MultiTask.from_pretrained(other, tmp_path)
+    state = dict(other.named_parameters()) | dict(other.named_buffers())
+    state[name].data.add_(1)
+    with pytest.raises(ValueError, match="expected a task of the backbone"):
+        sharing.MultiTask.from_pretrained(other, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("module", "setting"),
+    [("embeddings.LayerNorm", "eps"), ("encoder.layer.1.output.LayerNorm", "eps"), ("embeddings", "padding_idx")],
+)
+def test_files_are_bound_to_the_backbone_of_now(backbone, tmp_path, module, setting):
+    tasks = sharing.MultiTask(backbone, {"tone": 2}, delta="low_rank")
+    tasks.save_pretrained(tmp_path)
+    other = copy.deepcopy(backbone)
+    setattr(other.get_submodule(module), setting, 0.1)
+    with pytest.raises(ValueError, match="expected a task of the backbone"):
+        sharing.MultiTask.from_pretrained(other, tmp_path)
+    backbone.load_state_dict({key: 2 * value for key, value in backbone.state_dict().items()})
+    with pytest.raises(ValueError, match="expected a task of the backbone"):
+        tasks.load_task(tmp_path / "tone.safetensors", "again")
+
+
+@pytest.mark.parametrize("delta", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_backbones_of_other_dtypes(backbone, texts, delta, dtype):
+    """Tasks stay float32, unless they are converted, too."""
+    tasks = sharing.MultiTask(backbone.to(dtype), LABELS, delta=delta, density=0.1)
+    train(tasks, texts, steps=2)
+    logits = tasks(texts)
+    cached = tasks.run("tone", tasks.cache("tone", [texts])[[0, 1, 2]])
+    torch.testing.assert_close(cached, logits["tone"], atol=0.05, rtol=0.05)
+    assert {own.dtype for own in logits.values()} == {torch.float32}
+    for own in (torch.float64, torch.bfloat16):
+        converted = tasks.to(own)(texts)
+        assert {logits.dtype for logits in converted.values()} == {own}
+        torch.testing.assert_close(converted["topic"].float(), logits["topic"], atol=0.05, rtol=0.05)
+
+
+def test_backbones_that_change(backbone, texts):
+    """What is computed follows the backbone's weights, and an engine, which has copies, refuses."""
+    tasks = sharing.MultiTask(backbone, {"tone": 2}, delta={"up": "dense", "query": "dense"}).eval()
+    engine = tasks.build_engine()
+    before = engine(texts)["tone"]
+    backbone.train()
+    assert torch.equal(engine(texts)["tone"], before) and not backbone.training
+    state = {key: value + 0.1 * torch.randn_like(value) for key, value in backbone.state_dict().items()}
+    for assign in (True, False):
+        backbone.load_state_dict(state, assign=assign)
+        named, mask = tasks.check_inputs(texts["input_ids"])
+        expected = backbone(texts["input_ids"]).last_hidden_state
+        torch.testing.assert_close(tasks.encoder.run(named, mask)[1][-1].h, expected, atol=1e-5, rtol=1e-4)
+        with pytest.raises(RuntimeError, match="backbone: expected the weights that the engine was built on"):
+            engine(texts)
+        with pytest.raises(RuntimeError, match="build it again"):
+            engine.add_task("other", tasks.get_task("tone"))
+        engine = tasks.build_engine()
+        torch.testing.assert_close(engine(texts)["tone"], tasks(texts)["tone"], atol=2e-6, rtol=1e-5)
+        state = {key: value + 0.1 for key, value in state.items()}
 
 
 @pytest.mark.parametrize("positions", ["mean", "first"])
@@ -287,6 +392,20 @@ def test_masks(backbone, texts):
             assert {len(delta.index) for place, delta in deltas.items() if place.endswith("value")} == {256}
 
 
+def test_a_failed_mask_leaves_the_task_as_it_was(backbone, texts):
+    tasks = sharing.MultiTask(backbone, {"tone": 2}, delta={"up": "rows", "value": "sparse"}, density=1.0)
+    labels, task = make_labels("classification"), tasks.get_task("tone")
+    shares = tasks.select_mask("tone", [(texts, labels)], F.cross_entropy)
+    assert set(shares.values()) == {1.0}  # of weights; there are biases, too
+    train(tasks, texts)
+    spec, before = task.spec, tasks(texts)["tone"]
+    for batches, loss in (([], F.cross_entropy), ([(texts, labels)], lambda y, _: y.sum() * torch.nan)):
+        with pytest.raises(ValueError):
+            tasks.select_mask("tone", batches, loss)
+        assert task.spec is spec and task.is_selected
+        assert torch.equal(tasks(texts)["tone"], before)
+
+
 def test_tasks_come_and_go_while_others_are_served(backbone, texts):
     tasks = sharing.MultiTask(backbone, {f"task{n}": 2 for n in range(4)}, delta="low_rank")
     train(tasks, texts, steps=2)
@@ -326,6 +445,36 @@ def test_engine_runs_the_kernels(backbone, texts, monkeypatch):
     tasks = sharing.MultiTask(backbone, {"tone": 2}, delta="low_rank")
     tasks.build_engine()(texts)
     assert calls
+
+
+@pytest.mark.parametrize("delta", KINDS, ids=str)
+def test_padding_may_come_first(backbone, texts, delta):
+    tasks = sharing.MultiTask(backbone, {"tone": 2}, delta=delta, density=0.1, positions="first")
+    train(tasks, texts, steps=3)
+    ids = texts["input_ids"][:, :5]
+    padded = {
+        "input_ids": F.pad(ids, (3, 0)),
+        "position_ids": F.pad(torch.arange(5), (3, 0)).expand(3, 8),
+        "attention_mask": F.pad(torch.ones_like(ids), (3, 0)),
+    }
+    expected = tasks(ids)["tone"]
+    cached = tasks.run("tone", tasks.cache("tone", [padded], dtype=None)[[0, 1, 2]])
+    for own in (tasks(padded)["tone"], tasks.build_engine()(padded)["tone"], cached):
+        torch.testing.assert_close(own, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_engine_is_exact_under_autocast(backbone, texts):
+    engine = sharing.MultiTask(backbone, {"tone": 2}, delta="low_rank").build_engine()
+    expected = engine(texts)["tone"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(engine(texts)["tone"], expected)
+
+
+def test_masks_are_taken_wherever_they_are_given(backbone, texts):
+    tasks = sharing.MultiTask(backbone, {"tone": 2}, delta="none").eval()
+    expected, ids, mask = tasks(texts)["tone"], texts["input_ids"], texts["attention_mask"]
+    for inputs in ({"input_ids": ids, "attention_mask": None}, {"input_ids": ids, "token_type_ids": None}):
+        assert torch.equal(tasks(inputs, mask)["tone"], expected)
 
 
 def test_cache_in_batches(backbone, texts):
@@ -390,6 +539,11 @@ def set_spec(**fields):
             None,
             r"head.weight: expected float32 \(2, 32\), got float32 \(3, 32\)",
         ),
+        (
+            set_item("head.weight", torch.zeros(10**9, 0)),
+            set_spec(labels=10**9),
+            r"head.weight: expected float32 \(1000000000, 32\), got float32 \(1000000000, 0\)",
+        ),
         (set_item("head.weight", torch.full((2, 32), torch.nan)), None, "head.weight: expected finite values"),
         (set_item("head.bias", torch.zeros(2, dtype=torch.float16)), None, "head.bias: expected float32"),
         (set_item("other", torch.zeros(2)), None, "other: expected no such tensor"),
@@ -408,6 +562,10 @@ def set_spec(**fields):
         (None, set_item("format", "other"), "expected format 'pycodesign.sharing'"),
         (None, set_item("spec", "{"), "spec: expected JSON"),
         (None, set_item("spec", "{}"), "spec: expected the fields"),
+        (None, set_item("spec", "[" * 10**5), "spec: expected JSON"),
+        (None, set_spec(density=True), r"density: expected a share in \(0, 1\], got True"),
+        (None, set_spec(labels=10**9), r"head.weight: expected float32 \(1000000000, 32\), got float32 \(2, 32\)"),
+        (None, set_spec(labels=10**30), "head.weight: expected float32"),
         (None, set_spec(deltas={"9.value": "sparse"}), "spec: expected deltas of projections in 3 layers"),
         (None, set_spec(deltas={"0.value": "other"}), "spec: expected kinds of deltas"),
         (None, set_spec(density=0), r"density: expected a share in \(0, 1\], got 0"),
@@ -422,6 +580,21 @@ def test_damaged_files(backbone, texts, tmp_path, change_tensors, change_metadat
     with pytest.raises(ValueError, match=message):
         tasks.load_task(path, "again")
     assert list(tasks.tasks) == ["tone"]
+
+
+def test_damaged_files_of_other_tasks(backbone, tmp_path):
+    tasks = sharing.MultiTask(backbone, {"tone": 2}, delta={"value": "low_rank"}, rank=2, aggregator="concat")
+    (path,) = tasks.save_pretrained(tmp_path)
+    for change_tensors, change_metadata, message in (
+        (None, set_spec(rank=3), r"0.value: up: expected float32 \(32, 3\), got float32 \(32, 2\)"),
+        (None, set_spec(rank=None), r"0.value: up: expected float32 \(32, 1\), got float32 \(32, 2\)"),
+        (set_item("deltas.0_value.up", torch.zeros(0, 10**9)), set_spec(rank=10**9), "0.value: up: expected float32"),
+        (lambda tensors: tensors["aggregator.norm.running_var"].neg_(), None, "expected variances of at least 0"),
+    ):
+        tasks.save_pretrained(tmp_path)
+        damage(path, change_tensors, change_metadata)
+        with pytest.raises(ValueError, match=message):
+            tasks.load_task(path, "again")
 
 
 def test_files_of_other_backbones(backbone, texts, tmp_path):
@@ -468,6 +641,11 @@ def test_docstrings(name):
 def test_wrong_calls(backbone, texts, tmp_path):
     tasks = sharing.MultiTask(backbone, {"tone": 2})
     ids = texts["input_ids"]
+
+    def serve(**others):
+        engine = sharing.MultiTask(backbone, {"tone": 2}, delta="none").build_engine()
+        engine({"input_ids": ids, **others})
+
     for call, error, message in (
         (lambda: tasks.add_task("tone", 2), ValueError, "name: expected a new name, got 'tone'"),
         (lambda: tasks.add_task("a/b", 2), ValueError, "name: expected letters, digits, _ and -"),
@@ -476,7 +654,11 @@ def test_wrong_calls(backbone, texts, tmp_path):
         (lambda: tasks.add_task("other", 2, depth=3), TypeError, "depth: expected one of delta, density"),
         (lambda: tasks(ids, tasks=["topic"]), KeyError, "name: expected one of tone, got 'topic'"),
         (lambda: tasks(torch.zeros(1, 21, dtype=torch.long)), ValueError, "inputs: expected at most 20 tokens, got 21"),
-        (lambda: tasks(ids + VOCABULARY), ValueError, "input_ids: expected ids from 0 to 49"),
+        (lambda: tasks(ids + VOCABULARY), ValueError, "input_ids: expected numbers from 0 to 49"),
+        (lambda: serve(token_type_ids=ids + 1), ValueError, "token_type_ids: expected numbers from 0 to 1"),
+        (lambda: serve(position_ids=ids - 1), ValueError, "position_ids: expected numbers from 0 to 19, got -1"),
+        (lambda: serve(position_ids=ids * 0.5), ValueError, "position_ids: expected integers, got torch.float32"),
+        (lambda: tasks(texts, ids > 0), ValueError, "attention_mask: expected one, got one among"),
         (lambda: tasks(ids, torch.zeros(3, 9)), ValueError, "attention_mask: expected at least one token"),
         (lambda: tasks(ids, torch.ones(3, 8)), ValueError, r"attention_mask: expected \(3, 9\), got \(3, 8\)"),
         (lambda: tasks(ids[:, :0]), ValueError, "inputs: expected at least one text and one token"),
@@ -493,6 +675,18 @@ def test_wrong_calls(backbone, texts, tmp_path):
 
 
 def test_backbones_that_are_no_such_encoders(backbone):
+    long = {"vocab_size": VOCABULARY, "max_position_embeddings": 600, **SIZES}
+    for wrong in (BigBirdModel(BigBirdConfig(**long, block_size=8)), LongformerModel(LongformerConfig(**long))):
+        with pytest.raises(TypeError, match=f"backbone: expected a bare BERT.*, got {type(wrong).__name__}"):
+            sharing.read_encoder(wrong.eval())  # like BERT on short texts alone
+
+    class Windowed(BertModel):
+        def forward(self, input_ids, attention_mask):
+            order = abs(torch.arange(input_ids.shape[1])[:, None] - torch.arange(input_ids.shape[1]))
+            return super().forward(input_ids, (order < 9) & (attention_mask[:, None, None] > 0))
+
+    with pytest.raises(ValueError, match="outputs that differ from those by"):
+        sharing.read_encoder(Windowed(BertConfig(vocab_size=VOCABULARY, **SIZES)).eval())
     decoder = BertModel(BertConfig(vocab_size=VOCABULARY, is_decoder=True, **SIZES))
     with pytest.raises(ValueError, match="backbone: expected an encoder"):
         sharing.read_encoder(decoder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import peft
@@ -118,6 +119,19 @@ def test_wrong_searches(backbone, texts, table):
             sharing.search(tasks, "tone", own, loss, **options)
 
 
+def test_a_failed_search_leaves_the_task_as_it_was(backbone, texts, table):
+    tasks = sharing.MultiTask(backbone, {"tone": 2}, delta="low_rank").eval()
+    task, labels = tasks.get_task("tone"), torch.zeros(8, dtype=torch.long)
+    spec, before, steps = task.spec, tasks(texts)["tone"], iter(range(20))
+
+    def fail(logits, labels):
+        return F.cross_entropy(logits, labels) * (torch.nan if next(steps) > 4 else 1)
+
+    with pytest.raises(ValueError, match="loss: expected finite"):
+        sharing.search(tasks, "tone", [(texts, labels)] * 2, fail, costs=table, target=0.5, epochs=4)
+    assert task.spec is spec and torch.equal(tasks(texts)["tone"], before)
+
+
 def make_adapter_task(backbone) -> sharing.MultiTask:
     tasks = sharing.MultiTask(backbone, {"tone": 2}, delta=LOW_RANK, rank=3).eval()
     torch.manual_seed(1)
@@ -168,6 +182,18 @@ def test_ordinary_adapters_are_refused(backbone, tmp_path):
     adapted = peft.get_peft_model(BertModel(BertConfig(**SIZES)), config).base_model.model
     with pytest.raises(TypeError, match="backbone: expected plain weights, got adapters"):
         sharing.read_encoder(adapted)
+
+
+def test_adapters_trained_the_ordinary_way_since_are_refused(backbone, texts, tmp_path):
+    tasks = make_adapter_task(backbone)
+    sharing.export_adapter(tasks, "tone", tmp_path)
+    model = peft.PeftModel.from_pretrained(copy.deepcopy(backbone), tmp_path, is_trainable=True)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(**texts).last_hidden_state[..., 0].sum().backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"expected the factors that were exported, got others. .* impossible"):
+        sharing.import_adapter(tasks, tmp_path, "again")
 
 
 def test_damaged_adapters(backbone, tmp_path):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -34,7 +35,7 @@ def export_adapter(tasks: MultiTask, name: str, path: str | os.PathLike[str]) ->
     The folder has ``adapter_config.json`` and ``adapter_model.safetensors``, which peft reads, and, in
     ``sharing.safetensors``, what peft has no place for: the aggregator, the head, the biases. peft puts the adapter
     into the backbone the ordinary way, where layers read what earlier ones have changed: that is another function
-    than the task's. `import_adapter` gives the task again.
+    than the task's. `import_adapter` gives the task again, unless peft has trained its factors.
 
     Raises
     ------
@@ -85,19 +86,20 @@ def export_adapter(tasks: MultiTask, name: str, path: str | os.PathLike[str]) ->
         weights[f"{PREFIX}{paths[place]}.lora_B.weight"] = rest.pop(f"{key}.up")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(rest, folder / OTHERS, files.describe(task, tasks.hash))
+    save_file(rest, folder / OTHERS, {**files.describe(task, tasks.hash), "factors": _compute_digest(weights)})
     save_file(weights, folder / WEIGHTS, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def import_adapter(tasks: MultiTask, path: str | os.PathLike[str], name: str) -> None:
-    """Add a task from a folder that `export_adapter` wrote; peft may have read and written the adapter since.
+    """Add a task from a folder that `export_adapter` wrote; peft may have read and written, but not trained, the
+    adapter since.
 
     Raises
     ------
     ValueError
-        If the adapter was trained the ordinary way, for which one exact pass is impossible; if files are damaged, of
-        another backbone, or do not fit it.
+        If the adapter was trained the ordinary way, before it was exported or since, for which one exact pass is
+        impossible; if files are damaged, of another backbone, or do not fit it.
     """
     folder = Path(path)
     try:
@@ -111,7 +113,7 @@ def import_adapter(tasks: MultiTask, path: str | os.PathLike[str], name: str) ->
     tensors, spec = files.read_tensors(folder / OTHERS, tasks.encoder, tasks.hash)
     if set(spec.deltas.values()) != {"low_rank"}:
         raise ValueError(f"{folder / OTHERS}: expected low-rank deltas alone, got {dict(spec.deltas)}")
-    paths = _find_paths(tasks)
+    paths, digest = _find_paths(tasks), _compute_digest(weights)
     for place in spec.deltas:
         module, key = paths[place], f"deltas.{place.replace('.', '_')}"
         pair = [weights.pop(f"{PREFIX}{module}.lora_{part}.weight", None) for part in "AB"]
@@ -128,7 +130,19 @@ def import_adapter(tasks: MultiTask, path: str | os.PathLike[str], name: str) ->
         task: Task = files.make_task(spec, tasks.encoder, tensors)
     except ValueError as error:
         raise ValueError(f"path: {folder}: {error}") from None
+    with safe_open(folder / OTHERS, framework="pt") as file:
+        if file.metadata().get("factors") != digest:
+            raise ValueError(f"{folder / WEIGHTS}: expected the factors that were exported, got others. {ONE_PASS}")
     tasks.insert_task(name, task)
+
+
+def _compute_digest(factors: dict[str, Tensor]) -> str:
+    """Return a SHA-256 over names and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(factors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _check_config(config: Any) -> None:

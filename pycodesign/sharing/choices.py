@@ -178,19 +178,19 @@ def search(
     missing = [kind for kind in kinds if any(kind not in row for row in costs.seconds.values())]
     if missing:
         raise ValueError(f"costs: expected a table with {', '.join(kinds)}, got none of {missing[0]}")
-    places = [f"{n}.{p}" for n in range(len(tasks.encoder.layers)) for p in PROJECTIONS]
-    task.spec = replace(task.spec, deltas=dict.fromkeys(places, "sparse"))
-    task.deltas = nn.ModuleDict()
-    read = [(item if isinstance(item, Features) else tasks.read(name, item), labels) for item, labels in batches]
-    choices = _make_choices(tasks, task, read, loss, costs, kinds)
-    task.deltas = nn.ModuleDict({place.replace(".", "_"): choice for place, choice in choices.items()})
-    losses = _train(
-        tasks, task, list(choices.values()), read, loss, target, epochs, lr, choice_lr, pressure, temperatures, seed
-    )
-    chosen = _fit_target(choices, target)
-    kept = {place: choices[place].take(index) for place, index in chosen.items() if index}
-    task.deltas = nn.ModuleDict({place.replace(".", "_"): delta for place, delta in kept.items()})
-    task.spec = replace(task.spec, deltas={place: delta.kind for place, delta in kept.items()})
+    with masks.restore_on_failure(task):
+        places = [f"{n}.{p}" for n in range(len(tasks.encoder.layers)) for p in PROJECTIONS]
+        task.spec = replace(task.spec, deltas=dict.fromkeys(places, "sparse"))
+        task.deltas = nn.ModuleDict()
+        read = [(item if isinstance(item, Features) else tasks.read(name, item), labels) for item, labels in batches]
+        choices = _make_choices(tasks, task, read, loss, costs, kinds)
+        task.deltas = nn.ModuleDict({place.replace(".", "_"): choice for place, choice in choices.items()})
+        own = list(choices.values())
+        losses = _train(tasks, task, own, read, loss, target, epochs, lr, choice_lr, pressure, temperatures, seed)
+        chosen = _fit_target(choices, target)
+        kept = {place: choices[place].take(index) for place, index in chosen.items() if index}
+        task.deltas = nn.ModuleDict({place.replace(".", "_"): delta for place, delta in kept.items()})
+        task.spec = replace(task.spec, deltas={place: delta.kind for place, delta in kept.items()})
     return Search(
         name,
         {place: choices[place].names[index] for place, index in chosen.items()},

@@ -25,6 +25,7 @@ __all__ = [
     "pool",
     "read_features",
     "run_component",
+    "take_first",
 ]
 
 POSITIONS = ("mean", "first", "all")
@@ -76,7 +77,7 @@ class TaskSpec:
             raise ValueError(f"positions: expected 'all' for labels of tokens and no others, got {self.positions!r}")
         if self.aggregator not in AGGREGATORS:
             raise ValueError(f"aggregator: expected one of {', '.join(AGGREGATORS)}, got {self.aggregator!r}")
-        if not isinstance(self.density, int | float) or not 0 < self.density <= 1:
+        if isinstance(self.density, bool) or not isinstance(self.density, int | float) or not 0 < self.density <= 1:
             raise ValueError(f"density: expected a share in (0, 1], got {self.density!r}")
         if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
             raise ValueError(f"rank: expected at least 1, got {self.rank!r}")
@@ -134,16 +135,26 @@ class Features(NamedTuple):
     slots: Tensor
     layers: dict[int, Frozen]
 
+    def to(self, dtype: torch.dtype) -> Features:
+        """Return the features in a dtype."""
+        layers = {n: Frozen(*(None if t is None else t.to(dtype) for t in own)) for n, own in self.layers.items()}
+        return Features(self.mask, self.slots.to(dtype), layers)
+
 
 def pool(x: Tensor, mask: Tensor, positions: str) -> Tensor:
     """Pool (B, T, D) to (B, P, D)."""
     if positions == "first":
-        return x[:, :1]
+        return take_first(x, mask)
     if positions == "all":
         return x
     weights = mask.to(x.dtype)
     weights = weights / weights.sum(1, keepdim=True)
     return torch.bmm(weights[:, None], x)
+
+
+def take_first(x: Tensor, mask: Tensor) -> Tensor:
+    """Return the first token (B, 1, D) of each text, which padding may precede."""
+    return x[torch.arange(len(x), device=x.device), mask.int().argmax(1)][:, None]
 
 
 def read_features(
@@ -183,7 +194,7 @@ def read_frozen(layer: Layer, own: Activations, mask: Tensor, positions: str, pr
         else:
             context = pool(own.context, mask, positions)
     if projections.intersection(MLP):
-        a = own.a[:, :1] if positions == "first" else own.a
+        a = take_first(own.a, mask) if positions == "first" else own.a
         g = pool(own.g, mask, positions)
     return Frozen(x, x_pooled, q, context, a, g)
 
@@ -337,7 +348,11 @@ class Task(nn.Module):
         return {key.replace("_", ".") for key in self.deltas} == set(self.spec.deltas)
 
     def forward(self, encoder: Encoder, features: Features) -> Tensor:
-        """Return logits (B, labels), of token labels (B, T, labels)."""
+        """Return logits (B, labels), of token labels (B, T, labels).
+
+        Components compute in the backbone's dtype, aggregator and head in their own.
+        """
+        features = features.to(encoder.layers[0].projections["query"].weight.dtype)
         slots = list(features.slots)
         for number in sorted({int(key.partition("_")[0]) for key in self.deltas}):
             layer, own = encoder.layers[number], self.find_deltas(number)
@@ -347,7 +362,7 @@ class Task(nn.Module):
 
     def finish(self, slots: Tensor) -> Tensor:
         """Return logits of the layers' pooled outputs (S, B, P, D)."""
-        logits: Tensor = self.head(self.dropout(self.aggregator(slots)))
+        logits: Tensor = self.head(self.dropout(self.aggregator(slots.to(self.head.weight.dtype))))
         return logits if self.spec.positions == "all" else logits[:, 0]
 
     def count_parameters(self) -> dict[str, int]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pycodesign.sharing.encoders import Linear
 
-__all__ = ["KINDS", "Delta", "DenseDelta", "LowRankDelta", "RowDelta", "SparseDelta", "make_delta"]
+__all__ = ["KINDS", "Delta", "DenseDelta", "LowRankDelta", "RowDelta", "SparseDelta", "describe_tensor", "make_delta"]
 
 
 class Delta(nn.Module):
@@ -46,7 +46,8 @@ class Delta(nn.Module):
         bias: Tensor = self.bias
         if linear.bias is not None:
             bias = bias + (linear.bias if rows is None else linear.bias[rows])
-        return F.linear(x, self.add_to(linear.weight), bias)
+        weight = self.add_to(linear.weight)
+        return F.linear(x, weight, bias.to(weight.dtype))
 
     def count_parameters(self) -> int:
         """Count what is trained."""
@@ -134,7 +135,7 @@ class LowRankDelta(Delta):
         return weight + (self.up @ self.down).to(weight.dtype)
 
     def project(self, linear: Linear, x: Tensor) -> Tensor:
-        return linear(x) + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype), self.bias)
+        return linear(x) + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype), self.bias.to(x.dtype))
 
     def pack(self) -> Any:
         return to_array(self.up), to_array(self.down)
@@ -177,7 +178,7 @@ def make_delta(kind: str, shape: tuple[int, int], tensors: Mapping[str, Tensor])
     elif kind == "low_rank":
         up = tensors.get("up")
         if up is None or up.ndim != 2 or not up.shape[1]:
-            raise ValueError(f"up: expected float32 ({shape[0]}, r), got {_describe(up)}")
+            raise ValueError(f"up: expected float32 ({shape[0]}, r), got {describe_tensor(up)}")
         delta = LowRankDelta(shape, up.shape[1])
     elif kind == "dense":
         delta = DenseDelta(shape)
@@ -192,10 +193,10 @@ def load_checked(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     state = module.state_dict()
     for name in state.keys() | tensors.keys():
         if name not in state:
-            raise ValueError(f"{name}: expected no such tensor, got {_describe(tensors[name])}")
+            raise ValueError(f"{name}: expected no such tensor, got {describe_tensor(tensors[name])}")
         got, wanted = tensors.get(name), state[name]
         if got is None or got.shape != wanted.shape or got.dtype != wanted.dtype:
-            raise ValueError(f"{name}: expected {_describe(wanted)}, got {_describe(got)}")
+            raise ValueError(f"{name}: expected {describe_tensor(wanted)}, got {describe_tensor(got)}")
         if got.is_floating_point() and not torch.isfinite(got).all():
             raise ValueError(f"{name}: expected finite values, got others")
     module.load_state_dict(dict(tensors))
@@ -218,7 +219,7 @@ def import_sparse() -> Any:
 
 def _check_index(name: str, index: Tensor | None, size: int) -> Tensor:
     if index is None or index.dtype != torch.int64 or index.ndim != 1:
-        raise ValueError(f"{name}: expected int64 (n,), got {_describe(index)}")
+        raise ValueError(f"{name}: expected int64 (n,), got {describe_tensor(index)}")
     if not len(index):
         raise ValueError(f"{name}: expected at least one place, got none: an empty delta")
     if int(index.min()) < 0 or int(index.max()) >= size:
@@ -229,5 +230,6 @@ def _check_index(name: str, index: Tensor | None, size: int) -> Tensor:
     return index
 
 
-def _describe(tensor: Tensor | None) -> str:
+def describe_tensor(tensor: Tensor | None) -> str:
+    """Return dtype and shape, for messages."""
     return "none" if tensor is None else f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

@@ -20,15 +20,46 @@ __all__ = ["PROJECTIONS", "Activations", "Encoder", "Layer", "Linear", "attend",
 
 PROJECTIONS = ("query", "key", "value", "output", "up", "down")
 TOLERANCE = 1e-3  # of the probe's outputs, relative to the largest
+PROBED = 24  # tokens
+OFFSET = ("camembert", "data2vec-text", "roberta", "xlm-roberta")  # positions start behind that of padding
+TEXT = (*OFFSET, "bert", "bert-generation", "electra", "ernie", "splinter")
+IMAGES = ("deit", "ijepa", "vit", "vit_msn")
 
 Inputs: TypeAlias = Mapping[str, Tensor]
 
 
-class Linear(NamedTuple):
-    """Weight (O, I) and bias (O,) of a projection; views of the backbone's own."""
+@dataclass(frozen=True)
+class Linear:
+    """A projection: weight (O, I) and bias (O,) of a module, looked up at each use, since modules may get others.
 
-    weight: Tensor
-    bias: Tensor | None
+    Attributes
+    ----------
+    module : torch.nn.Module
+    weight_name, bias_name : str
+        Of the module's parameters.
+    part : int or None
+        Which third of them it is, of queries, keys and values in one.
+    """
+
+    module: nn.Module
+    weight_name: str = "weight"
+    bias_name: str = "bias"
+    part: int | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The backbone's weight (O, I), without gradient."""
+        return self._take(getattr(self.module, self.weight_name))
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The backbone's bias (O,), without gradient."""
+        bias: Tensor | None = getattr(self.module, self.bias_name)
+        return None if bias is None else self._take(bias)
+
+    def _take(self, parameter: Tensor) -> Tensor:
+        own = parameter.detach()
+        return own if self.part is None else own.chunk(3)[self.part]
 
     def __call__(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight, self.bias)
@@ -106,6 +137,7 @@ class Encoder:
     norm: nn.Module | None
     longest: int | None
     modules: dict[str, nn.Module]  # with parameters beside the layers': embeddings, final norm
+    owner: nn.Module | None = None  # of `embed`, which may read all of its state
 
     @property
     def width(self) -> int:
@@ -123,31 +155,51 @@ class Encoder:
 
     def count_parameters(self) -> int:
         """Count the parameters of embeddings, layers and final norm."""
-        return sum(tensor.numel() for _, tensor in self._list_tensors())
+        return sum(tensor.numel() for _, tensor in self._list_tensors(buffers=False))
+
+    def list_versions(self) -> list[tuple[int, int]]:
+        """Return addresses and versions of layers' weights: others once these are replaced or changed in place."""
+        linears = [linear for layer in self.layers for linear in layer.projections.values()]
+        tensors = [tensor for linear in linears for tensor in (linear.weight, linear.bias) if tensor is not None]
+        return [(tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
 
     def compute_hash(self) -> str:
         """Return a SHA-256 over the values, shapes and order of all weights, and what else fixes the function."""
         digest = hashlib.sha256()
         for layer in self.layers:
-            digest.update(f"{layer.heads} {layer.pre_norm} {name_activation(layer.activation)};".encode())
+            norms = [_list_settings(norm) for norm in (layer.attention_norm, layer.mlp_norm)]
+            digest.update(f"{layer.heads} {layer.pre_norm} {name_activation(layer.activation)} {norms};".encode())
+        for name, module in sorted(self.modules.items()):
+            digest.update(f"{name} {_list_settings(module)};".encode())
+        if self.owner is not None:
+            digest.update(f"{_list_settings(self.owner)};".encode())
         for name, tensor in self._list_tensors():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
             digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def _list_tensors(self) -> list[tuple[str, Tensor]]:
+    def _list_tensors(self, buffers: bool = True) -> list[tuple[str, Tensor]]:
         named = [
             (f"{name}.{key}", tensor)
             for name, module in sorted(self.modules.items())
             for key, tensor in sorted(module.state_dict().items())
         ]
+        if self.owner is not None:
+            own = dict(self.owner.named_parameters()) | (dict(self.owner.named_buffers()) if buffers else {})
+            named += [(key, own[key]) for key in sorted(own) if not key.startswith("encoder.")]
         for number, layer in enumerate(self.layers):
             for name, linear in layer.projections.items():
                 named.append((f"{number}.{name}.weight", linear.weight))
                 if linear.bias is not None:
                     named.append((f"{number}.{name}.bias", linear.bias))
-            for name, norm in (("attention_norm", layer.attention_norm), ("mlp_norm", layer.mlp_norm)):
-                named += [(f"{number}.{name}.{key}", tensor) for key, tensor in sorted(norm.state_dict().items())]
+            modules = {
+                "attention_norm": layer.attention_norm,
+                "mlp_norm": layer.mlp_norm,
+                "activation": layer.activation,
+            }
+            for name, module in modules.items():
+                state = module.state_dict() if isinstance(module, nn.Module) else {}
+                named += [(f"{number}.{name}.{key}", state[key]) for key in sorted(state)]
         return named
 
 
@@ -166,8 +218,16 @@ def run_layer(layer: Layer, h: Tensor, mask: Tensor | None) -> Activations:
     return Activations(x, q, k, v, context, a, z, g, h)
 
 
+def _list_settings(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Return what norms add to variances, and which ids are padding, which may shift positions."""
+    settings = [(getattr(own, "eps", None), getattr(own, "padding_idx", None)) for own in module.modules()]
+    return [pair for pair in settings if pair != (None, None)]
+
+
 def name_activation(activation: Callable[[Tensor], Tensor]) -> str:
-    """Name a function or a module of torch or transformers."""
+    """Name a function or a module, with its options, of torch or transformers."""
+    if isinstance(activation, nn.Module):
+        return repr(activation)
     return getattr(activation, "__name__", type(activation).__name__)
 
 
@@ -177,14 +237,15 @@ def read_encoder(backbone: nn.Module) -> Encoder:
     Parameters
     ----------
     backbone : torch.nn.Module
-        Hugging Face's BERT, RoBERTa or ELECTRA, ViT or DeiT, the bare model without a head; a
+        Hugging Face's BERT, RoBERTa or ELECTRA, ViT or DeiT, or one built like them (CamemBERT, XLM-RoBERTa,
+        Data2VecText, ERNIE, Splinter, BertGeneration, ViTMSN, I-JEPA), the bare model without a head; a
         `torch.nn.TransformerEncoder`, whose input is (B, T, D); or a module of your own with such an encoder as its
         ``encoder`` and a method ``embed`` that takes the inputs by name and returns (B, T, D).
 
     Raises
     ------
     TypeError
-        For any other module.
+        For any other module, those that attend within a window on long texts alone among them.
     ValueError
         If the backbone computes something else than its layers, read so, do.
     """
@@ -208,9 +269,9 @@ def _read_torch(stack: nn.TransformerEncoder, owner: nn.Module | None) -> Encode
         attention = layer.self_attn
         if not attention.batch_first or attention.in_proj_weight is None:
             raise ValueError("backbone: expected batch_first=True and keys and values as wide as queries, got others")
-        biases = [None] * 3 if attention.in_proj_bias is None else list(attention.in_proj_bias.detach().chunk(3))
-        weights = attention.in_proj_weight.detach().chunk(3)
-        projections = {name: Linear(w, b) for name, w, b in zip(PROJECTIONS, weights, biases, strict=False)}
+        projections = {
+            name: Linear(attention, "in_proj_weight", "in_proj_bias", part) for part, name in enumerate(PROJECTIONS[:3])
+        }
         for name, module in (("output", attention.out_proj), ("up", layer.linear1), ("down", layer.linear2)):
             projections[name] = _read_linear(module)
         norms = layer.norm1, layer.norm2
@@ -222,10 +283,9 @@ def _read_torch(stack: nn.TransformerEncoder, owner: nn.Module | None) -> Encode
     modules = {} if stack.norm is None else {"norm": stack.norm}
     if owner is None:
         return Encoder(layers, _take_embedded, stack.norm, None, modules)
-    modules |= {name: child for name, child in owner.named_children() if name != "encoder"}
     longest = getattr(owner, "max_length", None)
     embed: Any = owner.embed
-    return Encoder(layers, lambda inputs: embed(**inputs), stack.norm, longest, modules)
+    return Encoder(layers, lambda inputs: embed(**inputs), stack.norm, longest, modules, owner)
 
 
 def _take_embedded(inputs: Inputs) -> Tensor:
@@ -239,11 +299,14 @@ def _read_transformers(backbone: nn.Module) -> Encoder:
     embeddings: Any = getattr(backbone, "embeddings", None)
     stack: Any = getattr(backbone, "encoder", backbone)
     blocks: Any = getattr(stack, "layer", getattr(stack, "layers", None))
-    if config is None or not isinstance(embeddings, nn.Module) or not isinstance(blocks, nn.ModuleList) or not blocks:
+    known = getattr(config, "model_type", None) in (*TEXT, *IMAGES)
+    if not known or not isinstance(embeddings, nn.Module) or not isinstance(blocks, nn.ModuleList) or not blocks:
         wanted = "a bare BERT, RoBERTa, ELECTRA, ViT or DeiT of transformers, or a torch.nn.TransformerEncoder"
         raise TypeError(f"backbone: expected {wanted}, got {type(backbone).__name__}")
     if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
         raise ValueError("backbone: expected an encoder, got one with is_decoder or add_cross_attention")
+    if getattr(config, "position_embedding_type", None) not in (None, "absolute"):
+        raise ValueError(f"backbone: expected absolute positions, got {config.position_embedding_type}")
     if getattr(backbone, "embeddings_project", None) is not None:
         raise ValueError("backbone: expected embeddings as wide as the layers, got a projection of them")
     try:
@@ -256,8 +319,8 @@ def _read_transformers(backbone: nn.Module) -> Encoder:
     if norm is not None:
         modules["norm"] = norm
     longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and config.model_type in ("roberta", "xlm-roberta", "camembert"):
-        longest -= config.pad_token_id + 1  # its positions start there
+    if longest is not None and config.model_type in OFFSET:
+        longest -= config.pad_token_id + 1
     return Encoder(layers, lambda inputs: embeddings(**inputs), norm, longest, modules)
 
 
@@ -298,7 +361,7 @@ def _read_linear(module: Any) -> Linear:
         )
     if not isinstance(module, nn.Linear):
         raise TypeError(f"backbone: expected Linear projections, got {type(module).__name__}")
-    return Linear(module.weight.detach(), None if module.bias is None else module.bias.detach())
+    return Linear(module)
 
 
 @torch.no_grad()
@@ -307,25 +370,30 @@ def _probe(backbone: nn.Module, encoder: Encoder) -> None:
     weight = encoder.layers[0].projections["query"].weight
     generator = torch.Generator().manual_seed(0)
     config: Any = getattr(backbone, "config", None)
+    length = min(PROBED, encoder.longest or PROBED)
+    mask = torch.ones(2, length, dtype=torch.bool, device=weight.device)
+    mask[1, (length + 1) // 2 :] = False
     if isinstance(backbone, nn.TransformerEncoder):
-        x = torch.randn(2, 3, encoder.width, generator=generator).to(weight)
-        inputs, expected = {"inputs_embeds": x}, backbone(x)
+        x = torch.randn(2, length, encoder.width, generator=generator).to(weight)
+        inputs, expected, mask = {"inputs_embeds": x}, backbone(x), torch.ones_like(mask)
     elif config is None:
         return  # its inputs are its own
+    elif config.model_type in TEXT:
+        ids = torch.randint(config.vocab_size, (2, length), generator=generator).to(weight.device)
+        inputs = {"input_ids": ids}
+        expected = backbone(**inputs, attention_mask=mask.long()).last_hidden_state
     else:
-        if hasattr(config, "vocab_size"):
-            longest = min(5, encoder.longest or 5)
-            ids = torch.randint(config.vocab_size, (2, longest), generator=generator).to(weight.device)
-            inputs = {"input_ids": ids}
-        else:
-            size: Any = config.image_size
-            height, width = size if isinstance(size, Sequence) else (size, size)
-            pixels = torch.randn(2, config.num_channels, height, width, generator=generator)
-            inputs = {"pixel_values": pixels.to(weight)}
+        size: Any = config.image_size
+        height, width = size if isinstance(size, Sequence) else (size, size)
+        pixels = torch.randn(2, config.num_channels, height, width, generator=generator)
+        inputs = {"pixel_values": pixels.to(weight)}
         expected = backbone(**inputs).last_hidden_state
-    got = encoder.run(inputs)[1][-1].h
-    got = got if encoder.norm is None else encoder.norm(got)
+        mask = mask.new_ones(expected.shape[:2])
+    got = encoder.run(inputs, None if mask.all() else mask)[1][-1].h
+    got = (got if encoder.norm is None else encoder.norm(got))[mask]
+    expected = expected[mask]
     difference = float((got - expected).abs().max() / expected.abs().max())
-    if not difference <= TOLERANCE or math.isnan(difference):
+    tolerance = max(TOLERANCE, 8 * torch.finfo(weight.dtype).eps)
+    if not difference <= tolerance or math.isnan(difference):
         wanted = "attention and an MLP per layer, and nothing else"
         raise ValueError(f"backbone: expected {wanted}, got outputs that differ from those by {difference:.2g}")

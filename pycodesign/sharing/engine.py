@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pycodesign import ops
 from pycodesign._deltas import PackedDeltas
-from pycodesign.sharing.components import ATTENTION, MLP, Frozen, Task, TaskSpec, pool, read_frozen
+from pycodesign.sharing.components import ATTENTION, MLP, Frozen, Task, TaskSpec, pool, read_frozen, take_first
 from pycodesign.sharing.deltas import Delta, to_array
 from pycodesign.sharing.encoders import Activations, Encoder, Inputs, Layer, attend
 
@@ -61,7 +61,9 @@ class Served:
 
 
 class Engine:
-    """A frozen encoder and tasks on it, made by `MultiTask.build_engine`; float32, in host memory.
+    """A frozen encoder and tasks on it, made by `MultiTask.build_engine`; float32, in host memory, autocast or not.
+
+    It has copies of weights: once the backbone's are others, calls raise RuntimeError.
 
     Calls may run at the same time from several threads, while tasks are added and removed: a call serves the tasks that
     there are when it starts.
@@ -72,6 +74,7 @@ class Engine:
         if weight.dtype != torch.float32 or weight.device.type != "cpu":
             raise TypeError(f"backbone: expected float32 in host memory, got {weight.dtype} on {weight.device}")
         self.encoder = encoder
+        self._versions = encoder.list_versions()
         self._check_inputs = check_inputs
         self._tasks: dict[str, Served] = {}
         self._lock = threading.Lock()
@@ -89,7 +92,10 @@ class Engine:
         ------
         ValueError
             If its mask is not selected.
+        RuntimeError
+            If the backbone's weights are others than when the engine was built.
         """
+        self._check_backbone()
         served = Served(task, self.encoder)
         with self._lock:
             self._tasks = {**self._tasks, name: served}
@@ -119,13 +125,16 @@ class Engine:
             For a task that is not served.
         TypeError, ValueError
             For inputs that the backbone does not take, texts longer than it takes among them.
+        RuntimeError
+            If the backbone's weights are others than when the engine was built.
         """
+        self._check_backbone()
         served = self._tasks
         names = list(served) if tasks is None else list(dict.fromkeys(tasks))
         for name in names:
             if name not in served:
                 raise KeyError(f"tasks: expected some of {', '.join(served) or 'no task at all'}, got {name!r}")
-        with torch.inference_mode():
+        with torch.inference_mode(), torch.autocast("cpu", enabled=False):
             named, mask = self._check_inputs(inputs, attention_mask)
             first, layers = self.encoder.run(named, mask)
             mask = torch.ones(first.shape[:2], dtype=torch.bool) if mask is None else mask
@@ -151,6 +160,11 @@ class Engine:
                     for n, added in zip(chosen, step.run(), strict=True):
                         own_slots[n][number + 1] = own_slots[n][number + 1] + added
         return [task.last.finish(torch.stack(own)) for task, own in zip(tasks, own_slots, strict=True)]
+
+    def _check_backbone(self) -> None:
+        if self.encoder.list_versions() != self._versions:
+            wanted = "the weights that the engine was built on"
+            raise RuntimeError(f"backbone: expected {wanted}, got others: build it again")
 
     def share(self, number: int, projection: str) -> PackedDeltas:
         """Return a projection's weight, packed; rows of its products do not depend on one another."""
@@ -205,7 +219,7 @@ class Step:
 
     def _run_mlp(self, chosen: list[int], added: list[list[Tensor]]) -> None:
         a, g = _take(self.frozen.a), _take(self.frozen.g)
-        z = self.activations.z[:, :1] if self.positions == "first" else self.activations.z
+        z = take_first(self.activations.z, self.mask) if self.positions == "first" else self.activations.z
         read = dict.fromkeys(chosen, g)  # by the second projection
         whole = [n for n in chosen if "up" in self.parts[n].packed and self.parts[n].rows is None]
         if whole:
@@ -248,7 +262,7 @@ class Step:
         if not having:
             return [base] * len(chosen)
         packed = _join(self.parts[n].packed[name] for n in having)
-        found = dict(zip(having, _multiply(packed, x, base), strict=True))
+        found = dict(zip(having, (_align(own) for own in _multiply(packed, x, base)), strict=True))
         return [found.get(n, base) for n in chosen]
 
     def _add(self, chosen: list[int], name: str, xs: list[Tensor], added: list[list[Tensor]]) -> None:
@@ -271,6 +285,11 @@ def _multiply(packed: PackedDeltas, x: Tensor, base: Tensor | None = None) -> Te
     shared = None if base is None else base.flatten(-3, -2)
     y: Tensor = ops.delta_linear(rows, shared, packed)
     return y.view(len(packed), *x.shape[-3:-1], y.shape[-1])
+
+
+def _align(y: Tensor) -> Tensor:
+    """Return y at a multiple of 64 bytes, where torch allocates: its attention gives other bits elsewhere."""
+    return y.clone() if y.data_ptr() % 64 else y
 
 
 def _join(packed: Any) -> PackedDeltas:

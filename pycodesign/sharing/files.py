@@ -15,8 +15,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pycodesign.sharing.components import Task, TaskSpec
-from pycodesign.sharing.deltas import KINDS, load_checked, make_delta
+from pycodesign.sharing.deltas import KINDS, describe_tensor, load_checked, make_delta
 from pycodesign.sharing.encoders import PROJECTIONS, Encoder
+from pycodesign.sharing.masks import find_rank
 
 __all__ = ["describe", "make_task", "read_task", "read_tensors", "write_task"]
 
@@ -85,7 +86,7 @@ def read_spec(text: str, layers: int) -> TaskSpec:
     """Read a spec as `write_task` writes it."""
     try:
         fields: Any = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("spec: expected JSON, got other text") from None
     if not isinstance(fields, dict) or set(fields) != set(TaskSpec.__dataclass_fields__):
         raise ValueError(f"spec: expected the fields {', '.join(TaskSpec.__dataclass_fields__)}, got others")
@@ -99,7 +100,13 @@ def read_spec(text: str, layers: int) -> TaskSpec:
 
 
 def make_task(spec: TaskSpec, encoder: Encoder, tensors: dict[str, Tensor]) -> Task:
-    """Make a task of all its tensors."""
+    """Make a task of all its tensors, of which those that say how much to allocate are checked before."""
+    head, variance = tensors.get("head.weight"), tensors.get("aggregator.norm.running_var")
+    wanted = spec.labels, encoder.width * (len(encoder.layers) + 1 if spec.aggregator == "concat" else 1)
+    if head is None or tuple(head.shape) != wanted:
+        raise ValueError(f"head.weight: expected float32 {wanted}, got {describe_tensor(head)}")
+    if variance is not None and bool((variance < 0).any()):
+        raise ValueError("aggregator.norm.running_var: expected variances of at least 0, got others")
     task = Task(spec, encoder)
     rest = dict(tensors)
     for place, kind in spec.deltas.items():
@@ -107,6 +114,9 @@ def make_task(spec: TaskSpec, encoder: Encoder, tensors: dict[str, Tensor]) -> T
         prefix = f"deltas.{layer}_{projection}."
         own = {name.removeprefix(prefix): rest.pop(name) for name in list(rest) if name.startswith(prefix)}
         outputs, inputs = encoder.layers[int(layer)].projections[projection].weight.shape
+        up, rank = own.get("up"), spec.rank or find_rank((outputs, inputs), spec.density)
+        if kind == "low_rank" and up is not None and tuple(up.shape) != (outputs, rank):
+            raise ValueError(f"{place}: up: expected float32 ({outputs}, {rank}), got {describe_tensor(up)}")
         try:
             task.deltas[f"{layer}_{projection}"] = make_delta(kind, (outputs, inputs), own)
         except ValueError as error:

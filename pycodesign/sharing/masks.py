@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,14 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from pycodesign.sharing.components import Features, Task
-from pycodesign.sharing.deltas import Delta, DenseDelta, RowDelta, SparseDelta
+from pycodesign.sharing.deltas import DenseDelta, RowDelta, SparseDelta
 from pycodesign.sharing.encoders import Encoder
 
-__all__ = ["METHODS", "SCOPES", "find_rank", "select_mask"]
+__all__ = ["METHODS", "SCOPES", "find_rank", "restore_on_failure", "select_mask"]
 
 METHODS = ("gradient", "change")
 SCOPES = ("global", "matrix")
 MASKED = ("sparse", "rows")
+
+
+@contextlib.contextmanager
+def restore_on_failure(task: Task) -> Iterator[None]:
+    """Give a task its spec, deltas and values of before again if the block raises."""
+    spec, deltas, state = task.spec, task.deltas, copy.deepcopy(task.state_dict())
+    try:
+        yield
+    except BaseException:
+        task.spec, task.deltas = spec, deltas
+        task.load_state_dict(state)
+        raise
 
 
 def select_mask(
@@ -39,11 +53,8 @@ def select_mask(
     kept = {key: delta for key, delta in task.deltas.items() if key.replace("_", ".") not in places}
     probes = {place: DenseDelta(_find_shape(encoder, place)).to(task.head.weight.device) for place in places}
     task.deltas = nn.ModuleDict(kept | {place.replace(".", "_"): probe for place, probe in probes.items()})
-    try:
-        scores = _score(task, encoder, probes, batches, loss, method, lr)
-    finally:
-        task.deltas = nn.ModuleDict(kept)
-    deltas: dict[str, Delta] = {}
+    scores = _score(task, encoder, probes, batches, loss, method, lr)
+    deltas: dict[str, SparseDelta | RowDelta] = {}
     for kind in MASKED:
         own = {place: scores[place] for place in places if places[place] == kind}
         own = {place: score.mean(1) for place, score in own.items()} if kind == "rows" else own
@@ -56,9 +67,7 @@ def select_mask(
     device = task.head.weight.device
     added = {place.replace(".", "_"): delta.to(device) for place, delta in deltas.items()}
     task.deltas = nn.ModuleDict(kept | added)
-    return {
-        place: deltas[place].count_parameters() / scores[place].numel() if place in deltas else 0 for place in places
-    }
+    return {place: deltas[place].values.numel() / scores[place].numel() if place in deltas else 0.0 for place in places}
 
 
 def find_rank(shape: tuple[int, int], density: float) -> int:

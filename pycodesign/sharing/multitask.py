@@ -26,6 +26,7 @@ __all__ = ["MultiTask"]
 
 Labels: TypeAlias = int | str | tuple[str, int]
 NAME = re.compile(r"[A-Za-z0-9_-]+")
+RANGES = {"input_ids": "vocab_size", "token_type_ids": "type_vocab_size", "position_ids": "max_position_embeddings"}
 
 
 class MultiTask(nn.Module):
@@ -39,7 +40,7 @@ class MultiTask(nn.Module):
     Parameters
     ----------
     backbone : torch.nn.Module
-        See `read_encoder`. Its parameters are frozen, and it stays in evaluation mode.
+        See `read_encoder`. Its parameters are frozen, and it stays in evaluation mode: each call puts it back there.
     tasks : dict
         For each name the number of classes, ``"regression"``, or ``("tokens", classes)`` for labels of tokens.
     delta : {"sparse", "rows", "low_rank", "dense", "none"}, or dict
@@ -50,7 +51,8 @@ class MultiTask(nn.Module):
         Share of the entries, or rows, that may differ; for low-rank ones it sets the rank unless `rank` does.
     rank : int, optional
     positions : {"mean", "first"}
-        What heads read: the mean over a text's tokens, or its first token. Labels of tokens read all.
+        What heads read: the mean over a text's tokens, or its first token, which padding may precede. Labels of tokens
+        read all.
     layers : sequence of int, optional
         With components; all by default.
     aggregator : {"attention", "concat"}
@@ -99,7 +101,6 @@ class MultiTask(nn.Module):
         self.backbone = backbone.requires_grad_(False).eval()
         self.encoder = read_encoder(backbone)
         self.tasks = nn.ModuleDict()
-        self._hash: str | None = None
         options = {"delta": delta, "density": density, "rank": rank, "positions": positions}
         self._options: dict[str, Any] = {**options, "layers": layers, "aggregator": aggregator, "dropout": dropout}
         for name, labels in tasks.items():
@@ -173,7 +174,7 @@ class MultiTask(nn.Module):
         ----------
         inputs : Tensor or dict
             ``input_ids`` (B, T) of integers, ``pixel_values`` (B, C, H, W), ``inputs_embeds`` (B, T, D), or the
-            backbone's arguments by name, ``attention_mask`` among them.
+            backbone's arguments by name, ``attention_mask`` among them; None counts as not given.
         attention_mask : Tensor (B, T), optional
             1 where a token is.
         tasks : sequence of str, optional
@@ -261,16 +262,18 @@ class MultiTask(nn.Module):
         Returns
         -------
         dict
-            For each ``"LAYER.PROJECTION"`` the share that was chosen.
+            For each ``"LAYER.PROJECTION"`` the share of its weights that was chosen, biases aside.
 
         Raises
         ------
         KeyError, ValueError
-            For an unknown task, one without sparse deltas or rows, no batch at all, or gradients that are all zero.
+            For an unknown task, one without sparse deltas or rows, no batch at all, or gradients that are all zero. The
+            task is then as it was.
         """
         task = self.get_task(name)
         read = ((item if isinstance(item, Features) else self.read(name, item), labels) for item, labels in batches)
-        return masks.select_mask(task, self.encoder, read, loss, method, scope, lr)
+        with masks.restore_on_failure(task):
+            return masks.select_mask(task, self.encoder, read, loss, method, scope, lr)
 
     def search(
         self, name: str, batches: Sequence[tuple[Any, Any]], loss: Callable[[Tensor, Any], Tensor], **options: Any
@@ -287,10 +290,8 @@ class MultiTask(nn.Module):
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the backbone; computed once."""
-        if self._hash is None:
-            self._hash = self.encoder.compute_hash()
-        return self._hash
+        """SHA-256 of the backbone as it is now."""
+        return self.encoder.compute_hash()
 
     def save_pretrained(self, path: str | os.PathLike[str], tasks: Sequence[str] | None = None) -> list[Path]:
         """Write each task to ``NAME.safetensors`` in a folder; the backbone is not written.
@@ -304,8 +305,9 @@ class MultiTask(nn.Module):
         names = list(self.tasks) if tasks is None else list(tasks)
         chosen = {name: self.get_task(name) for name in names}
         folder.mkdir(parents=True, exist_ok=True)
+        backbone = self.hash
         for name, task in chosen.items():
-            files.write_task(folder / f"{name}.safetensors", task, self.hash)
+            files.write_task(folder / f"{name}.safetensors", task, backbone)
         return [folder / f"{name}.safetensors" for name in names]
 
     def load_task(self, path: str | os.PathLike[str], name: str | None = None) -> str:
@@ -322,9 +324,11 @@ class MultiTask(nn.Module):
         ValueError
             If the file is damaged, of another backbone, or does not fit it.
         """
-        source = Path(path)
+        return self._load_task(Path(path), name, self.hash)
+
+    def _load_task(self, source: Path, name: str | None, backbone: str) -> str:
         name = source.stem if name is None else name
-        self.insert_task(name, files.read_task(source, self.encoder, self.hash))
+        self.insert_task(name, files.read_task(source, self.encoder, backbone))
         return name
 
     def insert_task(self, name: str, task: Task) -> None:
@@ -339,8 +343,9 @@ class MultiTask(nn.Module):
         sources = sorted(Path(path).glob("*.safetensors"))
         if not sources:
             raise ValueError(f"path: expected tasks' files in {path}, got none")
+        backbone_hash = tasks.hash
         for source in sources:
-            tasks.load_task(source)
+            tasks._load_task(source, None, backbone_hash)
         return tasks
 
     def task_model(self, name: str) -> TaskModel:
@@ -361,15 +366,19 @@ class MultiTask(nn.Module):
         self, inputs: Tensor | Inputs, attention_mask: Tensor | None = None
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return inputs by name, and the mask (B, T) of bool; None if there is none, or it hides nothing."""
+        if any(module.training for module in self.backbone.modules()):
+            self.backbone.eval()
         if isinstance(inputs, Tensor):
             kinds = {2: "input_ids", 3: "inputs_embeds", 4: "pixel_values"}
             if inputs.ndim not in kinds:
                 raise ValueError(f"inputs: expected input_ids (B, T), got {tuple(inputs.shape)}")
             named = {kinds[inputs.ndim]: inputs}
         else:
-            named = dict(inputs)
-            if "attention_mask" in named:
-                attention_mask = named.pop("attention_mask")
+            named = {name: value for name, value in inputs.items() if value is not None}
+            own = named.pop("attention_mask", None)
+            if own is not None and attention_mask is not None:
+                raise ValueError("attention_mask: expected one, got one among the inputs and another beside them")
+            attention_mask = attention_mask if own is None else own
         if not named:
             raise ValueError("inputs: expected input_ids, pixel_values or inputs_embeds, got none")
         first = next(iter(named.values()))
@@ -381,12 +390,18 @@ class MultiTask(nn.Module):
             if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
                 raise ValueError(f"input_ids: expected integers (B, T), got {ids.dtype} {tuple(ids.shape)}")
             tokens = tuple(ids.shape)
-            vocabulary = getattr(getattr(self.backbone, "config", None), "vocab_size", None)
-            if vocabulary is not None and not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
-                wrong = int(ids.min()) if int(ids.min()) < 0 else int(ids.max())
-                raise ValueError(f"input_ids: expected ids from 0 to {vocabulary - 1}, got {wrong}")
         elif "inputs_embeds" in named:
             tokens = tuple(named["inputs_embeds"].shape[:2])
+        for name, size in RANGES.items():
+            count, numbers = getattr(getattr(self.backbone, "config", None), size, None), named.get(name)
+            if numbers is None or count is None:
+                continue
+            if numbers.is_floating_point() or not numbers.numel():
+                raise ValueError(f"{name}: expected integers, got {numbers.dtype} {tuple(numbers.shape)}")
+            low, high = int(numbers.min()), int(numbers.max())
+            if low < 0 or high >= count:
+                wrong = low if low < 0 else high
+                raise ValueError(f"{name}: expected numbers from 0 to {count - 1}, got {wrong}")
         if tokens is not None and self.encoder.longest is not None and tokens[1] > self.encoder.longest:
             raise ValueError(f"inputs: expected at most {self.encoder.longest} tokens, got {tokens[1]}")
         if attention_mask is None:

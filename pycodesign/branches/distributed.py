@@ -103,7 +103,7 @@ class Runner:
                 raise ValueError(f"net: expected the same graph and placement on all ranks, got others on rank {rank}")
 
     def _allocate(self) -> None:
-        graph, team_of = self.graph, self.place.team_of
+        graph = self.graph
         self.values = {
             name: torch.empty(value.shape, dtype=getattr(torch, value.dtype), device=self.device)
             for name, value in graph.values.items()
@@ -121,10 +121,6 @@ class Runner:
             elif message.target == self.rank:
                 for reader in message.readers:
                     self.waits.setdefault(reader, []).append(message)
-        self.owners = {
-            name: team_of[next(b.name for b in graph.bodies.values() if any(p.value == name for p in b.outputs))]
-            for name in graph.outputs
-        }
 
     def __call__(self, *inputs: Any) -> list[Any]:
         if self._failed:

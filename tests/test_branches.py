@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextvars
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -116,6 +118,85 @@ def test_torch() -> None:
     threads = torch.get_num_threads()
     ops.run_branches([lambda: None] * 2, timeout=60)
     assert torch.get_num_threads() == threads
+
+
+@two_cores
+def test_torch_has_one_thread() -> None:
+    """So sums have the same bits, whatever other threads do, however many branches there are."""
+    torch = pytest.importorskip("torch")
+    before, x = torch.get_num_threads(), torch.randn(1, 1 << 18)
+    torch.set_num_threads(1)
+    alone = float(x[0] @ x[0])
+    torch.set_num_threads(2)
+
+    def dot(x: Any) -> tuple[int, float]:
+        return torch.get_num_threads(), float(x[0] @ x[0])
+
+    def body(x: Any) -> Any:
+        return torch.tensor([dot(x)])
+
+    values = {"x": Value((1, 1 << 18)), "a": Value((1, 2)), "b": Value((1, 2))}
+    graph = Graph(values, [Body(name, body, (Slice("x"),), (Slice(name),)) for name in "ab"], ["x"], ["a", "b"])
+    places = [Placement((("a",), ("b",))), Placement((("a", "b"),)), Placement((("a", "b"),), (2,))]
+    executors = [(Executor(graph, p, timeout=t), p.threads[0]) for p in places for t in (None, 60)]
+    wrong: list[Any] = []
+
+    def call(times: int) -> None:
+        for _ in range(times):
+            for count, timeout in ((1, None), (2, None), (1, 60)):
+                found = ops.run_branches([dot] * count, x, timeout=timeout)
+                wrong.extend(y for y in found if y != (1, alone))
+            for executor, threads in executors:
+                wanted = graph(x, threads=threads)
+                wrong.extend(y for y, z in zip(executor(x), wanted, strict=True) if not torch.equal(y, z))
+                wrong.extend(z for z in wanted if z[0, 0] != threads)
+
+    try:
+        callers = [threading.Thread(target=call, args=(20,)) for _ in range(3)]
+        for caller in callers:
+            caller.start()
+        call(20)
+        for caller in callers:
+            caller.join()
+        assert not wrong and graph(x)[0].tolist() == [[1, alone]]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+FORK = """
+import os, signal
+import torch
+from pycodesign import ops
+from pycodesign.branches import Body, Executor, Graph, Placement, Slice, Value
+
+x = torch.ones(1, 1 << 20)
+values = {name: Value((1, 1 << 20)) for name in "xab"}
+graph = Graph(values, [Body(n, torch.abs, (Slice("x"),), (Slice(n),)) for n in "ab"], ["x"], ["a", "b"])
+executor = Executor(graph, Placement((("a",), ("b",))))
+calls = [
+    lambda: executor(x),
+    lambda: graph(x),
+    lambda: ops.run_branches([torch.abs, torch.neg], x),
+    lambda: ops.run_branches([torch.abs, torch.neg], x, timeout=60),
+]
+torch.set_num_threads(2)
+for call in [lambda: torch.abs(x), *calls]:
+    call()
+for call in calls:
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        call()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@two_cores
+def test_forked_child_of_a_process_that_used_torch() -> None:
+    pytest.importorskip("torch")
+    subprocess.run([sys.executable, "-P", "-c", FORK], check=True, timeout=200)
 
 
 def test_context_variables() -> None:

@@ -24,6 +24,7 @@ from pycodesign.branches.graph import Graph, Placement, Slice, overlap
 from pycodesign.branches.on_device import move_body, run_tensors, view_tensor
 from pycodesign.branches.simulate import predict
 from pycodesign.branches.table import LatencyTable
+from pycodesign.branches.timed import hold_torch_threads
 
 __all__ = ["Runner", "recompute_bodies"]
 
@@ -141,9 +142,7 @@ class Runner:
             if message.target == self.rank:
                 pending[message.index] = self._post(dist.irecv, message, message.source)
         sent: list[tuple[_Message, Any]] = []
-        threads = torch.get_num_threads()
-        torch.set_num_threads(self.place.threads[self.rank])
-        try:
+        with hold_torch_threads(self.place.threads[self.rank]):
             for body in self.bodies:
                 for message in self.waits.get(body.name, ()):
                     self._receive(message, pending)
@@ -151,13 +150,11 @@ class Runner:
                 for message in self.sends.get(body.name, ()):
                     message.fill(self.values)
                     sent.append((message, self._send(message)))
-            for message in self.messages:  # those that only the outputs need
-                if message.target == self.rank:
-                    self._receive(message, pending)
-            for message, work in sent:
-                self._wait(work, message, message.target)
-        finally:
-            torch.set_num_threads(threads)
+        for message in self.messages:  # those that only the outputs need
+            if message.target == self.rank:
+                self._receive(message, pending)
+        for message, work in sent:
+            self._wait(work, message, message.target)
         return [self.values[name].clone() for name in self.graph.outputs]
 
     def _global(self, rank: int) -> int:

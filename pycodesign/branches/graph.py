@@ -15,6 +15,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from pycodesign._arguments import to_integer
+from pycodesign.branches.timed import hold_torch_threads
+
 __all__ = ["Body", "Graph", "Placement", "Slice", "Value", "to_graph"]
 
 DTYPES = ("float32", "uint8", "int8", "int32")
@@ -149,13 +152,15 @@ class Graph:
         self.bodies = {name: given[name] for name in sort_bodies(before)}
         self.before = {name: before[name] for name in self.bodies}
 
-    def __call__(self, *inputs: Any) -> list[Any]:
+    def __call__(self, *inputs: Any, threads: int = 1) -> list[Any]:
         """Run all bodies one after another, on the caller: what any other way to run it must return, bit for bit.
 
         Parameters
         ----------
         *inputs : array
             NumPy arrays or torch tensors, one for each input, of its shape and dtype.
+        threads : int, default 1
+            Of torch's operations, whose sums depend on it; those of this package are the same on any number.
 
         Returns
         -------
@@ -165,8 +170,9 @@ class Graph:
         arrays, as_torch = self.allocate(), self.check_inputs(inputs)
         for name, x in zip(self.inputs, inputs, strict=True):
             arrays[name][...] = x
-        for body in self.bodies.values():
-            run_body(body, [view(arrays, piece) for piece in body.inputs], [view(arrays, p) for p in body.outputs])
+        with hold_torch_threads(to_integer("threads", threads, 1)):
+            for body in self.bodies.values():
+                run_body(body, [view(arrays, piece) for piece in body.inputs], [view(arrays, p) for p in body.outputs])
         found = [arrays[name] for name in self.outputs]
         if not as_torch:
             return found

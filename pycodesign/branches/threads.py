@@ -47,7 +47,8 @@ class Runner:
         self._outputs = [(name, graph.values[name].shape, np.dtype(graph.values[name].dtype)) for name in graph.outputs]
         self._lock = threading.Lock()
         self._inside: set[int] = set()  # threads that run a body
-        self._has_torch = any(body.arrays == "torch" for body in graph.bodies.values())
+        # Of torch, so that bits do not depend on which thread runs a body: a team among others has one.
+        self._torch_threads = place.threads[0] if len(place.teams) == 1 else 1
         self._arrays: Arrays = {}  # of each value; inputs and outputs are those of the run
         self._free: list[tuple[Callable[..., None], int, Slice, tuple[int, ...]]] = []  # bound anew in every run
         if self._timeout is None:
@@ -71,7 +72,7 @@ class Runner:
         """Return a bound chain, or a function that needs Python."""
         found = find_chain(self._graph, body)
         if found is None:
-            return PythonBody(body, self._arrays, self._inside)
+            return PythonBody(body, self._arrays, self._inside, self._torch_threads)
         bound = found.chain.bind(found.input_shapes, self._threads[body.name])
         for bind, pieces, shapes in (
             (bound.set_input, body.inputs, found.input_shapes),
@@ -110,16 +111,9 @@ class Runner:
                     made[name][...] = given[name]
                 for free in self._free:
                     self._bind(*free)
-                self._run()
+                self._native.run(self._spin, PATIENCE, self._pin)
         found = [made[name] for name in graph.outputs]  # one may be asked for twice
         return [sys.modules["torch"].from_numpy(array) for array in found] if as_torch else found
-
-    def _run(self) -> None:
-        if self._has_torch and len(self._place.teams) == 1:  # a team among others has one thread in torch
-            with hold_torch_threads(self._place.threads[0]):
-                self._native.run(self._spin, PATIENCE, False)
-        else:
-            self._native.run(self._spin, PATIENCE, self._pin)
 
     def _run_timed(self, given: Arrays, made: Arrays, timeout: float) -> None:
         """On arrays of its own, as bodies that come too late still write."""
@@ -127,7 +121,7 @@ class Runner:
         arrays = {**graph.allocate(), **given}
         teams = [
             Team(
-                [PythonBody(graph.bodies[name], arrays, set()) for name in names],
+                [PythonBody(graph.bodies[name], arrays, set(), self._torch_threads) for name in names],
                 [graph.before[name] for name in names],
                 threads,
             )
@@ -141,14 +135,16 @@ class Runner:
 class PythonBody:
     """Calls a body on the arrays of the run; `inside` holds the threads that are in one."""
 
-    def __init__(self, body: Body, arrays: Arrays, inside: set[int]) -> None:
+    def __init__(self, body: Body, arrays: Arrays, inside: set[int], threads: int) -> None:
         self.name, self._body, self._arrays, self._inside = body.name, body, arrays, inside
+        self._threads = threads
 
     def __call__(self) -> None:
         body, arrays, thread = self._body, self._arrays, threading.get_ident()
         self._inside.add(thread)
         try:
-            run_body(body, [view(arrays, p) for p in body.inputs], [view(arrays, p) for p in body.outputs])
+            with hold_torch_threads(self._threads):
+                run_body(body, [view(arrays, p) for p in body.inputs], [view(arrays, p) for p in body.outputs])
         finally:
             self._inside.discard(thread)
 

@@ -21,6 +21,7 @@ from pycodesign.branches.timed import hold_torch_threads
 __all__ = ["Body", "Graph", "Placement", "Slice", "Value", "to_graph"]
 
 DTYPES = ("float32", "uint8", "int8", "int32")
+CACHE_LINE = 64
 
 Writers: TypeAlias = "dict[str, list[tuple[Slice, str]]]"
 
@@ -62,7 +63,7 @@ class Body:
     name : str
     run : callable
         ``run(*inputs)`` returns an array, or a sequence of one for each output. It keeps nothing that a second call at
-        the same time would disturb.
+        the same time would disturb, and does not overwrite an input that another body reads, too, or that is an output.
     inputs, outputs : tuple of Slice
         What it reads and what it writes.
     arrays : {"torch", "numpy"}
@@ -182,7 +183,7 @@ class Graph:
 
     def allocate(self) -> dict[str, np.ndarray[Any, Any]]:
         """Return an array for each value."""
-        return {name: np.empty(value.shape, value.dtype) for name, value in self.values.items()}
+        return {name: allocate_array(value) for name, value in self.values.items()}
 
     def check_inputs(self, inputs: Sequence[Any]) -> bool:
         """Check the arguments of a run; return whether they are torch tensors."""
@@ -431,6 +432,13 @@ def sort_bodies(before: Mapping[str, Sequence[str]], argument: str = "bodies") -
             else:
                 path[other] = iter(before[other])
     return list(done)
+
+
+def allocate_array(value: Value) -> np.ndarray[Any, Any]:
+    """Return an array that begins on a cache line: some of torch's functions sum otherwise where one does not."""
+    memory = np.empty(value.bytes + CACHE_LINE, np.uint8)
+    begin = -memory.ctypes.data % CACHE_LINE
+    return memory[begin : begin + value.bytes].view(value.dtype).reshape(value.shape)
 
 
 def view(arrays: Mapping[str, np.ndarray[Any, Any]], piece: Slice) -> np.ndarray[Any, Any]:

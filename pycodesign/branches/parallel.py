@@ -14,7 +14,7 @@ from pycodesign import _core
 from pycodesign._arguments import Array, from_numpy, to_number, to_numpy
 from pycodesign.branches.timed import Team, hold_torch_threads, run_timed
 
-__all__ = ["call_in_modes", "find_modes", "run_branches"]
+__all__ = ["Modes", "call_in_modes", "find_modes", "run_branches"]
 
 SPIN = 50.0  # microseconds
 Modes: TypeAlias = tuple[bool, bool, bool, Any] | None

@@ -24,6 +24,9 @@ def get_num_threads() -> int:
 def set_num_threads(n: int) -> None:
     """Set how many threads one operation may use; ValueError if not positive."""
 
+def swap_runtime_threads(openmp: int, mkl: int) -> tuple[int, int]:
+    """Set how many threads OpenMP's and MKL's operations on this thread get; return what they were (0: as OpenMP's)."""
+
 def thread_backend() -> str:
     """Return whose threads run: ``"pool"`` or ``"openmp: <path of the runtime>"``."""
 
@@ -405,11 +408,11 @@ class BoundChain(metaclass=_Type):
     def output_shapes(self) -> list[list[int]]:
         """Shape (N, C, H, W) of each output."""
 
-    def set_input(self, index: int, x: NDArray[Any]) -> None:
-        """Read an input from this array from now on."""
+    def set_input(self, index: int, x: NDArray[Any] | None) -> None:
+        """Read an input from this array from now on; None lets go the one that it has."""
 
-    def set_output(self, index: int, out: NDArray[Any]) -> None:
-        """Write an output to this array from now on; the elements of each image follow one another."""
+    def set_output(self, index: int, out: NDArray[Any] | None) -> None:
+        """Write an output to this array from now on; the elements of each image follow one another. None lets it go."""
 
     def release(self) -> None:
         """Forget the arrays."""

@@ -109,6 +109,13 @@ def several_values() -> Case:
     return Case(graph, Placement((("one", "whole"), ("split", "part"))), runs((1, 3), (1, 3), dtype="int32"))
 
 
+def passed_on() -> Case:
+    """An input that is an output, too."""
+    values = {"x": Value((1, 3)), "y": Value((1, 3))}
+    graph = Graph(values, [Body("body", double, (Slice("x"),), (Slice("y"),), "numpy")], ["x"], ["x", "y"])
+    return Case(graph, Placement((("body",), ())), runs((1, 3)))
+
+
 def chains(batch: int, dtype: str) -> Case:
     """Chains that read and write slices, of several images too, beside a callable."""
     rng = np.random.default_rng(1)
@@ -133,6 +140,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "diamond, second late": lambda: diamond(0, 0.02),
     "ladder": lambda: ladder(12),
     "several values": several_values,
+    "input passed on": passed_on,
     "chains": lambda: chains(1, "float32"),
     "chains of bytes": lambda: chains(1, "uint8"),
     "chains of images": lambda: chains(3, "uint8"),
@@ -146,6 +154,7 @@ def check(case: Case, make: Callable[[Graph, Placement], Callable[..., list[Any]
     for inputs in case.inputs:
         expected, before = case.graph(*inputs), [x.copy() for x in inputs]
         found = executor(*inputs)
+        assert not any(np.shares_memory(x, y) for x in inputs for y in found)
         kept.append((found, expected))
         for x, untouched in zip(inputs, before, strict=True):
             np.testing.assert_array_equal(x, untouched)

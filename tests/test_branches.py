@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextvars
 import os
+import subprocess
+import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -116,6 +119,171 @@ def test_torch() -> None:
     threads = torch.get_num_threads()
     ops.run_branches([lambda: None] * 2, timeout=60)
     assert torch.get_num_threads() == threads
+
+
+@two_cores
+def test_torch_has_one_thread() -> None:
+    """So sums have the same bits, whatever other threads do, however many branches there are."""
+    torch = pytest.importorskip("torch")
+    before, x = torch.get_num_threads(), torch.randn(1, 1 << 18)
+    torch.set_num_threads(1)
+    alone = float(x[0] @ x[0])
+    torch.set_num_threads(2)
+
+    def dot(x: Any) -> tuple[int, float]:
+        return torch.get_num_threads(), float(x[0] @ x[0])
+
+    def body(x: Any) -> Any:
+        return torch.tensor([dot(x)])
+
+    values = {"x": Value((1, 1 << 18)), "a": Value((1, 2)), "b": Value((1, 2))}
+    graph = Graph(values, [Body(name, body, (Slice("x"),), (Slice(name),)) for name in "ab"], ["x"], ["a", "b"])
+    places = [Placement((("a",), ("b",))), Placement((("a", "b"),)), Placement((("a", "b"),), (2,))]
+    executors = [(Executor(graph, p, timeout=t), p.threads[0]) for p in places for t in (None, 60)]
+    wrong: list[Any] = []
+
+    def call(times: int) -> None:
+        for _ in range(times):
+            for count, timeout in ((1, None), (2, None), (1, 60)):
+                found = ops.run_branches([dot] * count, x, timeout=timeout)
+                wrong.extend(y for y in found if y != (1, alone))
+            for executor, threads in executors:
+                wanted = graph(x, threads=threads)
+                wrong.extend(y for y, z in zip(executor(x), wanted, strict=True) if not torch.equal(y, z))
+                wrong.extend(z for z in wanted if z[0, 0] != threads)
+
+    try:
+        callers = [threading.Thread(target=call, args=(20,)) for _ in range(3)]
+        for caller in callers:
+            caller.start()
+        call(20)
+        for caller in callers:
+            caller.join()
+        assert not wrong and graph(x)[0].tolist() == [[1, alone]]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+FORK = """
+import os, signal
+import torch
+from pycodesign import ops
+from pycodesign.branches import Body, Executor, Graph, Placement, Slice, Value
+
+x = torch.ones(1, 1 << 20)
+values = {name: Value((1, 1 << 20)) for name in "xab"}
+graph = Graph(values, [Body(n, torch.abs, (Slice("x"),), (Slice(n),)) for n in "ab"], ["x"], ["a", "b"])
+executor = Executor(graph, Placement((("a",), ("b",))))
+calls = [
+    lambda: executor(x),
+    lambda: graph(x),
+    lambda: ops.run_branches([torch.abs, torch.neg], x),
+    lambda: ops.run_branches([torch.abs, torch.neg], x, timeout=60),
+]
+torch.set_num_threads(2)
+for call in [lambda: torch.abs(x), *calls]:
+    call()
+for call in calls:
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        call()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@two_cores
+def test_forked_child_of_a_process_that_used_torch() -> None:
+    pytest.importorskip("torch")
+    subprocess.run([sys.executable, "-P", "-c", FORK], check=True, timeout=200)
+
+
+def two_torch_bodies(run: Callable[..., Any], shape: tuple[int, ...], outputs: int) -> tuple[Graph, Placement]:
+    """The same function twice, on two teams where there are two cores."""
+    shapes = {"x": shape, "a": (shape[0], outputs, *shape[2:]), "b": (shape[0], outputs, *shape[2:])}
+    values = {name: Value(size) for name, size in shapes.items()}
+    graph = Graph(values, [Body(name, run, (Slice("x"),), (Slice(name),)) for name in "ab"], ["x"], ["a", "b"])
+    return graph, Placement((("a",), ("b",))) if CORES > 1 else Placement.sequential(graph)
+
+
+@pytest.mark.parametrize("timeout", [None, 60])
+def test_inputs_of_any_layout(timeout: float | None) -> None:
+    """Sums of floats depend on strides and alignment."""
+    torch = pytest.importorskip("torch")
+    functional, x = torch.nn.functional, np.random.default_rng(0).standard_normal((2, 4, 40, 66), dtype=np.float32)
+    weight = torch.from_numpy(x[0, :, 3:6, :12].reshape(4, 4, 3, 3))
+    shifted = np.empty(x.size + 1, np.float32)[1:].reshape(x.shape)
+    shifted[...] = x
+    layouts = [x, shifted, np.asfortranarray(x), x[:, ::-1, ::-1], x.transpose(0, 2, 3, 1).copy().transpose(0, 3, 1, 2)]
+    for run in (
+        lambda x: functional.conv2d(x, weight, padding=1),
+        lambda x: x @ x.transpose(2, 3) @ x,
+        lambda x: functional.scaled_dot_product_attention(x, x, x),
+        lambda x: x.flatten(1).sum(1)[:, None, None, None].expand(x.shape),
+    ):
+        graph, place = two_torch_bodies(run, x.shape, 4)
+        executor = Executor(graph, place, timeout=timeout)
+        for layout in layouts:
+            for got, wanted in zip(executor(layout), graph(layout), strict=True):
+                np.testing.assert_array_equal(got, wanted, strict=True)
+
+
+@pytest.mark.parametrize("timeout", [None, 60])
+def test_torch_modes_of_bodies(timeout: float | None) -> None:
+    torch = pytest.importorskip("torch")
+    layer, x = torch.nn.Linear(32, 32), torch.randn(4, 32)
+    graph, place = two_torch_bodies(lambda x: layer(x).float(), (4, 32), 32)
+    executor = Executor(graph, place, timeout=timeout)
+    for _ in range(20):
+        with torch.autocast("cpu", torch.bfloat16):
+            found, wanted = executor(x), graph(x)
+        assert all(torch.equal(y, z) for y, z in zip(found, wanted, strict=True))
+        assert not torch.equal(wanted[0], graph(x)[0]) and torch.equal(executor(x)[1], graph(x)[1])
+
+
+@pytest.mark.parametrize("timeout", [None, 60])
+def test_bodies_that_overwrite_their_input(timeout: float | None) -> None:
+    torch = pytest.importorskip("torch")
+    values = {"x": Value((1, 9)), "y": Value((1, 9))}
+    graph = Graph(values, [Body("a", torch.nn.ReLU(inplace=True), (Slice("x"),), (Slice("y"),))], ["x"], ["y"])
+    x = torch.randn(1, 9)
+    before = x.clone()
+    assert torch.equal(Executor(graph, Placement.sequential(graph), timeout=timeout)(x)[0], before.relu())
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("timeout", [None, 60])
+def test_arrays_of_a_run_are_let_go(timeout: float | None) -> None:
+    chain = Chain()
+    chain.output(chain.max_pool2d(chain.input(), 3, 1, 1))
+    values = {name: Value((1, 3, 8, 8)) for name in "xyz"}
+    bodies = [Body(name, chain, (Slice("x"),), (Slice(name),), "numpy") for name in "yz"]
+    graph = Graph(values, bodies, ["x"], ["y", "z"])
+    executor = Executor(graph, Placement.sequential(graph), timeout=timeout)
+    for _ in range(2):
+        x = np.random.default_rng(0).standard_normal((1, 3, 8, 8), dtype=np.float32)
+        arrays = [x, *executor(x)]
+        np.testing.assert_array_equal(arrays[1], graph(x)[0])
+        alive = [weakref.ref(array if array.base is None else array.base) for array in arrays]
+        del x, arrays
+        assert all(reference() is None for reference in alive)
+
+
+def test_converted_modules_with_hooks() -> None:
+    torch = pytest.importorskip("torch")
+    nn = pytest.importorskip("pycodesign.nn")
+    x = torch.randn(1, 8, 6, 6)
+    for hook in ("register_forward_hook", "register_forward_pre_hook"):
+        for inner in (False, True):
+            module = nn.convert(
+                torch.nn.Sequential(torch.nn.Conv2d(8, 4, 3, padding=1), torch.nn.ReLU()).eval(), "ternary"
+            )
+            hooked = next(module.children()) if inner else module
+            getattr(hooked, hook)(lambda module, inputs, *result: result[0] + 1 if result else (inputs[0] + 1,))
+            graph, place = two_torch_bodies(module, (1, 8, 6, 6), 4)
+            assert torch.equal(Executor(graph, place)(x)[1], graph(x)[1])
 
 
 def test_context_variables() -> None:
@@ -381,9 +549,12 @@ def test_bound_chains() -> None:
     bound.run()
     np.testing.assert_array_equal(out[:, 3:6], chain(x)[0])
     assert np.isnan(out[:, :3]).all() and np.isnan(out[:, 6:]).all()
-    bound.release()
-    with pytest.raises(ValueError, match="bodies"):
-        bound.run()
+    for let_go in (lambda: bound.set_input(0, None), lambda: bound.set_output(0, None), bound.release):
+        bound.set_input(0, x)
+        bound.set_output(0, out[:, 3:6])
+        let_go()
+        with pytest.raises(ValueError, match="bodies"):
+            bound.run()
 
 
 def test_body_of_wrong_shape() -> None:

@@ -51,6 +51,21 @@ def test_cycles_are_named():
         Graph(VALUES, bodies, ["x"], ["b"])
 
 
+def test_long_graphs_in_any_order():
+    count = 3000
+    values = {f"v{i}": Value((1, 1)) for i in range(count + 1)}
+    bodies = [body(str(i), [f"v{i}"], (Slice(f"v{i + 1}"),), lambda x: x + 1) for i in reversed(range(count))]
+    graph = Graph(values, bodies, ["v0"], [f"v{count}"])
+    assert list(graph.bodies) == [str(i) for i in range(count)]
+    assert graph(np.zeros((1, 1), np.float32))[0] == count
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(["x", "x"], ["a"]), (["x"], ["a", "a"])])
+def test_names_twice_are_refused(inputs, outputs):
+    with pytest.raises(ValueError, match=r"puts: expected different names, got '.' twice"):
+        Graph(VALUES, [body("left", ["x"], (Slice("a"),))], inputs, outputs)
+
+
 def test_branches_that_share_a_buffer_are_refused():
     bodies = [
         body("left", ["x"], (Slice("y", 0, 3),)),

@@ -204,14 +204,15 @@ GOOD = {
     ("change", "message"),
     [
         ({"schema": "other"}, "expected a latency table"),
-        ({"entries": []}, "expected entries, teams and a machine"),
-        ({"teams": None}, "expected entries, teams and a machine"),
+        ({"entries": []}, "expected entries and a machine"),
+        *[({"teams": teams}, f"expected a number of teams, got {teams}") for teams in (None, True, -3)],
         ({"entries": {"a": {}}}, "expected seconds by threads for 'a'"),
         ({"entries": {"a": {"solo/1": -1}}}, "expected seconds, got -1"),
         ({"entries": {"a": {"solo/1": "1"}}}, "expected seconds, got '1'"),
         ({"run": 3}, "expected seconds by threads for 'run'"),
         ({"sync": True}, "expected seconds, got True"),
         ({"transfer": float("nan")}, "expected seconds, got nan"),
+        ({"transfer": 10**400}, "expected seconds, got 1000"),
     ],
 )
 def test_malformed_tables_are_refused(tmp_path, change, message):
@@ -223,7 +224,9 @@ def test_malformed_tables_are_refused(tmp_path, change, message):
 
 def test_files_that_are_no_tables_are_refused(tmp_path):
     path = tmp_path / "table.json"
-    for text in ("", "[1]", "{"):
+    with pytest.raises(ValueError, match="path: expected a latency table"):
+        LatencyTable.load(tmp_path)
+    for text in ("", "[1]", "{", "[" * 100_000):
         path.write_text(text)
         with pytest.raises(ValueError, match="path: expected a latency table"):
             LatencyTable.load(path)

@@ -102,24 +102,33 @@ Tensor bind_array(const py::array& a, const char* name, DType dtype, const Chain
   return view(a);
 }
 
-void set_input(BoundCall& b, size_t index, const py::array& x) {
+// Without an array: lets the one go that was set.
+void set_input(BoundCall& b, size_t index, const std::optional<py::array>& x) {
   if (index >= b.inputs.size()) throw py::index_error("index: expected one of the chain's inputs");
+  if (!x) {
+    b.inputs[index] = py::object();
+    return;
+  }
   const int value = b.chain.chain().inputs()[index];
-  b.chain.set_input(index, bind_array(x, "x", b.chain.chain().dtype(value), b.chain.input_shape(index)));
-  b.inputs[index] = x;
+  b.chain.set_input(index, bind_array(*x, "x", b.chain.chain().dtype(value), b.chain.input_shape(index)));
+  b.inputs[index] = *x;
 }
 
-void set_output(BoundCall& b, size_t index, const py::array& out) {
+void set_output(BoundCall& b, size_t index, const std::optional<py::array>& out) {
   if (index >= b.outputs.size()) throw py::index_error("index: expected one of the chain's outputs");
+  if (!out) {
+    b.outputs[index] = py::object();
+    return;
+  }
   const int value = b.chain.chain().outputs()[index];
-  const Tensor t = bind_array(out, "out", b.chain.chain().dtype(value), b.chain.output_shape(index));
-  check_writeable(out);
-  int64_t natural = out.itemsize();
+  const Tensor t = bind_array(*out, "out", b.chain.chain().dtype(value), b.chain.output_shape(index));
+  check_writeable(*out);
+  int64_t natural = out->itemsize();
   for (size_t d = 3; d > 0; natural *= t.size[d--])
     if (t.size[d] > 1 && t.stride[d] != natural)
       throw py::value_error("out: expected images whose elements follow one another, got other strides");
   b.chain.set_output(index, t);
-  b.outputs[index] = out;
+  b.outputs[index] = *out;
 }
 
 }  // namespace

@@ -18,6 +18,13 @@ void bind_core(py::module_& m) {
   });
   m.def("set_num_threads", &core::set_num_threads, py::arg("n"));
   m.def("get_num_threads", &core::num_threads);
+  m.def(
+      "swap_runtime_threads",
+      [](int openmp, int mkl) {
+        const core::RuntimeThreads before = core::swap_runtime_threads({openmp, mkl});
+        return py::make_tuple(before.openmp, before.mkl);
+      },
+      py::arg("openmp"), py::arg("mkl"));
   m.def("thread_backend", &core::team_name);
   m.def("available_cores", &core::available_cores);
   m.def("cpu_name", &core::cpu_name);

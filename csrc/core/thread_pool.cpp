@@ -202,9 +202,11 @@ void run_on_pool(Job& job, int members) {
 struct OpenMp {
   void (*parallel)(void (*body)(void*), void* data, unsigned num_threads, unsigned flags) = nullptr;
   int (*get_max_threads)() = nullptr;
+  void (*set_num_threads)(int) = nullptr;
   int (*in_parallel)() = nullptr;
   int (*get_thread_num)() = nullptr;
   int (*get_num_threads)() = nullptr;
+  int (*set_mkl_threads)(int) = nullptr;  // of the calling thread; returns how many they were; null without MKL
   std::string path;
 };
 
@@ -241,11 +243,13 @@ std::unique_ptr<OpenMp> load_runtime(const std::string& path) {
   Dl_info info;
   if (find_function(library, "GOMP_parallel", runtime->parallel) &&
       find_function(library, "omp_get_max_threads", runtime->get_max_threads) &&
+      find_function(library, "omp_set_num_threads", runtime->set_num_threads) &&
       find_function(library, "omp_in_parallel", runtime->in_parallel) &&
       find_function(library, "omp_get_thread_num", runtime->get_thread_num) &&
       find_function(library, "omp_get_num_threads", runtime->get_num_threads) &&
       dladdr(reinterpret_cast<void*>(runtime->parallel), &info)) {
     runtime->path = info.dli_fname;
+    find_function(library, "MKL_Set_Num_Threads_Local", runtime->set_mkl_threads);
     return runtime;
   }
   dlclose(library);
@@ -267,25 +271,28 @@ std::unique_ptr<OpenMp> search_runtime() {
   return nullptr;
 }
 
-// Searches again only after a library was loaded. A child of fork() has lost the runtime's threads, and the
-// runtime does not know.
+// Searches again only after a library was loaded.
 const OpenMp* find_runtime() {
   static std::mutex mutex;
   static std::atomic<unsigned long long> searched_at = 0;
   static std::atomic<const OpenMp*> runtime = nullptr;
-  if (is_forked.load(std::memory_order_relaxed)) return nullptr;
   if (count_loaded_libraries() != searched_at.load(std::memory_order_acquire)) {
     const std::lock_guard lock(mutex);
     const unsigned long long count = count_loaded_libraries();
     if (count != searched_at.load(std::memory_order_relaxed)) {
       std::unique_ptr<OpenMp> found = search_runtime();
       const OpenMp* known = runtime.load();
-      if (!found || !known || found->parallel != known->parallel) runtime.store(found.release());
+      if (!found || !known || found->parallel != known->parallel || found->set_mkl_threads != known->set_mkl_threads)
+        runtime.store(found.release());
       searched_at.store(count, std::memory_order_release);
     }
   }
   return runtime.load(std::memory_order_relaxed);
 }
+
+// The runtime whose team is to be used. A child of fork() has lost the runtime's threads, and the runtime does not
+// know.
+const OpenMp* find_team() { return is_forked.load(std::memory_order_relaxed) ? nullptr : find_runtime(); }
 
 void run_on_openmp(const OpenMp& runtime, Job& job, int members) {
   // A team of another size than before costs the runtime new threads, so ask for the one that others ask for:
@@ -317,7 +324,7 @@ void run_on_openmp(const OpenMp& runtime, Job& job, int members) {
 
 // Runs the job on the team, or returns false where the caller has to be alone.
 bool run_on_team(Job& job, int members) {
-  const OpenMp* runtime = find_runtime();
+  const OpenMp* runtime = find_team();
   if ((runtime && runtime->in_parallel()) || team_in_use.exchange(true, std::memory_order_acquire)) return false;
   if (runtime) {
     run_on_openmp(*runtime, job, members);
@@ -398,8 +405,16 @@ void set_num_threads(int n) {
   requested_threads = n;
 }
 
-std::string team_name() {
+RuntimeThreads swap_runtime_threads(RuntimeThreads wanted) {
   const OpenMp* runtime = find_runtime();
+  if (!runtime) return {0, 0};
+  const int before = runtime->get_max_threads();
+  if (wanted.openmp > 0) runtime->set_num_threads(wanted.openmp);
+  return {before, runtime->set_mkl_threads ? runtime->set_mkl_threads(wanted.mkl) : 0};
+}
+
+std::string team_name() {
+  const OpenMp* runtime = find_team();
   return runtime ? "openmp: " + runtime->path : "pool";
 }
 

@@ -79,6 +79,15 @@ void relax_cpu();
 // Throws std::invalid_argument unless 1 <= n <= 4096.
 void set_num_threads(int n);
 
+// How many threads others' operations get that begin on the calling thread: those of the OpenMP runtime that is loaded,
+// and those of MKL where torch has it (0: as many as OpenMP's).
+struct RuntimeThreads {
+  int openmp, mkl;
+};
+
+// Sets the calling thread's, also in a forked child, and returns what they were; without a runtime does nothing.
+RuntimeThreads swap_runtime_threads(RuntimeThreads);
+
 // The team the next call would run on: "pool" or "openmp: <path of the runtime>".
 std::string team_name();
 

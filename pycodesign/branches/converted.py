@@ -46,11 +46,18 @@ def _find_in_module(module: Any, inputs: int) -> Any:
     from pycodesign.nn.modules import Layer, Segment
     from pycodesign.nn.program import find_chain as chain_of
 
-    if isinstance(module, fx.GraphModule):
+    if isinstance(module, fx.GraphModule) and not _is_hooked(module):
         module = _find_only_module(module)
+    if not isinstance(module, (Segment, Layer)) or _is_hooked(module):
+        return None
     if isinstance(module, Segment):
         return chain_of(module.weights(), module.program)
-    return _chain_of_layer(module) if isinstance(module, Layer) and inputs == 1 else None  # others add a residual
+    return _chain_of_layer(module) if inputs == 1 else None  # others add a residual
+
+
+def _is_hooked(module: Any) -> bool:
+    """Return whether a module does more, or something else, than its class says."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _find_only_module(traced: Any) -> Any:

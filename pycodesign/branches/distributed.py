@@ -24,6 +24,7 @@ from pycodesign.branches.graph import Graph, Placement, Slice, overlap
 from pycodesign.branches.on_device import move_body, run_tensors, view_tensor
 from pycodesign.branches.simulate import predict
 from pycodesign.branches.table import LatencyTable
+from pycodesign.branches.timed import hold_torch_threads
 
 __all__ = ["Runner", "recompute_bodies"]
 
@@ -103,7 +104,7 @@ class Runner:
                 raise ValueError(f"net: expected the same graph and placement on all ranks, got others on rank {rank}")
 
     def _allocate(self) -> None:
-        graph, team_of = self.graph, self.place.team_of
+        graph = self.graph
         self.values = {
             name: torch.empty(value.shape, dtype=getattr(torch, value.dtype), device=self.device)
             for name, value in graph.values.items()
@@ -121,10 +122,6 @@ class Runner:
             elif message.target == self.rank:
                 for reader in message.readers:
                     self.waits.setdefault(reader, []).append(message)
-        self.owners = {
-            name: team_of[next(b.name for b in graph.bodies.values() if any(p.value == name for p in b.outputs))]
-            for name in graph.outputs
-        }
 
     def __call__(self, *inputs: Any) -> list[Any]:
         if self._failed:
@@ -145,9 +142,7 @@ class Runner:
             if message.target == self.rank:
                 pending[message.index] = self._post(dist.irecv, message, message.source)
         sent: list[tuple[_Message, Any]] = []
-        threads = torch.get_num_threads()
-        torch.set_num_threads(self.place.threads[self.rank])
-        try:
+        with hold_torch_threads(self.place.threads[self.rank]):
             for body in self.bodies:
                 for message in self.waits.get(body.name, ()):
                     self._receive(message, pending)
@@ -155,13 +150,11 @@ class Runner:
                 for message in self.sends.get(body.name, ()):
                     message.fill(self.values)
                     sent.append((message, self._send(message)))
-            for message in self.messages:  # those that only the outputs need
-                if message.target == self.rank:
-                    self._receive(message, pending)
-            for message, work in sent:
-                self._wait(work, message, message.target)
-        finally:
-            torch.set_num_threads(threads)
+        for message in self.messages:  # those that only the outputs need
+            if message.target == self.rank:
+                self._receive(message, pending)
+        for message, work in sent:
+            self._wait(work, message, message.target)
         return [self.values[name].clone() for name in self.graph.outputs]
 
     def _global(self, rank: int) -> int:

@@ -11,13 +11,19 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+
+from pycodesign._arguments import to_integer
+from pycodesign.branches.timed import hold_torch_threads
 
 __all__ = ["Body", "Graph", "Placement", "Slice", "Value", "to_graph"]
 
 DTYPES = ("float32", "uint8", "int8", "int32")
+CACHE_LINE = 64
+
+Writers: TypeAlias = "dict[str, list[tuple[Slice, str]]]"
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Body:
     name : str
     run : callable
         ``run(*inputs)`` returns an array, or a sequence of one for each output. It keeps nothing that a second call at
-        the same time would disturb.
+        the same time would disturb, and does not overwrite an input that another body reads, too, or that is an output.
     inputs, outputs : tuple of Slice
         What it reads and what it writes.
     arrays : {"torch", "numpy"}
@@ -90,7 +96,7 @@ class Graph:
     bodies : sequence of Body
         In any order that their names allow: each value is written once in a run.
     inputs, outputs : sequence of str
-        Names of values.
+        Names of values, each once; one may be both.
 
     Attributes
     ----------
@@ -103,7 +109,7 @@ class Graph:
     ------
     TypeError, ValueError
         For unknown values, bodies of one name, a slice that is out of range or that no body writes, two bodies that
-        write the same elements, and a cycle, named.
+        write the same elements, an input or output named twice, and a cycle, named.
 
     Examples
     --------
@@ -141,18 +147,21 @@ class Graph:
         for kind, names in (("inputs", self.inputs), ("outputs", self.outputs)):
             if unknown := [name for name in names if name not in self.values]:
                 raise ValueError(f"{kind}: expected names of values, got {unknown[0]!r}")
-        self._check_writers(given)
-        before = {name: self._find_before(body, given) for name, body in given.items()}
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"{kind}: expected different names, got {twice[0]!r} twice")
+        before = self._find_before(given, self._check_writers(given))
         self.bodies = {name: given[name] for name in sort_bodies(before)}
         self.before = {name: before[name] for name in self.bodies}
 
-    def __call__(self, *inputs: Any) -> list[Any]:
+    def __call__(self, *inputs: Any, threads: int = 1) -> list[Any]:
         """Run all bodies one after another, on the caller: what any other way to run it must return, bit for bit.
 
         Parameters
         ----------
         *inputs : array
             NumPy arrays or torch tensors, one for each input, of its shape and dtype.
+        threads : int, default 1
+            Of torch's operations, whose sums depend on it; those of this package are the same on any number.
 
         Returns
         -------
@@ -162,8 +171,9 @@ class Graph:
         arrays, as_torch = self.allocate(), self.check_inputs(inputs)
         for name, x in zip(self.inputs, inputs, strict=True):
             arrays[name][...] = x
-        for body in self.bodies.values():
-            run_body(body, [view(arrays, piece) for piece in body.inputs], [view(arrays, p) for p in body.outputs])
+        with hold_torch_threads(to_integer("threads", threads, 1)):
+            for body in self.bodies.values():
+                run_body(body, [view(arrays, piece) for piece in body.inputs], [view(arrays, p) for p in body.outputs])
         found = [arrays[name] for name in self.outputs]
         if not as_torch:
             return found
@@ -173,7 +183,7 @@ class Graph:
 
     def allocate(self) -> dict[str, np.ndarray[Any, Any]]:
         """Return an array for each value."""
-        return {name: np.empty(value.shape, value.dtype) for name, value in self.values.items()}
+        return {name: allocate_array(value) for name, value in self.values.items()}
 
     def check_inputs(self, inputs: Sequence[Any]) -> bool:
         """Check the arguments of a run; return whether they are torch tensors."""
@@ -266,8 +276,9 @@ class Graph:
             raise ValueError(f"{body}: expected a slice of the {channels} channels of {piece.value!r}, got {piece}")
         return replace(piece, end=end)
 
-    def _check_writers(self, bodies: Mapping[str, Body]) -> None:
-        writers: dict[str, list[tuple[Slice, str]]] = {name: [] for name in self.values}
+    def _check_writers(self, bodies: Mapping[str, Body]) -> Writers:
+        """Return the slices that are written of each value, and by whom."""
+        writers: Writers = {name: [] for name in self.values}
         for body in bodies.values():
             for piece in body.outputs:
                 if piece.value in self.inputs:
@@ -286,14 +297,16 @@ class Graph:
                 continue
             if sum(overlap(piece, other) for other, _ in writers[piece.value]) < (piece.end or 0) - piece.begin:
                 raise ValueError(f"{reader}: expected a value that bodies write, got {piece}")
+        return writers
 
     @staticmethod
-    def _find_before(body: Body, bodies: Mapping[str, Body]) -> tuple[str, ...]:
-        found = []
-        for name, other in bodies.items():
-            if any(overlap(mine, theirs) for mine in body.inputs for theirs in other.outputs):
-                found.append(name)
-        return tuple(found)
+    def _find_before(bodies: Mapping[str, Body], writers: Writers) -> dict[str, tuple[str, ...]]:
+        order = {name: index for index, name in enumerate(bodies)}
+        found = {}
+        for name, body in bodies.items():
+            names = {other for mine in body.inputs for theirs, other in writers[mine.value] if overlap(mine, theirs)}
+            found[name] = tuple(sorted(names, key=order.__getitem__))
+        return found
 
 
 @dataclass(frozen=True)
@@ -402,23 +415,30 @@ def sort_bodies(before: Mapping[str, Sequence[str]], argument: str = "bodies") -
     ValueError
         With the names of a cycle.
     """
-    done: list[str] = []
-    state: dict[str, int] = {}
+    done: dict[str, None] = {}
+    for first in before:
+        path = {} if first in done else {first: iter(before[first])}  # each waits for the one behind it
+        while path:
+            name, rest = next(reversed(path.items()))
+            other = next((other for other in rest if other not in done), None)
+            if other is None:
+                done[name] = None
+                del path[name]
+            elif other in path:
+                names = list(path)
+                raise ValueError(
+                    f"{argument}: expected no cycle, got {' -> '.join([*names[names.index(other) :], other])}"
+                )
+            else:
+                path[other] = iter(before[other])
+    return list(done)
 
-    def visit(name: str, path: list[str]) -> None:
-        if state.get(name) == 2:
-            return
-        if state.get(name) == 1:
-            raise ValueError(f"{argument}: expected no cycle, got {' -> '.join([*path[path.index(name) :], name])}")
-        state[name] = 1
-        for other in before[name]:
-            visit(other, [*path, name])
-        state[name] = 2
-        done.append(name)
 
-    for name in before:
-        visit(name, [])
-    return done
+def allocate_array(value: Value) -> np.ndarray[Any, Any]:
+    """Return an array that begins on a cache line: some of torch's functions sum otherwise where one does not."""
+    memory = np.empty(value.bytes + CACHE_LINE, np.uint8)
+    begin = -memory.ctypes.data % CACHE_LINE
+    return memory[begin : begin + value.bytes].view(value.dtype).reshape(value.shape)
 
 
 def view(arrays: Mapping[str, np.ndarray[Any, Any]], piece: Slice) -> np.ndarray[Any, Any]:

@@ -8,15 +8,16 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import copy_context
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 from pycodesign import _core
 from pycodesign._arguments import Array, from_numpy, to_number, to_numpy
-from pycodesign.branches.timed import Team, run_timed
+from pycodesign.branches.timed import Team, hold_torch_threads, run_timed
 
-__all__ = ["run_branches"]
+__all__ = ["Modes", "call_in_modes", "find_modes", "run_branches"]
 
 SPIN = 50.0  # microseconds
+Modes: TypeAlias = tuple[bool, bool, bool, Any] | None
 
 
 def run_branches(
@@ -75,7 +76,7 @@ def run_branches(
     except TypeError:
         raise TypeError(f"branches: expected a sequence of callables, got {type(branches).__name__}") from None
     chain_type, packed_type = _native_types()
-    modes = _find_modes()
+    modes = find_modes()
     for branch in given:
         body = branch.to_chain() if isinstance(branch, packed_type) else branch
         if timeout is None and isinstance(body, chain_type):
@@ -84,9 +85,10 @@ def run_branches(
         elif not callable(body):
             wanted = "callables, chains or packed layers"
             raise TypeError(f"branches: expected {wanted}, got {type(branch).__name__}")
-        elif bodies or timeout is not None:  # on another thread
-            body = body if modes is None else partial(_call_in_modes, modes, body)
-            body = partial(copy_context().run, body)
+        else:
+            if bodies or timeout is not None:  # on another thread
+                body = partial(copy_context().run, call_in_modes, modes, body)
+            body = partial(_call_alone, body)
         bodies.append(body)
     if timeout is not None:
         results: list[Any] = [None] * len(bodies)
@@ -131,7 +133,12 @@ class _Store:
         self.results[self.index] = self.body(*self.inputs)
 
 
-def _find_modes() -> tuple[bool, bool, bool, Any] | None:
+def _call_alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    with hold_torch_threads(1):
+        return function(*arguments)
+
+
+def find_modes() -> Modes:
     """Return torch's grad, inference and autocast modes, and autocast's dtype; None for those of a new thread."""
     torch = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "is_autocast_enabled"):  # still being imported
@@ -146,7 +153,10 @@ def _find_modes() -> tuple[bool, bool, bool, Any] | None:
     return grad, inference, autocast, torch.get_autocast_dtype("cpu")
 
 
-def _call_in_modes(modes: tuple[bool, bool, bool, Any], function: Callable[..., Any], *arguments: Any) -> Any:
+def call_in_modes(modes: Modes, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function in the modes that another thread had."""
+    if modes is None:
+        return function(*arguments)
     torch, (grad, inference, autocast, dtype) = sys.modules["torch"], modes
     with torch.inference_mode(inference), torch.set_grad_enabled(grad), torch.autocast("cpu", dtype, autocast):
         return function(*arguments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ __all__ = ["LatencyTable", "describe_machine"]
 
 SCHEMA = "pycodesign latency table 1"
 NUMBERS = ("sync", "transfer")
+LARGEST = sys.float_info.max
 
 
 def describe_machine() -> dict[str, Any]:
@@ -105,23 +106,24 @@ class LatencyTable:
             If the file is no latency table, or one of another machine.
         """
         try:
-            text = Path(path).read_text()
-            found = json.loads(text)
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            found = json.loads(Path(path).read_text())
+        except (ValueError, RecursionError, IsADirectoryError) as error:
             raise ValueError(f"path: expected a latency table, got {path} ({error})") from None
         if not isinstance(found, dict) or found.get("schema") != SCHEMA:
             raise ValueError(f"path: expected a latency table ({SCHEMA}), got {path}")
         numbers = [found.get(name) for name in NUMBERS]
         entries, teams, machine = found.get("entries"), found.get("teams"), found.get("machine")
         run: Any = found.get("run")
-        if not isinstance(entries, dict) or not isinstance(machine, dict) or not isinstance(teams, int):
-            raise ValueError(f"path: expected entries, teams and a machine, got {sorted(found)} in {path}")
+        if not isinstance(entries, dict) or not isinstance(machine, dict):
+            raise ValueError(f"path: expected entries and a machine, got {sorted(found)} in {path}")
+        if type(teams) is not int or teams < 1:
+            raise ValueError(f"path: expected a number of teams, got {teams!r} in {path}")
         for key, row in [*entries.items(), ("run", run)]:
             if not isinstance(row, dict) or not (row or key == "run"):
                 raise ValueError(f"path: expected seconds by threads for {key!r}, got {row!r} in {path}")
             numbers += row.values()
         for number in numbers:
-            if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number < math.inf:
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number <= LARGEST:
                 raise ValueError(f"path: expected seconds, got {number!r} in {path}")
         table = cls(machine, entries, run, float(found["sync"]), float(found["transfer"]), teams)
         if not any_machine:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,15 +13,14 @@ from numpy.typing import NDArray
 
 from pycodesign import _core
 from pycodesign._arguments import to_integer, to_numpy
-from pycodesign.branches.converted import find_chain
-from pycodesign.branches.graph import Body, Graph, Placement, Slice, run_body, view
-from pycodesign.branches.parallel import SPIN, check_spin, check_timeout
+from pycodesign.branches.converted import Found, find_chain
+from pycodesign.branches.graph import Body, Graph, Placement, Slice, allocate_array, run_body, view
+from pycodesign.branches.parallel import SPIN, Modes, call_in_modes, check_spin, check_timeout, find_modes
 from pycodesign.branches.timed import Team, hold_torch_threads, run_timed
 
 __all__ = ["Runner"]
 
 PATIENCE = 5.0  # microseconds until a team that waits for one whose thread has not come runs it itself
-CACHE_LINE = 64
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -44,34 +43,38 @@ class Runner:
             raise TypeError(f"pin: expected a bool, got {type(pin).__name__}")
         self._pin, self._graph, self._place = pin, graph, place
         self._threads = _count_threads(graph, place, dict(widths or {}))
-        self._outputs = [(name, graph.values[name].shape, np.dtype(graph.values[name].dtype)) for name in graph.outputs]
         self._lock = threading.Lock()
-        self._inside: set[int] = set()  # threads that run a body
-        self._has_torch = any(body.arrays == "torch" for body in graph.bodies.values())
-        self._arrays: Arrays = {}  # of each value; inputs and outputs are those of the run
+        # Of torch, so that bits do not depend on which thread runs a body: a team among others has one.
+        self._torch_threads = place.threads[0] if len(place.teams) == 1 else 1
+        self._state = State({}, self._torch_threads)
         self._free: list[tuple[Callable[..., None], int, Slice, tuple[int, ...]]] = []  # bound anew in every run
         if self._timeout is None:
-            self._arrays = {name: _allocate(graph, name) for name in graph.values}
             self._compile()
 
     def _compile(self) -> None:
+        graph = self._graph
         order = [(team, name) for team, names in enumerate(self._place.teams) for name in names]
         index = {name: i for i, (_, name) in enumerate(order)}
-        bodies = [self._make_body(self._graph.bodies[name]) for _, name in order]
+        chains = {name: find_chain(graph, body) for name, body in graph.bodies.items()}
+        # Python's functions read copies of inputs, of one layout: sums depend on it, and some overwrite what they read.
+        self._copied = {piece.value for name, body in graph.bodies.items() if not chains[name] for piece in body.inputs}
+        self._lent = set(graph.inputs) - self._copied | set(graph.outputs)
+        self._state.arrays.update(graph.allocate())
+        bodies = [self._make_body(graph.bodies[name], chains[name]) for _, name in order]
         teams = len(self._place.teams)
         self._native = _core.BranchRunner(
             [team for team, _ in order],
             [self._threads[name] for _, name in order],
-            [[index[before] for before in self._graph.before[name]] for _, name in order],
+            [[index[before] for before in graph.before[name]] for _, name in order],
             teams if teams == 1 else sum(self._place.threads),
             bodies,
         )
+        self._release()
 
-    def _make_body(self, body: Body) -> Any:
+    def _make_body(self, body: Body, found: Found | None) -> Any:
         """Return a bound chain, or a function that needs Python."""
-        found = find_chain(self._graph, body)
         if found is None:
-            return PythonBody(body, self._arrays, self._inside)
+            return PythonBody(body, self._state)
         bound = found.chain.bind(found.input_shapes, self._threads[body.name])
         for bind, pieces, shapes in (
             (bound.set_input, body.inputs, found.input_shapes),
@@ -79,13 +82,13 @@ class Runner:
         ):
             for i, (piece, shape) in enumerate(zip(pieces, shapes, strict=True)):
                 self._bind(bind, i, piece, tuple(shape))
-                if piece.value in (*self._graph.inputs, *self._graph.outputs):
+                if piece.value in self._lent:
                     self._free.append((bind, i, piece, tuple(shape)))
         return bound
 
     def _bind(self, bind: Callable[..., None], index: int, piece: Slice, shape: tuple[int, ...]) -> None:
         """Let a chain read or write a slice of a value, of 2 dimensions or as the chain has it."""
-        array = self._arrays[piece.value]
+        array = self._state.arrays[piece.value]
         if piece.begin or piece.end != array.shape[1]:
             array = array[:, piece.begin : piece.end]
         if array.ndim == 4 or shape[2:] in ((), (1, 1)):
@@ -97,58 +100,92 @@ class Runner:
         graph = self._graph
         as_torch = graph.check_inputs(inputs)
         given = {name: to_numpy(name, x)[0] for name, x in zip(graph.inputs, inputs, strict=True)}
-        made = {name: np.empty(shape, dtype) for name, shape, dtype in self._outputs}
-        if self._timeout is not None:
-            self._run_timed(given, made, self._timeout)
-        else:
-            if threading.get_ident() in self._inside:
-                raise RuntimeError("Executor: expected a body that does not call the executor that runs it")
-            with self._lock:
-                self._arrays.update(given)
-                self._arrays.update(made)
-                for free in self._free:
-                    self._bind(*free)
-                self._run()
-        found = [made[name] for name in graph.outputs]  # one may be asked for twice
+        found = self._run(given) if self._timeout is None else self._run_timed(given, self._timeout)
         return [sys.modules["torch"].from_numpy(array) for array in found] if as_torch else found
 
-    def _run(self) -> None:
-        if self._has_torch and len(self._place.teams) == 1:  # a team among others has one thread in torch
-            with hold_torch_threads(self._place.threads[0]):
-                self._native.run(self._spin, PATIENCE, False)
-        else:
-            self._native.run(self._spin, PATIENCE, self._pin)
+    def _run(self, given: Arrays) -> list[NDArray[Any]]:
+        graph, state = self._graph, self._state
+        if threading.get_ident() in state.inside:
+            raise RuntimeError("Executor: expected a body that does not call the executor that runs it")
+        made = {name: allocate_array(graph.values[name]) for name in graph.outputs}
+        with self._lock:
+            try:
+                state.arrays.update(made)
+                for name, x in given.items():
+                    if name in self._copied or name in made:
+                        state.arrays[name][...] = x
+                    else:
+                        state.arrays[name] = x
+                for free in self._free:
+                    self._bind(*free)
+                state.modes = find_modes()
+                self._native.run(self._spin, PATIENCE, self._pin)
+            finally:
+                self._release()
+        return [made[name] for name in graph.outputs]
 
-    def _run_timed(self, given: Arrays, made: Arrays, timeout: float) -> None:
+    def _release(self) -> None:
+        """Let go the arrays of the caller."""
+        for bind, index, *_ in self._free:
+            bind(index, None)
+        for name in self._lent:
+            self._state.arrays.pop(name, None)
+
+    def _run_timed(self, given: Arrays, timeout: float) -> list[NDArray[Any]]:
         """On arrays of its own, as bodies that come too late still write."""
         graph = self._graph
-        arrays = {**graph.allocate(), **given}
+        state = State(graph.allocate(), self._torch_threads, find_modes())
+        for name, x in given.items():
+            state.arrays[name][...] = x
         teams = [
             Team(
-                [PythonBody(graph.bodies[name], arrays, set()) for name in names],
+                [PythonBody(graph.bodies[name], state) for name in names],
                 [graph.before[name] for name in names],
                 threads,
             )
             for names, threads in zip(self._place.teams, self._place.threads, strict=True)
         ]
         run_timed(teams, timeout)
-        for name, array in made.items():
-            array[...] = arrays[name]
+        return [state.arrays[name] for name in graph.outputs]
+
+
+@dataclass
+class State:
+    """What the bodies of a run share.
+
+    Parameters
+    ----------
+    arrays : dict of str to array
+        Of each value.
+    threads : int
+        Of torch's operations.
+    modes : tuple, optional
+        The caller's, of torch.
+    inside : set of int
+        Threads that are in a body.
+    """
+
+    arrays: Arrays
+    threads: int
+    modes: Modes = None
+    inside: set[int] = field(default_factory=set)
 
 
 class PythonBody:
-    """Calls a body on the arrays of the run; `inside` holds the threads that are in one."""
+    """Calls a body on the arrays of the run."""
 
-    def __init__(self, body: Body, arrays: Arrays, inside: set[int]) -> None:
-        self.name, self._body, self._arrays, self._inside = body.name, body, arrays, inside
+    def __init__(self, body: Body, state: State) -> None:
+        self.name, self._body, self._state = body.name, body, state
 
     def __call__(self) -> None:
-        body, arrays, thread = self._body, self._arrays, threading.get_ident()
-        self._inside.add(thread)
+        body, state, thread = self._body, self._state, threading.get_ident()
+        inputs, outputs = ([view(state.arrays, piece) for piece in pieces] for pieces in (body.inputs, body.outputs))
+        state.inside.add(thread)
         try:
-            run_body(body, [view(arrays, p) for p in body.inputs], [view(arrays, p) for p in body.outputs])
+            with hold_torch_threads(state.threads):
+                call_in_modes(state.modes, run_body, body, inputs, outputs)
         finally:
-            self._inside.discard(thread)
+            state.inside.discard(thread)
 
 
 def _count_threads(graph: Graph, place: Placement, widths: Mapping[str, Any]) -> dict[str, int]:
@@ -165,15 +202,6 @@ def _count_threads(graph: Graph, place: Placement, widths: Mapping[str, Any]) ->
             raise ValueError(f"widths: expected at most {wanted}, the cores of all teams, got {width} for {name!r}")
     teams = zip(place.teams, place.threads, strict=True)
     return {name: widths.get(name, threads) for names, threads in teams for name in names}
-
-
-def _allocate(graph: Graph, name: str) -> NDArray[Any]:
-    """Return an array for a value that begins on a cache line."""
-    value = graph.values[name]
-    count, bytes_each = math.prod(value.shape), np.dtype(value.dtype).itemsize
-    memory = np.zeros(count * bytes_each + CACHE_LINE, np.uint8)
-    begin = -memory.ctypes.data % CACHE_LINE
-    return memory[begin : begin + count * bytes_each].view(value.dtype).reshape(value.shape)
 
 
 def reshape(array: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:

@@ -33,7 +33,7 @@ class Team:
     before : sequence of sequence of str, optional
         For each step the names of those that it waits for.
     threads : int
-        Of the operations of this package and of torch within a step.
+        Of the operations of this package within a step; how many torch's take is up to the step.
     """
 
     steps: Sequence[Step]
@@ -82,31 +82,33 @@ def run_timed(teams: Sequence[Team], timeout: float) -> None:
                 changed.notify_all()
 
     end = time.monotonic() + timeout
-    with hold_torch_threads(max((team.threads for team in teams), default=1)):
-        for index, team in enumerate(teams):
-            threading.Thread(target=run, args=(index, team), name=f"team {index}", daemon=True).start()
-        with changed:
-            in_time = changed.wait_for(lambda: active == 0, max(0.0, end - time.monotonic()))
-            if not in_time:
-                names = ", ".join(running[index] for index in sorted(running)) or "nothing"
-                late = TimeoutError(f"timeout: expected to finish within {timeout:g} s, still running: {names}")
-                late.__cause__ = errors[0] if errors else None
-                errors.insert(0, late)
-                changed.notify_all()
+    for index, team in enumerate(teams):
+        threading.Thread(target=run, args=(index, team), name=f"team {index}", daemon=True).start()
+    with changed:
+        in_time = changed.wait_for(lambda: active == 0, max(0.0, end - time.monotonic()))
+        if not in_time:
+            names = ", ".join(running[index] for index in sorted(running)) or "nothing"
+            late = TimeoutError(f"timeout: expected to finish within {timeout:g} s, still running: {names}")
+            late.__cause__ = errors[0] if errors else None
+            errors.insert(0, late)
+            changed.notify_all()
     if errors:
         raise errors[0]
 
 
 @contextmanager
 def hold_torch_threads(threads: int) -> Iterator[None]:
-    """Let torch's operations run on so many threads, where torch is loaded."""
+    """Let torch's operations that begin on this thread run on so many threads, where torch is loaded.
+
+    What other threads have stays, unlike with ``torch.set_num_threads``.
+    """
     torch: Any = sys.modules.get("torch")
-    before = threads if torch is None or not hasattr(torch, "get_num_threads") else torch.get_num_threads()
-    if before == threads:
+    if torch is None or not hasattr(torch, "get_num_threads"):  # still being imported
         yield
         return
-    torch.set_num_threads(threads)
+    torch.get_num_threads()  # the first call on a thread sets what it has
+    before = _core.swap_runtime_threads(threads, threads)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        _core.swap_runtime_threads(*before)

@@ -324,6 +324,14 @@ void test_openmp_team() {
   std::printf("%s\n", core::team_name().c_str());
   test_team();
 
+  const auto get_max_threads = reinterpret_cast<int (*)()>(dlsym(library, "omp_get_max_threads"));
+  const int threads = get_max_threads();
+  const core::RuntimeThreads before = core::swap_runtime_threads({threads + 2, 0});
+  CHECK_EQUAL(before.openmp, threads);
+  CHECK_EQUAL(get_max_threads(), threads + 2);
+  CHECK_EQUAL(core::swap_runtime_threads(before).openmp, threads + 2);
+  CHECK_EQUAL(get_max_threads(), threads);
+
   // A call from inside the runtime's own parallel region runs on its caller alone.
   using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
   const auto parallel = reinterpret_cast<Parallel>(dlsym(library, "GOMP_parallel"));

@@ -1,6 +1,5 @@
 // AVX2 and FMA: 8 lanes, 16 registers.
-#include "repetition/lanes8.h"
-#include "repetition/loops.h"
+#include "repetition/lanes8_bytes.h"
 
 namespace pycodesign::repetition {
 namespace {
@@ -89,6 +88,7 @@ void linear_narrow(const LinearTile& t) {
 
 void fill_avx2(Kernels& k) {
   fill(k);
+  fill_bytes(k);
   k.dense_narrow = dense_narrow;
   k.linear_narrow = linear_narrow;
 }

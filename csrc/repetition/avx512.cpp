@@ -96,141 +96,34 @@ inline void transpose(const char* from, int64_t from_stride, int64_t rows, char*
   }
 }
 
-}  // namespace
-}  // namespace pycodesign::repetition
+inline f32v minimum(f32v a, f32v b) { return _mm512_min_ps(a, b); }
+inline f32v maximum(f32v a, f32v b) { return _mm512_max_ps(a, b); }
+inline f32v farther(f32v farthest, f32v v) {
+  return _mm512_range_ps(farthest, _mm512_reduce_ps(v, 0), 0b1011);  // magnitudes
+}
 
-#include "repetition/loops.h"
-
-namespace pycodesign::repetition {
-namespace {
-
-// Sums to bytes, four vectors at a time. Clamping and saturating are one where nothing can be NaN, as division by the
-// scale keeps the order; which vectors must be divided after all (see Quantization) is asked once for the four.
-struct Bytes4 {
-  __m512 multiplier, bias, residual_scale, residual_zero, scale, reciprocal, lo, hi;
-  __m512i correction, zero_point;
-  float largest_residual;
-  bool is_signed, clamps, limited;
-
-  static float magnitude(float x) { return x < 0 ? -x : x; }
-
-  // Of any output.
-  explicit Bytes4(const Epilogue& e) {
-    is_signed = e.out_dtype == DType::i8;
-    const float lowest = static_cast<float>((is_signed ? -128 : 0) - e.out_zero_point);
-    const auto splat = [](float x) { return _mm512_set1_ps(x); };
-    residual_scale = splat(e.residual_scale);
-    residual_zero = splat(e.residual_zero_point);
-    scale = splat(e.out_scale);
-    reciprocal = splat(1 / e.out_scale);
-    const float from = e.has_lo ? e.lo / e.out_scale : lowest, to = e.has_hi ? e.hi / e.out_scale : lowest + 255;
-    lo = splat(from > lowest ? from < lowest + 255 ? from : lowest + 255 : lowest);
-    hi = splat(to < lowest + 255 ? to > lowest ? to : lowest : lowest + 255);
-    clamps = from > lowest || to < lowest + 255;
-    zero_point = _mm512_set1_epi16(static_cast<short>(e.out_zero_point));
-    largest_residual = e.has_residual ? magnitude(e.residual_scale) * (256 + magnitude(e.residual_zero_point)) : 0;
-  }
-
-  void take(const Finish& f) {  // of its first output
-    const float b = f.bias ? *f.bias : 0;
-    multiplier = _mm512_set1_ps(*f.multiplier);
-    bias = _mm512_set1_ps(b);
-    correction = _mm512_set1_epi32(f.correction ? *f.correction : 0);
-    // Without clamping, conversions to shorter integers saturate, if nothing leaves int32 before.
-    const float largest = 2147483648.0f * magnitude(*f.multiplier) + magnitude(b) + largest_residual;
-    limited = clamps || !(largest < 1e9f * f.epilogue->out_scale);
-  }
-
-  // Where no step can overflow to infinity, nor a scale's reciprocal be less than normal.
-  static bool serve(const Finish& f) {
-    const Epilogue& e = *f.epilogue;
-    const auto moderate = [](float x) { return x > -1e20f && x < 1e20f; };
-    const auto bound = [](bool has, float x) { return !has || x == x; };
-    bool all = true;
-    for (int64_t o = 0; o < f.outputs; ++o) all &= moderate(f.multiplier[o]) && (!f.bias || moderate(f.bias[o]));
-    return all && moderate(e.residual_scale) && moderate(e.residual_zero_point) && e.out_scale > 1e-10f &&
-           e.out_scale < 1e10f && bound(e.has_lo, e.lo) && bound(e.has_hi, e.hi) &&
-           !(e.has_lo && e.has_hi && e.lo > e.hi);
-  }
-
-  template <class Residual> __m512 value(const char* acc, const char* residual) const {
-    __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_loadu_si512(acc), correction)), multiplier);
-    y = _mm512_add_ps(y, bias);
-    if constexpr (std::is_void_v<Residual>) return y;
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(residual));
-    const __m512i words = std::is_signed_v<Residual> ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes);
-    return _mm512_add_ps(y, _mm512_mul_ps(residual_scale, _mm512_sub_ps(_mm512_cvtepi32_ps(words), residual_zero)));
-  }
-  template <bool limited> __m512 limit(__m512 v) const { return limited ? _mm512_min_ps(_mm512_max_ps(v, lo), hi) : v; }
-
-  // acc: of four vectors; residual: side by side, as the result.
-  template <class Residual, bool limited> __m512i operator()(const char* const* acc, const char* residual) const {
-    __m512 y[4], v[4];
-    __m512 farthest = _mm512_setzero_ps();  // from the nearest integer
-    for (int i = 0; i < 4; ++i) {
-      y[i] = value<Residual>(acc[i], residual + i * lanes);
-      v[i] = limit<limited>(_mm512_mul_ps(y[i], reciprocal));
-      farthest = _mm512_range_ps(farthest, _mm512_reduce_ps(v[i], 0), 0b1011);  // magnitudes
-    }
-    if (__builtin_expect(_mm512_cmp_ps_mask(farthest, _mm512_set1_ps(0.4999f), _CMP_GT_OQ) != 0, 0))
-      for (int i = 0; i < 4; ++i) v[i] = limit<limited>(_mm512_div_ps(y[i], scale));
-    const auto shorts = [&](int i) {
-      return _mm512_adds_epi16(_mm512_packs_epi32(_mm512_cvtps_epi32(v[i]), _mm512_cvtps_epi32(v[i + 1])), zero_point);
-    };
-    const __m512i bytes =
-        is_signed ? _mm512_packs_epi16(shorts(0), shorts(2)) : _mm512_packus_epi16(shorts(0), shorts(2));
-    constexpr auto order = [](int i) { return i % 4 * 4 + i / 4; };  // of words of each vector, within 128 bits
-    return _mm512_permutexvar_epi32(
-        _mm512_setr_epi32(order(0), order(1), order(2), order(3), order(4), order(5), order(6), order(7), order(8),
-                          order(9), order(10), order(11), order(12), order(13), order(14), order(15)),
-        bytes);
-  }
-};
+inline __m512i pack_bytes(const i32v (&w)[4], short zero_point, bool is_signed) {
+  const auto shorts = [&](int i) {
+    return _mm512_adds_epi16(_mm512_packs_epi32((__m512i)w[i], (__m512i)w[i + 1]), _mm512_set1_epi16(zero_point));
+  };
+  const __m512i bytes =
+      is_signed ? _mm512_packs_epi16(shorts(0), shorts(2)) : _mm512_packus_epi16(shorts(0), shorts(2));
+  return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), bytes);
+}
 
 inline __mmask64 first_bytes(int64_t count) { return ~uint64_t{0} >> (64 - count); }  // 1 to 64
-
-template <class Residual, bool limited> void finish_four(const Bytes4& finish4, Finish f) {
-  const int64_t run = f.run ? f.run * 4 : vector_bytes, stride = f.run ? f.run_stride : vector_bytes;
-  const char* acc[4];
-  int64_t at = 0;  // within a run
-  const auto next = [&] {
-    const char* here = f.acc + at;
-    at += vector_bytes;
-    if (at == run) at = 0, f.acc += stride;
-    return here;
-  };
-  for (; f.count >= 4 * lanes; f.count -= 4 * lanes, f.out += 4 * lanes) {
-    for (const char*& vector : acc) vector = next();
-    _mm512_storeu_si512(f.out, finish4.template operator()<Residual, limited>(acc, f.residual));
-    if constexpr (!std::is_void_v<Residual>) f.residual += 4 * lanes;
-  }
-  if (f.count == 0) return;
-  // Fewer vectors than four: the first in place of those that are missing.
-  for (int64_t i = 0; i < 4; ++i) acc[i] = i * lanes < f.count ? next() : acc[0];
-  const __mmask64 here = first_bytes(f.count);
-  alignas(64) char residual[4 * lanes];
-  if constexpr (!std::is_void_v<Residual>) _mm512_store_si512(residual, _mm512_maskz_loadu_epi8(here, f.residual));
-  _mm512_mask_storeu_epi8(f.out, here, finish4.template operator()<Residual, limited>(acc, residual));
-}
-
-template <class Residual> void finish_bytes(Finish f) {
-  Bytes4 finish4(*f.epilogue);
-  for (int64_t o = 0; o < f.outputs; ++o, f.next_output()) {
-    finish4.take(f);
-    finish4.limited ? finish_four<Residual, true>(finish4, f) : finish_four<Residual, false>(finish4, f);
-  }
-}
-
 inline void copy_bytes(const char* from, char* to, int64_t count) {
   for (; count > 64; count -= 64, from += 64, to += 64) _mm512_storeu_si512(to, _mm512_loadu_si512(from));
   _mm512_mask_storeu_epi8(to, first_bytes(count), _mm512_maskz_loadu_epi8(first_bytes(count), from));
 }
-template <class Copy> void for_rows(const ByteRows& b, char* data, Copy copy) {
-  if (b.columns == 0) return;
-  for (int64_t n = 0; n < b.images; ++n)
-    for (int64_t r = 0; r < b.rows; ++r)
-      copy(b.flat + n * b.image_pitch + r * b.row_pitch, data + n * b.stride_n + r * b.stride_h);
-}
+
+}  // namespace
+}  // namespace pycodesign::repetition
+
+#include "repetition/loops_bytes.h"
+
+namespace pycodesign::repetition {
+namespace {
 
 // Four vectors of 16 bytes <-> 16 words of a byte of each.
 inline __m512i transpose_words(__m512i v) {
@@ -272,7 +165,7 @@ inline void transpose_parts(__m512i (&w)[4]) {
 }
 
 // 64 vectors at a time, as 16 x 16 words of four; the last ones, where 16 are left or fewer, as 16 x 4.
-void unlift_one(const ByteRows& b, const char* lifted, char* data) {
+inline void unlift_one(const ByteRows& b, const char* lifted, char* data) {
   alignas(64) char words[16 * 64];
   for (int64_t j = (b.segment - 1) / 64 * 64; j >= 0; j -= 64)  // as unlift: the owner of a byte writes it last
     for (int h = 0; h < b.lanes / lanes; ++h) {
@@ -300,11 +193,7 @@ void unlift_one(const ByteRows& b, const char* lifted, char* data) {
     }
   for_rows(b, data, [&](const char* flat, char* row) { copy_bytes(flat, row, b.columns); });
 }
-void unlift_bytes(const ByteRows& b) {
-  for (int64_t o = 0; o < b.outputs; ++o) unlift_one(b, b.lifted + o * b.lifted_step, b.data + o * b.data_step);
-}
-
-void lift_one(const ByteRows& b, char* data, char* lifted) {
+inline void lift_one(const ByteRows& b, char* data, char* lifted) {
   for_rows(b, data, [&](char* flat, const char* row) { copy_bytes(row, flat, b.columns); });
   alignas(64) char words[16 * 64];
   for (int64_t j = 0; j < b.segment; j += 64)
@@ -329,10 +218,6 @@ void lift_one(const ByteRows& b, char* data, char* lifted) {
       for (int i = 0; i < 4 && 4 * i < left; ++i) store_words(b, lifted, j + 4 * i, h, w[i]);
     }
 }
-void lift_bytes(const ByteRows& b) {
-  for (int64_t o = 0; o < b.outputs; ++o) lift_one(b, b.data + o * b.data_step, b.lifted + o * b.lifted_step);
-}
-
 template <int registers> void order_from(const Order& b) {
   const auto first_words = [](int64_t count) {
     return static_cast<__mmask16>(count >= 16 ? 0xffff : count > 0 ? 0xffff >> (16 - count) : 0);
@@ -360,23 +245,11 @@ void order_words(const Order& b) {
   b.from_count <= 16 ? order_from<1>(b) : b.from_count <= 32 ? order_from<2>(b) : order_from<4>(b);
 }
 
-void finish_avx512(const Finish& f) {
-  const Epilogue& e = *f.epilogue;
-  const bool bytes = e.acc_dtype == DType::i32 && (e.out_dtype == DType::u8 || e.out_dtype == DType::i8) &&
-                     !f.per_element && f.out_stride == 1 && f.run % lanes == 0 && Bytes4::serve(f);
-  if (bytes && !e.has_residual) return finish_bytes<void>(f);
-  if (bytes && e.residual_dtype != DType::f32 && f.residual_stride == 1)
-    return e.residual_dtype == DType::u8 ? finish_bytes<uint8_t>(f) : finish_bytes<int8_t>(f);
-  finish(f);
-}
-
 }  // namespace
 
 void fill_avx512(Kernels& k) {
   fill(k);
-  k.finish = finish_avx512;
-  k.lift_bytes = lift_bytes;
-  k.unlift_bytes = unlift_bytes;
+  fill_bytes(k);
   k.order_words = order_words;
 }
 }  // namespace pycodesign::repetition

@@ -3,6 +3,8 @@
 
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "repetition/kernels.h"
 
 namespace pycodesign::repetition {
@@ -44,6 +46,41 @@ inline u32v widen_bytes(const uint8_t* p) {
 }
 inline u32v widen_halves(const uint8_t* p) {
   return (u32v)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+inline f32v minimum(f32v a, f32v b) { return _mm256_min_ps(a, b); }
+inline f32v maximum(f32v a, f32v b) { return _mm256_max_ps(a, b); }
+inline f32v farther(f32v farthest, f32v v) {
+  const __m256 distance = _mm256_sub_ps(v, _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return _mm256_max_ps(farthest, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), distance));
+}
+
+inline __m256i pack_bytes(const i32v (&w)[4], short zero_point, bool is_signed) {
+  const auto shorts = [&](int i) {
+    return _mm256_adds_epi16(_mm256_packs_epi32((__m256i)w[i], (__m256i)w[i + 1]), _mm256_set1_epi16(zero_point));
+  };
+  const __m256i bytes =
+      is_signed ? _mm256_packs_epi16(shorts(0), shorts(2)) : _mm256_packus_epi16(shorts(0), shorts(2));
+  return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+// The first ones and the last ones, which may be the same.
+template <class Piece> inline void copy_ends(const char* from, char* to, int64_t count) {
+  Piece first, last;
+  const int64_t at = count - static_cast<int64_t>(sizeof(Piece));
+  std::memcpy(&first, from, sizeof first);
+  std::memcpy(&last, from + at, sizeof last);
+  std::memcpy(to, &first, sizeof first);
+  std::memcpy(to + at, &last, sizeof last);
+}
+inline void copy_bytes(const char* from, char* to, int64_t count) {
+  for (; count > 64; count -= 32, from += 32, to += 32) std::memcpy(to, from, 32);
+  if (count >= 32) return copy_ends<__m256i>(from, to, count);
+  if (count >= 16) return copy_ends<__m128i>(from, to, count);
+  if (count >= 8) return copy_ends<uint64_t>(from, to, count);
+  if (count >= 4) return copy_ends<uint32_t>(from, to, count);
+  if (count >= 2) return copy_ends<uint16_t>(from, to, count);
+  *to = *from;
 }
 
 template <int step> inline bool interleave_first(const uint8_t* const*, int64_t, uint32_t, uint32_t*) { return false; }

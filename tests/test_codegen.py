@@ -225,7 +225,7 @@ X, ACC, TAPS, CODE, PREFETCH = (k << 40 for k in range(1, 6))
 class Machine:
     """Runs segments. Memory is what areas, arrays of bytes by address, hold; anything else fails."""
 
-    CHANGED = ("rax", "rdx", "rdi", "r9", "r10", "r11")  # all the caller's to save
+    CHANGED = ("rax", "rsi", "rdi", "r9", "r10", "r11")  # all the caller's to save
 
     def __init__(self, avx512: bool, readable: dict[int, Array], writable: dict[int, Array]) -> None:
         self.width, self.vector_name = (64, "zmm") if avx512 else (32, "ymm")
@@ -355,7 +355,7 @@ def interpret(name: str, inputs: str, avx512: bool) -> tuple[frozenset[str], lis
             }
             machine = Machine(avx512, readable, {ACC: acc})
             stride = planes.strides[1]
-            arguments = {"rdi": X + channel * stride, "rsi": ACC, "rdx": TAPS, "rcx": stride, "r8": PREFETCH}
+            arguments = {"rdi": X + channel * stride, "rsi": ACC, "rdx": PREFETCH, "rcx": stride, "r8": TAPS}
             prefetched = machine.run(instructions, **arguments)
             assert prefetched == [PREFETCH + 64 * k for k in range(prefetch_lines)]
             forms.update(i.form for i in instructions)
@@ -399,7 +399,7 @@ FORMS = {
     *("vpaddw v, v, v", "vpaddw v, v, [r+1*r]", "vpsubw v, v, v", "vpsubw v, v, [r+1*r]", "vpmullw v, v, [rip]"),
     *("vpslld v, v, imm", "vpsrad v, v, imm", "vpaddd v, v, v", "vpsubd v, v, v"),
     *("vpaddd v, v, [r]", "vpaddd v, v, [r+d8]"),
-    *("lea r, [r+1*r]", "lea r, [r+2*r]", "lea r, [r+4*r]", "mov r, [r]", "mov r, [r+d8]", "mov r, [r+d32]"),
+    *("lea r, [r]", "lea r, [r+1*r]", "lea r, [r+2*r]", "lea r, [r+4*r]", "mov r, [r]", "mov r, [r+d8]", "mov r, [r+d32]"),
     *(f"{add} v, v, {row}" for add in ADDITIONS for row in ("[r+d8]", "[r+1*r+d8]")),
     *("prefetcht1 [r]", "prefetcht1 [r+d8]", "prefetcht1 [r+d32]", "vzeroupper", "ret"),
 }

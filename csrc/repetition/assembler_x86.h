@@ -137,7 +137,7 @@ class Assembler {
   void general(std::initializer_list<int> opcode, bool wide, int reg, const Address& a) {
     const int rex =
         0x40 | wide << 3 | (reg & 8) >> 1 | (a.scale ? number(a.index) & 8 : 0) >> 2 | (number(a.base) & 8) >> 3;
-    byte(rex);
+    if (rex != 0x40) byte(rex);
     append(opcode);
     memory_operand(reg, a, 1);
   }

@@ -165,11 +165,11 @@ inline void transpose_parts(__m512i (&w)[4]) {
 }
 
 // 64 vectors at a time, as 16 x 16 words of four; the last ones, where 16 are left or fewer, as 16 x 4.
-inline void unlift_one(const ByteRows& b, const char* lifted, char* data) {
+void unlift_one(const ByteRows& b, const char* lifted, char* all) {
   alignas(64) char words[16 * 64];
   for (int64_t j = (b.segment - 1) / 64 * 64; j >= 0; j -= 64)  // as unlift: the owner of a byte writes it last
     for (int h = 0; h < b.lanes / lanes; ++h) {
-      char* flat = b.flat + h * lanes * b.segment + j;
+      char* flat = all + h * lanes * b.segment + j;
       const int64_t left = b.segment - j;
       const auto load = [&](int i) {
         return 4 * i < left ? load_words(b, lifted, j + 4 * i, h) : _mm512_setzero_si512();
@@ -191,14 +191,12 @@ inline void unlift_one(const ByteRows& b, const char* lifted, char* data) {
       store_part(std::integral_constant<int, 2>{});
       store_part(std::integral_constant<int, 3>{});
     }
-  for_rows(b, data, [&](const char* flat, char* row) { copy_bytes(flat, row, b.columns); });
 }
-inline void lift_one(const ByteRows& b, char* data, char* lifted) {
-  for_rows(b, data, [&](char* flat, const char* row) { copy_bytes(row, flat, b.columns); });
+void lift_one(const ByteRows& b, const char* all, char* lifted) {
   alignas(64) char words[16 * 64];
   for (int64_t j = 0; j < b.segment; j += 64)
     for (int h = 0; h < b.lanes / lanes; ++h) {
-      const char* flat = b.flat + h * lanes * b.segment + j;
+      const char* flat = all + h * lanes * b.segment + j;
       const int64_t left = b.segment - j;
       if (left > 16) {
         transpose(flat, b.segment, 16, words, 64, 16);

@@ -41,9 +41,10 @@ struct Generator {
   Address accumulator(int64_t vector) const {
     return {General::rsi, 0, General::rax, vector * assembler_.vector_bytes()};
   }
-  static Address channel(int64_t c, General offset) {  // of the unit
-    constexpr General bases[] = {General::rdi, General::r9, General::r10, General::r11};
-    return {bases[c], 1, offset};
+  // Of the unit. Most rows that are added are the last channel's: AVX2's encoding of r9 and r10 takes a byte more.
+  Address channel(int64_t c, General offset) const {
+    constexpr General bases[] = {General::rdi, General::r9, General::r10};
+    return {c > 0 && c == width_ - 1 ? General::rsi : bases[c], 1, offset};
   }
   Address column(int64_t row) const;
   Address row(const Step& s) const { return form.planes() ? column(s.row) : channel(s.row, General::rax); }
@@ -51,7 +52,7 @@ struct Generator {
   void generate(CodeChunk&);
   CodeSegment generate(const CodeChunk&, size_t first, size_t last);
   void start_unit(const Unit&, const Unit* before);
-  void start_channels(int64_t width);
+  void start_channels();
   void start_columns();
   void add(Assembler::Opcode, const Step&);
   void emit(const Step&);
@@ -72,6 +73,7 @@ struct Generator {
   std::vector<Step> steps_;      // of the chunk at work
   std::vector<size_t> step_at_;  // where each unit's begin, and their end
   int64_t balance_ = 0;          // of the accumulations: additions less multiply-adds
+  int64_t width_ = 0;            // of the unit at work
 };
 
 Generator::Generator(const CodeLayer& layer, bool avx512)
@@ -115,6 +117,7 @@ CodeSegment Generator::generate(const CodeChunk& chunk, size_t first, size_t las
     if (is_first || !is_float_) a.operate(Assembler::vpxord, sum(o), sum(o), sum(o));
     else a.vmovups(sum(o), accumulator(o));
   }
+  a.lea(General::r11, {General::rsi});
   for (size_t u = first; u < last; ++u) {
     start_unit(units_[u], u == first ? nullptr : &units_[u - 1]);
     for (size_t s = step_at_[u]; s < step_at_[u + 1]; ++s) {
@@ -122,6 +125,7 @@ CodeSegment Generator::generate(const CodeChunk& chunk, size_t first, size_t las
       prefetch(segment);
     }
   }
+  a.lea(General::rsi, {General::r11});
   if (form.complement) widen_totals(chunk.outputs);
   for (int64_t o = 0; o < chunk.outputs; ++o) {
     form.complement ? finish_complement(chunk.outputs, o, is_first) : finish(o, is_first);
@@ -137,37 +141,37 @@ CodeSegment Generator::generate(const CodeChunk& chunk, size_t first, size_t las
 void Generator::start_unit(const Unit& unit, const Unit* before) {
   Assembler& a = assembler_;
   if (before && unit.channel != before->channel) {
-    const int64_t width = before->width;
-    if (width == 4) a.lea(General::rdi, {General::rdi, 4, General::rcx});
-    else a.lea(General::rdi, channel(width - 1, General::rcx));
+    if (width_ == 4) a.lea(General::rdi, {General::rdi, 4, General::rcx});
+    else a.lea(General::rdi, channel(width_ - 1, General::rcx));
   }
+  width_ = unit.width;
   if (form.planes()) {
     if (!before) start_columns();
     for (int64_t i = 0; form.resident && i < form.planes(); ++i)
       a.vmovups(resident(i), column((form.group_size - 1) * form.planes() + i));
     return;
   }
-  if (!before || unit.channel != before->channel) start_channels(unit.width);
-  if (!before || unit.tap != before->tap) a.mov(General::rax, {General::rdx, 0, General::rax, 8 * unit.tap});
+  if (!before || unit.channel != before->channel) start_channels();
+  if (!before || unit.tap != before->tap) a.mov(General::rax, {General::r8, 0, General::rax, 8 * unit.tap});
 }
 
-void Generator::start_channels(int64_t width) {
-  if (width > 1) assembler_.lea(General::r9, channel(0, General::rcx));
-  if (width > 2) assembler_.lea(General::r10, {General::rdi, 2, General::rcx});
-  if (width > 3) assembler_.lea(General::r11, {General::r9, 2, General::rcx});
+void Generator::start_channels() {
+  if (width_ > 1) assembler_.lea(channel(1, General::rcx).base, {General::rdi, 1, General::rcx});
+  if (width_ > 2) assembler_.lea(channel(2, General::rcx).base, {General::rdi, 2, General::rcx});
+  if (width_ > 3) assembler_.lea(channel(3, General::rcx).base, {General::r9, 2, General::rcx});
 }
 
-// The first phase begins at the unit, rax leads to the second and rdx to the third.
+// The first phase begins at the unit, rax leads to the second and rsi to the third.
 void Generator::start_columns() {
   int phases = 0;
   for (const ColumnTap& tap : column_taps_) phases = std::max(phases, tap.phase + 1);
-  if (phases > 1) assembler_.mov(General::rax, {General::rdx, 0, General::rax, 8});
-  if (phases > 2) assembler_.mov(General::rdx, {General::rdx, 0, General::rax, 16});
+  if (phases > 1) assembler_.mov(General::rax, {General::r8, 0, General::rax, 8});
+  if (phases > 2) assembler_.mov(General::rsi, {General::r8, 0, General::rax, 16});
 }
 
 Address Generator::column(int64_t row) const {
   const ColumnTap& tap = column_taps_[static_cast<size_t>(row / form.planes())];
-  return {General::rdi, tap.phase > 0, tap.phase == 2 ? General::rdx : General::rax,
+  return {General::rdi, tap.phase > 0, tap.phase == 2 ? General::rsi : General::rax,
           (tap.shift * form.planes() + row % form.planes()) * assembler_.vector_bytes()};
 }
 
@@ -257,7 +261,7 @@ void Generator::store(int64_t vector, Vector from, bool is_first) {
 void Generator::prefetch(CodeSegment& segment) {
   while (assembler_.size() - segment.begin >= (segment.prefetch_lines + 1) * prefetch_bytes &&
          (segment.prefetch_lines + 1) * 64 <= max_touched_bytes) {
-    const Address line{General::r8, 0, General::rax, 64 * segment.prefetch_lines++};
+    const Address line{General::rdx, 0, General::rax, 64 * segment.prefetch_lines++};
     if (reads_ahead_ && segment.prefetch_lines % 2) assembler_.test(line);
     else assembler_.prefetcht1(line);
   }

@@ -60,8 +60,8 @@ int64_t phase_reach(const std::vector<ColumnTap>&, int phase);  // the largest s
 //      the high ones. The first segment of a chunk overwrites them, the others add.
 //   prefetch: touches the lines prefetch + 64 k, k < prefetch_lines: as many as the segment itself has, about, and at
 //      most max_touched_bytes, all of which must be readable
-using SegmentFunction = void (*)(const char* x, char* acc, const int64_t* tap_source, int64_t channel_stride,
-                                 const char* prefetch);
+using SegmentFunction = void (*)(const char* x, char* acc, const char* prefetch, int64_t channel_stride,
+                                 const int64_t* tap_source);
 
 inline constexpr int64_t max_touched_bytes = 64 << 10;  // so many behind the code are
 

@@ -355,7 +355,7 @@ void PackedConv2d::finish_outputs(const Call& call, const LiftPlan& lift, const 
     const int64_t together = std::clamp<int64_t>(4096 / lanes, 1, sums.outputs);
     const int64_t out_bytes = together * lanes * element_bytes(out_dtype) + spare,
                   residual_bytes = together * lanes * element_bytes(residual_dtype) + spare;
-    char* const out_lanes = scratch(1, static_cast<size_t>(out_bytes + residual_bytes + lanes + 64));
+    char* const out_lanes = scratch(1, static_cast<size_t>(out_bytes + residual_bytes + together * lanes + 64));
     char *const residual_lanes = out_lanes + out_bytes, *const flat = residual_lanes + residual_bytes;
     for (int64_t i = 0; i < sums.outputs; i += together) {
       Sums here = sums;
@@ -440,7 +440,7 @@ void PackedConv2d::sum_code(const Call& call, const LiftPlan& lift, const char* 
       char* acc = sums + sums_at(i);
       const SegmentFunction run = code.function(segment);
       for (int64_t v = 0; v < lift.segment; ++v, at += step, acc += chunk(i).outputs * output_bytes)
-        run(at, acc, source, channel_bytes, v < touching ? code.address(next) : x);
+        run(at, acc, v < touching ? code.address(next) : x, channel_bytes, source);
       if (s + 1 == segments)
         finish_outputs(call, lift,
                        {sums + sums_at(i), output_bytes, chunk(i).outputs * output_bytes, chunk(i).first_output,

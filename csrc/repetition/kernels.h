@@ -281,7 +281,7 @@ struct ByteRows {
   char* lifted;  // room for 64 vectors more
   int lanes;     // 16, or 32 of halves
   int64_t segment;
-  char* flat;  // scratch, lanes * segment bytes and 64 more
+  char* flat;  // scratch, lanes * segment bytes of each output, and 64 more
   int64_t images, rows, columns, image_pitch, row_pitch;
   char* data;
   int64_t stride_n, stride_h;  // bytes

@@ -26,7 +26,25 @@ inline __m128i pair_at(const char* first, const char* second) {
                             _mm_loadl_epi64(reinterpret_cast<const __m128i*>(second)));
 }
 
-void unlift_one(const ByteRows& b, const char* lifted, char* data) {
+// 4 x 16 bytes to 16 words.
+inline void transpose_four(const char* from, char* to) {
+  const auto row = [&](int i) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16 * i)); };
+  const auto store = [&](int i, __m128i v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to + 16 * i), v); };
+  const __m128i a = _mm_unpacklo_epi8(row(0), row(1)), b = _mm_unpacklo_epi8(row(2), row(3)),
+                c = _mm_unpackhi_epi8(row(0), row(1)), d = _mm_unpackhi_epi8(row(2), row(3));
+  store(0, _mm_unpacklo_epi16(a, b));
+  store(1, _mm_unpackhi_epi16(a, b));
+  store(2, _mm_unpacklo_epi16(c, d));
+  store(3, _mm_unpackhi_epi16(c, d));
+}
+
+void unlift_one(const ByteRows& b, const char* lifted, char* flat) {
+  if (b.lanes == 16 && b.segment <= 4) {
+    char words[64];
+    transpose_four(lifted, words);
+    for (int64_t l = 0; l < 16; ++l) std::memcpy(flat + l * b.segment, words + 4 * l, 4);
+    return;
+  }
   const int64_t block = block_vectors(b), apart = 16 * b.lanes;
   for (int64_t j = (b.segment - 1) / block * block; j >= 0;
        j -= block) {  // as unlift: the owner of a byte writes it last
@@ -40,7 +58,7 @@ void unlift_one(const ByteRows& b, const char* lifted, char* data) {
     }
     transpose_bytes(v);
     for (int l = 0; l < b.lanes; ++l) {
-      char* to = b.flat + l * b.segment + j;
+      char* to = flat + l * b.segment + j;
       if (b.lanes == 16) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), v[l]);
       } else {
@@ -51,16 +69,14 @@ void unlift_one(const ByteRows& b, const char* lifted, char* data) {
       }
     }
   }
-  for_rows(b, data, [&](const char* flat, char* row) { copy_bytes(flat, row, b.columns); });
 }
 
-void lift_one(const ByteRows& b, char* data, char* lifted) {
-  for_rows(b, data, [&](char* flat, const char* row) { copy_bytes(row, flat, b.columns); });
+void lift_one(const ByteRows& b, const char* flat, char* lifted) {
   const int64_t block = block_vectors(b), apart = 16 * b.lanes;
   for (int64_t j = 0; j < b.segment; j += block) {
     __m256i v[16];
     for (int l = 0; l < b.lanes; ++l) {
-      const auto* from = reinterpret_cast<const __m256i*>(b.flat + l * b.segment + j);
+      const auto* from = reinterpret_cast<const __m256i*>(flat + l * b.segment + j);
       v[l] = _mm256_loadu_si256(from);
       if (b.lanes == 16) continue;
       const __m256i high = _mm256_loadu_si256(from + 1);

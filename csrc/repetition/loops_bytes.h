@@ -5,7 +5,7 @@
 //   pack_bytes(words[4], zero_point, is_signed) plus the zero point, saturated, in order
 //   copy_bytes(from, to, count)                 one byte or more
 // and behind it, to call fill_bytes,
-//   lift_one(b, data, lifted), unlift_one(b, lifted, data)   of one output
+//   lift_one(b, flat, lifted), unlift_one(b, lifted, flat)   of one output
 #pragma once
 
 #include "repetition/loops.h"
@@ -128,22 +128,27 @@ void finish_or_bytes(const Finish& f) {
   finish(f);
 }
 
-template <class Copy> void for_rows(const ByteRows& b, char* data, Copy copy) {
+void lift_one(const ByteRows&, const char* flat, char* lifted);
+void unlift_one(const ByteRows&, const char* lifted, char* flat);
+
+template <class Copy> void for_rows(const ByteRows& b, Copy copy) {
   if (b.columns == 0) return;
-  for (int64_t n = 0; n < b.images; ++n)
-    for (int64_t r = 0; r < b.rows; ++r)
-      copy(b.flat + n * b.image_pitch + r * b.row_pitch, data + n * b.stride_n + r * b.stride_h);
+  char *flat = b.flat, *data = b.data;
+  for (int64_t o = 0; o < b.outputs; ++o, flat += b.lanes * b.segment, data += b.data_step)
+    for (int64_t n = 0; n < b.images; ++n)
+      for (int64_t r = 0; r < b.rows; ++r)
+        copy(flat + n * b.image_pitch + r * b.row_pitch, data + n * b.stride_n + r * b.stride_h);
 }
 
-void lift_one(const ByteRows&, char* data, char* lifted);
-void unlift_one(const ByteRows&, const char* lifted, char* data);
-
+// Ascending: what an output writes past its end is then overwritten by its owner. Loads that follow stores of other
+// widths wait for them, so each step is done for all outputs.
 void lift_bytes(const ByteRows& b) {
-  for (int64_t o = 0; o < b.outputs; ++o) lift_one(b, b.data + o * b.data_step, b.lifted + o * b.lifted_step);
+  for_rows(b, [&](char* flat, const char* row) { copy_bytes(row, flat, b.columns); });
+  for (int64_t o = 0; o < b.outputs; ++o) lift_one(b, b.flat + o * b.lanes * b.segment, b.lifted + o * b.lifted_step);
 }
-
 void unlift_bytes(const ByteRows& b) {
-  for (int64_t o = 0; o < b.outputs; ++o) unlift_one(b, b.lifted + o * b.lifted_step, b.data + o * b.data_step);
+  for (int64_t o = 0; o < b.outputs; ++o) unlift_one(b, b.lifted + o * b.lifted_step, b.flat + o * b.lanes * b.segment);
+  for_rows(b, [&](const char* flat, char* row) { copy_bytes(flat, row, b.columns); });
 }
 
 void fill_bytes(Kernels& k) {

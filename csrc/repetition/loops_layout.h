@@ -63,12 +63,15 @@ void split_halves(const Stage& s, int64_t position, int64_t at, int64_t count) {
   transpose(from, s.segment * 4, lanes, reinterpret_cast<char*>(low), vector_bytes, count);
   transpose(from + s.half * 4, s.segment * 4, lanes, reinterpret_cast<char*>(high), vector_bytes, count);
   const u16v center = static_cast<uint16_t>(s.center + (s.dtype == DType::i8 ? 128 : 0)) - u16v{};
-  for (int64_t i = 0; i < count && i < lanes; ++i)
-    for (int c = 0; c < s.channels; ++c) {
-      const u32v pairs = (low[i] >> 8 * c & 0xff) | (high[i] >> 8 * c & 0xff) << 16;
-      u16v* to = reinterpret_cast<u16v*>(s.lifted + c * s.channel_stride + (at + i) * vector_bytes);
-      *to = reinterpret_cast<u16v>(pairs) - center;
-    }
+  constexpr uint32_t even = 0x00ff00ff, lower = 0xffff;
+  for (int64_t i = 0; i < count && i < lanes; ++i) {
+    const u32v low0 = low[i] & even, low1 = low[i] >> 8 & even, high0 = high[i] & even, high1 = high[i] >> 8 & even;
+    const u32v pairs[4] = {low0 & lower | high0 << 16, low1 & lower | high1 << 16, low0 >> 16 | high0 & ~lower,
+                           low1 >> 16 | high1 & ~lower};
+    char* to = s.lifted + (at + i) * vector_bytes;
+    for (int c = 0; c < s.channels; ++c, to += s.channel_stride)
+      *reinterpret_cast<u16v*>(to) = reinterpret_cast<u16v>(pairs[c]) - center;
+  }
 }
 
 // The three bfloat16, in the upper halves of words, whose sum a float is: each the leading bits of what is left.

@@ -181,7 +181,7 @@ def counts_cells(row: Mapping[str, Any]) -> list[str]:
 )
 @click.option("--threads", multiple=True, type=click.IntRange(min=1), help="One and two by default.")
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(min=1), help="The suite's own by default.")
-@click.option("--algorithm", "algorithms", multiple=True, help="Of ours; all by default.")
+@click.option("--algorithm", "algorithms", multiple=True, help="Of ours; all that serve the weights by default.")
 @click.option("--contender", "contenders", multiple=True, help="torch, onnxruntime, openvino, pycodesign.")
 @click.option("--layer", "layers", multiple=True, help="Part of a layer's name; of models, a network's name.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Turns of each contender, 15 by default.")

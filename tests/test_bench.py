@@ -339,8 +339,23 @@ def test_nothing_is_dropped_silently(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reasons["pycodesign float32 auto"].startswith("failed its check")
     assert result["rows"] == result["summary"] == []
     text = io.StringIO()
+    result["left_out"] += 2 * result["left_out"][-1:]
     print_table(result, Console(file=text, width=200))
     assert "not installed: exactlib" in text.getvalue()
+    assert ", and 2 more: failed its check" in text.getvalue()
+
+
+@pytest.mark.usefixtures("tiny_suite")
+def test_algorithms_that_serve_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = suites.SUITES["tiny"]
+    monkeypatch.setitem(suites.SUITES, "tiny", tiny._replace(algorithms=("auto", "codebook")))
+
+    def default_for(*weights: str) -> list[str]:
+        run = run_suite("tiny", weights=weights, rounds=1, threads=[1], contenders=["pycodesign"], progress=False)
+        return list(run["options"]["algorithms"])
+
+    assert default_for("ternary") == ["auto"]
+    assert default_for("ternary", "codebook8") == ["auto", "codebook"]
 
 
 def test_run_suite_checks_its_options() -> None:

@@ -159,9 +159,13 @@ def print_table(result: dict[str, Any], console: Console | None = None) -> None:
             f"least scaling to {least['threads']} threads above {SCALING_MACS / 1e6:.0f} MMAC: {least['scaling']:.2f}, "
             f"{least['contender']}, {least['layer']}, batch {least['batch']}, {least['state']}"
         )
+    places: dict[tuple[str, str], list[str]] = {}  # of one reason
     for entry in result["left_out"]:
         place = ", ".join(str(entry[k]) for k in ("layer", "batch", "threads", "weights") if k in entry)
-        console.print(f"{entry['contender']}{': ' + place if place else ''}: {entry['reason']}", style="yellow")
+        places.setdefault((entry["contender"], entry["reason"]), []).append(place)
+    for (contender, reason), found in places.items():
+        place = found[0] + (f", and {len(found) - 1} more" if len(found) > 1 else "")
+        console.print(f"{contender}{': ' + place if place else ''}: {reason}", style="yellow")
 
 
 def _print_layers(result: dict[str, Any], setting: dict[str, Any], console: Console) -> None:

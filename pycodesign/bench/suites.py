@@ -109,7 +109,7 @@ def run_suite(
     batches : sequence of int, optional
         The suite's own by default.
     algorithms : sequence of str, optional
-        Of ours; all by default. One that ``"auto"`` chose is not timed twice.
+        Of ours; all that serve the weights by default. One that ``"auto"`` chose is not timed twice.
     contenders : sequence of str, optional
         Of ``"torch"``, ``"onnxruntime"``, ``"openvino"``, ``"pycodesign"``; all by default. One that is not installed
         is listed as such.
@@ -143,12 +143,14 @@ def run_suite(
     if suite is None:
         raise ValueError(f"name: expected one of {', '.join(SUITES)}, got {name!r}")
     cores = len(os.sched_getaffinity(0))
+    has_codebooks = any(kind.startswith("codebook") for kind in weights)
+    served = [way for way in suite.algorithms if way != "codebook" or has_codebooks]
     options: dict[str, Any] = {
         "weights": list(weights),
         "dtypes": choose("dtypes", dtypes, list(RIVAL_DTYPES)),
         "threads": list(threads or ([1] if quick else range(1, min(cores, 2) + 1))),
         "batches": list(batches or (suite.batches[:1] if quick else suite.batches)),
-        "algorithms": choose("algorithms", algorithms or (("auto",) if quick else None), suite.algorithms),
+        "algorithms": choose("algorithms", algorithms or (("auto",) if quick else served), suite.algorithms),
         "contenders": choose("contenders", contenders, (*ENGINES, OURS)),
         "layers": list(layers) if layers else None,
         "rounds": rounds or (QUICK_ROUNDS if quick else ROUNDS),

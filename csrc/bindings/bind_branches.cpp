@@ -14,6 +14,7 @@
 #include "bindings/bound_call.h"
 #include "branches/branches.h"
 #include "core/cpu.h"
+#include "core/thread_pool.h"
 
 namespace pycodesign::bindings {
 
@@ -50,6 +51,31 @@ class InPython {
  private:
   std::atomic<bool>& inside_;
   bool is_counted_ = true;
+};
+
+// Lets torch's operations that begin on this thread run on one thread, where torch is loaded. In Python only.
+class OneTorchThread {
+ public:
+  OneTorchThread() {
+    start_torch();
+    before_ = core::swap_runtime_threads({1, 1});
+  }
+  ~OneTorchThread() { core::swap_runtime_threads(before_); }
+  OneTorchThread(const OneTorchThread&) = delete;
+  OneTorchThread& operator=(const OneTorchThread&) = delete;
+
+ private:
+  // torch's first operation on a thread sets what the thread has.
+  static void start_torch() {
+    thread_local bool has_started = false;
+    if (has_started) return;
+    PyObject* const torch = PyDict_GetItemString(PyImport_GetModuleDict(), "torch");
+    if (!torch || !PyObject_HasAttrString(torch, "get_num_threads")) return;  // or it is still being imported
+    py::handle(torch).attr("get_num_threads")();
+    has_started = true;
+  }
+
+  core::RuntimeThreads before_;
 };
 
 // A body: a chain, which needs no Python, a callable, or None, which is nothing but a place in the order.
@@ -153,6 +179,7 @@ class Parallel {
     if (body.chain) return body.chain->chain.run();
     if (body.object.is_none()) return;
     const InPython in(inside_);
+    const OneTorchThread one;
     results_[i] = py::reinterpret_steal<py::object>(call(body, arguments_));
   }
 

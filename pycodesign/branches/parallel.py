@@ -85,10 +85,8 @@ def run_branches(
         elif not callable(body):
             wanted = "callables, chains or packed layers"
             raise TypeError(f"branches: expected {wanted}, got {type(branch).__name__}")
-        else:
-            if bodies or timeout is not None:  # on another thread
-                body = partial(copy_context().run, call_in_modes, modes, body)
-            body = partial(_call_alone, body)
+        elif bodies or timeout is not None:  # on another thread
+            body = partial(copy_context().run, *([] if modes is None else [call_in_modes, modes]), body)
         bodies.append(body)
     if timeout is not None:
         results: list[Any] = [None] * len(bodies)
@@ -130,23 +128,20 @@ class _Store:
         self.name = f"branch {index}"
 
     def __call__(self) -> None:
-        self.results[self.index] = self.body(*self.inputs)
-
-
-def _call_alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    with hold_torch_threads(1):
-        return function(*arguments)
+        with hold_torch_threads(1):
+            self.results[self.index] = self.body(*self.inputs)
 
 
 def find_modes() -> Modes:
     """Return torch's grad, inference and autocast modes, and autocast's dtype; None for those of a new thread."""
     torch = sys.modules.get("torch")
-    if torch is None or not hasattr(torch, "is_autocast_enabled"):  # still being imported
+    is_autocast_enabled = getattr(torch, "is_autocast_enabled", None)
+    if torch is None or is_autocast_enabled is None:  # still being imported
         return None
     grad, inference, autocast = (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu"),
+        is_autocast_enabled("cpu"),
     )
     if grad and not inference and not autocast:
         return None

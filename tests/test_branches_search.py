@@ -176,7 +176,7 @@ def test_search_stays_under_the_target(method):
     model = LatencyModel(space, table, 2)
     seconds = sorted(model.seconds(space.sample(seed)) for seed in range(60))
     target = seconds[20]
-    options = {"method": method, "steps": 24, "train_steps": 20, "batch": 32, "candidates": 2}
+    options = {"method": method, "steps": 24, "train_steps": 20, "batch": 32, "candidates": 2, "finalists": 2}
     net = search(space, table, make_data(), target_ms=1e3 * target, **options)
     found = net.found
     assert found.latency <= target and found.latency == pytest.approx(model.seconds(found.architecture))
@@ -185,6 +185,47 @@ def test_search_stays_under_the_target(method):
     assert not net.training
     again = search(space, table, make_data(), target_ms=1e3 * target, **options)
     assert again.found.architecture == found.architecture
+
+
+def test_changes_of_an_architecture():
+    space, rng = Space(branches=3, operators=NATIVE, gates=("none", "add"), **SMALL), random.Random(0)
+    before = space.sample(rng)
+
+    def choices(architecture):
+        operators = [name for segment in architecture.operators for branch in segment for name in branch]
+        return operators + [name for row in architecture.gates for name in row]
+
+    changed = set()
+    for _ in range(300):
+        after = space.change(before, rng)
+        space.check(after)
+        places = [i for i, (a, b) in enumerate(zip(choices(before), choices(after), strict=True)) if a != b]
+        assert len(places) <= 2
+        changed.update(places)
+    assert changed == set(range(len(choices(before))))
+
+
+def test_neighbors_of_the_best_are_compared_too(monkeypatch):
+    from pycodesign.branches import searching
+
+    space = Space(branches=2, operators=NATIVE, gates=("none", "add"), classes=4, **SMALL)
+    model, (images, labels) = LatencyModel(space, make_table_of(space)), make_data(100)
+    target = sorted(model.seconds(space.sample(seed)) for seed in range(40))[10]
+    torch.manual_seed(0)
+    net = Supernet(space)
+
+    def choose(changed):
+        monkeypatch.setattr(searching, "CHANGED", changed)
+        found = searching._choose(net, model, model, Data(images, labels), target, torch.Generator().manual_seed(0))
+        assert len(set(found)) == len(found) and all(model.seconds(a) <= target for a in found)
+        with torch.no_grad():
+            losses = [
+                float(nn.functional.cross_entropy(net(images, model.architecture_choices(a)), labels)) for a in found
+            ]
+        assert losses == sorted(losses)
+        return losses[0]
+
+    assert choose(100) < choose(0)
 
 
 def test_latency_guides_the_search():

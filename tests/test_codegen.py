@@ -399,7 +399,8 @@ FORMS = {
     *("vpaddw v, v, v", "vpaddw v, v, [r+1*r]", "vpsubw v, v, v", "vpsubw v, v, [r+1*r]", "vpmullw v, v, [rip]"),
     *("vpslld v, v, imm", "vpsrad v, v, imm", "vpaddd v, v, v", "vpsubd v, v, v"),
     *("vpaddd v, v, [r]", "vpaddd v, v, [r+d8]"),
-    *("lea r, [r]", "lea r, [r+1*r]", "lea r, [r+2*r]", "lea r, [r+4*r]", "mov r, [r]", "mov r, [r+d8]", "mov r, [r+d32]"),
+    *("lea r, [r]", "lea r, [r+1*r]", "lea r, [r+2*r]", "lea r, [r+4*r]"),
+    *("mov r, [r]", "mov r, [r+d8]", "mov r, [r+d32]"),
     *(f"{add} v, v, {row}" for add in ADDITIONS for row in ("[r+d8]", "[r+1*r+d8]")),
     *("prefetcht1 [r]", "prefetcht1 [r+d8]", "prefetcht1 [r+d32]", "vzeroupper", "ret"),
 }

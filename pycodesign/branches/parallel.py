@@ -86,7 +86,8 @@ def run_branches(
             wanted = "callables, chains or packed layers"
             raise TypeError(f"branches: expected {wanted}, got {type(branch).__name__}")
         elif bodies or timeout is not None:  # on another thread
-            body = partial(copy_context().run, *([] if modes is None else [call_in_modes, modes]), body)
+            run: Any = copy_context().run
+            body = partial(run, body) if modes is None else partial(run, call_in_modes, modes, body)
         bodies.append(body)
     if timeout is not None:
         results: list[Any] = [None] * len(bodies)

@@ -29,7 +29,9 @@ WARM_UP = 0.25  # share of the supernet's steps in which its weights alone learn
 SMOOTHNESS = 0.1  # of the maximum at the beginning, in targets; 0 at the end
 COOLED = 0.3  # temperature of the Gumbel-softmax at the end; 3 at the beginning
 DRAWN = 400  # samples of the final distribution among which the network is chosen
-COMPARED = 32  # likeliest of them under the target, compared by the supernet's own accuracy
+COMPARED = 32  # likeliest of them under the target, compared by the supernet's own loss
+CHANGED = 150  # networks that differ from one of the best of these in a choice or two, compared with them
+PARENTS = 8
 
 
 @dataclass
@@ -70,7 +72,7 @@ def search(
     latency: str = "max_plus",
     steps: int = 600,
     train_steps: int = 400,
-    finalists: int = 2,
+    finalists: int = 3,
     candidates: int | None = None,
     budget: float | None = None,
     batch: int = 64,
@@ -93,8 +95,8 @@ def search(
         Teams that branches will run on.
     method : {"differentiable", "random", "optuna"}
         ``"differentiable"`` trains all networks at once (a `Supernet`), one sample a step; weights and choices take
-        turns; what it finds goes on from the shared weights. ``"random"`` and ``"optuna"`` (the extra `nas`) train one
-        network after another.
+        turns; of likely networks and their neighbors those with the smallest loss go on from the shared weights.
+        ``"random"`` and ``"optuna"`` (the extra `nas`) train one network after another.
     latency : {"max_plus", "sum"}
         Ready times of branches and a smooth maximum where they meet; or, to compare, the sum of all layers.
     steps : int
@@ -271,7 +273,7 @@ def _choose(
     target: float,
     generator: torch.Generator,
 ) -> list[Architecture]:
-    """Return the likeliest networks under the target, those with the smallest loss with the shared weights first."""
+    """Return likely networks under the target, and neighbors of the best; those of the smallest loss first."""
     drawn: dict[Architecture, Choices] = {}
     with torch.no_grad():
         best = net.best()
@@ -287,11 +289,20 @@ def _choose(
             if seconds <= target:
                 return [architecture]
             return [_sample_under(net.space, model, target, rng)]
-        losses: list[tuple[float, int, Architecture]] = []
-        for architecture, choices in fitting[:COMPARED]:
+        rng, losses = random.Random(0), dict[Architecture, float]()
+
+        def compare(choices: Choices) -> None:
             outputs = net(data.images[:400], choices)
-            losses.append((float(F.cross_entropy(outputs, data.labels[:400])), len(losses), architecture))
-    return [architecture for _, _, architecture in sorted(losses, key=lambda item: item[:2])]
+            losses[net.architecture(choices)] = float(F.cross_entropy(outputs, data.labels[:400]))
+
+        for _, choices in fitting[:COMPARED]:
+            compare(choices)
+        for _ in range(CHANGED):
+            parent = rng.choice(sorted(losses, key=losses.__getitem__)[:PARENTS])
+            choices = model.architecture_choices(net.space.change(parent, rng))
+            if net.architecture(choices) not in losses and float(guide(choices)) <= target:
+                compare(choices)
+    return sorted(losses, key=losses.__getitem__)
 
 
 def _sample_under(

@@ -186,6 +186,29 @@ class Space:
         gates = tuple(tuple(rng.choice(self.gates) for _ in self.pairs) for _ in range(self.segments - 1))
         return Architecture(operators, gates, self.stem)
 
+    def change(self, architecture: Architecture, seed: int | random.Random = 0) -> Architecture:
+        """Draw an operator anew, or a gate, or two of them.
+
+        Parameters
+        ----------
+        architecture : Architecture
+        seed : int or random.Random
+        """
+        rng = seed if isinstance(seed, random.Random) else random.Random(seed)
+        operators = [[list(branch) for branch in segment] for segment in architecture.operators]
+        gates = [list(row) for row in architecture.gates]
+        places: list[tuple[list[str], int, tuple[str, ...]]] = [
+            (branch, i, self.operators) for segment in operators for branch in segment for i in range(len(branch))
+        ]
+        places += [(row, i, self.gates) for row in gates for i in range(len(row))]
+        for names, i, known in rng.sample(places, min(rng.randint(1, 2), len(places))):
+            names[i] = rng.choice(known)
+        return Architecture(
+            tuple(tuple(tuple(branch) for branch in segment) for segment in operators),
+            tuple(tuple(row) for row in gates),
+            architecture.stem,
+        )
+
     def check(self, architecture: Architecture) -> None:
         """Raise unless an architecture is one of this space.
 

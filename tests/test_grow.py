@@ -1,4 +1,4 @@
-"""Growth of torch modules: the function, the trajectory of a training, optimizers, schedules, search, refusals."""
+"""Growth of torch modules: the function, the trajectory of a training, optimizers, refusals."""
 
 import copy
 import doctest
@@ -16,13 +16,27 @@ import timm.models as timm
 import torch
 import torch.nn.functional as F
 import transformers
+from growing import (
+    BUILDS,
+    CHANGES,
+    CLASSES,
+    POST_NORM,
+    PRE_NORM,
+    build,
+    build_encoder,
+    build_gpt2,
+    build_llama,
+    build_resnet,
+    build_timm_vit,
+    make_inputs,
+    randomize,
+    train_steps,
+)
 from torch import nn
 
 from pycodesign import growth
 from pycodesign.growth.modules import list_tensors
 from pycodesign.growth.sizes import compute_shapes, is_tied, read_heads, read_sizes
-
-TOKENS, CLASSES = 50, 5
 
 
 @pytest.fixture(autouse=True)
@@ -38,122 +52,6 @@ def precise_llama(monkeypatch):
     monkeypatch.setattr(
         llama.LlamaRMSNorm, "forward", lambda self, x: F.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
     )
-
-
-# Models: D features, L blocks, H heads, F features in MLPs
-
-
-def build_gpt2(D=24, L=2, H=6, F=40, **options):
-    config = {"vocab_size": TOKENS, "n_positions": 16, "bos_token_id": 0, "eos_token_id": 0, "layer_norm_epsilon": 1e-2}
-    drop = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    sizes = {"n_embd": D, "n_layer": L, "n_head": H, "n_inner": F}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**config, **drop, **sizes, **options))
-
-
-def build_llama(D=24, L=2, H=6, F=40, K=None, **options):
-    config = {"vocab_size": TOKENS, "rms_norm_eps": 1e-2, "head_dim": 4, "num_key_value_heads": K or H}
-    sizes = {"hidden_size": D, "num_hidden_layers": L, "num_attention_heads": H, "intermediate_size": F}
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**config, **sizes, **options}))
-
-
-def build_encoder(kind, D=24, L=2, H=6, F=40, **options):
-    sizes = {"hidden_size": D, "num_hidden_layers": L, "num_attention_heads": H, "intermediate_size": F}
-    drop = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    name, _, head = kind.partition("For")
-    images = {"image_size": 16, "patch_size": 8}
-    texts = {"vocab_size": TOKENS, "max_position_embeddings": 16}
-    config = {**sizes, **drop, **(texts if name == "Bert" else images), "num_labels": CLASSES, "layer_norm_eps": 1e-2}
-    model = getattr(transformers, kind if head else f"{name}Model")
-    return model(getattr(transformers, f"{name}Config")(**config, **options))
-
-
-def build_timm_vit(D=24, L=2, H=6, F=40, name="VisionTransformer", **options):
-    sizes = {"embed_dim": D, "depth": L, "num_heads": H, "mlp_ratio": F / D}
-    module = timm.deit if "Distilled" in name else timm.vision_transformer
-    return getattr(module, name)(img_size=16, patch_size=8, num_classes=CLASSES, **sizes, **options)
-
-
-def build_resnet(D=24, L=2, H=None, F=None, block="BasicBlock", **options):
-    width = D // 4
-    options |= {"base_width": 64 * width // 6} if block == "Bottleneck" else {}
-    channels = (width, 2 * width, 2 * width, 3 * width)
-    return timm.resnet.ResNet(
-        getattr(timm.resnet, block), (L,) * 4, CLASSES, channels=channels, stem_width=width, **options
-    )
-
-
-def build_sequential(D=24, L=None, H=None, F=40):
-    return nn.Sequential(
-        nn.Conv2d(3, D, 3, stride=2, padding=1),
-        nn.BatchNorm2d(D),
-        nn.ReLU(),
-        nn.Sequential(nn.Conv2d(D, D, 3, groups=D), nn.SiLU(), nn.MaxPool2d(2)),
-        nn.Flatten(),
-        nn.Linear(9 * D, F),
-        nn.LayerNorm(F, eps=1e-2),
-        nn.GELU(),
-        nn.Linear(F, D),
-        nn.RMSNorm(D),
-        nn.Tanh(),
-        nn.Linear(D, CLASSES),
-    )
-
-
-BUILDS = {
-    "gpt2": build_gpt2,
-    "gpt2 untied": lambda **sizes: build_gpt2(**sizes, tie_word_embeddings=False),
-    "llama": build_llama,
-    "llama tied": lambda **sizes: build_llama(**sizes, tie_word_embeddings=True),
-    "vit": lambda **sizes: build_encoder("ViTForImageClassification", **sizes),
-    "vit features": lambda **sizes: build_encoder("ViT", **sizes),
-    "deit": lambda **sizes: build_encoder("DeiTForImageClassificationWithTeacher", **sizes),
-    "timm vit": build_timm_vit,
-    "timm vit with scales": lambda **sizes: build_timm_vit(**sizes, init_values=0.5, qk_norm=True, global_pool="avg"),
-    "timm deit": lambda **sizes: build_timm_vit(**sizes, name="VisionTransformerDistilled"),
-    "timm resnet": build_resnet,
-    "timm resnet with bottlenecks": lambda **sizes: build_resnet(**sizes, block="Bottleneck"),
-    "sequential": build_sequential,
-    "bert": lambda **sizes: build_encoder("BertForMaskedLM", **sizes),
-    "bert features": lambda **sizes: build_encoder("Bert", **sizes),
-    "bert classes": lambda **sizes: build_encoder("BertForSequenceClassification", **sizes),
-}
-POST_NORM = [name for name in BUILDS if name.startswith("bert")]
-PRE_NORM = [name for name in BUILDS if name not in POST_NORM]
-CHANGES = {
-    "1.33x": {"D": 32, "H": 8, "F": 53},
-    "1.5x": {"D": 36, "H": 9, "F": 60},
-    "2x": {"D": 48, "H": 12, "F": 80},
-    "3x": {"D": 72, "H": 18, "F": 120},
-    "deeper": {"L": 3},
-    "1.33x and deeper": {"D": 32, "H": 8, "F": 53, "L": 3},
-    "3x and deeper": {"D": 72, "H": 18, "F": 120, "L": 3},
-    "MLP": {"F": 47},
-}
-
-
-def build(name, dtype=torch.float64, **sizes):
-    """Build a model; every parameter is random, norms and biases, too."""
-    return randomize(BUILDS[name](**sizes).to(dtype))
-
-
-def randomize(model):
-    with torch.no_grad():
-        for parameter in model.parameters():
-            spread = float(parameter.std()) if parameter.numel() > 1 else 0.0
-            parameter.add_(0.3 * (spread or 1.0) * torch.randn_like(parameter))
-        for key, buffer in model.named_buffers():
-            if key.endswith("running_mean"):
-                buffer.normal_()
-            elif key.endswith("running_var"):
-                buffer.uniform_(0.5, 2)
-    return model
-
-
-def make_inputs(name, dtype=torch.float64, count=3):
-    if name.startswith(("gpt2", "llama", "bert")):
-        return {"input_ids": torch.randint(TOKENS, (count, 9))}
-    size = 32 if "resnet" in name else 16
-    return torch.randn(count, 3, size, size, dtype=dtype)
 
 
 PRECISIONS = [(torch.float64, 1e-12), (torch.float32, 1e-5)]
@@ -304,27 +202,6 @@ def test_grown_weights_in_16_bits():
 
 
 # Optimizers
-
-
-def compute_loss(model, name, inputs):
-    outputs = model(**inputs) if isinstance(inputs, dict) else model(inputs)
-    logits = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
-    return logits[..., :CLASSES].square().mean() + logits[..., 0].mean()
-
-
-def train_steps(model, optimizer, name, steps, average=None):
-    count = 16 if "resnet" in name else 3  # statistics of BatchNorm over few values are ill-conditioned
-    generator = torch.Generator().manual_seed(steps)
-    model.train()
-    for _ in range(steps):
-        with torch.random.fork_rng():
-            torch.manual_seed(int(torch.randint(1000, (), generator=generator)))
-            inputs = make_inputs(name, count=count)
-        optimizer.zero_grad()
-        compute_loss(model, name, inputs).backward()
-        optimizer.step()
-        if average is not None:
-            average.update_parameters(model)
 
 
 OPTIMIZERS = {
@@ -1020,285 +897,6 @@ def test_refused_models_and_optimizers():
     with pytest.raises(ValueError, match=r"extra.bias: expected a parameter that the spec 'gpt2' knows|extra.weight"):
         growth.grow(source, target)
     assert all(torch.equal(before[key], target.state_dict()[key]) for key in before)
-
-
-# Schedules and search
-
-
-def build_small(width=16):
-    return nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, CLASSES)).double()
-
-
-def run_loop(schedule, model, optimizer, first, last, save_at=()):
-    saved = {}
-    for step in range(first, last):
-        model, optimizer = schedule.grow(step, model, optimizer)
-        x = torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
-        optimizer.zero_grad()
-        (model(x).square().mean() + model(x).mean()).backward()
-        optimizer.step()
-        if step + 1 in save_at:
-            saved[step + 1] = copy.deepcopy(schedule.save(step + 1, model, optimizer))
-    return model, optimizer, saved
-
-
-@pytest.mark.parametrize("mode", ["break_symmetry", "exact"])
-def test_schedule_resumes_at_any_step(mode):
-    def make_schedule():
-        return growth.Schedule([(0, lambda: build_small(32)), (6, lambda: build_small(96))], mode=mode)
-
-    def make_optimizer(parameters):
-        return torch.optim.AdamW(parameters, lr=1e-2)
-
-    model = build_small()
-    small = copy.deepcopy(model)
-    model, _, saved = run_loop(make_schedule(), model, make_optimizer(model.parameters()), 0, 12, range(1, 12))
-    assert model[0].out_features == 96
-    if mode == "exact":
-        smaller = run_loop(growth.Schedule([(99, build_small)]), small, make_optimizer(small.parameters()), 0, 12)[0]
-        assert growth.modules.compare_outputs(smaller, model, torch.randn(4, 8, dtype=torch.float64)) <= 1e-12
-    for steps, checkpoint in saved.items():
-        schedule = make_schedule()
-        resumed, optimizer, done = schedule.load(checkpoint, build_small, make_optimizer)
-        assert (done, resumed[0].out_features) == (steps, 32 if steps <= 6 else 96)
-        resumed = run_loop(schedule, resumed, optimizer, done, 12)[0]
-        for expected, got in zip(model.parameters(), resumed.parameters(), strict=True):
-            assert torch.equal(expected, got)
-
-
-def test_averages_grow_with_the_model():
-    model = build("sequential")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    average = torch.optim.swa_utils.AveragedModel(model)
-    train_steps(model, optimizer, "sequential", 5, average)
-    old, inputs = copy.deepcopy(average), make_inputs("sequential")
-    schedule = growth.Schedule(
-        [(0, lambda: build("sequential", **CHANGES["1.33x"])), (1, lambda: build("sequential", **CHANGES["2x"]))]
-    )
-    for step in range(2):
-        model, optimizer = schedule.grow(step, model, optimizer, average)
-        assert growth.modules.compare_outputs(old, average, inputs) <= 1e-12
-        assert growth.modules.compare_outputs(model, average, inputs) > 1e-6
-        assert int(average.n_averaged) == 5
-    train_steps(model, optimizer, "sequential", 1, average)
-    assert int(average.n_averaged) == 6 and average.module[5].out_features == 80
-
-
-def test_schedule_keeps_groups():
-    model = build_small()
-    groups = [
-        {"params": [model[0].weight, model[2].weight], "weight_decay": 0.5},
-        {"params": [model[0].bias], "lr": 0.1},
-    ]
-    optimizer = torch.optim.SGD(groups, lr=0.2, momentum=0.9)
-    model[2].bias.requires_grad_(False)
-    model, optimizer = growth.Schedule([(0, lambda: build_small(24))]).grow(0, model, optimizer)
-    assert [[p.shape for p in group["params"]] for group in optimizer.param_groups] == [
-        [model[0].weight.shape, model[2].weight.shape],
-        [model[0].bias.shape],
-    ]
-    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.2, 0.5), (0.1, 0)]
-
-
-@pytest.mark.parametrize("steps", [[], [3, 3], [5, 2], [-1], [1.5], ["a", 2]])
-def test_refused_schedules(steps):
-    with pytest.raises(ValueError, match="stages: expected ascending steps from 0"):
-        growth.Schedule([(step, build_small) for step in steps])
-    with pytest.raises(TypeError, match="stages: expected functions that build models, got"):
-        growth.Schedule([(0, 5)])
-    with pytest.raises(ValueError, match="noise: expected"):
-        growth.Schedule([(0, build_small)], noise=-1)
-
-
-def test_learning_rates_go_on_through_growth():
-    model = build_small()
-    first = optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
-    rates = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, 10)
-    schedule = growth.Schedule([(2, lambda: build_small(24)), (4, lambda: build_small(32))])
-    for step in range(6):
-        model, optimizer = schedule.grow(step, model, optimizer)
-        assert optimizer.param_groups[0]["lr"] == rates.get_last_lr()[0] == pytest.approx(1 - 0.09 * step)
-        model(torch.ones(2, 8).double()).sum().backward()
-        optimizer.step()
-        rates.step()
-    assert optimizer is first and model[0].out_features == 32
-    assert {id(p) for p in model.parameters()} == {id(p) for p in optimizer.param_groups[0]["params"]}
-    schedule = growth.Schedule([(0, lambda: build_small(40)), (1, lambda: build_small(8))])
-    with pytest.raises(ValueError, match="expected at least 40 features"):
-        schedule.grow(1, model, optimizer)
-    assert schedule.stage == 0 and {id(p) for p in model.parameters()} == {
-        *map(id, optimizer.param_groups[0]["params"])
-    }
-    with pytest.raises(ValueError, match="mode: expected 'break_symmetry' with a schedule of learning rates"):
-        growth.Schedule([(0, lambda: build_small(64))], mode="exact").grow(0, model, optimizer)
-
-
-def test_growth_in_place_of_a_wrapped_model():
-    model = build_small()
-    average = torch.optim.swa_utils.AveragedModel(model)
-    schedule = growth.Schedule([(2, lambda: build_small(24))])
-    for step in range(4):
-        schedule.grow_in_place(step, average, None)
-        assert average(torch.ones(2, 8).double()).shape == (2, CLASSES)
-        assert average.module[0].out_features == (16 if step < 2 else 24)
-
-
-def test_growth_in_several_processes(monkeypatch):
-    schedule, model = growth.Schedule([(2, lambda: build_small(24))]), build_small()
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        wrapped = nn.parallel.DistributedDataParallel(model)
-        with pytest.raises(ValueError, match=r"model: .* grow its \.module, and wrap .*, got DistributedDataParallel"):
-            schedule.grow(0, wrapped)
-        assert schedule.grow(2, wrapped.module)[0][0].out_features == 24
-        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-        with pytest.raises(ValueError, match=r"model: expected one process, for growth in place; .*, got 2"):
-            schedule.grow_in_place(0, model, None)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-class Texts(torch.utils.data.Dataset):
-    def __len__(self):
-        return 64
-
-    def __getitem__(self, row):
-        tokens = torch.randint(TOKENS, (6,), generator=torch.Generator().manual_seed(row))
-        return {"input_ids": tokens, "labels": tokens}
-
-
-def make_trainer(model, schedule, folder, steps):
-    arguments = transformers.TrainingArguments(
-        folder,
-        max_steps=steps,
-        save_steps=1,
-        per_device_train_batch_size=4,
-        learning_rate=1e-3,
-        lr_scheduler_type="constant",
-        report_to=[],
-        disable_tqdm=True,
-        use_cpu=True,
-        logging_steps=100,
-    )
-    return transformers.Trainer(model, arguments, train_dataset=Texts(), callbacks=[schedule.callback()])
-
-
-@pytest.mark.filterwarnings("ignore")  # Trainer's own
-def test_trainer_grows_and_resumes(tmp_path):
-    def build_first():
-        torch.manual_seed(3)
-        return build_gpt2()
-
-    def make_schedule():
-        return growth.Schedule([(3, lambda: build_gpt2(D=32, H=8)), (6, lambda: build_gpt2(D=32, H=8, L=3))])
-
-    schedule = make_schedule()
-    trainer = make_trainer(build_first(), schedule, tmp_path, 10)
-    trainer.train()
-    assert trainer.model.config.n_embd == 32 and len(trainer.model.transformer.h) == 3
-    assert sum(p.numel() for g in trainer.optimizer.param_groups for p in g["params"]) == trainer.model.num_parameters()
-    for steps in range(1, 10):
-        schedule = make_schedule()
-        resumed = make_trainer(schedule.build(steps, build_first), schedule, tmp_path / "resumed", 10)
-        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{steps}"))
-        for expected, got in zip(trainer.model.parameters(), resumed.model.parameters(), strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
-    with pytest.raises(ValueError, match="mode: expected 'break_symmetry' with a Trainer"):
-        growth.Schedule([(0, build_gpt2)], mode="exact").callback()
-
-
-def make_task():
-    x = torch.randn(256, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    y = (x[:, :1] * x[:, 1:2]).tanh()
-
-    def loss(model):
-        return (model(x)[:, :1] - y).square().mean()
-
-    def train(model, optimizer, first, last):
-        for _ in range(first, last):
-            optimizer.zero_grad()
-            loss(model).backward()
-            optimizer.step()
-
-    return train, lambda model: -loss(model).item()
-
-
-def test_search_halves_its_candidates():
-    train, score = make_task()
-    source = build_small(8)
-    adam = torch.optim.AdamW(source.parameters(), lr=1e-2)
-    train(source, adam, 0, 20)
-    trained = []
-
-    def count(model, optimizer, first, last):
-        trained.append((model[0].out_features, first, last))
-        assert first or optimizer.state  # grown with the model
-        train(model, optimizer, first, last)
-
-    candidates = {f"{w}": lambda w=w: build_small(w) for w in (8, 10, 16, 24)}
-    found = growth.search(source, candidates, count, score, steps=5, optimizer=adam)
-    assert [(steps, len(scores)) for steps, scores in found.rungs] == [(5, 4), (10, 2)]
-    assert found.best == max(found.rungs[-1][1], key=found.rungs[-1][1].get)
-    assert found.model[0].out_features == int(found.best)
-    assert [(first, last) for _, first, last in trained] == [(0, 5)] * 4 + [(5, 10)] * 2
-    assert f"best: {found.best}" in str(found)
-    assert score(found.model) == found.rungs[-1][1][found.best]
-
-
-def test_search_checks_before_it_trains():
-    train, score = make_task()
-    source = build_small(8)
-    candidates = {"wide": lambda: build_small(16), "narrow": lambda: build_small(4)}
-    with pytest.raises(ValueError, match="expected at least 8"):
-        growth.search(source, candidates, None, score, steps=5)
-    del candidates["narrow"]
-    bad = {"steps": (0, 1.5), "keep": (0, 1), "rungs": (0, -1, 1.5)}
-    for options, text in (({"steps": 1, name: value}, name) for name, values in bad.items() for value in values):
-        with pytest.raises(ValueError, match=text):
-            growth.search(source, candidates, train, score, **options)
-    with pytest.raises(ValueError, match="candidates"):
-        growth.search(source, {}, train, score, steps=1)
-
-
-def test_each_rung_drops_a_candidate():
-    train, score = make_task()
-    candidates = {f"{w}": lambda w=w: build_small(w) for w in (8, 10, 16, 24)}
-    found = growth.search(build_small(8), candidates, train, score, steps=1, keep=0.999)
-    assert [(steps, len(scores)) for steps, scores in found.rungs] == [(1, 4), (2, 3), (4, 2)]
-
-
-@pytest.mark.parametrize(
-    ("count", "steps", "final", "text"),
-    [
-        (1, [2], 4, "candidates: expected two or more, got 1"),
-        (2, [], 4, r"steps: expected ascending ones from 1 to final_steps, 4, got \[\]"),
-        (2, [4, 2], 8, "steps: expected ascending"),
-        (2, [0], 8, "steps: expected ascending"),
-        (2, [2, 10], 8, "steps: expected ascending"),
-    ],
-)
-def test_proxies_are_checked_before_they_are_trained(count, steps, final, text):
-    candidates = {f"{w}": lambda w=w: build_small(w) for w in range(16, 16 + count)}
-    with pytest.raises(ValueError, match=text):
-        growth.compare_proxies(build_small(8), candidates, None, None, steps=steps, final_steps=final)
-
-
-def test_a_diverged_candidate_loses():
-    train, _ = make_task()
-    scores = {8: float("nan"), 10: 0.5}
-    candidates = {f"{w}": lambda w=w: build_small(w) for w in scores}
-    found = growth.search(build_small(8), candidates, train, lambda model: scores[model[0].out_features], steps=1)
-    assert found.best == "10"
-
-
-def test_proxies_are_compared():
-    train, score = make_task()
-    candidates = {f"{w}": lambda w=w: build_small(w) for w in (8, 12, 16)}
-    result = growth.compare_proxies(build_small(8), candidates, train, score, steps=[2, 30], final_steps=30)
-    assert result["scratch"][30] == 1
-    assert all(-1 <= tau <= 1 for tau in result["grown"].values())
-    assert list(result["final"]) == ["8", "12", "16"]
 
 
 @pytest.mark.parametrize("name", ["halving", "modules", "plan", "schedule", "sizes", "spec", "specs"])

@@ -6,6 +6,7 @@ The interpreter knows the instructions that code may have, and memory that code 
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import platform
@@ -487,6 +488,27 @@ print(*(w.message for w in caught), sep="\\n")
 """
     warning = run_child(tmp_path, body, PYCODESIGN_JIT="0", PYCODESIGN_ISA=ISAS[-1]).strip()
     assert re.fullmatch(r"algorithm: 'codegen' asked for, 'tables' runs: .*PYCODESIGN_JIT.*", warning)
+
+
+FORBIDDEN = """
+import ctypes, warnings
+assert ctypes.CDLL(None).prctl(65, 1, 0, 0, 0) == 0, "no PR_SET_MDWE"  # nothing becomes executable from here on
+with warnings.catch_warnings(record=True) as caught:
+    for inputs in INPUTS:
+        packed = pack(CASES["ternary"], inputs)
+        assert packed._native.machine_code(True) is None
+        assert packed.explain()["algorithm"] == "tables"
+        got = ops.conv2d(make_input(CASES["ternary"], inputs), packed)
+        assert np.array_equal(got, expect(CASES["ternary"], inputs))
+print(*(w.message for w in caught), sep="\\n")
+"""
+
+
+def test_forbidden_by_the_system(tmp_path: Path) -> None:
+    if ctypes.CDLL(None).prctl(66, 0, 0, 0, 0) < 0:  # PR_GET_MDWE
+        pytest.skip("memory that never becomes executable needs Linux 6.3")
+    warning = run_child(tmp_path, FORBIDDEN, PYCODESIGN_ISA=ISAS[-1]).strip()
+    assert re.fullmatch(r"algorithm: 'codegen' asked for, 'tables' runs: .* lets memory become executable.*", warning)
 
 
 def test_code_is_never_saved(tmp_path: Path) -> None:

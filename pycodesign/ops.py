@@ -263,9 +263,9 @@ class Packed:
     def _run(self, x: NDArray[Any], call: Callable[[Native], Array]) -> Array:
         """Run, after choosing by time on the first call with something to time where tuning was asked for."""
         lock = self._tune_lock
-        if lock is not None and x.size and call(self._native).size:
+        if lock is not None and x.size:
             with lock:
-                if self._tune_lock is not None:
+                if self._tune_lock is not None and call(self._native).size:
                     self._tune(call)
                     self._tune_lock = self._source = None
         return call(self._native)

@@ -265,7 +265,7 @@ class Packed:
         lock = self._tune_lock
         if lock is not None and x.size:
             with lock:
-                if self._tune_lock is not None:
+                if self._tune_lock is not None and call(self._native).size:
                     self._tune(call)
                     self._tune_lock = self._source = None
         return call(self._native)
@@ -275,6 +275,8 @@ class Packed:
         assert q is not None
         natives: dict[str, Native] = {}
         for algorithm in (CONV2D_ALGORITHMS if self.kind == "conv2d" else LINEAR_ALGORITHMS)[1:]:
+            if algorithm == "codegen" and not _core.generates_code():
+                continue  # `tables` would run
             try:
                 natives[algorithm] = self._native if algorithm == self.algorithm else self._pack(q, algorithm)
             except ValueError:
@@ -695,8 +697,9 @@ def _expand(q: KernelCodebook, algorithm: str) -> QuantizedTensor:
 
 @functools.cache
 def _warn_once() -> None:
-    reason = "machine code needs Linux on x86-64 with AVX2, and PYCODESIGN_JIT other than 0"
-    warnings.warn(f"algorithm: 'codegen' asked for, 'tables' runs: {reason}", RuntimeWarning, stacklevel=5)
+    needs = "x86-64 with AVX2, a Linux that lets memory become executable, and PYCODESIGN_JIT other than 0"
+    text = f"algorithm: 'codegen' asked for, 'tables' runs: machine code needs {needs}"
+    warnings.warn(text, RuntimeWarning, stacklevel=5)
 
 
 def _exceed_int8(levels: NDArray[np.float32], options: dict[str, Any]) -> bool:

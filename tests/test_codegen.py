@@ -6,6 +6,7 @@ The interpreter knows the instructions that code may have, and memory that code 
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import platform
@@ -15,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -84,6 +85,9 @@ CASES = {
     "columns of every second pixel": Case(50, 5, 3, BINARY, columns=3, kernels=6, stride=2),
     "columns of every third pixel": Case(50, 5, 3, BINARY, columns=3, kernels=6, stride=3),
     "columns apart": Case(50, 5, 3, BINARY, columns=3, kernels=6, dilation=2),
+    "columns far apart": Case(44, 9, 3, TERNARY, columns=3, kernels=3, dilation=50, zeros=0.4),
+    "columns of every third pixel, many sums": Case(90, 5, 3, TERNARY, columns=3, kernels=4, stride=3),
+    "columns of zeros and ones": Case(60, 3, 3, (0, 1), columns=2, kernels=3, stride=3),
     "columns, segments": Case(40, 70, 3, BINARY, columns=3, kernels=6),
     "columns, groups": Case(60, 4, 3, BINARY, columns=3, kernels=6, groups=3),
     "few kernels": Case(50, 9, 3, BINARY, columns=3, kernels=5),
@@ -134,7 +138,8 @@ def pack(case: Case, inputs: str, algorithm: str = "codegen") -> ops.Packed:
 def make_input(case: Case, inputs: str) -> Array:
     dtype, bits = INPUTS[inputs]
     lowest, highest = (-8, 9) if dtype == "float32" else (0, 1 << (bits or 8)) if dtype == "uint8" else (-128, 128)
-    shape = 2, case.groups * case.channels, case.rows + 4, 9
+    height, width = (case.dilation * (size - 1) + 5 for size in (case.rows, case.columns))
+    shape = 2, case.groups * case.channels, height, width + 4
     return np.random.default_rng(0).integers(lowest, highest, shape).astype(dtype)
 
 
@@ -392,7 +397,7 @@ def test_run(name: str, inputs: str, isa: str) -> None:
 ADDITIONS = "vaddps", "vsubps", "vpaddw", "vpsubw"
 FORMS = {
     *("vmovups v, [rip]", "vmovups v, [r+1*r]", "vmovups v, [r+1*r+d8]"),
-    *("vmovups v, [r]", "vmovups v, [r+d8]", "vmovups [r], v", "vmovups [r+d8], v"),
+    *("vmovups v, [r]", "vmovups v, [r+d8]", "vmovups v, [r+d32]", "vmovups [r], v", "vmovups [r+d8], v"),
     *("vaddps v, v, v", "vaddps v, v, [r+1*r]", "vsubps v, v, v", "vsubps v, v, [r+1*r]"),
     *("vmulps v, v, [rip]", "vfmadd132ps v, v, [rip]", "vfnmadd132ps v, v, [rip]"),
     *("vfmadd231ps v, v, v", "vfnmadd231ps v, v, v"),
@@ -401,15 +406,15 @@ FORMS = {
     *("vpaddd v, v, [r]", "vpaddd v, v, [r+d8]"),
     *("lea r, [r]", "lea r, [r+1*r]", "lea r, [r+2*r]", "lea r, [r+4*r]"),
     *("mov r, [r]", "mov r, [r+d8]", "mov r, [r+d32]"),
-    *(f"{add} v, v, {row}" for add in ADDITIONS for row in ("[r+d8]", "[r+1*r+d8]")),
+    *(f"{add} v, v, {row}" for add in ADDITIONS for row in ("[r+d8]", "[r+d32]", "[r+1*r+d8]")),
     *("prefetcht1 [r]", "prefetcht1 [r+d8]", "prefetcht1 [r+d32]", "vzeroupper", "ret"),
 }
 # Of code that prefetches would not fetch: all processors but AMD's Zen 3 and 4 are taken to drop them.
 CPU = Path("/proc/cpuinfo").read_text()
 READS_AHEAD = set() if re.search(r"AuthenticAMD\ncpu family\s*: 25\n", CPU) else {"test [r], r", "test [r+d32], r"}
 AVX2_FORMS = {
-    *("vpxor v, v, v", "vmovups v, [r+d32]", "vmovups [r+d32], v", "vpaddd v, v, [r+d32]"),
-    *(f"{add} v, v, [r+d32]" for add in ADDITIONS),
+    *("vpxor v, v, v", "vmovups [r+d32], v", "vpaddd v, v, [r+d32]", "vmovups v, [r+1*r+d32]"),
+    *(f"{add} v, v, [r+1*r+d32]" for add in ADDITIONS),
 }
 AVX512_FORMS = {"vpxord v, v, v"}
 
@@ -436,6 +441,20 @@ def test_every_form_occurs(avx512: bool) -> None:
             registers = [a | b for a, b in zip(registers, seen, strict=True)]
     assert forms == FORMS | READS_AHEAD | (AVX512_FORMS if avx512 else AVX2_FORMS)
     assert registers == [set(range(32 if avx512 else 16))] * 3
+
+
+@pytest.mark.parametrize("avx512", [False, True], ids=["avx2", "avx512"])
+@pytest.mark.parametrize("dilation", [1 << 20, 1 << 22, 1 << 24])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_columns_are_within_reach(stride: int, dilation: int, avx512: bool) -> None:
+    """Displacements have 32 bits. Where some would be longer, code adds single inputs, whose addresses are data."""
+    case = replace(CASES["columns"], dilation=dilation, stride=stride)
+    made = pack(case, "float32")._native.machine_code(avx512)
+    assert made
+    for *_, segments in made[1]:
+        for begin, end, *_ in segments:
+            operands = [o for i in disassemble(made[0], begin, end, avx512) for o in i.operands]
+            assert all(o.displacement >= 0 for o in operands if isinstance(o, Memory))
 
 
 # ---- life ----------------------------------------------------------------------------------------------------------
@@ -470,6 +489,27 @@ print(*(w.message for w in caught), sep="\\n")
 """
     warning = run_child(tmp_path, body, PYCODESIGN_JIT="0", PYCODESIGN_ISA=ISAS[-1]).strip()
     assert re.fullmatch(r"algorithm: 'codegen' asked for, 'tables' runs: .*PYCODESIGN_JIT.*", warning)
+
+
+FORBIDDEN = """
+import ctypes, warnings
+assert ctypes.CDLL(None).prctl(65, 1, 0, 0, 0) == 0, "no PR_SET_MDWE"  # nothing becomes executable from here on
+with warnings.catch_warnings(record=True) as caught:
+    for inputs in INPUTS:
+        packed = pack(CASES["ternary"], inputs)
+        assert packed._native.machine_code(True) is None
+        assert packed.explain()["algorithm"] == "tables"
+        got = ops.conv2d(make_input(CASES["ternary"], inputs), packed)
+        assert np.array_equal(got, expect(CASES["ternary"], inputs))
+print(*(w.message for w in caught), sep="\\n")
+"""
+
+
+def test_forbidden_by_the_system(tmp_path: Path) -> None:
+    if ctypes.CDLL(None).prctl(66, 0, 0, 0, 0) < 0:  # PR_GET_MDWE
+        pytest.skip("memory that never becomes executable needs Linux 6.3")
+    warning = run_child(tmp_path, FORBIDDEN, PYCODESIGN_ISA=ISAS[-1]).strip()
+    assert re.fullmatch(r"algorithm: 'codegen' asked for, 'tables' runs: .* lets memory become executable.*", warning)
 
 
 def test_code_is_never_saved(tmp_path: Path) -> None:

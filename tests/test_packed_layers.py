@@ -215,8 +215,10 @@ def test_warmup() -> None:
 
 @pytest.mark.parametrize("case", [Case((1, 9, 8, 8), (16, 9, 3, 3)), Case((2, 64), (70, 64))], ids=["conv2d", "linear"])
 @pytest.mark.parametrize("dtype", ["float32", "uint8"])
-def test_tune(case: Case, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("isa", [ISAS[0], ISAS[-1]])
+def test_tune(isa: str, case: Case, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "COLD_BYTES", 1 << 16)
+    pycodesign.set_isa(isa)
     q, bias = make_weights(case)
     prepack = ops.prepack_conv2d if case.kind == "conv2d" else ops.prepack_linear
     packed = prepack(q, bias, input_dtype=dtype, tune=True, **input_options(dtype))
@@ -225,11 +227,20 @@ def test_tune(case: Case, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     why = packed.explain()["why"]
     assert why.startswith("measured cold: ")
     assert [part.split()[0] for part in why.removeprefix("measured cold: ").split(", ")] == sorted(
-        set(ALGORITHMS[case.kind]) - {"codebook"}
+        set(ALGORITHMS[case.kind]) - {"codebook"} - (set() if _core.generates_code() else {"codegen"})
     )
     np.testing.assert_array_equal(y, run(x, pack(case, dtype, packed.algorithm)))
     np.testing.assert_array_equal(y, run(x, packed))
     assert packed.explain()["why"] == why
+
+
+def test_results_without_elements_tune_nothing() -> None:
+    packed = ops.prepack_conv2d(make_weights(Case((1, 9, 8, 8), (16, 9, 3, 3)))[0], tune=True)
+    for shape in ((0, 9, 8, 8), (1, 9, 2, 8)):
+        packed.warmup(shape)
+        assert not packed.explain()["why"].startswith("measured")
+    packed.warmup((1, 9, 3, 3))
+    assert packed.explain()["why"].startswith("measured cold: ")
 
 
 @each_isa

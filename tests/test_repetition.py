@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ALGORITHMS, INPUT_DTYPES, ISAS, THREADS
+from conftest import ALGORITHMS, INPUT_DTYPES, ISAS, THREADS, to_codebook
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from layers import (
@@ -471,6 +471,21 @@ def test_dense_sums_of_worst_inputs(isa: str, largest: int, dtype: str, bits: in
         "ocs,nchws->nohw", w[:, :, 0], np.lib.stride_tricks.sliding_window_view(x, 2, axis=3).astype(int)
     )
     np.testing.assert_array_equal(ops.conv2d(x, packed, out_dtype="int32"), expected)
+
+
+@each_isa
+@each_conv2d
+@pytest.mark.parametrize(("dtype", "bits", "zero_point"), [("uint8", 1, 255), ("uint8", 4, 255), ("int8", 2, -128)])
+def test_padding_beyond_the_promised_bits(algorithm: str, isa: str, dtype: str, bits: int, zero_point: int) -> None:
+    """Padding is the zero point, which no promise bounds: most of what these outputs read is padding."""
+    pycodesign.set_isa(isa)
+    q = QuantizedTensor(np.ones((9, 64, 3, 3), np.uint8), np.array([-1, 1], F32), np.ones(9, F32))
+    weights = to_codebook(q) if algorithm == "codebook" else q
+    assert weights is not None
+    options = {"padding": 2, "input_zero_point": zero_point}
+    packed = ops.prepack_conv2d(weights, algorithm=algorithm, input_dtype=dtype, input_bits=bits, **options)
+    x = np.ones((2, 64, 3, 4), dtype)
+    np.testing.assert_array_equal(ops.conv2d(x, packed), reference.conv2d(x, q, **options))
 
 
 @each_isa

@@ -15,6 +15,7 @@ namespace {
 
 constexpr int64_t sample_channels = 64;
 constexpr size_t max_columns_staged = 8;
+constexpr int64_t planes_bytes = (max_columns_staged + 1) * 64;  // of one vector, at most
 
 // A segment's code stays in the first-level cache while it runs over all vectors.
 constexpr double segment_bytes = 24 << 10;
@@ -59,12 +60,14 @@ ColumnPattern column_of(const CodeLayer& l, int64_t output, int64_t channel, int
       rows, [&](int64_t r) { return l.weights->level(output, (channel * rows + r) * columns + s); }, minus);
 }
 
-// The columns that occur, where all levels are -1, 0 or 1; none where filters are of another size, or where planes
-// would be read from memory more often than added.
+// The columns that occur, where all levels are -1, 0 or 1; none where filters are of another size, where columns lie
+// further apart than an address in the code can say, or where planes would be read from memory more often than added.
 Columns columns_of(const CodeLayer& l) {
   const Weights& w = *l.weights;
   const auto& [rows, columns] = l.geometry.kernel;
   if (rows < 2 || rows > max_column_rows || columns > max_columns) return {};
+  for (const ColumnTap& tap : column_taps(l.geometry))
+    if ((tap.shift + 1) * planes_bytes > std::numeric_limits<int32_t>::max()) return {};
   for (int64_t i = 0; i < w.level_rows * w.level_count; ++i)
     if (w.levels[i] != 0 && std::abs(w.levels[i]) != 1) return {};
   std::set<ColumnPattern> found;

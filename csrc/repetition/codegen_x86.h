@@ -1,6 +1,6 @@
 // Straight-line machine code for the sums of one convolution layer, for AVX-512 or AVX2: weights are the instructions.
 //
-// The accumulators of up to 30 outputs stay in registers. Patterns of a few neighboring channels' levels, a + b or a -
+// The accumulators of up to 31 outputs stay in registers. Patterns of a few neighboring channels' levels, a + b or a -
 // b, are summed once, in registers too, and added to every output that has them.
 #pragma once
 

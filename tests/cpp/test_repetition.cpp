@@ -87,6 +87,23 @@ struct Layer {
     for (int64_t i = 0; i < outputs; ++i) bias.push_back(static_cast<float>(static_cast<int>(random() % 64) - 32) / 8);
     weights = {outputs, inputs, codes.data(), levels.data(), 1, level_count, scale.data(), scale_groups, bias.data()};
   }
+
+  // Other weights: any of so many kernels of `inputs` inputs, other ones for either half where there are halves.
+  std::vector<uint8_t> index;
+  std::vector<int8_t> sign;
+  std::vector<float> values;
+  Codebook book;
+  void use_kernels(int64_t kernels, int64_t inputs, std::mt19937& random) {
+    const int64_t patterns = weights.inputs / inputs, books = patterns % 2 ? 1 : 2;
+    for (int64_t i = 0; i < books * kernels * inputs; ++i) values.push_back(levels[random() % levels.size()]);
+    for (int64_t i = 0; i < weights.outputs * patterns; ++i) {
+      index.push_back(static_cast<uint8_t>(random() % static_cast<size_t>(kernels)));
+      sign.push_back(random() % 2 ? 1 : -1);
+    }
+    book = {books, kernels, inputs, patterns, index.data(), sign.data(), values.data()};
+    weights.codes = nullptr;
+    weights.codebook = &book;
+  }
 };
 
 size_t size_of(DType dtype) { return dtype == DType::f32 || dtype == DType::i32 ? 4 : 1; }
@@ -172,10 +189,13 @@ void test_conv2d(const Case& c, Algorithm algorithm, DType input, DType output, 
   std::mt19937 random(7);
   const Geometry& g = c.geometry;
   const int64_t channels = g.channels / g.groups, taps = g.kernel[0] * g.kernel[1], per_group = c.outputs / g.groups;
-  const Layer layer(c.outputs, channels * taps, c.level_count, 1, random);
+  Layer layer(c.outputs, channels * taps, c.level_count, 1, random);
+  if (algorithm == Algorithm::codebook)  // entries of one byte, and of two
+    layer.use_kernels(c.outputs < 10 ? 5 : 150, taps == 1 && channels % 4 == 0 ? 4 : taps, random);
   const Activations activations{input, 1, input == DType::u8 ? 50 : input == DType::i8 ? -7 : 0, 0};
   const PackedConv2d packed(layer.weights, g, activations, algorithm);
-  check_codes(packed, layer, what);
+  if (algorithm == Algorithm::codebook) CHECK(packed.indices() == std::pair(layer.index, layer.sign));
+  else check_codes(packed, layer, what);
 
   Array x({c.images, g.channels, c.height, c.width}, input);
   x.fill(random);
@@ -267,7 +287,7 @@ void test_every_algorithm() {
                  std::to_string(static_cast<int>(input)) + " to " + std::to_string(static_cast<int>(output)) + ", " + c;
         };
         for (const Case& c : cases)
-          for (const Algorithm a : {Algorithm::codegen, Algorithm::tables, Algorithm::dense}) {
+          for (const Algorithm a : {Algorithm::codegen, Algorithm::tables, Algorithm::dense, Algorithm::codebook}) {
             on_fresh_thread([&] { test_conv2d(c, a, input, output, name(a, c.name)); });
             ++count;
           }

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ISAS
 
 import pycodesign
 from pycodesign import _core, ops
@@ -279,6 +280,15 @@ def test_packing(name: str) -> None:
     call, exception, message = (WEIGHTS | PACKING)[name]
     with pytest.raises(exception, match=exactly(message)):
         call()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_products_beyond_machine_code(isa: str) -> None:
+    """Also where no machine code is made: the layer, or its file, may go where it is."""
+    pycodesign.set_isa(isa)
+    wanted = "levels: expected products that fit 16 bits, got a level of magnitude 300.000000 and inputs up to 128"
+    with pytest.raises(ValueError, match=exactly(wanted)):
+        conv(weights((4, 3, 3, 3), (-300, 0, 300)), input_dtype="uint8", algorithm="codegen")
 
 
 @pytest.mark.parametrize("input_dtype", ["uint8", "int8"])

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ALGORITHMS, INPUT_DTYPES, ISAS, THREADS
+from conftest import ALGORITHMS, INPUT_DTYPES, ISAS, THREADS, to_codebook
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from layers import (
@@ -470,6 +470,21 @@ def test_dense_sums_of_worst_inputs(isa: str, largest: int, dtype: str, bits: in
     expected = np.einsum(
         "ocs,nchws->nohw", w[:, :, 0], np.lib.stride_tricks.sliding_window_view(x, 2, axis=3).astype(int)
     )
+    np.testing.assert_array_equal(ops.conv2d(x, packed, out_dtype="int32"), expected)
+
+
+@each_isa
+@each_conv2d
+@pytest.mark.parametrize("zero_point", [15, 16, 255])
+def test_sums_of_padding_beyond_the_promised_bits(zero_point: int, algorithm: str, isa: str) -> None:
+    pycodesign.set_isa(isa)
+    q = QuantizedTensor(np.ones((3, 40, 3, 3), np.uint8), np.array([0, 7], F32), np.ones(3, F32))
+    options = {"padding": 3, "input_zero_point": zero_point}
+    weights = to_codebook(q) if algorithm == "codebook" else q
+    assert weights is not None
+    packed = ops.prepack_conv2d(weights, input_dtype="uint8", input_bits=4, algorithm=algorithm, **options)
+    x = make_input((1, 40, 4, 5), "uint8") % 16
+    expected = reference.conv2d(x, q, out_dtype="int32", **options)
     np.testing.assert_array_equal(ops.conv2d(x, packed, out_dtype="int32"), expected)
 
 

@@ -12,8 +12,10 @@ namespace {
 
 constexpr int most = std::numeric_limits<int16_t>::max();
 
-// Of bytes as they are staged: int8 plus 128.
-int largest_input(const Activations& a) { return a.dtype == DType::u8 && a.bits ? (1 << a.bits) - 1 : 255; }
+// Of bytes as they are staged: int8 plus 128. Padding is the zero point, of which no bits are promised.
+int largest_input(const Activations& a) {
+  return a.dtype == DType::u8 && a.bits ? std::max((1 << a.bits) - 1, a.zero_point) : 255;
+}
 
 }  // namespace
 

@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -220,6 +220,8 @@ class Packed:
         shape : sequence of int
             Of the input: (N, C, H, W), or (..., I) for a linear layer.
         """
+        if not isinstance(shape, Iterable):
+            raise TypeError(f"shape: expected a sequence of integers, got {type(shape).__name__}")
         sizes = tuple(to_integer("shape", size, 0) for size in shape)
         if isinstance(self._native, DeviceLayer):
             self._native.plan((math.prod(sizes[:-1]), sizes[-1]) if self.kind == "linear" else sizes)
@@ -608,7 +610,7 @@ def load_packed(path: str | os.PathLike[str], *, device: Any = None) -> Packed:
         if index is not None:
             return prepack(q, bias, **options | {"algorithm": "auto", "device": index})
         if options.get("input_dtype") not in SHORT_FLOATS:
-            packed = prepack(q, bias, **options)
+            packed = prepack(q, bias, **options, device=None, tune=False)  # which no file may ask for
             packed._why = why
             return packed
     except (SafetensorError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:

@@ -139,7 +139,8 @@ void PackedConv2d::pack_codes(const Weights& w) {
   std::memset(to, 0, weights_size_);
   for (int64_t i = 0; i < count; ++i)
     to[i / per_byte] = static_cast<char>(to[i / per_byte] | w.codes[i] << i % per_byte * code_bits_);
-  cycles_ = choose_form(code_layer(w, geometry_, activations_), true).run;  // throws, here too where no code is made
+  // Throws for levels that machine code cannot hold, also where none is made.
+  cycles_ = choose_form(code_layer(w, geometry_, activations_), true).run;
   code(kernels());  // now rather than at the first call
 }
 

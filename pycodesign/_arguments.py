@@ -203,7 +203,7 @@ def check_tune(tune: bool, algorithm: str) -> None:
         raise ValueError(f"tune: expected algorithm='auto' with it, got {algorithm!r}")
 
 
-def check_promise(x: NDArray[Any], options: dict[str, Any]) -> None:
+def check_promise(x: NDArray[Any], options: dict[str, Any], name: str = "x") -> None:
     """Verify what `input_bits` promises, where ``PYCODESIGN_CHECK`` asks for it."""
     bits = options["input_bits"]
     if bits is None or os.environ.get("PYCODESIGN_CHECK", "0") in ("", "0") or x.size == 0:
@@ -211,7 +211,7 @@ def check_promise(x: NDArray[Any], options: dict[str, Any]) -> None:
     low = -(1 << (bits - 1)) if options["input_dtype"] == "int8" else 0
     high = low + (1 << bits) - 1
     if x.min() < low or x.max() > high:
-        raise ValueError(f"x: expected values of {bits} bits, {low} to {high}, got {x.min()} to {x.max()}")
+        raise ValueError(f"{name}: expected values of {bits} bits, {low} to {high}, got {x.min()} to {x.max()}")
 
 
 def check_epilogue(

@@ -477,6 +477,7 @@ def conv2d(
     residual : float32, uint8 or int8 (N, O, OH, OW), or on a GPU float16 or bfloat16, optional
         Added before the clamp.
     residual_scale, residual_zero_point : float, int
+        The scale is finite, of any sign.
     clamp : pair of float or None, optional
         Lowest and highest value; ReLU is ``(0, None)``.
     out_dtype : {"float32", "int32", "uint8", "int8"}

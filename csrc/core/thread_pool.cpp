@@ -18,7 +18,6 @@
 
 #include "core/affinity.h"
 #include "core/cpu.h"
-#include "core/fork_guard.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -278,7 +277,7 @@ const OpenMp* find_runtime() {
   static std::atomic<unsigned long long> searched_at = 0;
   static std::atomic<const OpenMp*> runtime = nullptr;
   if (count_loaded_libraries() != searched_at.load(std::memory_order_acquire)) {
-    const ForkGuard lock(mutex);
+    const std::lock_guard lock(mutex);
     const unsigned long long count = count_loaded_libraries();
     if (count != searched_at.load(std::memory_order_relaxed)) {
       std::unique_ptr<OpenMp> found = search_runtime();

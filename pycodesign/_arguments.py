@@ -22,6 +22,7 @@ OUTPUT_DTYPES = ("float32", "uint8", "int8", "int32")
 INPUT_RANGES = {"float32": (0, 0), "uint8": (0, 255), "int8": (-128, 127)}
 SHORT_FLOATS = ("float16", "bfloat16")  # inputs, residuals and outputs on a GPU, besides
 LARGEST_INTEGER = 1 << 24  # of options: float32 holds it exactly
+LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 
 def to_numpy(name: str, array: Array) -> tuple[NDArray[Any], str]:
@@ -35,7 +36,12 @@ def to_numpy(name: str, array: Array) -> tuple[NDArray[Any], str]:
         try:
             return array.detach().numpy(), "torch"
         except TypeError:
-            raise TypeError(f"{name}: expected a dtype that NumPy has, got {array.dtype}") from None
+            wanted, got = "a dtype that NumPy has", array.dtype
+            if array.layout is not torch.strided:
+                wanted, got = "a strided tensor", array.layout
+            raise TypeError(f"{name}: expected {wanted}, got {got}") from None
+        except RuntimeError as error:  # negated by a flag alone, or no memory of its own
+            raise TypeError(f"{name}: expected a tensor that NumPy can view, got another: {error}") from None
     raise TypeError(f"{name}: expected a NumPy array or a torch tensor, got {type(array).__name__}")
 
 
@@ -126,7 +132,7 @@ def join_names(names: Iterable[str]) -> str:
 
 
 def to_pair(name: str, value: Pair, lowest: int) -> tuple[int, int]:
-    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else (value, value)
+    values = tuple(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else (value, value)
     if len(values) != 2:
         raise ValueError(f"{name}: expected an integer or a pair, got {value!r}")
     height, width = (to_integer(name, v, lowest) for v in values)
@@ -186,7 +192,7 @@ def check_array(name: str, array: NDArray[Any], dtypes: tuple[str, ...], shape: 
 
 
 def check_algorithm(algorithm: str, names: tuple[str, ...]) -> None:
-    if algorithm not in names:
+    if not isinstance(algorithm, str) or algorithm not in names:
         raise ValueError(f"algorithm: expected {join_names(map(repr, names))}, got {algorithm!r}")
 
 
@@ -197,7 +203,7 @@ def check_tune(tune: bool, algorithm: str) -> None:
         raise ValueError(f"tune: expected algorithm='auto' with it, got {algorithm!r}")
 
 
-def check_promise(x: NDArray[Any], options: dict[str, Any]) -> None:
+def check_promise(x: NDArray[Any], options: dict[str, Any], name: str = "x") -> None:
     """Verify what `input_bits` promises, where ``PYCODESIGN_CHECK`` asks for it."""
     bits = options["input_bits"]
     if bits is None or os.environ.get("PYCODESIGN_CHECK", "0") in ("", "0") or x.size == 0:
@@ -205,7 +211,7 @@ def check_promise(x: NDArray[Any], options: dict[str, Any]) -> None:
     low = -(1 << (bits - 1)) if options["input_dtype"] == "int8" else 0
     high = low + (1 << bits) - 1
     if x.min() < low or x.max() > high:
-        raise ValueError(f"x: expected values of {bits} bits, {low} to {high}, got {x.min()} to {x.max()}")
+        raise ValueError(f"{name}: expected values of {bits} bits, {low} to {high}, got {x.min()} to {x.max()}")
 
 
 def check_epilogue(
@@ -238,9 +244,12 @@ def check_epilogue(
             raise ValueError(f"clamp: expected lowest <= highest, got {clamp!r}")
     if out_scale is not None:
         out_scale = to_number("out_scale", out_scale)
+    residual_scale = to_number("residual_scale", residual_scale)
+    if not abs(residual_scale) <= LARGEST_FLOAT:
+        raise ValueError(f"residual_scale: expected a finite float32, got {residual_scale}")
     return {
         "residual": added,
-        "residual_scale": to_number("residual_scale", residual_scale),
+        "residual_scale": residual_scale,
         "residual_zero_point": to_integer("residual_zero_point", residual_zero_point),
         "lo": low,
         "hi": high,

@@ -281,8 +281,11 @@ def from_arrays(codes: Any, levels: Any, scale: Any) -> FewValued:
 
 def to_numpy(name: str, array: Any) -> NDArray[Any]:
     if hasattr(array, "detach"):  # a torch tensor
-        array = array.detach().cpu()
-        array = (array.float() if str(array.dtype) == "torch.bfloat16" else array).numpy()  # NumPy lacks bfloat16
+        dtype = str(array.dtype)
+        try:
+            array = (array.float() if dtype == "torch.bfloat16" else array).numpy(force=True)  # NumPy lacks bfloat16
+        except (TypeError, RuntimeError) as error:
+            raise TypeError(f"{name}: expected a tensor that NumPy can hold, got {dtype}: {error}") from None
     if not isinstance(array, np.ndarray):
         raise TypeError(f"{name}: expected a NumPy array or a torch tensor, got {type(array).__name__}")
     return array

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import sys
@@ -25,6 +24,8 @@ COMPETITORS = ("torch", "onnxruntime", "openvino")
 OPTIONAL = ("mlxtend", "matplotlib", "onnx", "egglog", "highspy", "cupy-cuda12x", "cupy-cuda13x")
 METHODS = ("pair", "saturate", "summerge", "patterns", "unique")
 VARIABLES = ("PYCODESIGN_ISA", "PYCODESIGN_NUM_THREADS")
+PICTURE = click.Path(path_type=Path, dir_okay=False)
+THREADS = click.IntRange(min=1, max=4096)  # as set_num_threads takes
 
 
 @contextmanager
@@ -49,6 +50,30 @@ def parse_shape(context: click.Context, parameter: click.Parameter, text: str | 
     return shape
 
 
+def check_file(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse a file that cannot be written before what is to be written in it takes minutes."""
+    if path is None or path == Path("-"):
+        return path
+    place = path if path.exists() else path.parent
+    if path.is_dir() or (place != path and not place.is_dir()) or not os.access(place, os.W_OK):
+        raise click.BadParameter(f"expected a file that can be written, got {str(path)!r}")
+    return path
+
+
+def check_plot(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Refuse a picture that cannot be drawn, too."""
+    if path is None:
+        return None
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ModuleNotFoundError as error:
+        raise click.ClickException('--plot needs matplotlib: pip install "pycodesign[demo]"') from error
+    formats = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise click.BadParameter(f"expected a file name that ends in .{', .'.join(formats)}, got {str(path)!r}")
+    return check_file(context, parameter, path)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(pycodesign.__version__, prog_name="pycodesign")
 def main() -> None:
@@ -66,8 +91,8 @@ def main() -> None:
 @main.command()
 @click.option("--quick", is_flag=True, help="Fewer images and layers, float32, one thread: under 20 seconds.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output, nothing else.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Draw the times as bars.")
-@click.option("--threads", type=click.IntRange(min=1), help="Threads within a layer; all cores, or one with --quick.")
+@click.option("--plot", type=PICTURE, callback=check_plot, metavar="FILE", help="Draw the times as bars.")
+@click.option("--threads", type=THREADS, help="Threads within a layer; all cores, or one with --quick.")
 def demo(quick: bool, as_json: bool, plot: Path | None, threads: int | None) -> None:
     """Run two trained networks, then time the layers of a larger one.
 
@@ -86,19 +111,17 @@ def demo(quick: bool, as_json: bool, plot: Path | None, threads: int | None) -> 
     from pycodesign.demo import BATCH, NETWORKS, check_network, load_digits, plot_layers, time_layers
 
     with plain_errors():
-        if plot and importlib.util.find_spec("matplotlib") is None:
-            raise ModuleNotFoundError('--plot needs matplotlib: pip install "pycodesign[demo]"')
         threads = threads or (1 if quick else pycodesign.get_num_threads())
         pycodesign.set_num_threads(threads)
         _, (images, labels) = load_digits()
-    if quick:
-        images, labels = images[::5], labels[::5]
-    networks = []
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        for name in NETWORKS:
-            advance = partial(progress.advance, progress.add_task(name, total=len(images) // BATCH))
-            networks.append(check_network(name, images, labels, advance))
-    timing = time_layers(threads, quick)
+        if quick:
+            images, labels = images[::5], labels[::5]
+        networks = []
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            for name in NETWORKS:
+                advance = partial(progress.advance, progress.add_task(name, total=len(images) // BATCH))
+                networks.append(check_network(name, images, labels, advance))
+        timing = time_layers(threads, quick)
     if as_json:
         click.echo(json.dumps({"version": pycodesign.__version__, "networks": networks, "timing": timing}))
     else:
@@ -179,7 +202,7 @@ def counts_cells(row: Mapping[str, Any]) -> list[str]:
     type=click.Choice(["float32", "uint8", "uint4"]),
     help="float32 and uint8 by default; uint4: values of uint8 below 16.",
 )
-@click.option("--threads", multiple=True, type=click.IntRange(min=1), help="One and two by default.")
+@click.option("--threads", multiple=True, type=THREADS, help="One and two by default.")
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(min=1), help="The suite's own by default.")
 @click.option("--algorithm", "algorithms", multiple=True, help="Of ours; all that serve the weights by default.")
 @click.option("--contender", "contenders", multiple=True, help="torch, onnxruntime, openvino, pycodesign.")
@@ -191,6 +214,7 @@ def counts_cells(row: Mapping[str, Any]) -> list[str]:
     "--json",
     "file",
     type=click.Path(path_type=Path, allow_dash=True, dir_okay=False),
+    callback=check_file,
     metavar="FILE",
     help="Write the result there, with the machine's facts; - for standard output, without the tables.",
 )
@@ -267,7 +291,7 @@ def refuse_options(options: Mapping[str, Any], suite: str, known: Set[str]) -> N
     "--shape", metavar="N,C,H,W", callback=parse_shape, help="Of the input, where an ONNX file leaves it open."
 )
 @click.option("--method", type=click.Choice(METHODS), help="Count what this method of factoring leaves.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE", help="Draw bars per layer.")
+@click.option("--plot", type=PICTURE, callback=check_plot, metavar="FILE", help="Draw bars per layer.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output, nothing else.")
 def explain(
     model: Path, dtype: str, shape: list[int] | None, method: str | None, plot: Path | None, as_json: bool
@@ -302,8 +326,6 @@ def explain(
     from pycodesign.explain import explain_model, plot_explanation, read_model
 
     with plain_errors():
-        if plot and importlib.util.find_spec("matplotlib") is None:
-            raise ModuleNotFoundError('--plot needs matplotlib: pip install "pycodesign[demo]"')
         layers = read_model(model, shape)
         if not layers:
             raise ValueError(f"{model}: expected convolutions or linear layers with constant weights, found none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -98,7 +99,10 @@ def read_network(path: str | Path) -> tuple[list[Layer], dict[str, str]]:
                 file.get_tensor(f"{entry['name']}.{part}") for part in ("codes", "levels", "scale", "bias")
             )
             shape = tuple(entry["shape"])
-            planes = np.unpackbits(packed, axis=1, count=int(np.prod(shape)))
+            size = math.prod(shape)
+            if packed.shape[1:] != (-(-size // 8),):  # else unpackbits would fill up with zeros
+                raise ValueError(f"{entry['name']}.codes: expected {-(-size // 8)} bytes a plane, got {packed.shape}")
+            planes = np.unpackbits(packed, axis=1, count=size)
             codes = (planes << np.arange(len(planes), dtype=np.uint8)[:, None]).sum(0, dtype=np.uint8)
             q = QuantizedTensor(codes.reshape(shape), levels, scale)
             layers.append(Layer(entry["name"], q, bias, entry["pool"]))

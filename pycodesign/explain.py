@@ -19,7 +19,7 @@ import safetensors
 from numpy.typing import NDArray
 
 from pycodesign import _core, _packed_file, demo, ops
-from pycodesign._quantized import FewValued, from_arrays
+from pycodesign._quantized import FewValued, from_arrays, to_numpy
 from pycodesign.quantize import REPETITION_LEVELS, KernelCodebook, QuantizedTensor, from_fake_quantized, ternary
 from pycodesign.repetition import factor
 
@@ -76,9 +76,9 @@ def read_model(path: str | Path, shape: Sequence[int] | None = None) -> list[Sto
         return read_onnx(path, shape)
     if shape is not None:
         raise ValueError(f"shape: expected an ONNX model with it, got {path}")
-    if path.suffix in (".pt", ".pth"):
-        return list(_read_pickled(path))
     try:
+        if path.suffix in (".pt", ".pth"):
+            return list(_read_pickled(path))
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             if _packed_file.KEY in metadata:
@@ -126,11 +126,14 @@ def _read_pickled(path: Path) -> Iterator[StoredLayer]:
         state = state["state_dict"]
     if not isinstance(state, Mapping):
         raise ValueError(f"{path}: expected a state_dict, got {type(state).__name__}")
-    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    tensors = {
+        name: tensor for name, tensor in state.items() if isinstance(name, str) and isinstance(tensor, torch.Tensor)
+    }
     for name in sorted(tensors):
         prefix, _, part = name.rpartition(".")
         if part == "codes" and {f"{prefix}.levels", f"{prefix}.scale"} <= tensors.keys():
-            yield _hold(prefix, from_arrays(*(tensors[f"{prefix}.{p}"].numpy() for p in ("codes", "levels", "scale"))))
+            parts = (f"{prefix}.{p}" for p in ("codes", "levels", "scale"))
+            yield _hold(prefix, from_arrays(*(to_numpy(part, tensors[part]) for part in parts)))
         elif part == "weight" and tensors[name].ndim in KINDS:
             yield StoredLayer(prefix, KINDS[tensors[name].ndim], tuple(tensors[name].shape), _Floats(tensors[name]))
 

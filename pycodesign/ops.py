@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -220,6 +220,8 @@ class Packed:
         shape : sequence of int
             Of the input: (N, C, H, W), or (..., I) for a linear layer.
         """
+        if not isinstance(shape, Iterable):
+            raise TypeError(f"shape: expected a sequence of integers, got {type(shape).__name__}")
         sizes = tuple(to_integer("shape", size, 0) for size in shape)
         if isinstance(self._native, DeviceLayer):
             self._native.plan((math.prod(sizes[:-1]), sizes[-1]) if self.kind == "linear" else sizes)
@@ -466,7 +468,8 @@ def conv2d(
         y = clamp(y);  integer outputs: saturate(rint(y / out_scale) + out_zero_point)
 
     Float inputs give the same in float arithmetic, within ``8 eps sqrt(K) sum |w| |x|`` for K weights per output, the
-    same bits from run to run. Outputs of 16 bits are y, rounded once more.
+    same bits from run to run. Where thousands of terms are equal, so that all roundings go one way, the error can be
+    larger: three times that for K of 40,000. Outputs of 16 bits are y, rounded once more.
 
     Parameters
     ----------
@@ -477,6 +480,7 @@ def conv2d(
     residual : float32, uint8 or int8 (N, O, OH, OW), or on a GPU float16 or bfloat16, optional
         Added before the clamp.
     residual_scale, residual_zero_point : float, int
+        The scale is finite, of any sign.
     clamp : pair of float or None, optional
         Lowest and highest value; ReLU is ``(0, None)``.
     out_dtype : {"float32", "int32", "uint8", "int8"}
@@ -610,7 +614,7 @@ def load_packed(path: str | os.PathLike[str], *, device: Any = None) -> Packed:
         if index is not None:
             return prepack(q, bias, **options | {"algorithm": "auto", "device": index})
         if options.get("input_dtype") not in SHORT_FLOATS:
-            packed = prepack(q, bias, **options)
+            packed = prepack(q, bias, **options, device=None, tune=False)  # which no file may ask for
             packed._why = why
             return packed
     except (SafetensorError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as e:

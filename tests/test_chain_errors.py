@@ -340,6 +340,19 @@ def test_calling(name: str) -> None:
         np.testing.assert_array_equal(array, copy)
 
 
+def test_promised_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = Chain()
+    packed = ops.prepack_conv2d(Q, input_dtype="uint8", input_bits=4)
+    chain.output(chain.conv2d(chain.input("uint8"), packed))
+    x = np.full((1, 3, 5, 5), 15, np.uint8)
+    x[0, 1, 2, 3] = 16
+    chain(x)  # may be wrong, does not crash
+    monkeypatch.setenv("PYCODESIGN_CHECK", "1")
+    with pytest.raises(ValueError, match=r"^inputs: expected values of 4 bits, 0 to 15, got 15 to 16$"):
+        chain(x)
+    chain(x & 15)
+
+
 def test_sizes_that_do_not_fit() -> None:
     chain = Chain()
     a, b = chain.input(), chain.input()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -104,6 +106,18 @@ def test_saved_network_is_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         np.testing.assert_array_equal(copy.weights.codes, layer.weights.codes)
         np.testing.assert_array_equal(copy.weights.scale, layer.weights.scale)
         np.testing.assert_array_equal(copy.bias, layer.bias)
+
+
+def test_a_network_is_no_larger_than_its_file(tmp_path: Path) -> None:
+    layers, _ = demo.load_network("mnist_ternary")
+    path = tmp_path / "network.safetensors"
+    demo.save_network(path, layers[:1], {})
+    tensors = safetensors.numpy.load_file(path)
+    for shape in ([32, 1 << 40], [32, 1, 3, 4], [32, -1, 3, 3]):
+        structure = json.dumps([{"name": layers[0].name, "shape": shape, "pool": "none"}])
+        safetensors.numpy.save_file(tensors, path, {"layers": structure})
+        with pytest.raises(ValueError, match=rf"^{layers[0].name}.codes: expected -?\d+ bytes a plane, got \(2, 36\)$"):
+            demo.read_network(path)
 
 
 @pytest.mark.parametrize("quantizer", ["ternary", "binary"])
@@ -270,6 +284,11 @@ def test_explain_takes_the_shape_of_the_input(tmp_path: Path) -> None:
         (["explain", NETWORK, "--shape", "1,1,28,28"], "shape: expected an ONNX model with it"),
         (["explain", NETWORK, "--dtype", "int4"], "'int4' is not one of"),
         (["demo", "--threads", "0"], "0 is not in the range"),
+        (["demo", "--threads", str(1 << 70)], "is not in the range"),
+        (["demo", "--plot", "nowhere/x.png"], "expected a file that can be written, got 'nowhere/x.png'"),
+        (["explain", NETWORK, "--plot", "x.xyz"], "expected a file name that ends in .eps"),
+        (["bench", "linear", "--json", "nowhere/x.json"], "expected a file that can be written, got 'nowhere/x.json'"),
+        (["bench", "linear", "--json", ""], "expected a file that can be written, got '.'"),
         (["bench", "resnet99"], "'resnet99' is not one of"),
         (["bench", "linear", "--contender", "tensorrt"], "contenders: expected some of torch"),
         (["bench", "linear", "--layer", "3x3"], "layers: expected part of a layer's name"),
@@ -279,6 +298,14 @@ def test_explain_takes_the_shape_of_the_input(tmp_path: Path) -> None:
 )
 def test_errors(arguments: list[str], message: str) -> None:
     assert message in fail(*arguments)
+
+
+def test_demo_refuses_settings_in_one_sentence() -> None:
+    command = [sys.executable, "-P", "-c", "from pycodesign.cli import main; main()", "demo", "--quick"]
+    environment = os.environ | {"PYCODESIGN_ISA": "avx9"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "Error: PYCODESIGN_ISA: expected one of scalar, " in result.stderr
 
 
 def test_version_and_help() -> None:

@@ -38,7 +38,7 @@ def build_layer(seed: int = 0) -> tuple[np.ndarray, ops.Packed]:
 def run_script(code: str, **environment: str) -> str:
     """Run Python code in a process of its own, where `build_layer` is defined, and return what it printed."""
     prelude = """
-        import os, threading, time
+        import os, signal, threading, time
         import numpy as np
         import pycodesign
         from pycodesign import _core, ops, quantize
@@ -188,6 +188,25 @@ class TestProcess:
 
     def test_forked_child(self) -> None:
         assert run_script(self.FORK) == "done"
+
+    def test_forked_child_while_another_thread_prepares(self) -> None:
+        code = """
+            weights = np.random.default_rng(0).standard_normal((512, 512, 3, 3), np.float32)
+            packed = ops.prepack_conv2d(quantize.ternary(weights), algorithm="codegen")
+            x = np.ones((1, 512, 4, 4), np.float32)
+            thread = threading.Thread(target=ops.conv2d, args=(x, packed))
+            thread.start()
+            time.sleep(0.02)  # in which it began to make tables, as no machine code runs here
+            child = os.fork()
+            if child == 0:
+                signal.alarm(30)
+                ops.conv2d(x, packed)
+                os._exit(0)
+            _, status = os.waitpid(child, 0)
+            thread.join()
+            print(status)
+        """
+        assert run_script(code, PYCODESIGN_ISA="scalar") == "0"
 
     @needs_torch
     def test_forked_child_of_a_process_that_used_torch(self) -> None:

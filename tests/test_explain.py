@@ -526,6 +526,21 @@ def test_pickled_state_dict(tmp_path: Path, nested: bool) -> None:
     assert explain_layer(layers["eight"])["why"] == "w: expected floats, got torch.int8"
 
 
+def test_pickled_layers_of_other_dtypes(tmp_path: Path) -> None:
+    q, path = quantize.ternary(normal(8, 4, 3, 3)), tmp_path / "model.pt"
+    tensors = {"a.codes": torch.from_numpy(q.codes), "a.levels": torch.from_numpy(q.levels), "a.scale": torch.ones(8)}
+    torch.save({5: torch.ones(2, 2), **tensors, "a.levels": tensors["a.levels"].bfloat16()}, path)
+    (layer,) = read_model(path)
+    np.testing.assert_array_equal(layer.read().decode(), q.decode())
+    for part in tensors:
+        torch.save(tensors | {part: tensors[part].to_sparse()}, path)
+        with pytest.raises(ValueError, match=rf"model.pt: expected .*; got another file: {part}: expected a tensor "):
+            read_model(path)
+    torch.save(tensors | {"a.codes": tensors["a.codes"].long()}, path)
+    with pytest.raises(ValueError, match=r"model.pt: expected .*; got another file: codes: expected int8 or uint8"):
+        read_model(path)
+
+
 class Harmful:
     def __reduce__(self) -> tuple[object, ...]:
         return (Path.touch, (Path("harm"),))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import ISAS
 
 import pycodesign
 from pycodesign import _core, ops
@@ -132,6 +133,11 @@ PACKING: dict[str, ERRORS] = {
         ValueError,
         "padding: expected an integer <= 16777216, got 1099511627776",
     ),
+    "stride as bytes": (
+        lambda: conv(Q, stride=b"\x01\x02"),  # type: ignore[arg-type]
+        TypeError,
+        "stride: expected an integer, got bytes",
+    ),
     "dilation 0": (lambda: conv(Q, dilation=(1, 0)), ValueError, "dilation: expected an integer >= 1, got 0"),
     "bias as list": (
         lambda: conv(Q, [0.0] * 4),
@@ -210,6 +216,12 @@ PACKING: dict[str, ERRORS] = {
         ValueError,
         "algorithm: expected 'auto', 'codegen', 'tables', 'dense', 'codebook' or 'packed', got 'Dense'",
     ),
+    "algorithm as array": (
+        lambda: lin(QL, algorithm=np.array(["dense"])),  # type: ignore[arg-type]
+        ValueError,
+        "algorithm: expected 'auto', 'codegen', 'tables', 'dense', 'codebook' or 'packed', "
+        "got array(['dense'], dtype='<U5')",
+    ),
     "tables at Q = 17": (
         lambda: conv(weights((4, 3, 3, 3), range(17)), algorithm="tables"),
         ValueError,
@@ -279,6 +291,15 @@ def test_packing(name: str) -> None:
     call, exception, message = (WEIGHTS | PACKING)[name]
     with pytest.raises(exception, match=exactly(message)):
         call()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_products_beyond_machine_code(isa: str) -> None:
+    """Also where no machine code is made: the layer, or its file, may go where it is."""
+    pycodesign.set_isa(isa)
+    wanted = "levels: expected products that fit 16 bits, got a level of magnitude 300.000000 and inputs up to 128"
+    with pytest.raises(ValueError, match=exactly(wanted)):
+        conv(weights((4, 3, 3, 3), (-300, 0, 300)), input_dtype="uint8", algorithm="codegen")
 
 
 @pytest.mark.parametrize("input_dtype", ["uint8", "int8"])
@@ -374,6 +395,14 @@ RUNNING: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     "residual scale": (
         X, FLOAT, {"residual": Y, "residual_scale": "a"}, TypeError,
         "residual_scale: expected a number, got str",
+    ),
+    "residual scale NaN": (
+        X, FLOAT, {"residual": Y, "residual_scale": float("nan")}, ValueError,
+        "residual_scale: expected a finite float32, got nan",
+    ),
+    "residual scale beyond float32 of linear": (
+        XT, LINEAR, {"residual": YT, "residual_scale": -1e39}, ValueError,
+        "residual_scale: expected a finite float32, got -1e+39",
     ),
     "residual zero point": (
         X, FLOAT, {"residual": Y, "residual_zero_point": 0.5}, TypeError,
@@ -572,6 +601,11 @@ OTHERS: dict[str, ERRORS] = {
         TypeError,
         "shape: expected an integer, got str",
     ),
+    "warmup number": (
+        lambda: FLOAT.warmup(5),  # type: ignore[arg-type]
+        TypeError,
+        "shape: expected a sequence of integers, got int",
+    ),
     "instruction set": (
         lambda: pycodesign.set_isa("sse9"),
         ValueError,
@@ -617,6 +651,18 @@ def test_torch_tensor_that_is_not_in_host_memory() -> None:
         ops.conv2d(torch.zeros(1, 3, 5, 5, dtype=torch.float64), FLOAT)
     with pytest.raises(TypeError, match=r"^x: expected a dtype that NumPy has, got torch.bfloat16$"):
         ops.conv2d(torch.zeros(1, 3, 5, 5, dtype=torch.bfloat16), FLOAT)
+
+
+def test_torch_tensors_that_numpy_cannot_view() -> None:
+    import torch
+
+    with pytest.raises(TypeError, match=r"^x: expected a strided tensor, got torch.sparse_coo$"):
+        ops.linear(torch.zeros(2, 6).to_sparse(), LINEAR)
+    x, out = (torch.ones(2, n, dtype=torch.complex64).conj().imag for n in (6, 5))  # negated by a flag
+    with pytest.raises(TypeError, match=r"^x: expected a tensor that NumPy can view, got another: .*resolve_neg"):
+        ops.linear(x, LINEAR)
+    with pytest.raises(TypeError, match=r"^out: expected a tensor that NumPy can view, got another: .*resolve_neg"):
+        ops.linear(x.resolve_neg(), LINEAR, out=out)
 
 
 def test_an_error_in_the_first_call_does_not_end_tuning(monkeypatch: pytest.MonkeyPatch) -> None:

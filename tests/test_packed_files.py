@@ -287,6 +287,8 @@ OPTIONS: dict[str, Any] = {
     "unknown": [1],
     "q": [1],
     "bias": [[0, 0, 0, 0]],
+    "device": ["cuda", "cpu", 0, None],
+    "tune": [True, False],
 }  # fmt: skip
 
 

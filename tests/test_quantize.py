@@ -224,6 +224,17 @@ def test_torch_tensors_and_strided_arrays_give_the_same(function):
         assert np.array_equal(q.scale, expected.scale)
     half = torch.from_numpy(w).bfloat16()
     assert np.array_equal(function(half).dequantize(), function(half.float()).dequantize())
+    negated = torch.complex(torch.zeros(()), torch.from_numpy(-w)).conj().imag
+    assert negated.is_neg() and np.array_equal(function(negated).dequantize(), expected.dequantize())
+
+
+def test_tensors_that_numpy_cannot_hold_name_the_argument():
+    import torch
+
+    w = torch.ones(2, 2)
+    for other in (w.to_sparse(), w.to(torch.float8_e4m3fn), w.to("meta")):
+        with pytest.raises(TypeError, match=rf"^w: expected a tensor that NumPy can hold, got {other.dtype}: "):
+            quantize.ternary(other)
 
 
 # binary and ternary

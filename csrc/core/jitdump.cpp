@@ -16,6 +16,8 @@
 #include <unistd.h>
 #endif
 
+#include "core/fork_guard.h"
+
 namespace pycodesign::core {
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -88,7 +90,7 @@ bool records_code() { return !folder().empty(); }
 void record_code(std::span<const char> code, const std::string& name) {
   static std::mutex mutex;
   static Dump dump;
-  const std::lock_guard lock(mutex);
+  const ForkGuard lock(mutex);
   if (const pid_t pid = getpid(); dump.process != pid) dump.open_for(pid);
   const auto address = reinterpret_cast<uint64_t>(code.data());
   const LoadRecord record{.size = static_cast<uint32_t>(sizeof(LoadRecord) + name.size() + 1 + code.size()),

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "core/cpu.h"
+#include "core/fork_guard.h"
 #include "core/thread_pool.h"
 #include "repetition/plan.h"
 
@@ -161,7 +162,7 @@ std::shared_ptr<const ChainPlan> Chain::plan(const std::vector<Shape>& inputs) c
   const Kernels& k = kernels();
   std::vector<int64_t> key{core::num_threads(), reinterpret_cast<int64_t>(&k)};
   for (const Shape& s : inputs) key.insert(key.end(), s.begin(), s.end());
-  const std::lock_guard lock(mutex_);
+  const core::ForkGuard lock(mutex_);
   if (const auto found = plans_.find(key); found != plans_.end()) return found->second;
   auto made = make_plan(k, inputs);
   if (plans_.size() >= 32) plans_.clear();  // a caller that never repeats a size

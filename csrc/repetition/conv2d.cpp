@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "core/fork_guard.h"
 #include "core/thread_pool.h"
 #include "repetition/codegen_x86.h"
 #include "repetition/costs.h"
@@ -47,7 +48,7 @@ const LayerCode* PackedConv2d::code(const Kernels& k) const {
 
 const LayerCode& PackedConv2d::machine_code(bool avx512) const {
   if (const LayerCode* code = made_code_[avx512]) return *code;
-  const std::lock_guard lock(mutex_);
+  const core::ForkGuard lock(mutex_);
   auto& made = code_[avx512];
   if (!made) {
     const std::vector<uint8_t> unpacked = codes();
@@ -60,7 +61,7 @@ const LayerCode& PackedConv2d::machine_code(bool avx512) const {
 
 // The same layer by tables.
 const PackedConv2d& PackedConv2d::without_code() const {
-  const std::lock_guard lock(mutex_);
+  const core::ForkGuard lock(mutex_);
   if (!without_code_) {
     const std::vector<uint8_t> unpacked = codes();
     without_code_.reset(new PackedConv2d(*this, weights_of(unpacked), Algorithm::tables));
@@ -110,7 +111,7 @@ std::shared_ptr<const ConvPlan> PackedConv2d::plan(const Kernels& k, int64_t ima
   const ConvCase c = conv_case(k, images, height, width);
   const int threads = core::num_threads();
   const std::array<int64_t, 5> key{images, height, width, reinterpret_cast<int64_t>(&k), threads};
-  const std::lock_guard lock(mutex_);
+  const core::ForkGuard lock(mutex_);
   if (const auto found = plans_.find(key); found != plans_.end()) return found->second;
   if (plans_.size() >= 32) plans_.clear();  // a caller that never repeats a size
   const Pitch pitch = c.least_pitch();

@@ -6,7 +6,7 @@
 #include <numeric>
 #include <stdexcept>
 
-#include "repetition/codegen_x86.h"
+#include "repetition/code_steps.h"
 #include "repetition/costs.h"
 #include "repetition/plan.h"
 
@@ -139,7 +139,8 @@ void PackedConv2d::pack_codes(const Weights& w) {
   std::memset(to, 0, weights_size_);
   for (int64_t i = 0; i < count; ++i)
     to[i / per_byte] = static_cast<char>(to[i / per_byte] | w.codes[i] << i % per_byte * code_bits_);
-  cycles_ = code_cost(code_layer(w, geometry_, activations_), true).run;
+  // Throws for levels that machine code cannot hold, also where none is made.
+  cycles_ = choose_form(code_layer(w, geometry_, activations_), true).run;
   code(kernels());  // now rather than at the first call
 }
 

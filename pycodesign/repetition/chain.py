@@ -20,6 +20,7 @@ from pycodesign._arguments import (
     INPUT_RANGES,
     Pair,
     check_epilogue,
+    check_promise,
     to_integer,
     to_number,
     to_pair,
@@ -83,6 +84,7 @@ class Chain:
         self._inputs: list[Value] = []
         self._values: list[Value] = []
         self._outputs: list[Value] | None = None
+        self._promises: list[tuple[int, dict[str, Any]]] = []  # of which input, by the options of a layer that reads it
         self._bound: dict[tuple[Any, ...], list[_core.BoundChain]] = {}
         self.layers: list[Packed] = []  # in the order of their steps; what they are and cost, their `explain` tells
 
@@ -192,6 +194,8 @@ class Chain:
             raise ValueError(f"packed: expected a layer in host memory for a chain, got one on cuda:{native.device}")
         index = self._native.add_layer(native, kind == "linear", x.index, _index(residual), **epilogue)
         self.layers.append(packed)
+        if x in self._inputs and packed._options["input_bits"] is not None:
+            self._promises.append((x.source, packed._options))
         return self._made(index, epilogue, 4 if kind == "conv2d" else 2)
 
     def max_pool2d(
@@ -349,6 +353,8 @@ class Chain:
                 raise TypeError(f"inputs: expected {value.dtype} (N, C, H, W) or (N, I), got {array.dtype}")
             if array.ndim not in (2, 4):
                 raise ValueError(f"inputs: expected {value.dtype} (N, C, H, W) or (N, I), got {array.shape}")
+        for index, options in self._promises:
+            check_promise(inputs[index], options, "inputs")
         return [2 == (inputs[value.source].ndim if value.ndim is None else value.ndim) for value in self._outputs]
 
     def bind(self, shapes: Sequence[tuple[int, ...]], threads: int) -> _core.BoundChain:

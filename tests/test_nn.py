@@ -1093,6 +1093,23 @@ def test_a_layer_that_is_not_called_is_left():
     torch.testing.assert_close(converted(x), model(x), rtol=1e-5, atol=1e-5)
 
 
+def test_layers_of_a_part_that_runs_in_training_alone():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.auxiliary = nn.Conv2d(3, 8, 3), nn.Sequential(nn.Flatten(), nn.Linear(32, 4))
+
+        def forward(self, x):
+            y = self.conv(x)
+            return (y, self.auxiliary(y)) if self.training else y
+
+    model, x = randomize(Network()), torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(convert(model)(x), model(x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"auxiliary\.1: the model does not call it"):
+        convert(model, strict=True)
+    convert(model, skip=["auxiliary.1"], strict=True)
+
+
 def test_a_layer_that_cannot_be_packed_is_left():
     """Sums of 255 * 127 * 70,000 do not fit 32 bits."""
     model = nn.Sequential(nn.Linear(70_000, 2), nn.ReLU(), nn.Linear(2, 3)).eval()

@@ -186,9 +186,9 @@ def _find_read(traced: fx.GraphModule, names: Iterable[str]) -> list[str]:
 
 def _find_hooks(traced: fx.GraphModule, name: str) -> str:
     """Say which of the modules around a layer is called as it is."""
-    parts = name.split(".")
+    modules, parts = dict(traced.named_modules()), name.split(".")  # those that are called, or hold one that is
     for parent in (".".join(parts[:depth]) for depth in range(1, len(parts))):
-        if not is_plain(traced.get_submodule(parent)):
+        if parent in modules and not is_plain(modules[parent]):
             return f"{parent} has hooks, or a forward of its own"
     return ""
 

@@ -1216,14 +1216,32 @@ def test_examples_must_be_finite(resnet):
         convert(resnet, activations="uint8", example_inputs=x)
 
 
+@pytest.mark.parametrize("traceable", [True, False])
+def test_what_no_layer_takes_need_not_be_finite(traceable):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.a(x) if traceable or x.sum() < 1e9 else x
+            masked = torch.softmax(x.masked_fill(x < 0, -torch.inf), -1)
+            return self.b(masked), masked.log()
+
+    model, x = randomize(Network()), torch.randn(16, 8)
+    converted = convert(model, activations="uint8", example_inputs=x)
+    for got, expected in zip(converted(x), model(x), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0.1, atol=0.05)
+
+
 def test_ranges():
     values = torch.arange(-1000, 19001, dtype=torch.float32)[torch.randperm(20001)]
-    assert find_range(values, "minmax", "x") == (-1000, 19000)
-    assert find_range(values, "percentile", "x") == (-999, 18999)  # without one of 10,000 at either end
-    assert to_affine([(-1, 1), (-2, 3)], "minmax") == (float(np.float32(5 / 255)), 102)
-    assert to_affine([(-1, 1), (-2, 3)], "percentile") == (float(np.float32(3.5 / 255)), 109)
-    assert to_affine([(1, 2)], "minmax") == (float(np.float32(2 / 255)), 0)  # zero is held exactly
-    assert to_affine([(0, 0)], "minmax") == (1.0, 0)
+    assert find_range(values, "minmax") == (-1000, 19000)
+    assert find_range(values, "percentile") == (-999, 18999)  # without one of 10,000 at either end
+    assert to_affine([(-1, 1), (-2, 3)], "minmax", "x") == (float(np.float32(5 / 255)), 102)
+    assert to_affine([(-1, 1), (-2, 3)], "percentile", "x") == (float(np.float32(3.5 / 255)), 109)
+    assert to_affine([(1, 2)], "minmax", "x") == (float(np.float32(2 / 255)), 0)  # zero is held exactly
+    assert to_affine([(0, 0)], "minmax", "x") == (1.0, 0)
 
 
 # --- modules

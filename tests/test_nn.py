@@ -1077,6 +1077,19 @@ def test_reasons():
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_layers_of_other_floats_are_left_wherever_their_weights_come_from(dtype):
+    class Sign(nn.Module):
+        def forward(self, weight):
+            return weight.sign()
+
+    model, x = nn.Sequential(nn.Linear(16, 8)).to(dtype), torch.randn(3, 16, dtype=dtype)
+    nn.utils.parametrize.register_parametrization(model[0], "weight", Sign())
+    converted = convert(model.eval())
+    assert find_rows(converted)["0"].why == f"weight: expected torch.float32, got {dtype}"
+    torch.testing.assert_close(converted(x), model(x))
+
+
 def test_a_layer_that_is_not_called_is_left():
     class Network(nn.Module):
         def __init__(self):

@@ -916,6 +916,24 @@ def test_what_a_graph_does_not_show_is_not_traced(act, why):
     assert find_rows(converted)["conv"].why.startswith(f"not traced ({why}), so by itself")
 
 
+def test_constants_that_a_forward_makes_are_traced():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.register = nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 3), torch.ones(1)
+
+        def forward(self, x):
+            scale = torch.full((1, 8, 1, 1), 0.5)
+            scale[:, 3] = -1
+            return self.b(self.a(x) * scale + self.register)
+
+    model, x = randomize(Network()), torch.randn(2, 4, 8, 8)
+    converted = convert(model)
+    assert isinstance(converted, torch.fx.GraphModule)
+    for made in (converted, pickle.loads(pickle.dumps(converted)), copy.deepcopy(converted)):
+        torch.testing.assert_close(made(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 # --- inputs
 
 

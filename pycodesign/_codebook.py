@@ -33,8 +33,8 @@ def kernel_codebook(
     First kernels are chosen greedily among the filters themselves; then rounds of three steps, of which none increases
     the squared error, follow: each pattern takes its nearest kernel, each output its best scale, each kernel becomes
     the nearest of its kind to the patterns that took it (k-means, Lloyd 1982). A kernel that none took begins anew at a
-    pattern that is served badly. The same weights give the same codebook on one processor; on others real kernels
-    may differ in their last bits.
+    pattern that is served badly. The same weights give the same codebook on one processor, whatever the number of
+    threads; on others, where sums are rounded otherwise, it may be another one.
 
     Parameters
     ----------

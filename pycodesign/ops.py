@@ -47,6 +47,7 @@ from pycodesign._device import load_native
 from pycodesign._device_layer import ALGORITHMS as DEVICE_ALGORITHMS
 from pycodesign._device_layer import DeviceLayer, list_levels, parse_device, run_layer
 from pycodesign._expand import expand
+from pycodesign._quantized import from_arrays, to_arrays
 from pycodesign.branches.parallel import run_branches
 from pycodesign.quantize import KernelCodebook, QuantizedTensor
 
@@ -111,6 +112,7 @@ class Packed:
         self._tune_lock = threading.Lock() if tune else None
         algorithm, self._why = _choose(q, options) if device is None else _choose_on_device(q, options)
         self._kernels: Any = q.kernels.copy() if isinstance(q, KernelCodebook) else None
+        self._indices: Any = None  # of a codebook, where what is packed are its levels
         self._levels: Any = None if isinstance(q, KernelCodebook) else q.levels.copy()
         self._source = q if tune else None
         self._native = self._pack(q, algorithm)
@@ -121,6 +123,7 @@ class Packed:
         if self.device is not None:
             return self._place(q, algorithm, self.device)
         if isinstance(q, KernelCodebook) and algorithm != "codebook":
+            self._indices = to_arrays(q)[0]
             q = _expand(q, algorithm)
             self._levels = q.levels
         o = self._options
@@ -168,11 +171,13 @@ class Packed:
         return "conv2d" if len(self._shape) == 4 else "linear"
 
     def weights(self) -> QuantizedTensor | KernelCodebook:
-        """Return the quantized weights, decoded from the packed form."""
+        """Return the quantized weights, decoded from the packed form; of a codebook, the codebook."""
         if isinstance(self._native, DeviceLayer):
             return self._native.q
         if self.algorithm == "codebook" and isinstance(self._native, _core.PackedConv2d):
             return KernelCodebook(*self._native.indices(), self._kernels, self._scale)
+        if self._kernels is not None:
+            return from_arrays(self._indices, self._kernels, self._scale)
         return QuantizedTensor(self._native.codes().reshape(self._shape), self._levels, self._scale)
 
     def explain(self) -> Explanation:

@@ -144,18 +144,34 @@ def test_tune(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(packed.weights().decode(), q.decode())
 
 
-@pytest.mark.parametrize("values", ["sign", "real"])
-def test_saved(values: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("values", "algorithm"),
+    [("sign", "codebook"), ("real", "codebook"), ("sign", "auto"), ("ternary", "tables"), ("ternary", "dense")],
+)
+def test_saved(values: str, algorithm: str, tmp_path: Path) -> None:
+    """Whatever runs, the file holds the codebook: no more bytes, and all algorithms to choose from elsewhere."""
     q = draw(30, 8, 200, (1, 3, 3), values, 2)
-    packed = ops.prepack_conv2d(q, np.ones(30, F32), padding=1, algorithm="codebook")
+    packed = ops.prepack_conv2d(q, np.ones(30, F32), padding=1, algorithm=algorithm)
     packed.save(tmp_path / "layer")
     loaded = ops.load_packed(tmp_path / "layer")
     back = loaded.weights()
     assert isinstance(back, KernelCodebook)
     for name in ("index", "sign", "kernels", "scale"):
         np.testing.assert_array_equal(getattr(back, name), getattr(q, name))
+    assert (loaded.algorithm, loaded.explain()["why"]) == (packed.algorithm, packed.explain()["why"])
     x = make_input((1, 8, 7, 7), "float32")
     np.testing.assert_array_equal(ops.conv2d(x, loaded), ops.conv2d(x, packed))
+
+
+def test_saved_linear(tmp_path: Path) -> None:
+    q = draw(30, 8, 20, (8,), "sign")
+    packed = ops.prepack_linear(q)
+    packed.save(tmp_path / "layer")
+    loaded = ops.load_packed(tmp_path / "layer")
+    assert isinstance(loaded.weights(), KernelCodebook)
+    assert loaded.algorithm == packed.algorithm == "packed"
+    x = make_input((3, 64), "float32")
+    np.testing.assert_array_equal(ops.linear(x, loaded), ops.linear(x, packed))
 
 
 def test_packed_size(tmp_path: Path) -> None:

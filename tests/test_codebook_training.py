@@ -173,6 +173,23 @@ def test_half_precision(dtype, values):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_models_of_other_floats(dtype):
+    """The codebook has the model's dtype; an output of zeros stays one."""
+    conv = nn.Conv2d(6, 8, 3)
+    nn.init.zeros_(conv.weight[3:4])
+    models = [nn.Sequential(copy.deepcopy(conv)).to(dtype), nn.Sequential(conv)]
+    for model in models:
+        assert use_codebooks(model, kernels=4) == ["0"]
+    models[1].to(dtype)
+    for model in models:
+        y = model(torch.ones(1, 6, 4, 4, dtype=dtype))
+        y.sum().backward()
+        assert y.dtype == dtype and y.isfinite().all()
+        assert model[0].weight[3].abs().max() < 1e-7
+        assert model[0].parametrizations.weight[0].kernels.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("name", ["w", "kernels", "log_scale"])
 def test_what_is_not_finite_is_not_exported(name):
     layer = parametrized(nn.Conv2d(6, 8, 3), kernels=4)

@@ -916,6 +916,24 @@ def test_what_a_graph_does_not_show_is_not_traced(act, why):
     assert find_rows(converted)["conv"].why.startswith(f"not traced ({why}), so by itself")
 
 
+def test_constants_that_a_forward_makes_are_traced():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.register = nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 3), torch.ones(1)
+
+        def forward(self, x):
+            scale = torch.full((1, 8, 1, 1), 0.5)
+            scale[:, 3] = -1
+            return self.b(self.a(x) * scale + self.register)
+
+    model, x = randomize(Network()), torch.randn(2, 4, 8, 8)
+    converted = convert(model)
+    assert isinstance(converted, torch.fx.GraphModule)
+    for made in (converted, pickle.loads(pickle.dumps(converted)), copy.deepcopy(converted)):
+        torch.testing.assert_close(made(x), model(x), rtol=1e-5, atol=1e-5)
+
+
 # --- inputs
 
 
@@ -1077,6 +1095,19 @@ def test_reasons():
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_layers_of_other_floats_are_left_wherever_their_weights_come_from(dtype):
+    class Sign(nn.Module):
+        def forward(self, weight):
+            return weight.sign()
+
+    model, x = nn.Sequential(nn.Linear(16, 8)).to(dtype), torch.randn(3, 16, dtype=dtype)
+    nn.utils.parametrize.register_parametrization(model[0], "weight", Sign())
+    converted = convert(model.eval())
+    assert find_rows(converted)["0"].why == f"weight: expected torch.float32, got {dtype}"
+    torch.testing.assert_close(converted(x), model(x))
+
+
 def test_a_layer_that_is_not_called_is_left():
     class Network(nn.Module):
         def __init__(self):
@@ -1091,6 +1122,23 @@ def test_a_layer_that_is_not_called_is_left():
     assert find_rows(converted)["attention.out_proj"].why == "MultiheadAttention reads its weight itself"
     assert find_rows(converted)["fc"].converted
     torch.testing.assert_close(converted(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_layers_of_a_part_that_runs_in_training_alone():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.auxiliary = nn.Conv2d(3, 8, 3), nn.Sequential(nn.Flatten(), nn.Linear(32, 4))
+
+        def forward(self, x):
+            y = self.conv(x)
+            return (y, self.auxiliary(y)) if self.training else y
+
+    model, x = randomize(Network()), torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(convert(model)(x), model(x), rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"auxiliary\.1: the model does not call it"):
+        convert(model, strict=True)
+    convert(model, skip=["auxiliary.1"], strict=True)
 
 
 def test_a_layer_that_cannot_be_packed_is_left():
@@ -1199,14 +1247,32 @@ def test_examples_must_be_finite(resnet):
         convert(resnet, activations="uint8", example_inputs=x)
 
 
+@pytest.mark.parametrize("traceable", [True, False])
+def test_what_no_layer_takes_need_not_be_finite(traceable):
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.a(x) if traceable or x.sum() < 1e9 else x
+            masked = torch.softmax(x.masked_fill(x < 0, -torch.inf), -1)
+            return self.b(masked), masked.log()
+
+    model, x = randomize(Network()), torch.randn(16, 8)
+    converted = convert(model, activations="uint8", example_inputs=x)
+    for got, expected in zip(converted(x), model(x), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0.1, atol=0.05)
+
+
 def test_ranges():
     values = torch.arange(-1000, 19001, dtype=torch.float32)[torch.randperm(20001)]
-    assert find_range(values, "minmax", "x") == (-1000, 19000)
-    assert find_range(values, "percentile", "x") == (-999, 18999)  # without one of 10,000 at either end
-    assert to_affine([(-1, 1), (-2, 3)], "minmax") == (float(np.float32(5 / 255)), 102)
-    assert to_affine([(-1, 1), (-2, 3)], "percentile") == (float(np.float32(3.5 / 255)), 109)
-    assert to_affine([(1, 2)], "minmax") == (float(np.float32(2 / 255)), 0)  # zero is held exactly
-    assert to_affine([(0, 0)], "minmax") == (1.0, 0)
+    assert find_range(values, "minmax") == (-1000, 19000)
+    assert find_range(values, "percentile") == (-999, 18999)  # without one of 10,000 at either end
+    assert to_affine([(-1, 1), (-2, 3)], "minmax", "x") == (float(np.float32(5 / 255)), 102)
+    assert to_affine([(-1, 1), (-2, 3)], "percentile", "x") == (float(np.float32(3.5 / 255)), 109)
+    assert to_affine([(1, 2)], "minmax", "x") == (float(np.float32(2 / 255)), 0)  # zero is held exactly
+    assert to_affine([(0, 0)], "minmax", "x") == (1.0, 0)
 
 
 # --- modules

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -70,27 +70,46 @@ class Observer(fx.Interpreter):
         value = super().run_node(n)
         n.meta["shape"] = tuple(value.shape) if isinstance(value, Tensor) else None
         if self.calibration and isinstance(value, Tensor) and value.is_floating_point() and value.numel():
-            self.ranges.setdefault(n, []).append(find_range(value, self.calibration, n.name))
+            self.ranges.setdefault(n, []).append(find_range(value, self.calibration))
         return value
 
 
-def find_range(value: Tensor, calibration: str, name: str) -> tuple[float, float]:
-    """Return the least and the greatest value, or percentiles; ValueError with the value's name if not finite."""
+def find_range(value: Tensor, calibration: str) -> tuple[float, float]:
+    """Return the least and the greatest value, or percentiles."""
     flat = value.detach().flatten()
     if calibration == "minmax":
-        low, high = (float(bound) for bound in torch.aminmax(flat))
-    else:
-        rank = max(1, round((1 - PERCENTILE) * flat.numel()))
-        low, high = (float(flat.kthvalue(k).values) for k in (rank, flat.numel() + 1 - rank))
-    if not (math.isfinite(low) and math.isfinite(high)):
-        raise ValueError(f"example_inputs: expected finite activations, got {low} to {high} from {name}")
-    return low, high
+        low, high = torch.aminmax(flat)
+        return float(low), float(high)
+    rank = max(1, round((1 - PERCENTILE) * flat.numel()))
+    low, high = (flat.kthvalue(k).values for k in (rank, flat.numel() + 1 - rank))
+    return float(low), float(high)
 
 
-def to_affine(ranges: Iterable[tuple[float, float]], calibration: str) -> tuple[float, int]:
-    """Return scale and zero point of uint8 values: those of the union of ranges, or of their mean for percentiles."""
+class Affines(Mapping[fx.Node, tuple[float, int]]):
+    """Scale and zero point of each node's value, made where they are asked for: others need not be finite."""
+
+    def __init__(self, ranges: Mapping[fx.Node, list[tuple[float, float]]], calibration: str) -> None:
+        self.ranges, self.calibration = ranges, calibration
+
+    def __getitem__(self, node: fx.Node) -> tuple[float, int]:
+        return to_affine(self.ranges[node], self.calibration, node.name)
+
+    def __iter__(self) -> Iterator[fx.Node]:
+        return iter(self.ranges)
+
+    def __len__(self) -> int:
+        return len(self.ranges)
+
+
+def to_affine(ranges: Iterable[tuple[float, float]], calibration: str, name: str) -> tuple[float, int]:
+    """Return scale and zero point of uint8 values: those of the union of ranges, or of their mean for percentiles.
+
+    ValueError with the value's name if they are not finite.
+    """
     lows, highs = np.array(list(ranges), np.float64).T
     low, high = (lows.min(), highs.max()) if calibration == "minmax" else (lows.mean(), highs.mean())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"example_inputs: expected finite activations, got {low} to {high} from {name}")
     low, high = min(low, 0.0), max(high, 0.0)  # zero is exact
     scale = float(np.float32((high - low) / 255)) or 1.0
     return scale, int(np.clip(np.rint(-low / scale), 0, 255))

@@ -61,9 +61,9 @@ class Codebook(nn.Module):
         super().__init__()
         fitted = kernel_codebook(w, kernels, values, **options)
         self.values, self.share = values, 1.0
-        self.kernels = nn.Parameter(BEGIN[values] * torch.from_numpy(fitted.kernels).to(w.device))
+        self.kernels = nn.Parameter(BEGIN[values] * torch.from_numpy(fitted.kernels).to(w.device, w.dtype))
         log_scale = torch.from_numpy(fitted.scale.copy()).clamp(min=SMALLEST_SCALE).log()
-        self.log_scale = nn.Parameter(log_scale.view(-1, *[1] * (w.dim() - 1)).to(w.device))
+        self.log_scale = nn.Parameter(log_scale.view(-1, *[1] * (w.dim() - 1)).to(w.device, w.dtype))
 
     def forward(self, w: Tensor) -> Tensor:
         scale, kernels = self.scale(), self._rounded_kernels()
@@ -77,8 +77,9 @@ class Codebook(nn.Module):
         return result if self.share == 1 else torch.lerp(w, result, self.share)
 
     def scale(self) -> Tensor:
-        """Return the scales, (O, 1) or (O, 1, 1, 1)."""
-        return self.log_scale.exp()
+        """Return the scales, (O, 1) or (O, 1, 1, 1), which are never 0, not in 16 bits either."""
+        limits = torch.finfo(self.log_scale.dtype)
+        return self.log_scale.exp().clamp(min=limits.tiny * limits.eps)
 
     @torch.no_grad()
     def export(self, w: Tensor) -> KernelCodebook:

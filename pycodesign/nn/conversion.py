@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from pycodesign.nn.calibration import Observer, find_range, list_calls, to_affine
+from pycodesign.nn.calibration import Affines, Observer, find_range, list_calls, to_affine
 from pycodesign.nn.fusion import Weights, fuse, gather
 from pycodesign.nn.graph import KEEPS, is_plain, read_norm
 from pycodesign.nn.layers import SKIPPED, UNNAMED, Quantizers, check_arguments, find_layers
@@ -155,7 +155,7 @@ def _convert_graph(
             layers.pop(name, None)
             rows[name].why = rows[name].why or _find_hooks(traced, name) or "the model does not call it by itself"
     _fold_norms(traced, layers, rows)
-    affines = None
+    affines: Affines | None = None
     if calls:
         observer = Observer(traced, layers, calibration)
         with torch.no_grad():
@@ -163,7 +163,7 @@ def _convert_graph(
                 observer.run(*call)
         if calibration and layers and not observer.ranges:
             raise ValueError(NO_VALUES)
-        affines = {node: to_affine(found, calibration) for node, found in observer.ranges.items()}
+        affines = Affines(observer.ranges, calibration)
     replaced: dict[fx.Node, fx.Node] = {}
     for lowered in _lower_all(traced, layers, rows, affines if calibration else None):
         layers = {name: layer for name, layer in layers.items() if name not in lowered.names}
@@ -186,9 +186,9 @@ def _find_read(traced: fx.GraphModule, names: Iterable[str]) -> list[str]:
 
 def _find_hooks(traced: fx.GraphModule, name: str) -> str:
     """Say which of the modules around a layer is called as it is."""
-    parts = name.split(".")
+    modules, parts = dict(traced.named_modules()), name.split(".")  # those that are called, or hold one that is
     for parent in (".".join(parts[:depth]) for depth in range(1, len(parts))):
-        if not is_plain(traced.get_submodule(parent)):
+        if parent in modules and not is_plain(modules[parent]):
             return f"{parent} has hooks, or a forward of its own"
     return ""
 
@@ -278,7 +278,7 @@ def _observe_inputs(
         def observe(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], name: str = name) -> None:
             x = args[0] if args else kwargs["input"]
             if isinstance(x, Tensor) and x.numel():
-                ranges.setdefault(name, []).append(find_range(x, calibration, name))
+                ranges.setdefault(name, []).append(find_range(x, calibration))
 
         hooks.append(layer.register_forward_pre_hook(observe, with_kwargs=True))
     with torch.no_grad():
@@ -288,7 +288,7 @@ def _observe_inputs(
         hook.remove()
     if layers and not ranges:
         raise ValueError(NO_VALUES)
-    return {name: to_affine(found, calibration) for name, found in ranges.items()}
+    return {name: to_affine(found, calibration, name) for name, found in ranges.items()}
 
 
 def _quantize_input(weights: Weights, affine: tuple[float, int]) -> tuple[Segment, Packed]:

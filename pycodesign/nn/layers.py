@@ -71,7 +71,7 @@ def _find_weights(name: str, module: Any, quantizer: Quantizer, activations: str
     own = find_weight(module)
     if own is None and type(module).forward is not base.forward:
         raise ValueError(f"{type(module).__name__} has a forward of its own")
-    if own is None and module.weight.dtype != torch.float32:
+    if module.weight.dtype != torch.float32:
         raise ValueError(f"weight: expected torch.float32, got {module.weight.dtype}")
     options = read_geometry(module) if base is nn.Conv2d else {}
     why = ""

@@ -65,10 +65,10 @@ def check_plot(context: click.Context, parameter: click.Parameter, path: Path | 
     if path is None:
         return None
     try:
-        from matplotlib.backend_bases import FigureCanvasBase
+        import matplotlib.backend_bases
     except ModuleNotFoundError as error:
         raise click.ClickException('--plot needs matplotlib: pip install "pycodesign[demo]"') from error
-    formats = FigureCanvasBase.get_supported_filetypes()
+    formats = matplotlib.backend_bases.FigureCanvasBase.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
         raise click.BadParameter(f"expected a file name that ends in .{', .'.join(formats)}, got {str(path)!r}")
     return check_file(context, parameter, path)

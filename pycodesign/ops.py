@@ -473,8 +473,7 @@ def conv2d(
         y = clamp(y);  integer outputs: saturate(rint(y / out_scale) + out_zero_point)
 
     Float inputs give the same in float arithmetic, within ``8 eps sqrt(K) sum |w| |x|`` for K weights per output, the
-    same bits from run to run. Where thousands of terms are equal, so that all roundings go one way, the error can be
-    larger: three times that for K of 40,000. Outputs of 16 bits are y, rounded once more.
+    same bits from run to run. Outputs of 16 bits are y, rounded once more.
 
     Parameters
     ----------

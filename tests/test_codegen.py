@@ -403,7 +403,7 @@ FORMS = {
     *("vfmadd231ps v, v, v", "vfnmadd231ps v, v, v"),
     *("vpaddw v, v, v", "vpaddw v, v, [r+1*r]", "vpsubw v, v, v", "vpsubw v, v, [r+1*r]", "vpmullw v, v, [rip]"),
     *("vpslld v, v, imm", "vpsrad v, v, imm", "vpaddd v, v, v", "vpsubd v, v, v"),
-    *("vpaddd v, v, [r]", "vpaddd v, v, [r+d8]"),
+    *("vpaddd v, v, [r]", "vpaddd v, v, [r+d8]", "vaddps v, v, [r]"),
     *("lea r, [r]", "lea r, [r+1*r]", "lea r, [r+2*r]", "lea r, [r+4*r]"),
     *("mov r, [r]", "mov r, [r+d8]", "mov r, [r+d32]"),
     *(f"{add} v, v, {row}" for add in ADDITIONS for row in ("[r+d8]", "[r+d32]", "[r+1*r+d8]")),

@@ -7,6 +7,7 @@ blocks of 8 outputs, words of 4 channels, panels of 64 outputs of a linear layer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -444,6 +445,24 @@ def test_bands_that_fit_the_cache(dtype: str, algorithm: str, record: Record) ->
     """More staged bytes than the second-level cache, on one thread too."""
     case = Case((1, 64, 112, 120), (9, 64, 3, 3), {"padding": 1}, kernels=40)
     check(case, make_input(case.x, dtype), pack(case, dtype, algorithm), record, ISAS[-1])
+
+
+@each_isa
+@pytest.mark.parametrize(("kind", "algorithm"), [(k, a) for k in ("conv2d", "linear") for a in ALGORITHMS[k]])
+def test_long_sums_of_equal_terms(kind: str, algorithm: str, isa: str) -> None:
+    """Whose roundings all point one way for as long as a sum does not double."""
+    pycodesign.set_isa(isa)
+    inputs, ones = 50000, (1, 1)[: 2 if kind == "conv2d" else 0]
+    q = QuantizedTensor(np.ones((3, inputs, *ones), np.uint8), np.array([-1, 1], F32), np.ones(3, F32))
+    weights = to_codebook(q) if algorithm == "codebook" else q
+    if weights is None:
+        pytest.skip("1x1 layers have patterns of several channels")
+    prepack, run = (ops.prepack_conv2d, ops.conv2d) if kind == "conv2d" else (ops.prepack_linear, ops.linear)
+    for value in (1 / 3, 0.7, 1.1):
+        x = np.full((1, inputs, *ones), value, F32)
+        y = run(x, prepack(weights, algorithm=algorithm))
+        sum_ = inputs * float(F32(value))
+        np.testing.assert_allclose(y, sum_, rtol=8 * np.finfo(F32).eps * math.sqrt(inputs))
 
 
 @each_isa

@@ -113,10 +113,8 @@ CodeSegment Generator::generate(const CodeChunk& chunk, size_t first, size_t las
   CodeSegment segment{a.size(), 0, channel, end - channel, 0};
   const bool is_first = first == 0;
   if (is_float_) a.vmovups(ones(), constant(1));
-  for (int64_t o = 0; o < chunk.outputs + (form.complement ? totals : 0); ++o) {
-    if (is_first || !is_float_) a.operate(Assembler::vpxord, sum(o), sum(o), sum(o));
-    else a.vmovups(sum(o), accumulator(o));
-  }
+  for (int64_t o = 0; o < chunk.outputs + (form.complement ? totals : 0); ++o)
+    a.operate(Assembler::vpxord, sum(o), sum(o), sum(o));
   a.lea(General::r11, {General::rsi});
   for (size_t u = first; u < last; ++u) {
     start_unit(units_[u], u == first ? nullptr : &units_[u - 1]);
@@ -219,7 +217,7 @@ void Generator::emit(const Step& s) {
 // Stores the sums of an output, integers widened: the low halves of the words, then the high ones.
 void Generator::finish(int64_t output, bool is_first) {
   Assembler& a = assembler_;
-  if (is_float_) return a.vmovups(accumulator(output), sum(output));
+  if (is_float_) return store(output, sum(output), is_first);
   a.vpslld(entry(0), sum(output), 16);
   a.vpsrad(entry(0), entry(0), 16);
   store(2 * output, entry(0), is_first);
@@ -252,7 +250,7 @@ void Generator::finish_complement(int64_t total, int64_t output, bool is_first) 
 }
 
 void Generator::store(int64_t vector, Vector from, bool is_first) {
-  if (!is_first) assembler_.operate(Assembler::vpaddd, from, from, accumulator(vector));
+  if (!is_first) assembler_.operate(is_float_ ? Assembler::vaddps : Assembler::vpaddd, from, from, accumulator(vector));
   assembler_.vmovups(accumulator(vector), from);
 }
 

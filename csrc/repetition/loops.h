@@ -67,6 +67,12 @@ constexpr int64_t vector_bytes = lanes * 4;
 typedef uint16_t u16v __attribute__((vector_size(lanes * 4), may_alias));
 typedef uint8_t bytesv __attribute__((vector_size(lanes), may_alias));
 
+// Parts of a sum are summed from zero each, so that the errors of long sums of floats stay those of short ones.
+template <class Math> inline void add_part(char* acc, typename Math::vec part, bool is_first) {
+  if constexpr (std::is_same_v<Math, Float>) Math::store(acc, is_first ? part : Math::load(acc) + part);
+  else Math::store(acc, is_first ? part : reinterpret_cast<typename Math::vec>(u32v(Math::load(acc)) + u32v(part)));
+}
+
 // Sums modulo 2^32, and of pairs modulo 2^16.
 struct Words {
   using vec = u32v;

@@ -7,21 +7,24 @@ namespace {
 // R rows of x by P vectors of outputs.
 template <class Math, int R, int P> void linear_of(const LinearTile& t) {
   using vec = typename Math::vec;
-  vec acc[R][P];
-  for (int r = 0; r < R; ++r)
-    for (int p = 0; p < P; ++p) acc[r][p] = t.first ? vec{} : Math::load(t.acc + r * t.acc_stride + p * vector_bytes);
-  for (int64_t k = 0; k < t.words; ++k) {
-    const char* w = t.weights + k * panel_outputs * 4;
-    if constexpr (R == 1) prefetch<P * vector_bytes>(w);
-    vec weight[P];
-    for (int p = 0; p < P; ++p) weight[p] = Math::load(w + p * vector_bytes);
-    for (int r = 0; r < R; ++r) {
-      const vec x = Math::broadcast(t.x + r * t.x_stride + k * 4);
-      for (int p = 0; p < P; ++p) acc[r][p] = Math::multiply_add(acc[r][p], x, weight[p]);
+  constexpr int64_t part_words = 512;
+  int64_t k = 0;
+  do {
+    vec acc[R][P] = {};
+    const bool is_first = t.first && k == 0;
+    for (const int64_t end = t.words - k < part_words ? t.words : k + part_words; k < end; ++k) {
+      const char* w = t.weights + k * panel_outputs * 4;
+      if constexpr (R == 1) prefetch<P * vector_bytes>(w);
+      vec weight[P];
+      for (int p = 0; p < P; ++p) weight[p] = Math::load(w + p * vector_bytes);
+      for (int r = 0; r < R; ++r) {
+        const vec x = Math::broadcast(t.x + r * t.x_stride + k * 4);
+        for (int p = 0; p < P; ++p) acc[r][p] = Math::multiply_add(acc[r][p], x, weight[p]);
+      }
     }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int p = 0; p < P; ++p) Math::store(t.acc + r * t.acc_stride + p * vector_bytes, acc[r][p]);
+    for (int r = 0; r < R; ++r)
+      for (int p = 0; p < P; ++p) add_part<Math>(t.acc + r * t.acc_stride + p * vector_bytes, acc[r][p], is_first);
+  } while (k < t.words);
 }
 
 // Two bits (or one) a weight; each byte of a word holds the codes of one of four neighbouring inputs. Four bits at a

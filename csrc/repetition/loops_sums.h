@@ -78,8 +78,7 @@ template <class Math, int V, class Entry> void sum_tables_of(const TableSum& s) 
   char* out = s.acc;
   for (int64_t o = 0; o < outputs; ++o, out += acc_stride) {
     prefetch<64>(reinterpret_cast<const char*>(stream));
-    vec acc[V];
-    for (int v = 0; v < V; ++v) acc[v] = first ? vec{} : Math::load(out + v * vector_bytes);
+    vec acc[V] = {};
     const auto add = [&](int slot, uint32_t code) __attribute__((always_inline)) {
       const char* entry = tables + slot_offset[slot] + (code & (top - 1)) * entry_bytes;
       const vec sign = Math::template sign<Entry>(code);
@@ -91,7 +90,7 @@ template <class Math, int V, class Entry> void sum_tables_of(const TableSum& s) 
     for (; m + 4 <= slots; m += 4, stream += 4)
       for (int i = 0; i < 4; ++i) add(m + i, stream[i]);
     for (; m < slots; ++m) add(m, *stream++);
-    for (int v = 0; v < V; ++v) Math::store(out + v * vector_bytes, acc[v]);
+    for (int v = 0; v < V; ++v) add_part<Math>(out + v * vector_bytes, acc[v], first);
   }
 }
 
@@ -113,9 +112,7 @@ template <class Math> void sum_tables(const TableSum& s) {
 
 template <class Math, int O, int V> void dense_of(const DenseTile& d) {
   using vec = typename Math::vec;
-  vec acc[O][V];
-  for (int o = 0; o < O; ++o)
-    for (int v = 0; v < V; ++v) acc[o][v] = d.first ? vec{} : Math::load(d.acc + o * d.acc_stride + v * vector_bytes);
+  vec acc[O][V] = {};
   const char *const x = d.x, *w = d.weights;
   const int64_t ahead = d.prefetched ? 0 : prefetch_distance;
   for (int64_t i = 0; i < d.steps; ++i, w += dense_outputs * 4) {
@@ -128,7 +125,7 @@ template <class Math, int O, int V> void dense_of(const DenseTile& d) {
     }
   }
   for (int o = 0; o < O; ++o)
-    for (int v = 0; v < V; ++v) Math::store(d.acc + o * d.acc_stride + v * vector_bytes, acc[o][v]);
+    for (int v = 0; v < V; ++v) add_part<Math>(d.acc + o * d.acc_stride + v * vector_bytes, acc[o][v], d.first);
 }
 
 template <class Math, int O> void dense_vectors(const DenseTile& d) {

@@ -9,6 +9,11 @@ namespace pycodesign::bindings {
 namespace py = pybind11;
 
 void bind_core(py::module_& m) {
+  // Detected on import: a child that is forked while another thread detects for the first time would wait for it.
+  core::supported_isas();
+  core::cache_sizes();
+  core::core_kind();
+  core::available_cores();
   m.def("set_isa", [](const std::string& name) { core::set_isa(name); }, py::arg("name"));
   m.def("active_isa", [] { return std::string(core::isa_name(core::active_isa())); });
   m.def("supported_isas", [] {

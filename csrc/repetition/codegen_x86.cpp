@@ -43,7 +43,7 @@ struct Generator {
   }
   // Of the unit. Most rows that are added are the last channel's: AVX2's encoding of r9 and r10 takes a byte more.
   Address channel(int64_t c, General offset) const {
-    constexpr General bases[] = {General::rdi, General::r9, General::r10};
+    constexpr General bases[] = {General::rdi, General::r9, General::r10, General::rsi};
     return {c > 0 && c == width_ - 1 ? General::rsi : bases[c], 1, offset};
   }
   Address column(int64_t row) const;

@@ -66,8 +66,8 @@ void split_halves(const Stage& s, int64_t position, int64_t at, int64_t count) {
   constexpr uint32_t even = 0x00ff00ff, lower = 0xffff;
   for (int64_t i = 0; i < count && i < lanes; ++i) {
     const u32v low0 = low[i] & even, low1 = low[i] >> 8 & even, high0 = high[i] & even, high1 = high[i] >> 8 & even;
-    const u32v pairs[4] = {low0 & lower | high0 << 16, low1 & lower | high1 << 16, low0 >> 16 | high0 & ~lower,
-                           low1 >> 16 | high1 & ~lower};
+    const u32v pairs[4] = {(low0 & lower) | high0 << 16, (low1 & lower) | high1 << 16, low0 >> 16 | (high0 & ~lower),
+                           low1 >> 16 | (high1 & ~lower)};
     char* to = s.lifted + (at + i) * vector_bytes;
     for (int c = 0; c < s.channels; ++c, to += s.channel_stride)
       *reinterpret_cast<u16v*>(to) = reinterpret_cast<u16v>(pairs[c]) - center;

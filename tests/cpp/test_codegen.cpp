@@ -142,8 +142,8 @@ template <class T> void test_case(const Case& c, DType dtype, int64_t range, boo
       for (const CodeSegment& s : chunk.segments) {
         CHECK(s.prefetch_lines >= (s.end - s.begin) / 64 - 1 && s.begin % 64 == 0);
         const char* x = planes.plane(chunk.group * c.channels + s.channel) + v * vector_bytes;
-        code.function(s)(x, reinterpret_cast<char*>(acc), planes.tap_source.data(), planes.channel_stride,
-                         code.address(s));
+        code.function(s)(x, reinterpret_cast<char*>(acc), code.address(s), planes.channel_stride,
+                         planes.tap_source.data());
       }
       CHECK_EQUAL(acc[chunk.outputs * acc_words], guard);
       for (int64_t o = 0; o < chunk.outputs; ++o)

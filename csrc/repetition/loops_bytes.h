@@ -63,8 +63,9 @@ struct Bytes4 {
   }
 
   template <class Residual> f32v value(const char* acc, const char* residual) const {
-    const f32v sum = __builtin_convertvector(reinterpret_cast<i32v>(Words::load(acc) + correction), f32v);
-    const f32v y = sum * multiplier + bias;
+    u32v sum;
+    std::memcpy(&sum, acc, sizeof sum);
+    const f32v y = __builtin_convertvector(reinterpret_cast<i32v>(sum + correction), f32v) * multiplier + bias;
     if constexpr (std::is_void_v<Residual>) return y;
     else return y + residual_scale * (load_residual<Residual>(residual) - residual_zero);
   }

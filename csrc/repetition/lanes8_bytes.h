@@ -1,4 +1,4 @@
-// Bytes between lanes and rows with AVX2. Behind loops.h.
+// Eight lanes of AVX2 with their loops, and bytes between lanes and rows.
 #pragma once
 
 #include "repetition/lanes8.h"

@@ -1,5 +1,5 @@
-// Epilogues to bytes, and bytes between lanes and rows. The files of instruction sets that serve them include this
-// behind loops.h, and define before it
+// Epilogues to bytes, and bytes between lanes and rows: loops.h and more, for the instruction sets that define, besides
+// what loops.h wants,
 //   minimum(a, b), maximum(a, b)                of floats, b where one is NaN
 //   farther(farthest, v)                        the larger of it and the distance of v from the nearest integer
 //   pack_bytes(words[4], zero_point, is_signed) plus the zero point, saturated, in order

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pycodesign.nn
 from pycodesign import ops, quantize
@@ -528,6 +529,44 @@ def test_meta_tensors(conv, rows):
                 operator(*mixed, **options)
     with pytest.raises(TypeError, match="x: expected a tensor on meta, where others are, got one on cpu"):
         pycodesign.nn.Linear.from_float(torch.nn.Linear(8, 4), "ternary").to("meta")(random(2, 8))
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.operators.append(operator)
+        return operator(*args, **(kwargs or {}))
+
+
+def test_tensors_that_are_more_than_memory(conv, rows):
+    """Views with a sign, zeros without memory, modes, and functions that follow: a kernel alone would not see them."""
+    weights, program, _ = make_chain()
+    x, inputs = random(2, 4, 9, 8), [random(2, 3, 8, 8), random(2, 4, 4, 4)]
+    residual = conv2d(x, *conv, options=OPTIONS)
+    runs = {
+        conv2d: lambda sign: conv2d(sign(x), *(sign(w) if w.is_floating_point() else w for w in conv), options=OPTIONS),
+        linear: lambda sign: linear(sign(x[0, 0]), *(sign(w) if w.is_floating_point() else w for w in rows)),
+        chain: lambda sign: torch.cat(
+            [
+                y.flatten()
+                for y in chain([sign(x) for x in inputs], weights[0], *map(sign, weights[1:]), program.to_json())
+            ]
+        ),
+    }
+    runs[None] = lambda sign: conv2d(x, *conv, residual=sign(residual), options=OPTIONS)
+    for operator, run in runs.items():
+        wanted = run(lambda tensor: tensor)
+        torch.testing.assert_close(run(lambda tensor: torch._neg_view(-tensor)), wanted, rtol=0, atol=0)
+        with Seen() as mode:
+            torch.testing.assert_close(run(lambda tensor: tensor), wanted, rtol=0, atol=0)
+        assert operator in (None, *mode.operators)
+        functional = torch.func.functionalize(run)(lambda tensor: tensor + 0)
+        torch.testing.assert_close(functional, wanted, rtol=0, atol=0)
+    zeros = conv2d(torch._efficientzerotensor(x.shape), *conv, options=OPTIONS)
+    torch.testing.assert_close(zeros, conv2d(torch.zeros_like(x), *conv, options=OPTIONS), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("fake", [False, True])

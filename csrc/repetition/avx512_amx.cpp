@@ -14,37 +14,31 @@ struct TileConfig {
 constexpr TileConfig whole_tiles;
 
 constexpr int64_t row_bytes = 64;
+typedef uint16_t halves __attribute__((vector_size(64)));
 
 inline __m512i load(const char* p) { return _mm512_loadu_si512(p); }
 inline void store(char* p, __m512i v) { _mm512_storeu_si512(p, v); }
-inline __m512i table(const char* p) {
-  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-// Codes of one row in the lowest bits of bytes, below bits of others. (Shifts of 16 bits: four bits are always a byte's
-// own, or a table's repetition.)
-inline __m512i codes_of(__m512i bytes, int shift) {
-  return _mm512_and_si512(_mm512_srl_epi16(bytes, _mm_cvtsi32_si128(shift)), _mm512_set1_epi8(15));
+// The levels of one output by their codes. A permutation looks at six bits of an index: those above a code are
+// another's, and tables repeat.
+inline __m512i levels_of(const char* table, __m512i codes) {
+  return _mm512_permutexvar_epi8(codes,
+                                 _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table))));
 }
 
 // One block from its codes.
-template <bool bf16> inline void expand(const char* codes, const BlockCodes& b, const char* levels, char* to) {
-  constexpr int lines = bf16 ? block_outputs / 2 : block_outputs;
-  const int together = 8 / b.bits;
-  for (int line = 0; line < lines; line += together, codes += row_bytes) {
-    const __m512i bytes = load(codes);
-    _mm_prefetch(codes + 4096, _MM_HINT_T1);
-    for (int r = 0; r < together; ++r, to += bf16 ? 2 * row_bytes : row_bytes) {
-      const __m512i c = codes_of(bytes, r * b.bits);
-      const char* first = levels + (line + r) * (bf16 ? 2 : 1) * b.level_stride;
-      if constexpr (!bf16) {
-        store(to, _mm512_shuffle_epi8(table(first), c));
-      } else {
-        const char* second = first + b.level_stride;
-        store(to,
-              _mm512_unpacklo_epi8(_mm512_shuffle_epi8(table(first), c), _mm512_shuffle_epi8(table(first + 16), c)));
-        store(to + row_bytes,
-              _mm512_unpackhi_epi8(_mm512_shuffle_epi8(table(second), c), _mm512_shuffle_epi8(table(second + 16), c)));
-      }
+template <bool bf16, int bits> inline void expand(const char* codes, const char* levels, int64_t stride, char* to) {
+  constexpr int lines = bf16 ? block_outputs / 2 : block_outputs, together = 8 / bits;
+#pragma GCC unroll 16
+  for (int line = 0; line < lines; ++line) {
+    const char* const from = codes + line / together * row_bytes;
+    if (line % together == 0) _mm_prefetch(from + 4096, _MM_HINT_T1);
+    const auto c = (__m512i)((halves)load(from) >> line % together * bits);
+    if constexpr (!bf16) {
+      store(to + line * row_bytes, levels_of(levels + line * stride, c));
+    } else {
+      const char *const first = levels + 2 * line * stride, *const second = first + stride;
+      store(to + 2 * line * row_bytes, _mm512_unpacklo_epi8(levels_of(first, c), levels_of(first + 16, c)));
+      store(to + (2 * line + 1) * row_bytes, _mm512_unpackhi_epi8(levels_of(second, c), levels_of(second + 16, c)));
     }
   }
 }
@@ -92,18 +86,22 @@ struct Part {
 // multiplying them.
 template <bool bf16> constexpr int64_t part_steps = bf16 ? 6 : 9;
 
-// `expands`: codes become weights a step before they are multiplied, while the matrix unit is busy with that step.
-template <bool bf16, int vectors, bool expands>
+// `bits` of codes that become weights, for the first vectors: a few steps before they are multiplied, as what was
+// stored must have reached the cache before a tile is loaded from it. 0: weights are there.
+template <bool bf16, int vectors, int bits>
 void multiply_part(const MatrixSum& m, const Words& words, const Part& part) {
+  constexpr int64_t ahead = 3, code_bytes = block_bytes / (bf16 ? 16 : 8) * bits;
   const int64_t first = part.block * m.steps + part.first, steps = part.last - part.first;
   const char* const weights = m.codes.bits ? part.expanded : m.weights + first * block_bytes;
   const auto expand_step = [&](int64_t s) {
-    const int64_t code_bytes = block_bytes / (bf16 ? 16 : 8) * m.codes.bits;
-    expand<bf16>(m.codes.codes + (first + s) * code_bytes, m.codes,
-                 m.codes.levels + part.block * block_outputs * m.codes.level_stride, part.expanded + s * block_bytes);
+    if constexpr (bits > 0)
+      if (s < steps)
+        expand<bf16, bits>(m.codes.codes + (first + s) * code_bytes,
+                           m.codes.levels + part.block * block_outputs * m.codes.level_stride, m.codes.level_stride,
+                           part.expanded + s * block_bytes);
   };
   char* const acc = m.acc + part.block * block_outputs * m.acc_stride + words.at;
-  if constexpr (expands) expand_step(0);
+  for (int64_t s = 0; s < ahead; ++s) expand_step(s);
   if (part.first == 0) {
     _tile_zero(0);
     if constexpr (vectors > 1) _tile_zero(1);
@@ -122,8 +120,7 @@ void multiply_part(const MatrixSum& m, const Words& words, const Part& part) {
         multiply_1<bf16>();
       }
     }
-    if constexpr (expands)
-      if (s + 1 < steps) expand_step(s + 1);
+    expand_step(s + ahead);
   }
   _tile_stored(0, acc, m.acc_stride);
   if constexpr (vectors > 1) _tile_stored(1, acc + row_bytes, m.acc_stride);
@@ -135,8 +132,12 @@ template <bool bf16, int vectors> void multiply_vectors(const MatrixSum& m, int6
   const Words words =
       m.gathered ? Words{m.words, nullptr, terms * 2 * block_bytes, 2 * block_bytes, block_bytes, row_bytes, at}
                  : Words{m.x + at, m.source, 0, m.term_stride, row_bytes, m.row_stride, at};
-  if (v == 0 && m.codes.bits) multiply_part<bf16, vectors, true>(m, words, part);
-  else multiply_part<bf16, vectors, false>(m, words, part);
+  switch (v == 0 ? m.codes.bits : 0) {
+    case 1: return multiply_part<bf16, vectors, 1>(m, words, part);
+    case 2: return multiply_part<bf16, vectors, 2>(m, words, part);
+    case 4: return multiply_part<bf16, vectors, 4>(m, words, part);
+    default: return multiply_part<bf16, vectors, 0>(m, words, part);
+  }
 }
 
 template <bool bf16> void multiply_pair(const MatrixSum& m, int64_t v, const Part& part) {

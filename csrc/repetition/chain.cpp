@@ -180,6 +180,7 @@ std::shared_ptr<const ChainPlan> Chain::make_plan(const Kernels& kernels, const 
   // Convolutions of one output size and as many lanes share their bands.
   std::map<std::array<int64_t, 4>, std::vector<size_t>> grids;
   std::vector<std::array<int64_t, 4>> grid(values_.size());  // of each value; zeros: none
+  std::map<std::array<int64_t, 4>, Pitch> pitches;
   std::vector<ConvCase> cases;
   std::vector<size_t> case_of(steps_.size());
   for (size_t i = 0; i < steps_.size(); ++i) {
@@ -193,14 +194,30 @@ std::shared_ptr<const ChainPlan> Chain::make_plan(const Kernels& kernels, const 
     const std::array<int64_t, 4> key{out[0], out[2], out[3], cases.back().word_lanes * cases.back().halves};
     grids[key].push_back(i);
     grid[static_cast<size_t>(s.out)] = key;
+    Pitch& pitch = pitches[key];
+    const Pitch least = cases.back().least_pitch();
+    pitch = {std::max(pitch.row, least.row), std::max(pitch.image, least.image)};
   }
+  const auto holds = [](const std::vector<int>& values, int value) {
+    return std::find(values.begin(), values.end(), value) != values.end();
+  };
+  // Bytes that no caller holds move between lanes and rows where a layer is finished: its residual may lie in the ones
+  // and its output in the others, unless outputs of nothing but padding share a lane.
+  const auto moves_residual = [&](const Step& s) {
+    if (s.kind != Kind::conv2d || !kernels.lift_bytes || !kernels.unlift_bytes ||
+        element_bytes(s.epilogue.out_dtype) > 1 || element_bytes(s.epilogue.residual_dtype) > 1 ||
+        holds(inputs_, s.residual) || holds(outputs_, s.out))
+      return false;
+    const Shape& out = plan->shape[static_cast<size_t>(s.out)];
+    const auto pitch = pitches.find(grid[static_cast<size_t>(s.out)]);
+    return pitch != pitches.end() && pitch->second.row >= out[3] && pitch->second.image >= out[2];
+  };
 
   // Lifted until a step cannot have it so.
   for (const Step& s : steps_) {
     const auto out = static_cast<size_t>(s.out);
     plan->lifted[out] = (s.kind == Kind::conv2d || s.kind == Kind::add) && grid[out][0] > 0 &&
-                        s.epilogue.out_dtype != DType::i32 &&
-                        std::find(outputs_.begin(), outputs_.end(), s.out) == outputs_.end();
+                        s.epilogue.out_dtype != DType::i32 && !holds(outputs_, s.out);
   }
   for (bool changed = true; changed;) {
     changed = false;
@@ -221,19 +238,19 @@ std::shared_ptr<const ChainPlan> Chain::make_plan(const Kernels& kernels, const 
       else if (s.kind != Kind::conv2d || count(plan->shape[static_cast<size_t>(s.out)]) == 0 ||
                !cases[case_of[i]].keeps_size() || grid[static_cast<size_t>(s.x)] != grid[static_cast<size_t>(s.out)])
         lower(s.x);
-      if (s.residual >= 0) agree(s.residual, s.out);
+      if (s.residual < 0) continue;
+      if (!moves_residual(s)) agree(s.residual, s.out);
+      else if (grid[static_cast<size_t>(s.residual)] != grid[static_cast<size_t>(s.out)]) lower(s.residual);
     }
   }
 
   for (const auto& [key, steps] : grids) {
     std::vector<ConvCase> together;
-    Pitch pitch;
+    const Pitch& pitch = pitches[key];
     for (const size_t i : steps) {
       ConvCase& c = cases[case_of[i]];
       c.lifted_input = plan->lifted[static_cast<size_t>(steps_[i].x)];
       c.lifted_output = plan->lifted[static_cast<size_t>(steps_[i].out)];
-      const Pitch least = c.least_pitch();
-      pitch = {std::max(pitch.row, least.row), std::max(pitch.image, least.image)};
       together.push_back(c);
     }
     std::vector<int64_t> splits;
@@ -325,7 +342,7 @@ void Chain::run_steps(const ChainPlan& plan, const std::vector<Tensor>& tensors)
       if (residual) added = rows(make_contiguous(*residual, dtype(s.residual), copies[1]));
       s.linear->run(rows(from), rows(out), added ? &*added : nullptr, s.epilogue);
     } else {
-      run_pool(plan.kernels, s, from, out);
+      s.kind == Kind::max_pool2d ? run_max_pool(plan.kernels, s, from, out) : run_avg_pool(plan.kernels, s, from, out);
     }
   }
 }
@@ -345,10 +362,12 @@ void Chain::run_add(const Kernels& k, const Step& s, const Tensor& a, const Tens
       Finish f{};
       f.epilogue = &s.epilogue;
       f.count = std::min(piece, elements - at);
-      if (from == DType::f32) std::memcpy(words, a.data + at * 4, static_cast<size_t>(f.count) * 4);
-      else if (from == DType::u8) std::copy_n(reinterpret_cast<const uint8_t*>(a.data) + at, f.count, words);
-      else std::copy_n(reinterpret_cast<const int8_t*>(a.data) + at, f.count, words);
       f.acc = reinterpret_cast<const char*>(words);
+      if (from == DType::f32) {
+        if (at + f.count + 16 <= elements) f.acc = a.data + at * 4;  // no vector ends behind the last
+        else std::memcpy(words, a.data + at * 4, static_cast<size_t>(f.count) * 4);
+      } else if (from == DType::u8) std::copy_n(reinterpret_cast<const uint8_t*>(a.data) + at, f.count, words);
+      else std::copy_n(reinterpret_cast<const int8_t*>(a.data) + at, f.count, words);
       f.multiplier = &multiplier;
       f.correction = &correction;
       f.out = out.data + at * out_bytes;
@@ -362,78 +381,97 @@ void Chain::run_add(const Kernels& k, const Step& s, const Tensor& a, const Tens
 
 namespace {
 
-template <class T, class Sum>
-Sum sum_window(const char* plane, int64_t width, int64_t top, int64_t bottom, int64_t left, int64_t right) {
+// A window of a plane.
+struct Window {
+  const char* plane;
+  int64_t width, top, bottom, left, right;
+  int64_t pixels() const { return (bottom - top) * (right - left); }
+};
+
+template <class T, class Sum> Sum sum_window(const Window& v) {
   Sum sum = 0;
-  for (int64_t h = top; h < bottom; ++h)
-    for (int64_t w = left; w < right; ++w) sum += static_cast<Sum>(reinterpret_cast<const T*>(plane)[h * width + w]);
+  for (int64_t h = v.top; h < v.bottom; ++h)
+    for (int64_t w = v.left; w < v.right; ++w)
+      sum += static_cast<Sum>(reinterpret_cast<const T*>(v.plane)[h * v.width + w]);
   return sum;
 }
 
+// Rows that lie side by side are one.
+template <class T> int32_t sum_bytes(const Window& v) {
+  if (v.left > 0 || v.right < v.width) return sum_window<T, int32_t>(v);
+  return sum_window<T, int32_t>({v.plane, 0, 0, 1, v.top * v.width, v.bottom * v.width});
+}
+
 // Sums of 16, added in double: a window may be a whole map. Inlined, it would slow small windows down.
-[[gnu::noinline]] float sum_large_window(const char* plane, int64_t width, int64_t top, int64_t bottom, int64_t left,
-                                         int64_t right) {
+[[gnu::noinline]] float sum_large_window(const Window& v) {
   double sum = 0;
-  for (int64_t h = top; h < bottom; ++h)
-    for (int64_t w = left; w < right; w += 16)
-      sum += sum_window<float, float>(plane, width, h, h + 1, w, std::min(w + 16, right));
+  for (int64_t h = v.top; h < v.bottom; ++h)
+    for (int64_t w = v.left; w < v.right; w += 16)
+      sum += sum_window<float, float>({v.plane, v.width, h, h + 1, w, std::min(w + 16, v.right)});
   return static_cast<float>(sum);
 }
 
 }  // namespace
 
-void Chain::run_pool(const Kernels& k, const Step& s, const Tensor& x, const Tensor& out) const {
-  const DType from = dtype(s.x), to = dtype(s.out);
-  const int64_t H = x.size[2], W = x.size[3], OH = out.size[2], OW = out.size[3];
+void Chain::run_max_pool(const Kernels& k, const Step& s, const Tensor& x, const Tensor& out) const {
   const Pool& p = s.pool;
-  const bool whole = p.kernel[0] == 0;
-  const int64_t R = whole ? H : p.kernel[0], S = whole ? W : p.kernel[1];
-  core::parallel_for(x.size[0] * x.size[1], [&](int64_t plane, int) {
-    const char* image = x.data + plane * H * W * element_bytes(from);
-    char* to_row = out.data + plane / x.size[1] * out.stride[0] + plane % x.size[1] * OH * OW * element_bytes(to);
+  const int64_t bytes = element_bytes(dtype(s.x)), out_bytes = out.size[2] * out.size[3] * bytes;
+  const auto axis = [&](size_t i) {
+    const int64_t size = x.size[i + 2];
+    return MaxPool::Axis{size,           p.kernel[0] ? p.kernel[i] : size, p.stride[i], p.dilation[i], p.padding[i],
+                         out.size[i + 2]};
+  };
+  core::parallel_for(x.size[0] * x.size[1], [&](int64_t map, int) {
     thread_local core::AlignedBuffer<char> buffer;
-    if (s.kind == Kind::max_pool2d) {
-      thread_local std::vector<const char*> rows;
-      char* scratch = buffer.reserve(static_cast<size_t>(2 * (W + 2 * p.padding[1]) * element_bytes(from) + 3 * 64));
-      for (int64_t oh = 0; oh < OH; ++oh, to_row += OW * element_bytes(to)) {
-        rows.clear();
-        for (int64_t r = 0; r < R; ++r)
-          if (const int64_t h = oh * p.stride[0] - p.padding[0] + r * p.dilation[0]; h >= 0 && h < H)
-            rows.push_back(image + h * W * element_bytes(from));
-        k.max_pool({from, rows.data(), static_cast<int>(rows.size()), W, S, p.stride[1], p.dilation[1], p.padding[1],
-                    scratch, to_row, OW});
-      }
-      return;
-    }
-    // Sums of a row of windows, each with its own divisor.
-    char* sums = buffer.reserve(static_cast<size_t>(OW) * 12 + 64);
-    auto* multiplier = reinterpret_cast<float*>(sums + OW * 4);
-    auto* correction = reinterpret_cast<int32_t*>(sums + OW * 8);
-    for (int64_t oh = 0; oh < OH; ++oh, to_row += OW * element_bytes(to)) {
+    MaxPool pool{dtype(s.x), x.data + map * x.size[2] * x.size[3] * bytes,
+                 axis(0),    axis(1),
+                 nullptr,    out.data + map / x.size[1] * out.stride[0] + map % x.size[1] * out_bytes};
+    pool.scratch = buffer.reserve(static_cast<size_t>(pool.scratch_elements() * bytes));
+    k.max_pool(pool);
+  });
+}
+
+// Sums of windows, each with its own divisor: of one row, or, where a map has only one, of many maps.
+void Chain::run_avg_pool(const Kernels& k, const Step& s, const Tensor& x, const Tensor& out) const {
+  const DType from = dtype(s.x);
+  const Pool& p = s.pool;
+  const int64_t C = x.size[1], H = x.size[2], W = x.size[3], OH = out.size[2], OW = out.size[3];
+  const int64_t R = p.kernel[0] ? p.kernel[0] : H, S = p.kernel[0] ? p.kernel[1] : W;
+  const int64_t map_bytes = H * W * element_bytes(from), out_bytes = element_bytes(dtype(s.out));
+  constexpr int64_t many = 128;
+  const int64_t maps = OH * OW == 1 ? std::min(C, many) : 1, pieces = (C + maps - 1) / maps;
+  core::parallel_for(x.size[0] * pieces, [&](int64_t item, int) {
+    const int64_t n = item / pieces, first = item % pieces * maps, count = maps > 1 ? std::min(maps, C - first) : OW;
+    const char* const map = x.data + (n * C + first) * map_bytes;
+    char* to = out.data + n * out.stride[0] + first * OH * OW * out_bytes;
+    thread_local core::AlignedBuffer<char> buffer;
+    char* const sums = buffer.reserve(static_cast<size_t>(count) * 12 + 64);
+    auto* const multiplier = reinterpret_cast<float*>(sums + count * 4);
+    auto* const correction = reinterpret_cast<int32_t*>(sums + count * 8);
+    for (int64_t oh = 0; oh < OH; ++oh, to += OW * out_bytes) {
       const int64_t top = oh * p.stride[0] - p.padding[0], h0 = std::max<int64_t>(top, 0), h1 = std::min(top + R, H);
-      for (int64_t ow = 0; ow < OW; ++ow) {
-        const int64_t left = ow * p.stride[1] - p.padding[1], w0 = std::max<int64_t>(left, 0),
-                      w1 = std::min(left + S, W);
-        const int64_t pixels = (h1 - h0) * (w1 - w0);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t left = (maps > 1 ? 0 : i) * p.stride[1] - p.padding[1];
+        const Window window{
+            map + (maps > 1 ? i * map_bytes : 0), W, h0, h1, std::max<int64_t>(left, 0), std::min(left + S, W)};
+        const int64_t pixels = window.pixels();
         if (from == DType::f32)
-          reinterpret_cast<float*>(sums)[ow] = pixels > 16 ? sum_large_window(image, W, h0, h1, w0, w1)
-                                                           : sum_window<float, float>(image, W, h0, h1, w0, w1);
+          reinterpret_cast<float*>(sums)[i] = pixels > 16 ? sum_large_window(window) : sum_window<float, float>(window);
         else
-          reinterpret_cast<int32_t*>(sums)[ow] = from == DType::u8
-                                                     ? sum_window<uint8_t, int32_t>(image, W, h0, h1, w0, w1)
-                                                     : sum_window<int8_t, int32_t>(image, W, h0, h1, w0, w1);
-        multiplier[ow] = static_cast<float>(s.scale / static_cast<double>(p.counts_padding ? R * S : pixels));
-        correction[ow] = static_cast<int32_t>(-s.zero_point * pixels);
+          reinterpret_cast<int32_t*>(sums)[i] =
+              from == DType::u8 ? sum_bytes<uint8_t>(window) : sum_bytes<int8_t>(window);
+        multiplier[i] = static_cast<float>(s.scale / static_cast<double>(p.counts_padding ? R * S : pixels));
+        correction[i] = static_cast<int32_t>(-s.zero_point * pixels);
       }
       Finish f{};
       f.epilogue = &s.epilogue;
       f.acc = sums;
-      f.count = OW;
+      f.count = count;
       f.per_element = true;
       f.multiplier = multiplier;
       f.correction = correction;
-      f.out = to_row;
-      f.out_stride = element_bytes(to);
+      f.out = to;
+      f.out_stride = out_bytes;
       k.finish(f);
     }
   });

@@ -69,7 +69,8 @@ class Chain {
   void plan_memory(ChainPlan&) const;
   std::vector<Tensor> place_values(const ChainPlan&, char* arena) const;
   void run_steps(const ChainPlan&, const std::vector<Tensor>& tensors) const;
-  void run_pool(const Kernels&, const Step&, const Tensor& x, const Tensor& out) const;
+  void run_max_pool(const Kernels&, const Step&, const Tensor& x, const Tensor& out) const;
+  void run_avg_pool(const Kernels&, const Step&, const Tensor& x, const Tensor& out) const;
   void run_add(const Kernels&, const Step&, const Tensor& a, const Tensor* b, const Tensor& out, int64_t count) const;
 
   std::vector<DType> values_;

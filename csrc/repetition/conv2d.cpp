@@ -75,6 +75,9 @@ const PackedConv2d& PackedConv2d::prepared(const Kernels& k) const {
 
 ConvCase PackedConv2d::conv_case(const Kernels& k, int64_t images, int64_t height, int64_t width) const {
   const LayerCode* code = algorithm_ == Algorithm::codegen ? this->code(k) : nullptr;
+  const int64_t segments = code                              ? static_cast<int64_t>(code->chunks()[0].segments.size())
+                           : algorithm_ == Algorithm::tables ? units_
+                                                             : 1;
   return {k,
           geometry_,
           images,
@@ -87,9 +90,10 @@ ConvCase PackedConv2d::conv_case(const Kernels& k, int64_t images, int64_t heigh
           geometry_.groups * units_,
           outputs_,
           code ? static_cast<int64_t>(code->chunks().size()) : blocks_,
-          code                              ? static_cast<int64_t>(code->chunks()[0].segments.size())
-          : algorithm_ == Algorithm::tables ? units_
-                                            : 1,
+          segments,
+          segments > 1 ? outputs_
+          : matrix_    ? matrix_together() * block_outputs
+                       : 0,
           code ? static_cast<int64_t>(code->columns().patterns.size()) : 0,
           !columns_.empty()};
 }
@@ -343,32 +347,35 @@ void PackedConv2d::finish_outputs(const Call& call, const LiftPlan& lift, const 
   const Tensor &out = call.out, *residual = call.residual;
   const Band& band = lift.band;
   const DType out_dtype = call.epilogue.out_dtype, residual_dtype = call.epilogue.residual_dtype;
-  if (out.lifted)
-    return finish_lanes(call, lift, sums,
-                        residual ? lifted_channel(*residual, lift, sums.first_output, residual_dtype) : nullptr,
-                        lifted_channel(out, lift, sums.first_output, out_dtype));
   const int64_t columns = lift.columns, pixels = band.rows * columns;
   // Outputs of nothing but padding may share a position in the lanes: their sums are the same, their residuals not.
   const bool apart = lift.row_pitch >= columns && (band.images == 1 || lift.image_pitch >= band.rows * lift.row_pitch);
-  if (moves_lanes(call.k, lift, out, out_dtype) &&
-      (!residual || (apart && moves_lanes(call.k, lift, *residual, residual_dtype)))) {
+  if ((out.lifted || moves_lanes(call.k, lift, out, out_dtype)) &&
+      (!residual || residual->lifted || (apart && moves_lanes(call.k, lift, *residual, residual_dtype)))) {
+    const bool moves = !out.lifted || (residual && !residual->lifted);
     const int64_t lanes = lift.segment * lift.lanes, spare = 64 * lift.lanes;
-    const int64_t together = std::clamp<int64_t>(4096 / lanes, 1, sums.outputs);
+    const int64_t together = moves ? std::clamp<int64_t>(4096 / lanes, 1, sums.outputs) : sums.outputs;
     const int64_t out_bytes = together * lanes * element_bytes(out_dtype) + spare,
                   residual_bytes = together * lanes * element_bytes(residual_dtype) + spare;
-    char* const out_lanes = scratch(1, static_cast<size_t>(out_bytes + residual_bytes + together * lanes + 64));
-    char *const residual_lanes = out_lanes + out_bytes, *const flat = residual_lanes + residual_bytes;
+    char* const out_lanes =
+        moves ? scratch(1, static_cast<size_t>(out_bytes + residual_bytes + together * lanes + 64)) : nullptr;
     for (int64_t i = 0; i < sums.outputs; i += together) {
       Sums here = sums;
       here.data += i * sums.output_stride;
       here.first_output += i;
       here.outputs = std::min(together, sums.outputs - i);
-      const auto move = [&](const Tensor& rows, DType dtype, bool lifts, char* in_lanes) {
-        move_lanes(call.k, lift, rows, dtype, here.first_output, here.outputs, lifts, in_lanes, flat);
+      const auto place = [&](const Tensor& t, DType dtype, int64_t scratch_at) {
+        return t.lifted ? lifted_channel(t, lift, here.first_output, dtype) : out_lanes + scratch_at;
       };
-      if (residual) move(*residual, residual_dtype, true, residual_lanes);
-      finish_lanes(call, lift, here, residual ? residual_lanes : nullptr, out_lanes);
-      move(out, out_dtype, false, out_lanes);
+      char* const to = place(out, out_dtype, 0);
+      char* const added = residual ? place(*residual, residual_dtype, out_bytes) : nullptr;
+      const auto move = [&](const Tensor& rows, DType dtype, bool lifts, char* in_lanes) {
+        move_lanes(call.k, lift, rows, dtype, here.first_output, here.outputs, lifts, in_lanes,
+                   out_lanes + out_bytes + residual_bytes);
+      };
+      if (residual && !residual->lifted) move(*residual, residual_dtype, true, added);
+      finish_lanes(call, lift, here, added, to);
+      if (!out.lifted) move(out, out_dtype, false, to);
     }
     return;
   }

@@ -300,16 +300,21 @@ struct Order {
   int64_t outputs;
 };
 
-// A row of the largest of `rows` x `columns` elements, `stride` elements apart; NaN wins.
+// The largest elements of windows of one map; NaN wins.
 struct MaxPool {
+  struct Axis {
+    int64_t size, window, stride, dilation, padding, count;  // of the map; of a window; how many there are
+  };
   DType dtype;
-  const char* const* source;  // the rows, `width` elements each
-  int rows;
-  int64_t width;
-  int64_t columns, stride, dilation, padding;
-  char* scratch;  // 2 * (width + 2 * padding) elements, and three vectors
-  char* out;      // count elements
-  int64_t count;
+  const char* map;
+  Axis rows, columns;
+  char* scratch;  // scratch_elements
+  char* out;
+
+  static constexpr int64_t together = 8;  // rows of windows
+  // Of the largest of their columns, a vector behind each, and of the largest of a row's windows.
+  int64_t row_elements() const { return columns.size + 2 * columns.padding + 64; }
+  int64_t scratch_elements() const { return (together + 1) * row_elements(); }
 };
 
 struct Kernels {

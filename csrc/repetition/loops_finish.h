@@ -192,39 +192,83 @@ void finish(const Finish& all) {
   for (int64_t o = 0; o < all.outputs; ++o, f.next_output()) finish_one(f);
 }
 
-// The largest of each column first, then of neighboring columns, then every stride-th. NaN is larger than any number.
-template <class T> void max_pool_of(const MaxPool& p) {
+// Calls at(i) for vectors of `step` elements that cover [0, count), the last of them within it: some elements twice.
+template <class At> void for_vectors(int64_t count, int64_t step, At at) {
+  for (int64_t i = 0; i + step < count; i += step) at(i);
+  at(count < step ? 0 : count - step);
+}
+
+template <class T> struct Largest {
   typedef T vec __attribute__((vector_size(vector_bytes)));
-  constexpr int64_t step = vector_bytes / int64_t{sizeof(T)};
-  constexpr T lowest = std::is_integral_v<T> ? std::numeric_limits<T>::min() : -std::numeric_limits<T>::infinity();
-  const auto load = [](const T* from, int64_t count) {
+  static constexpr int64_t step = vector_bytes / int64_t{sizeof(T)};
+  static constexpr T lowest =
+      std::is_integral_v<T> ? std::numeric_limits<T>::min() : -std::numeric_limits<T>::infinity();
+
+  static vec load(const T* from, int64_t count = step) {
     vec v = lowest - vec{};
     if (count >= step) std::memcpy(&v, from, sizeof v);
     else std::memcpy(&v, from, static_cast<size_t>(count) * sizeof(T));
     return v;
-  };
-  const auto larger = [](vec a, vec b) {
+  }
+  static vec of(vec a, vec b) {  // NaN is larger than any number
     const vec m = a > b ? a : b;
     if constexpr (std::is_integral_v<T>) return m;
     else return a != a ? a : m;
-  };
-  const int64_t padded = p.width + 2 * p.padding, last = padded - (p.columns - 1) * p.dilation;
-  T *const row = reinterpret_cast<T*>(p.scratch), *const data = row + p.padding, *const pooled = row + padded + step;
-  for (int64_t i = 0; i < p.padding; ++i) row[i] = lowest;
-  for (int64_t i = 0; i < p.width; i += step) {
-    vec v = lowest - vec{};
-    for (int r = 0; r < p.rows; ++r) v = larger(load(reinterpret_cast<const T*>(p.source[r]) + i, p.width - i), v);
-    std::memcpy(data + i, &v, sizeof v);
   }
-  for (int64_t i = p.padding + p.width; i < padded; ++i) row[i] = lowest;
-  for (int64_t i = 0; i < last; i += step) {
-    vec v = load(row + i, step);
-    for (int64_t s = 1; s < p.columns; ++s) v = larger(load(row + i + s * p.dilation, step), v);
-    std::memcpy(pooled + i, &v, sizeof v);
+
+  // Of each column of the windows that begin at row `top`, with padding on both sides.
+  static void in_columns(const MaxPool& p, int64_t top, T* row) {
+    const int64_t width = p.columns.size, padding = p.columns.padding;
+    for (int64_t i = 0; i < padding; ++i) row[i] = row[padding + width + i] = lowest;
+    for_vectors(width, step, [&](int64_t i) {
+      vec v = lowest - vec{};
+      for (int64_t r = 0, h = top; r < p.rows.window; ++r, h += p.rows.dilation)
+        if (h >= 0 && h < p.rows.size) v = of(load(reinterpret_cast<const T*>(p.map) + h * width + i, width - i), v);
+      if (width >= step) std::memcpy(row + padding + i, &v, sizeof v);
+      else std::memcpy(row + padding, &v, static_cast<size_t>(width) * sizeof(T));
+    });
   }
-  T* const out = reinterpret_cast<T*>(p.out);
-  for_elements<T>(reinterpret_cast<const char*>(pooled), p.stride * int64_t{sizeof(T)}, p.count,
-                  [=](int64_t i, T x) { out[i] = x; });
+
+  // Of neighboring columns, of which every stride-th is wanted.
+  static void in_rows(const MaxPool& p, const T* row, T* pooled, T* out) {
+    const auto largest = [&](int64_t i) {
+      vec v = load(row + i);
+      for (int64_t s = 1; s < p.columns.window; ++s) v = of(load(row + i + s * p.columns.dilation), v);
+      return v;
+    };
+    const int64_t count = p.columns.count, stride = p.columns.stride;
+    if (stride == 2) {  // the lower halves of pairs
+      using Pair = std::conditional_t<sizeof(T) == 1, uint16_t, uint64_t>;
+      using Half = std::conditional_t<sizeof(T) == 1, uint8_t, uint32_t>;
+      typedef Pair pairs __attribute__((vector_size(vector_bytes)));
+      typedef Half halves __attribute__((vector_size(vector_bytes / 2)));
+      for_vectors(count, step / 2, [&](int64_t i) {
+        const halves v = __builtin_convertvector(reinterpret_cast<pairs>(largest(2 * i)), halves);
+        if (count >= step / 2) std::memcpy(out + i, &v, sizeof v);
+        else std::memcpy(out, &v, static_cast<size_t>(count) * sizeof(T));
+      });
+      return;
+    }
+    for (int64_t i = 0; i <= stride * (count - 1); i += step) {
+      const vec v = largest(i);
+      std::memcpy(pooled + i, &v, sizeof v);
+    }
+    for_elements<T>(reinterpret_cast<const char*>(pooled), stride * int64_t{sizeof(T)}, count,
+                    [=](int64_t i, T x) { out[i] = x; });
+  }
+};
+
+// Columns of a few rows of windows first: a load of what two stores have just written waits for both.
+template <class T> void max_pool_of(const MaxPool& p) {
+  T *const rows = reinterpret_cast<T*>(p.scratch), *const pooled = rows + MaxPool::together * p.row_elements();
+  T* out = reinterpret_cast<T*>(p.out);
+  for (int64_t first = 0; first < p.rows.count; first += MaxPool::together) {
+    const int64_t count = p.rows.count - first < MaxPool::together ? p.rows.count - first : MaxPool::together;
+    for (int64_t i = 0; i < count; ++i)
+      Largest<T>::in_columns(p, (first + i) * p.rows.stride - p.rows.padding, rows + i * p.row_elements());
+    for (int64_t i = 0; i < count; ++i, out += p.columns.count)
+      Largest<T>::in_rows(p, rows + i * p.row_elements(), pooled, out);
+  }
 }
 
 void max_pool(const MaxPool& p) {

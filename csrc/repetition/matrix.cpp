@@ -153,6 +153,14 @@ std::vector<uint8_t> PackedConv2d::matrix_codes() const {
   return codes;
 }
 
+// Blocks of outputs that are summed together: those for which rows are gathered once.
+int64_t PackedConv2d::matrix_together() const {
+  constexpr int64_t expanded_bytes = 256 << 10;
+  const MatrixShape shape(geometry_, activations_);
+  if (!shape.gathered) return 1;
+  return std::clamp<int64_t>(expanded_bytes / (shape.steps * block_bytes), 1, ceil_div(group_outputs_, block_outputs));
+}
+
 // A few blocks of outputs after the other: their weights are expanded once and stay in the second-level cache. The
 // rows of small groups of channels are gathered for all outputs that fit there.
 void PackedConv2d::sum_matrix(const Call& call, const LiftPlan& lift, const char* x, int64_t group, int64_t first,
@@ -162,9 +170,7 @@ void PackedConv2d::sum_matrix(const Call& call, const LiftPlan& lift, const char
   const MatrixShape shape(geometry_, activations_);
   const int64_t terms = stage_planes_, vector_bytes = call.vector_bytes();
   const int64_t plane = (lift.segment | 1) * vector_bytes, output_block_bytes = shape.steps * block_bytes;
-  const int64_t expanded_bytes = shape.gathered ? 256 << 10 : 0;
-  const int64_t together = std::clamp<int64_t>(expanded_bytes / output_block_bytes, 1,
-                                               ceil_div(group_outputs_, block_outputs));  // blocks of outputs
+  const int64_t together = matrix_together();
   const std::span<const int64_t> source = list_sources(lift, units_, shape.gathered ? terms : block_words * terms);
   MatrixSum m{};
   m.x = x;

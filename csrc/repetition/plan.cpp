@@ -357,7 +357,9 @@ double cut_cost(const ConvCase& c, const Pitch& pitch, const Cut& cut, int threa
   const double weight_bytes_per_cycle = costs(c.word_lanes == 16).memory / (threads == 1 ? 1 : 1.5);  // shared
   constexpr double first_weight_bytes_per_cycle = 24;  // what the first vector waits for
   constexpr double crossing = 1.5, crossed = 1.06;     // writing planes that other threads read, and reading theirs
-  constexpr double second_level = 640 << 10, spilled = 1.1;  // bytes, and what exceeding them costs
+  constexpr double spilled = 1.1;                      // what exceeding the second-level cache costs, and
+  constexpr double kept_bytes_per_cycle = 8;           // that sums then come back
+  const double second_level = 0.625 * static_cast<double>(std::clamp<size_t>(core::cache_sizes().l2, 1 << 20, 4 << 20));
   const Geometry& g = c.geometry;
   const int64_t rows = g.output_size(0, c.height), columns = g.output_size(1, c.width), lanes = c.word_lanes * c.halves;
   const auto phases = static_cast<double>(std::min(g.kernel[0], g.stride[0]) * std::min(g.kernel[1], g.stride[1]));
@@ -372,12 +374,14 @@ double cut_cost(const ConvCase& c, const Pitch& pitch, const Cut& cut, int threa
                columns_staged = static_cast<double>(c.planes * c.column_planes * (segment + x.reach)),
                bands = static_cast<double>(cut.image_bands * cut.row_bands);
   // What sums of one segment of the weights go through again and again.
-  const double resident = (c.column_planes ? columns_staged : staged) / static_cast<double>(c.segments) +
-                          (c.segments > 1 ? outputs * c.halves * vectors : 0);
+  const double vector_bytes = c.word_lanes * 4, kept = static_cast<double>(c.kept * c.halves) * vectors * vector_bytes;
+  const double planes_here = (c.column_planes ? columns_staged : staged) / static_cast<double>(c.segments);
+  const bool spills = planes_here * vector_bytes + kept > second_level;
   // Weights come behind the sums of the first vector.
   const double sums = ((vectors - 1) * c.cycles + std::max(c.cycles, c.weight_bytes / weight_bytes_per_cycle) +
                        c.weight_bytes / first_weight_bytes_per_cycle) *
-                          (resident * c.word_lanes * 4 > second_level ? spilled : 1) +
+                          (spills ? spilled : 1) +
+                      (spills && c.segments == 1 ? kept / kept_bytes_per_cycle : 0) +
                       outputs * (output + c.halves * vectors * finish);
   const double planes = staged * stage + columns_staged * column;
   double best = std::numeric_limits<double>::max();

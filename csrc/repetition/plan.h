@@ -182,6 +182,7 @@ struct ConvCase {
   int64_t planes;           // staged
   int64_t outputs, blocks;  // blocks of outputs: what threads can share
   int64_t segments;         // of the weights: each sees its planes once, of all blocks
+  int64_t kept;             // outputs whose sums are all kept at a time, if they are many
   int64_t column_planes;    // of every unit, for `codegen` that reads sums of columns
   bool adds_columns;        // a `codebook` that does so tile by tile
   bool lifted_input = false, lifted_output = false;

@@ -194,6 +194,7 @@ class PackedConv2d final : public PackedLayer {
   void pack_codebook(const Weights&);
   struct MatrixPlaces;
   MatrixPlaces matrix_places() const;
+  int64_t matrix_together() const;
   std::vector<uint8_t> matrix_codes() const;
   int64_t stream_at(int64_t output, int64_t unit) const;
   Weights weights_of(const std::vector<uint8_t>& codes) const;  // as packed, for another form

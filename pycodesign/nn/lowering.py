@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
 
+from pycodesign._arguments import to_pair
 from pycodesign.nn.fusion import FusedStep
 from pycodesign.nn.modules import Conv2d, Linear, Segment
 from pycodesign.nn.program import LayerWeights, Program, Step, describe_layer, prepack
@@ -72,6 +73,25 @@ def lower(segment: Sequence[FusedStep], affines: Mapping[fx.Node, Affine] | None
     return _Lowering(segment, affines).lowered
 
 
+def _pool_first(segment: Sequence[FusedStep]) -> list[FusedStep]:
+    """Clamp what max pooling makes rather than all that it takes, as after a first layer that stays torch's."""
+    steps = list(segment)
+    made = {step.result: i for i, step in enumerate(steps)}
+    for i, pool in enumerate(steps):
+        before = made.get(pool.x)
+        if (
+            before is None
+            or pool.op != "max_pool2d"
+            or to_pair("dilation", pool.arguments.get("dilation", 1), 1) != (1, 1)
+        ):
+            continue  # a window with a dilation may lie in the padding
+        clamp = steps[before]
+        if clamp.op == "add" and clamp.other is None and clamp.may_absorb(pool.nodes[0]):
+            steps[before] = replace(pool, nodes=clamp.nodes, x=clamp.x)
+            steps[i] = replace(clamp, nodes=pool.nodes, x=clamp.result)
+    return steps
+
+
 class _Lowering:
     def __init__(self, segment: Sequence[FusedStep], affines: Mapping[fx.Node, Affine] | None) -> None:
         inside = {node for step in segment for node in step.nodes}
@@ -85,7 +105,7 @@ class _Lowering:
             self.program.inputs.append({"dtype": "float32"})
             self.values[node] = self._number("float32")
         taken = {self._root(segment, x) for step in segment if step.op != "flatten" for x in step.inputs}
-        for step in segment:
+        for step in _pool_first(segment) if affines is None else segment:
             if step.op == "flatten":
                 self.values[step.result] = self.values[step.x]
             else:

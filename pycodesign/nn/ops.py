@@ -70,7 +70,6 @@ DTYPES = {name: getattr(torch, name) for name in (*OUTPUT_DTYPES, *SHORT_FLOATS)
 library = torch.library.Library("pycodesign", "DEF")
 prepared: TensorCache[Prepared] = TensorCache()
 placed: TensorCache[tuple[Packed, tuple[Any, ...]]] = TensorCache()  # layers on GPUs
-_next_key: dict[int, Any] = {}  # by dispatch keys: the one that follows autograd's
 
 
 def define(
@@ -80,29 +79,27 @@ def define(
     differentiable: Callable[..., Any] | None,
     cuda: Callable[..., Any] | None = None,
     cast: Callable[..., Sequence[Any]] | None = None,
+    values: Callable[..., Sequence[Tensor]] | None = None,
+    needs_gradient: Callable[..., bool] | None = None,
 ) -> None:
     """Define an operator with its kernels; `differentiable(operator, *args)` calls it, and has a gradient.
 
-    Without a kernel for CUDA it refuses tensors there. Under autocast it takes `cast(*args)`: float32 by default.
+    Without a kernel for CUDA it refuses tensors there. Under autocast it takes `cast(*args)`: float32 by default. Where
+    ``values(*args)``, all tensors but weights, are plain ones in host memory, its kernel is called at once.
+    ``needs_gradient(*args)`` is whether any tensor requires one.
     """
     name = schema[: schema.index("(")]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(torch.ops.pycodesign, name).default
-    keys_of = torch._C.DispatchKey
-    kernels = {keys_of.CPU: cpu, keys_of.CUDA: cuda or refuse_cuda}
-    is_grad_enabled, known = torch.is_grad_enabled, _next_key
+    is_grad_enabled, requires = torch.is_grad_enabled, needs_gradient or _any_requires_grad
 
-    def autograd(keys: Any, *args: Any) -> Any:
+    def autograd(*args: Any) -> Any:
         if forward_ad._current_level >= 0:
             refuse_tangents(name, args)
-        if is_grad_enabled() and _any_requires_grad(*args) and differentiable is not None:
+        if is_grad_enabled() and requires(*args) and differentiable is not None:
             return differentiable(operator, *args)
-        following = known.get(keys.raw_repr())
-        if following is None:
-            below = keys & torch._C._after_autograd_keyset
-            following = known[keys.raw_repr()] = below.highestPriorityTypeId()
-        if following in kernels:
-            return kernels[following](*args)  # a microsecond less than another dispatch
+        if values is not None and are_plain(values(*args)):
+            return cpu(*args)  # a microsecond less than another dispatch
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
 
@@ -118,9 +115,27 @@ def define(
 
     for device, kernel in (("CPU", cpu), ("CUDA", cuda or refuse_cuda)):
         library.impl(name, kernel, device)
-        library.impl(name, autograd, f"Autograd{device}", with_keyset=True)
+        library.impl(name, autograd, f"Autograd{device}")  # a microsecond less than with its keys
         library.impl(name, functools.partial(autocast, device.lower()), f"Autocast{device}")
     torch.library.register_fake(f"pycodesign::{name}", check_device, lib=library)
+
+
+_keys_of, _count_modes, _find_transform = (
+    torch._C._dispatch_keys,
+    torch._C._len_torch_dispatch_stack,
+    torch._C._functorch.peek_interpreter_stack,
+)
+_plain_keys = _keys_of(torch.empty(0)).raw_repr()
+
+
+def are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Return whether all are in host memory and neither views with a sign, nor fake, nor of a transform or a mode."""
+    if _count_modes() or _find_transform() is not None:
+        return False
+    for tensor in tensors:  # `all` takes a third longer
+        if _keys_of(tensor).raw_repr() != _plain_keys:
+            return False
+    return True
 
 
 def refuse_tangents(name: str, args: Sequence[Any]) -> None:
@@ -261,17 +276,27 @@ def to_array(name: str, tensor: Tensor) -> NDArray[Any]:
     return array
 
 
+def _to_host(weights: Weights) -> list[Any]:
+    """Return the weights with their signs; they have to lie where x does."""
+    for tensor in weights:
+        if tensor is not None and tensor.device.type != "cpu":
+            raise TypeError(f"x: expected a tensor on {tensor.device}, where the weights are, got one on cpu")
+    return [None if tensor is None else tensor.resolve_neg() for tensor in weights]
+
+
 def _prepare_conv2d(weights: Weights, options: str, packed: Packed | None = None) -> Prepared:
     inputs, epilogue = parse_options(options, "conv2d")
     if packed is None:
-        packed = prepack_conv2d(from_arrays(*weights[:3]), weights[3], **inputs)
+        codes, levels, scale, bias = _to_host(weights)
+        packed = prepack_conv2d(from_arrays(codes, levels, scale), bias, **inputs)
     return packed, packed._native.run, _to_native(epilogue), inputs["input_bits"] is not None  # type: ignore[union-attr]
 
 
 def _prepare_linear(weights: Weights, options: str, packed: Packed | None = None) -> Prepared:
     inputs, epilogue = parse_options(options, "linear")
     if packed is None:
-        packed = prepack_linear(from_arrays(*weights[:3]), weights[3], **inputs)
+        codes, levels, scale, bias = _to_host(weights)
+        packed = prepack_linear(from_arrays(codes, levels, scale), bias, **inputs)
     run = packed._native.run_rows  # type: ignore[union-attr]
     return packed, run, _to_native(epilogue), inputs["input_bits"] is not None
 
@@ -409,7 +434,40 @@ ARGUMENTS = (
     "(Tensor x, Tensor codes, Tensor levels, Tensor scale, Tensor? bias=None, Tensor? residual=None, "
     "str options='{}') -> Tensor"
 )
+
+
+def _layer_values(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    return (x,) if len(others) < 5 or others[4] is None else (x, others[4])
+
+
+def _layer_needs_gradient(
+    x: Tensor,
+    codes: Tensor,
+    levels: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    options: str = "{}",
+) -> bool:
+    return (
+        x.requires_grad
+        or levels.requires_grad
+        or scale.requires_grad
+        or (bias is not None and bias.requires_grad)
+        or (residual is not None and residual.requires_grad)
+    )
+
+
 on_device = {kind: functools.partial(run_on_device, kind) for kind in ("conv2d", "linear")}
 casts = {kind: functools.partial(cast_layer, kind) for kind in ("conv2d", "linear")}
-define(f"conv2d{ARGUMENTS}", run_conv2d, fake_conv2d, LayerGradient.apply, on_device["conv2d"], casts["conv2d"])
-define(f"linear{ARGUMENTS}", run_linear, fake_linear, LayerGradient.apply, on_device["linear"], casts["linear"])
+for kind, cpu, fake in (("conv2d", run_conv2d, fake_conv2d), ("linear", run_linear, fake_linear)):
+    define(
+        f"{kind}{ARGUMENTS}",
+        cpu,
+        fake,
+        LayerGradient.apply,
+        on_device[kind],
+        casts[kind],
+        _layer_values,
+        _layer_needs_gradient,
+    )

@@ -119,7 +119,7 @@ def join_weights(layers: Iterable[LayerWeights]) -> tuple[Tensor, ...]:
 def split_weights(program: Program, weights: Weights) -> list[LayerWeights]:
     """Return what `join_weights` was given."""
     names = ("codes", "levels", "scale", "bias")
-    flat = [to_array(name, tensor) for name, tensor in zip(names, weights, strict=True) if tensor is not None]
+    flat = [to_array(name, t.resolve_neg()) for name, t in zip(names, weights, strict=True) if t is not None]
     layers = [step.layer for step in program.steps if step.layer is not None]
     sizes = [_flat_sizes(layer) for layer in layers]
     wanted = tuple(sum(column) for column in zip(*sizes, strict=True))
@@ -388,7 +388,8 @@ def _record_backward(_: Any, *args: Any) -> list[Tensor]:
 
 WEIGHTS = "Tensor codes, Tensor levels, Tensor scale, Tensor bias, str program"
 BACKWARD = f"chain_backward(Tensor[] grads, Tensor[] inputs, {WEIGHTS}) -> Tensor[]"
-define(f"chain(Tensor[] inputs, {WEIGHTS}) -> Tensor[]", run_chain, fake_chain, _apply_gradient)
+CHAIN = f"chain(Tensor[] inputs, {WEIGHTS}) -> Tensor[]"
+define(CHAIN, run_chain, fake_chain, _apply_gradient, values=lambda inputs, codes, *_: [*inputs, codes])
 define(BACKWARD, run_backward, _fake_backward, _record_backward)
 define(f"chain_weights({WEIGHTS}) -> Tensor[]", run_weights, _fake_weights, None)
 for key in ("Batched", "FuncTorchBatched"):  # of many gradients at once: `is_grads_batched`, and vmap

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import pycodesign.nn
 from pycodesign import ops, quantize
 from pycodesign.nn import ops as torch_ops
-from pycodesign.nn.program import Program, Step, chains, describe_layer, join_weights
+from pycodesign.nn.program import Program, Step, build_chain, chains, describe_layer, join_weights
 from pycodesign.quantize import QuantizedTensor
 
 ROOT = Path(__file__).parents[1]
@@ -427,6 +427,18 @@ def test_what_is_packed_dies_with_its_weights():
     del weights, flat
     gc.collect()
     assert (len(torch_ops.prepared), len(chains)) == before
+
+
+def test_programs_of_one_length_share_weights():
+    weights, program, _ = make_chain()
+    x, residual = random(2, 3, 8, 8), random(2, 4, 4, 4)
+    texts = [program.to_json(), program.to_json().replace('"clamp": [0, 6]', '"clamp": [0, 3]')]
+    assert len(texts[0]) == len(texts[1]) and texts[0] != texts[1]
+    wanted = [build_chain(weights, text)(x.numpy(), residual.numpy()) for text in texts]
+    assert not np.array_equal(wanted[0][0], wanted[1][0])
+    for i in (0, 1, 0, 1, 1):
+        for y, expected in zip(chain([x, residual], *weights, texts[i]), wanted[i], strict=True):
+            np.testing.assert_array_equal(y.numpy(), expected)
 
 
 def test_threads_share_what_is_packed(conv, monkeypatch):

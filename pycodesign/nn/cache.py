@@ -23,7 +23,7 @@ class TensorCache(Generic[T]):
     """
 
     def __init__(self) -> None:
-        self._entries: dict[Hashable, tuple[list[Any], T, list[weakref.ref[Tensor]]]] = {}
+        self._entries: dict[Hashable, tuple[Any, T, list[weakref.ref[Tensor]]]] = {}
         self._renew_lock()
         os.register_at_fork(after_in_child=self._renew_lock)  # whoever held it does not exist there
 
@@ -32,18 +32,21 @@ class TensorCache(Generic[T]):
 
     def get(self, key: Hashable, tensors: Weights, make: Callable[..., T], *arguments: Any) -> T:
         """Return the value for `key`; where it is missing or outdated, ``make(tensors, *arguments)``."""
+        version: Any = 0
         try:
-            versions: list[Any] = [tensor._version for tensor in tensors if tensor is not None]
+            for tensor in tensors:  # none ever falls, so neither does their sum
+                if tensor is not None:
+                    version += tensor._version
         except RuntimeError:  # tensors made in inference mode count no versions; their bytes stand for them
-            versions = [tensor.cpu().numpy().tobytes() for tensor in tensors if tensor is not None]
+            version = [tensor.cpu().numpy().tobytes() for tensor in tensors if tensor is not None]
         entry = self._entries.get(key)
-        if entry is not None and entry[0] == versions:
+        if entry is not None and entry[0] == version:
             return entry[1]
         with self._lock:
             entry = self._entries.get(key)
-            if entry is None or entry[0] != versions:
+            if entry is None or entry[0] != version:
                 deaths = [weakref.ref(tensor, self._forget(key)) for tensor in tensors if tensor is not None]
-                entry = self._entries[key] = versions, make(tensors, *arguments), deaths
+                entry = self._entries[key] = version, make(tensors, *arguments), deaths
             return entry[1]
 
     def _forget(self, key: Hashable) -> Callable[[Any], object]:

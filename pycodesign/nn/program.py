@@ -176,12 +176,18 @@ def build_chain(weights: Weights, text: str, packed: Sequence[Packed] | None = N
     return chain
 
 
-chains: TensorCache[Chain] = TensorCache()
+chains: TensorCache[tuple[Chain, str]] = TensorCache()  # and the program
 
 
 def find_chain(weights: Weights, program: str, packed: Sequence[Packed] | None = None) -> Chain:
     """Return the chain of these weights, made now if it has not been."""
-    return chains.get((*map(id, weights), program), weights, build_chain, program, packed)
+    key = *map(id, weights), len(program)  # to compare a long text takes a tenth of what its hash does
+    chain, text = chains.get(key, weights, _make_chain, program, packed)
+    return chain if text == program else chains.get((*key, program), weights, _make_chain, program, packed)[0]
+
+
+def _make_chain(weights: Weights, program: str, packed: Sequence[Packed] | None) -> tuple[Chain, str]:
+    return build_chain(weights, program, packed), program
 
 
 def run_chain(

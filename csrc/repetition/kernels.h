@@ -311,10 +311,10 @@ struct MaxPool {
   char* scratch;  // scratch_elements
   char* out;
 
-  static constexpr int64_t together = 8;  // rows of windows
-  // Of the largest of their columns, a vector behind each, and of the largest of a row's windows.
+  int64_t together() const { return rows.count < 8 ? rows.count : 8; }  // rows of windows
+  // The largest of a row's windows, and those of the columns of some rows, a vector behind each.
   int64_t row_elements() const { return columns.size + 2 * columns.padding + 64; }
-  int64_t scratch_elements() const { return (together + 1) * row_elements(); }
+  int64_t scratch_elements() const { return (1 + together()) * row_elements(); }
 };
 
 struct Kernels {

@@ -260,10 +260,10 @@ template <class T> struct Largest {
 
 // Columns of a few rows of windows first: a load of what two stores have just written waits for both.
 template <class T> void max_pool_of(const MaxPool& p) {
-  T *const rows = reinterpret_cast<T*>(p.scratch), *const pooled = rows + MaxPool::together * p.row_elements();
+  T *const pooled = reinterpret_cast<T*>(p.scratch), *const rows = pooled + p.row_elements();
   T* out = reinterpret_cast<T*>(p.out);
-  for (int64_t first = 0; first < p.rows.count; first += MaxPool::together) {
-    const int64_t count = p.rows.count - first < MaxPool::together ? p.rows.count - first : MaxPool::together;
+  for (int64_t first = 0; first < p.rows.count; first += p.together()) {
+    const int64_t left = p.rows.count - first, count = left < p.together() ? left : p.together();
     for (int64_t i = 0; i < count; ++i)
       Largest<T>::in_columns(p, (first + i) * p.rows.stride - p.rows.padding, rows + i * p.row_elements());
     for (int64_t i = 0; i < count; ++i, out += p.columns.count)

@@ -577,6 +577,11 @@ def test_tensors_that_are_more_than_memory(conv, rows):
         assert operator in (None, *mode.operators)
         functional = torch.func.functionalize(run)(lambda tensor: tensor + 0)
         torch.testing.assert_close(functional, wanted, rtol=0, atol=0)
+    signed = [torch._neg_view(-w) if w.is_floating_point() else w for w in conv]  # weights alone
+    torch.testing.assert_close(conv2d(x, *signed, options=OPTIONS), residual, rtol=0, atol=0)
+    signed = [weights[0], *(torch._neg_view(-w) for w in weights[1:])]
+    made, wanted = (chain(inputs, *given, program.to_json()) for given in (signed, weights))
+    torch.testing.assert_close(made, wanted, rtol=0, atol=0)
     zeros = conv2d(torch._efficientzerotensor(x.shape), *conv, options=OPTIONS)
     torch.testing.assert_close(zeros, conv2d(torch.zeros_like(x), *conv, options=OPTIONS), rtol=0, atol=0)
 

@@ -242,7 +242,9 @@ CoreKind core_kind() {
     constexpr unsigned amd = 0x68747541;  // "Auth", of "AuthenticAMD"
     const unsigned family = (signature.eax >> 8 & 0xf) + (signature.eax >> 20 & 0xff);
     if (vendor.ebx != amd) return CoreKind::other;
-    return family >= 0x1a ? CoreKind::zen5 : family == 0x19 ? CoreKind::zen4 : CoreKind::other;  // 0x19: and Zen 3
+    if (family >= 0x1a) return CoreKind::zen5;
+    const bool has_avx512 = read_cpuid(7).ebx >> 16 & 1;
+    return family != 0x19 ? CoreKind::other : has_avx512 ? CoreKind::zen4 : CoreKind::zen3;
   }();
   return kind;
 #else

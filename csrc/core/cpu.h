@@ -46,7 +46,7 @@ double cgroup_cpu_quota(const std::string& membership, const std::string& mount)
 std::string cpu_name();
 
 // Microarchitectures that cost models tell apart.
-enum class CoreKind { other, zen4, zen5 };
+enum class CoreKind { other, zen3, zen4, zen5 };
 CoreKind core_kind();
 
 }  // namespace pycodesign::core

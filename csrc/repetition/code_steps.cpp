@@ -195,7 +195,7 @@ CodeEstimate estimate(const CodeLayer& l, CodeForm f, bool avx512) {
   const double run = (sums + std::max(1.0, std::ceil(segments)) * (keep + cost.call) - keep / 2) * count +
                      columns * static_cast<double>(l.channels() * l.geometry.groups);
   const double bytes = instructions * share * count * instruction_bytes;
-  const double vectors = std::max(1.0, likely_pixels(l.weights->outputs) / (is_float ? 16 : 32));
+  const double vectors = std::max(1.0, likely_pixels(l.weights->outputs) / ((avx512 ? 16 : 8) * (is_float ? 1 : 2)));
   return {f, run, run + bytes / cost.memory / vectors};
 }
 

@@ -142,7 +142,7 @@ Choice choose_conv2d(const Weights& w, const Geometry& g, const Activations& a) 
     if (book >= dense)
       return {Algorithm::dense, by_matrices < by_vectors
                                     ? "a matrix unit (AMX) multiplies faster than shared sums are added"
-                                    : "too few outputs share a pattern for machine code to pay"};
+                                    : "machine code: " + predicted(code)};
   }
   if (book < dense) return {Algorithm::codebook, predicted(book)};
   if (integers) return {Algorithm::dense, "8-bit dot products beat tables for 8-bit inputs"};

@@ -232,7 +232,10 @@ def train(
     weights = [p for name, p in model.named_parameters() if not name.endswith("log_scale")]
     optimizer = torch.optim.Adam([{"params": weights}, {"params": scales, "lr": rate / 10}], rate)
     steps = epochs * (len(x) // batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [rate, rate / 10], max(steps, 1), pct_start=0.1)
+    total = max(steps, 3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, [rate, rate / 10], total, pct_start=max(0.1, 2 / total)
+    )
     task = progress.add_task("training", total=steps)
     model.train()
     for _ in range(epochs):

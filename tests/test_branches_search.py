@@ -1,6 +1,7 @@
 """Spaces, their networks as native bodies, the latency model against the simulator, and the searches themselves."""
 
 import importlib.util
+import math
 import random
 import sys
 
@@ -185,6 +186,37 @@ def test_search_stays_under_the_target(method):
     assert not net.training
     again = search(space, table, make_data(), target_ms=1e3 * target, **options)
     assert again.found.architecture == found.architecture
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 10, 11])
+def test_short_trainings(steps):
+    space = Space(branches=1, operators=NATIVE, gates=("none",), classes=4, **SMALL)
+    net = space.build(space.sample(0))
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    assert math.isfinite(fit(net, Data(*make_data(20)), steps, batch=8))
+    assert any(not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+
+
+def test_finalists_are_halved(monkeypatch):
+    from pycodesign.branches import searching
+
+    space = Space(branches=2, operators=NATIVE, gates=("none",), classes=4, **SMALL)
+    trained = []  # networks, and steps of each
+    fit = searching.fit
+
+    def count(net, data, steps, **options):
+        trained.append((id(net), steps, options["seed"]))
+        return fit(net, data, steps, **options)
+
+    monkeypatch.setattr(searching, "fit", count)
+    options = {"steps": 8, "train_steps": 12, "batch": 16, "finalists": 5, "seed": 3}
+    found = search(space, make_table_of(space), make_data(), target_ms=1e6, **options).found
+    assert [steps for _, steps, _ in trained] == [3] * 5 + [6] * 2 + [12]
+    assert [seed for _, _, seed in trained] == [3] * 5 + [4] * 2 + [5]
+    rounds = [{net for net, _, _ in trained[a:b]} for a, b in ((0, 5), (5, 7), (7, 8))]
+    assert [len(nets) for nets in rounds] == [5, 2, 1] and rounds[2] < rounds[1] < rounds[0]
+    accuracies = [accuracy for _, _, accuracy in found.candidates]
+    assert len(accuracies) == 5 and accuracies[:3] == sorted(accuracies[:3], reverse=True)
 
 
 def test_changes_of_an_architecture():

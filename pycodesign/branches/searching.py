@@ -72,7 +72,7 @@ def search(
     latency: str = "max_plus",
     steps: int = 600,
     train_steps: int = 400,
-    finalists: int = 3,
+    finalists: int = 4,
     candidates: int | None = None,
     budget: float | None = None,
     batch: int = 64,
@@ -95,7 +95,8 @@ def search(
         Teams that branches will run on.
     method : {"differentiable", "random", "optuna"}
         ``"differentiable"`` trains all networks at once (a `Supernet`), one sample a step; weights and choices take
-        turns; of likely networks and their neighbors those with the smallest loss go on from the shared weights.
+        turns; of likely networks and their neighbors those with the smallest loss go on from the shared weights, fewer
+        and fewer of them.
         ``"random"`` and ``"optuna"`` (the extra `nas`) train one network after another.
     latency : {"max_plus", "sum"}
         Ready times of branches and a smooth maximum where they meet; or, to compare, the sum of all layers.
@@ -104,7 +105,8 @@ def search(
     train_steps : int
         Of each network that is trained.
     finalists : int
-        Networks that the differentiable search trains at the end, the most promising first.
+        Networks that the differentiable search begins to train at the end, by successive halving: they share
+        `train_steps`, then the more accurate half of them does, until the last one has had as many for itself.
     candidates : int, optional
         Networks that the other two methods train; by default as many as the supernet's steps pay for.
     budget : float, optional
@@ -131,7 +133,8 @@ def search(
     References
     ----------
     Fu et al., ColocNAS (IEEE Micro 2020): the three phases. Jang et al. (ICLR 2017): Gumbel-softmax. Dong and Yang,
-    GDAS (CVPR 2019): only what was sampled is computed. Akiba et al., Optuna (KDD 2019).
+    GDAS (CVPR 2019): only what was sampled is computed. Jamieson and Talwalkar (AISTATS 2016): successive halving.
+    Akiba et al., Optuna (KDD 2019).
     """
     check_search(space, table, method, latency)
     data = to_data(data)
@@ -152,8 +155,7 @@ def search(
         supernet, architectures, history = _search_choices(
             space, model, guide, weights_data, choices_data, target, steps, batch, strength, seed
         )
-        for architecture in architectures[:finalists]:
-            trainer.train(architecture, supernet)
+        trainer.halve(architectures[:finalists], supernet)
     else:
         count = candidates or max(1, round(steps / train_steps) + 1)
         limit = math.inf if budget is None else budget
@@ -185,7 +187,7 @@ def check_search(space: Space, table: LatencyTable, method: str, latency: str) -
 
 @dataclass
 class _Trainer:
-    """Trains candidates alike and keeps the most accurate one."""
+    """Trains candidates and keeps the most accurate one."""
 
     space: Space
     model: LatencyModel
@@ -198,20 +200,43 @@ class _Trainer:
     trained: list[tuple[Architecture, float, float]] = field(default_factory=list)
     best: Network | None = None
 
-    def train(self, architecture: Architecture, supernet: Supernet | None = None) -> float:
-        net: Network = self.space.build(architecture, self.seed)
+    def train(self, architecture: Architecture) -> float:
+        """Train a network from its beginning; return its accuracy."""
+        net = self._build(architecture)
+        accuracy = self._train(net, self.steps, self.seed)
+        self._keep(net, architecture, accuracy)
+        return accuracy
+
+    def halve(self, architectures: list[Architecture], supernet: Supernet) -> None:
+        """Train networks from the shared weights, in each round the better half of those before."""
+        left, seed = [(self._build(architecture, supernet), architecture) for architecture in architectures], self.seed
+        while left:
+            steps = math.ceil(self.steps / len(left))
+            trained = [(self._train(net, steps, seed), net, architecture) for net, architecture in left]
+            trained.sort(key=lambda item: -item[0])
+            better = len(left) // 2
+            for accuracy, net, architecture in trained[better:]:
+                self._keep(net, architecture, accuracy)
+            left, seed = [(net, architecture) for _, net, architecture in trained[:better]], seed + 1
+
+    def _build(self, architecture: Architecture, supernet: Supernet | None = None) -> Network:
+        net = self.space.build(architecture, self.seed)
         if supernet is not None:
             supernet.hand_on(net, architecture)
         if self.warm_start is not None:
             self.warm_start(net)
-        fit(net, self.weights_data, self.steps, batch=self.batch, seed=self.seed)
-        accuracy = measure_accuracy(net, self.choices_data)
+        return net
+
+    def _train(self, net: Network, steps: int, seed: int) -> float:
+        fit(net, self.weights_data, steps, batch=self.batch, seed=seed)
+        return measure_accuracy(net, self.choices_data)
+
+    def _keep(self, net: Network, architecture: Architecture, accuracy: float) -> None:
         seconds = self.model.seconds(architecture)
         self.trained.append((architecture, seconds, accuracy))
         if self.best is None or self.best.found is None or accuracy > self.best.found.accuracy:
             self.best = net
             net.found = Found(architecture, seconds, accuracy, 0.0)
-        return accuracy
 
 
 def _search_choices(

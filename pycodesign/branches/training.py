@@ -62,7 +62,7 @@ def split_data(data: Data, share: float, seed: int) -> tuple[Data, Data]:
 
 
 def fit(net: nn.Module, data: Data, steps: int, *, batch: int = 64, rate: float = 3e-3, seed: int = 0) -> float:
-    """Train a network from where it is: AdamW, the rate rising over a tenth of the steps, then falling to 0.
+    """Train a network from where it is: AdamW, the rate rising over a tenth of the steps, two at least, then falling to 0.
 
     Parameters
     ----------
@@ -81,7 +81,8 @@ def fit(net: nn.Module, data: Data, steps: int, *, batch: int = 64, rate: float 
     """
     optimizer = torch.optim.AdamW(net.parameters(), rate, weight_decay=1e-2)
     batches = data.batches(min(batch, len(data)), seed)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=max(steps, 2), pct_start=0.1)
+    total = max(steps, 3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=total, pct_start=max(0.1, 2 / total))
     net.train()
     loss = torch.zeros(())
     for _ in range(steps):

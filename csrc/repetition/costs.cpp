@@ -11,7 +11,7 @@ namespace {
 // Fitted on the layers of ResNet-18, run cold. Zen 4 has vector units of 256 bits, Zen 5 of 512. Those of other
 // processors are reckoned from two units of 512 bits that add and multiply.
 // instructions, loads, store, keep_f32, keep_words, call, memory, multiply_add, dot4, drops_prefetches
-constexpr Costs zen3_avx2{1.25, 0.63, 2.2, 2.5, 5, 40, 8, 1.25, 1.1, false};
+constexpr Costs zen3_avx2{1.25, 0.63, 2.2, 2.5, 5, 40, 8, 1.1, 1.1, false};
 constexpr Costs zen4_avx512{1.74, 0.87, 2.2, 2.5, 5, 20, 12, 1.1, 1.1, false};
 constexpr Costs zen4_avx2{1.25, 0.63, 2.2, 2.5, 5, 40, 4, 1.1, 1.1, false};
 constexpr Costs zen5_avx512{3.1, 2, 1.1, 4, 10, 20, 8, 0.6, 0.5, true};

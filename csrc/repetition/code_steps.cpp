@@ -21,9 +21,13 @@ constexpr int64_t planes_bytes = (max_columns_staged + 1) * 64;  // of one vecto
 constexpr double segment_bytes = 24 << 10;
 
 // Rows of x that a segment reads at most; int16 sums cost more to keep.
-int64_t most_rows(const CodeLayer& l, const CodeForm& f) {
+int64_t most_rows(const CodeLayer& l, const CodeForm& f, bool avx512) {
+  constexpr double few_pixels = 64;
   const bool is_float = l.dtype == DType::f32;
-  return f.planes() ? (is_float ? 128 : 384) : is_float ? 144 : 288;
+  if (!f.planes()) return is_float ? 144 : 288;
+  if (!is_float) return 384;
+  // AVX2 has few sums in registers, to keep less often where few vectors share the caches.
+  return avx512 || likely_pixels(l.weights->outputs) > few_pixels ? 128 : 256;
 }
 int64_t rows_of(const CodeForm& f, const Unit& u) { return f.planes() ? f.group_size * f.planes() : u.width; }
 
@@ -184,7 +188,7 @@ CodeEstimate estimate(const CodeLayer& l, CodeForm f, bool avx512) {
   const double outputs = static_cast<double>(chunk.outputs), count = static_cast<double>(chunks.size());
   const double instruction_bytes = avx512 ? 7.2 : 5.5;  // with prefetches
   f.segment_rows = std::min(
-      most_rows(l, f),
+      most_rows(l, f, avx512),
       std::max<int64_t>(static_cast<int64_t>(segment_bytes * rows / (instructions * instruction_bytes + 1)), 1));
   double segments = rows * share / static_cast<double>(f.segment_rows);
   if (!is_float) segments = std::max(segments, magnitude / outputs * share * static_cast<double>(l.range) / max_word);

@@ -233,9 +233,7 @@ def train(
     optimizer = torch.optim.Adam([{"params": weights}, {"params": scales, "lr": rate / 10}], rate)
     steps = epochs * (len(x) // batch)
     total = max(steps, 3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [rate, rate / 10], total, pct_start=max(0.1, 2 / total)
-    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, [rate, rate / 10], total, pct_start=max(0.1, 2 / total))
     task = progress.add_task("training", total=steps)
     model.train()
     for _ in range(epochs):

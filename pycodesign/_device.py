@@ -158,7 +158,7 @@ def find_device(**arrays: Any) -> Device | None:
     Raises
     ------
     TypeError
-        If one is on a GPU, and another one is not on the same or of another library.
+        If one is on a GPU, and another one is not on the same or of another library, or is no plain array.
     """
     given = {name: array for name, array in arrays.items() if array is not None}
     places = {name: locate(array) for name, array in given.items()}
@@ -171,7 +171,17 @@ def find_device(**arrays: Any) -> Device | None:
         if not is_on(device, name, array, first):
             text = f"{type(array).__name__} in host memory"
             raise TypeError(f"{name}: expected {device}, as {first} is, got {text}")
+        check_plain(name, array)
     return device
+
+
+def check_plain(name: str, array: Any) -> None:
+    """Check that a kernel reads of the memory of a torch tensor what torch would read."""
+    layout = getattr(array, "layout", None)
+    if layout is not None and str(layout) != "torch.strided":
+        raise TypeError(f"{name}: expected a dense tensor, got one of layout {layout}")
+    if getattr(array, "is_neg", bool)() or getattr(array, "is_conj", bool)():
+        raise TypeError(f"{name}: expected a tensor as it lies in memory, got a view with a sign (use resolve_neg())")
 
 
 def is_on(device: Device, name: str, array: Any, other: str) -> bool:

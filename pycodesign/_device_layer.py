@@ -45,9 +45,9 @@ def parse_device(device: Any) -> int | None:
         kind, _, number = str(device).partition(":")
         if kind == "cpu":
             return None
-        if kind != "cuda" or (number and not number.isdecimal()):
+        if kind != "cuda" or (str(device) != "cuda" and not number.isdecimal()):
             raise ValueError(f"device: expected None, 'cpu', 'cuda' or 'cuda:0', got {device!r}")
-        index = int(number) if number else None
+        index = to_integer("device", int(number), 0) if number else None
     native = load_native()
     index = native.current_device() if index is None else index
     native.device_properties(index)  # or it says which there are
@@ -90,17 +90,24 @@ class DeviceLayer:
                 self._plans[shape] = plan
         return plan
 
-    def run(self, x: Array, residual: Array | None, epilogue: dict[str, Any], out: Array | None) -> Array:
-        """Run on images (N, C, H, W) or on (..., I); `epilogue` as `check_epilogue` returns it."""
-        device = self._find_device(x, residual, out)
-        shape, dtype = tuple(x.shape), device.dtype_name(x)
+    def find_size(self, shape: tuple[int, ...], dtype: str) -> tuple[int, ...]:
+        """Check what x is, images (N, C, H, W) or (..., I), and return the size to plan for."""
         is_linear = len(self.q.shape) == 2
         expected = f"(..., {self.q.shape[1]})" if is_linear else "(N, C, H, W)"
         if dtype != self.input_dtype:
             raise TypeError(f"x: expected {self.input_dtype} {expected}, got {dtype} {shape}")
         if shape[-1:] != self.q.shape[1:] if is_linear else len(shape) != 4:
             raise ValueError(f"x: expected {self.input_dtype} {expected}, got {dtype} {shape}")
-        size = (math.prod(shape[:-1]), shape[-1]) if is_linear else shape
+        return (math.prod(shape[:-1]), shape[-1]) if is_linear else shape
+
+    def run(
+        self, x: Array, residual: Array | None, epilogue: dict[str, Any], out: Array | None, bits: int | None = None
+    ) -> Array:
+        """Run on x, whose values `bits` promises to hold; `epilogue` as `check_epilogue` returns it."""
+        device = self._find_device(x, residual, out)
+        shape, is_linear = tuple(x.shape), len(self.q.shape) == 2
+        size = self.find_size(shape, device.dtype_name(x))
+        _check_promise(x, self.input_dtype, bits)
         plan = self.plan(size)
         out_shape = (*shape[:-1], self.q.shape[0]) if is_linear else tuple(plan["shape"])
         if residual is not None:
@@ -140,8 +147,7 @@ def run_layer(
 ) -> Array:
     """Run `ops.conv2d` or `ops.linear`; `numbers` are what `check_epilogue` takes after the residual."""
     epilogue = check_epilogue(None, *numbers, dtypes=(*OUTPUT_DTYPES, *SHORT_FLOATS))
-    _check_promise(x, options)
-    return layer.run(x, residual, epilogue, out)
+    return layer.run(x, residual, epilogue, out, options["input_bits"])
 
 
 def list_levels(q: KernelCodebook) -> QuantizedTensor:
@@ -184,12 +190,11 @@ def _flatten_out(device: Device, out: Array, shape: tuple[int, ...]) -> Any:
     return interface | {"shape": shape}
 
 
-def _check_promise(x: Array, options: dict[str, Any]) -> None:
+def _check_promise(x: Array, dtype: str, bits: int | None) -> None:
     """Verify what `input_bits` promises, where ``PYCODESIGN_CHECK`` asks for it; this waits for the device."""
-    bits = options["input_bits"]
     if bits is None or os.environ.get("PYCODESIGN_CHECK", "0") in ("", "0") or math.prod(x.shape) == 0:
         return
-    low = -(1 << (bits - 1)) if options["input_dtype"] == "int8" else 0
+    low = -(1 << (bits - 1)) if dtype == "int8" else 0
     high, least, most = low + (1 << bits) - 1, int(x.min()), int(x.max())
     if least < low or most > high:
         raise ValueError(f"x: expected values of {bits} bits, {low} to {high}, got {least} to {most}")

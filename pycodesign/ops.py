@@ -229,7 +229,7 @@ class Packed:
             raise TypeError(f"shape: expected a sequence of integers, got {type(shape).__name__}")
         sizes = tuple(to_integer("shape", size, 0) for size in shape)
         if isinstance(self._native, DeviceLayer):
-            self._native.plan((math.prod(sizes[:-1]), sizes[-1]) if self.kind == "linear" else sizes)
+            self._native.plan(self._native.find_size(sizes, self._options["input_dtype"]))
             return
         x = np.zeros(sizes, self._options["input_dtype"])
         conv2d(x, self) if self.kind == "conv2d" else linear(x, self)

@@ -95,6 +95,17 @@ def test_outputs_within_larger_arrays(gpu: Any, dtype: str, before: int, behind:
     assert_same(gpu.get(place), padded)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_missing_elements_are_zero_whatever_the_scale(gpu: Any, dtype: str) -> None:
+    w, rows, columns = make_weight((2, 3), dtype), np.array([0, -1]), np.array([0, -1, 2, -1])
+    wide = np.dtype(np.float64 if dtype == "float64" else np.float32)
+    for in_scale, out_scale in (((1, np.inf, np.inf, np.nan), (2, 3)), ((1, 2, 3, 4), (np.inf, np.nan))):
+        scales = {"in_scale": np.array(in_scale, wide), "out_scale": np.array(out_scale, wide)}
+        got = expander(gpu)(w, rows, columns, **scales)
+        assert_same(got, growth.expand(w, rows, columns, **scales))
+        assert not got[1].any() and not got[:, 1::2].any()
+
+
 def test_every_16_bit_float(gpu: Any) -> None:
     index = np.arange(65536)
     for dtype in (torch.float16, torch.bfloat16) if gpu.kind == "torch" else (np.float16,):

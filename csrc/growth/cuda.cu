@@ -107,10 +107,10 @@ template <class E> __device__ __forceinline__ Sources<E> find_sources(const Rows
 }
 
 template <class E>
-__device__ __forceinline__ Chunk<typename E::Stored> load_chunk(const char* row, const Sources<E>& s, bool is_there) {
+__device__ __forceinline__ Chunk<typename E::Stored> load_chunk(const char* row, const Sources<E>& s) {
   using Stored = typename E::Stored;
   Chunk<Stored> chunk{};
-  if (!is_there) return chunk;
+  if (!row) return chunk;
   if (s.is_chunk) {
     const uint4 bits = __ldg(reinterpret_cast<const uint4*>(row + s.from[0]));
     __builtin_memcpy(&chunk, &bits, chunk_bytes);
@@ -158,15 +158,17 @@ template <class E> __global__ void __launch_bounds__(block_threads, blocks_at_on
   for (int b = 0; b < x.batches; ++b, r += batch * step) {
     Chunk<Stored> chunks[batch];
     Value scale[batch];
+    unsigned is_there[batch];  // elements that are neither zero nor outside
 #pragma unroll
     for (int k = 0; k < batch; ++k) {
       const int64_t row = r + k * step;
       const bool is_row = row < x.rows;
       const int64_t index = !is_row ? -1 : x.out_index ? __ldg(x.out_index + row) : row;
-      const bool is_there = index >= 0 && index < x.shape[0];
-      chunks[k] = load_chunk<E>(x.w + index * x.stride[0], sources, is_there);
+      const bool is_source = index >= 0 && index < x.shape[0];
+      chunks[k] = load_chunk<E>(is_source ? x.w + index * x.stride[0] : nullptr, sources);
+      is_there[k] = is_source ? sources.is_there : 0;
       if constexpr (E::is_scaled)
-        scale[k] = is_there && x.out_scale ? __ldg(static_cast<const Value*>(x.out_scale) + row) : Value(1);
+        scale[k] = is_source && x.out_scale ? __ldg(static_cast<const Value*>(x.out_scale) + row) : Value(1);
     }
 #pragma unroll
     for (int k = 0; k < batch; ++k) {
@@ -175,7 +177,8 @@ template <class E> __global__ void __launch_bounds__(block_threads, blocks_at_on
       if constexpr (E::is_scaled)
 #pragma unroll
         for (int v = 0; v < width; ++v)
-          chunks[k].element[v] = E::store(E::load(chunks[k].element[v]) * sources.scale[v] * scale[k]);
+          if (is_there[k] >> v & 1)  // zero times infinity is none
+            chunks[k].element[v] = E::store(E::load(chunks[k].element[v]) * sources.scale[v] * scale[k]);
       store_chunk<E>(x, x.out + row * x.row_stride + first * static_cast<int64_t>(sizeof(Stored)), first, chunks[k]);
     }
   }

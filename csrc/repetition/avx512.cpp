@@ -51,6 +51,15 @@ struct Lookup {
 inline Lookup load_lookup(const float* table) { return {_mm512_loadu_ps(table), _mm512_loadu_ps(table + 16)}; }
 inline f32v look_up(const Lookup& t, i32v index) { return _mm512_permutex2var_ps(t.low, (__m512i)index, t.high); }
 
+struct Octet {
+  f32v twice;  // the fourth bit of an index does not matter
+};
+inline Octet load_octet(const float* table) {
+  const __m512 once = _mm512_castps256_ps512(_mm256_loadu_ps(table));
+  return {_mm512_shuffle_f32x4(once, once, 0x44)};
+}
+inline f32v look_up(const Octet& t, i32v index) { return _mm512_permutexvar_ps((__m512i)index, t.twice); }
+
 // By multiplications: Zen 4 shifts in the pipes that add, and lookups take half of those of both.
 inline u32v high_half(u32v v) { return (u32v)_mm512_madd_epi16((__m512i)v, _mm512_set1_epi32(1 << 16)); }
 inline u32v shift_half(u32v v, int bits) {

@@ -236,16 +236,17 @@ __global__ void __launch_bounds__(2 * warps * warp_size, 4 / warps) multiply_til
 #pragma unroll
   for (int i = 0; i < 4; ++i)
     output[i] = group * d.group_outputs + min(tile * tile_outputs + i * 8 + lane / 4, d.group_outputs - 1);
+  int segment = first / d.segment_stages, segment_end = (segment + 1) * d.segment_stages;
   float multiplier[4];
   if constexpr (!T::integers)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) multiplier[i] = d.output.multiplier[output[i]];
+    for (int i = 0; i < 4; ++i)
+      multiplier[i] = d.output.multiplier[static_cast<int64_t>(segment) * outputs + output[i]];
 
   typename P::Sum sum[2][eights][4] = {};
   typename P::Total total[P::scales ? 2 : 1][P::scales ? eights : 1][4] = {};
   uint32_t words[P::count];  // of the next stage
   load_words(words, from + first * stage_words, lane);
-  int segment = first / d.segment_stages, segment_end = (segment + 1) * d.segment_stages;
   for (int s = first; s < last; ++s) {
     copy_wait<P::depth - 2>();
     barrier();  // the stage is there, and nobody reads the slot that is filled next
@@ -338,7 +339,8 @@ void launch_tiles(const Dense& d, cudaStream_t stream) {
 }
 
 template <class T, int bits> void launch_bits(const Dense& d, const Shape& shape, cudaStream_t stream) {
-  if (T::integers && d.segment_stages < d.stages) return launch_tiles<T, bits, 2, 4, T::integers>(d, stream);
+  if (T::integers && d.segment_stages < d.stages && d.output.epilogue.out_dtype != DType::i32)
+    return launch_tiles<T, bits, 2, 4, T::integers>(d, stream);
   if constexpr (fits_registers(T::planes, bits)) {
     if (shape.warps == 4) return launch_tiles<T, bits, 4, 8, false>(d, stream);
     if (shape.eights == 8) return launch_tiles<T, bits, 2, 8, false>(d, stream);

@@ -50,7 +50,7 @@ __device__ __forceinline__ float scale_sum(const Output& o, int32_t sum, int64_t
 __device__ __forceinline__ void finish(const Output& o, int32_t sum, int output, int64_t out_at, int64_t residual_at) {
   if (o.epilogue.out_dtype == DType::i32)
     *reinterpret_cast<uint32_t*>(o.out + out_at + output * o.out_stride[1]) =
-        static_cast<uint32_t>(sum) + static_cast<uint32_t>(o.correction[output]);
+        static_cast<uint32_t>(sum) + static_cast<uint32_t>(o.total_correction[output]);
   else finish_scaled(o, scale_sum(o, sum, output), output, out_at, residual_at);
 }
 __device__ __forceinline__ void finish(const Output& o, float y, int output, int64_t out_at, int64_t residual_at) {

@@ -50,6 +50,7 @@ struct Output {
   const float* multiplier;                    // (segments, outputs)
   const float* bias;                          // (outputs), or null
   const int32_t* correction;                  // (segments, outputs), of integer sums
+  const int32_t* total_correction;            // (outputs), of all segments
 };
 
 // Levels by code, as bytes: of integers the first 16; of floats low bytes of the 16-bit numbers, then high ones.

@@ -14,6 +14,8 @@ namespace {
 
 int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
+constexpr int64_t most_groups = 65535;  // blocks in the third direction, with the splits of each
+
 int to_int(int64_t value, const char* what) {
   if (value > std::numeric_limits<int32_t>::max())
     throw std::invalid_argument(std::string(what) + ": expected fewer than 2^31 on a GPU, got " +
@@ -28,10 +30,18 @@ DeviceLayer::DeviceLayer(const Weights& w, const Geometry& g, const Activations&
       geometry_(g),
       taps_(g.kernel[0] * g.kernel[1]),
       group_channels_(g.channels / g.groups),
-      group_outputs_(w.outputs / g.groups) {}
+      group_outputs_(w.outputs / g.groups) {
+  if (g.groups > most_groups)
+    throw std::invalid_argument("groups: expected at most 65535 on a GPU, got " + std::to_string(g.groups));
+}
 
 void DeviceLayer::upload_epilogue(const Weights& w, int32_t center) {
   set_correction(w, center);
+  if (scale_groups_ > 1 && !correction_.empty()) {  // and their sums, modulo 2^32
+    std::vector<uint32_t> total(static_cast<size_t>(outputs_));
+    for (size_t i = 0; i < correction_.size(); ++i) total[i % total.size()] += static_cast<uint32_t>(correction_[i]);
+    correction_.insert(correction_.end(), total.begin(), total.end());
+  }
   multipliers_.fill(multiplier_);
   biases_.fill(bias_);
   corrections_.fill(correction_);
@@ -49,6 +59,7 @@ Output DeviceLayer::output(const Tensor& out, const Tensor* residual, const Epil
   o.multiplier = multipliers_.as<float>();
   o.bias = biases_.as<float>();
   o.correction = corrections_.as<int32_t>();
+  o.total_correction = o.correction && scale_groups_ > 1 ? o.correction + scale_groups_ * outputs_ : o.correction;
   return o;
 }
 
@@ -195,7 +206,8 @@ Plan DenseLayer::plan(const std::array<int64_t, 4>& size) const {
     const int64_t at_once = int64_t{limits_.multiprocessors} * 4 / shape.warps;
     const double products = 1.6 * 8 * shape.warps * shape.eights * planes * terms_,
                  bytes = shape.pixels() * 64.0 * planes / 32;
-    for (int splits = 1; splits <= std::min(is_segmented ? 1 : 16, std::max(stages_ / 4, 1)); ++splits) {
+    const auto most_splits = static_cast<int>(std::min<int64_t>(is_segmented ? 1 : 16, most_groups / geometry_.groups));
+    for (int splits = 1; splits <= std::min(most_splits, std::max(stages_ / 4, 1)); ++splits) {
       const int64_t waves = divide_up(blocks * splits, at_once),
                     here = divide_up(blocks * splits, limits_.multiprocessors);
       double cost =

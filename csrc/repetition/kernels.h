@@ -200,14 +200,14 @@ struct MatrixSum {
 };
 
 // Linear layers: lanes are outputs, a panel is 64 of them.
-inline constexpr int panel_outputs = 64;
+inline constexpr int panel_outputs = 64, word_triples = 5;
 struct LinearTile {
   const char* x;              // rows of words
   int64_t x_stride;           // bytes between rows
   int rows;                   // any
   const char* weights;        // dense: [words of K][64] words; packed: [words of codes][64]
   int64_t words;              // of weights per output
-  const float* table;         // packed float32: [rows][codes of all words][32] sums
+  const float* table;         // packed float32: [rows][codes of all words][32] sums, of triples [16]
   int64_t table_stride;       // floats between rows
   int code_bits;              // packed: bits of one code; in float32 none crosses the halves of a word
   const int8_t* level_bytes;  // packed integers: [codes in four bits][16] levels by those bits
@@ -226,13 +226,13 @@ struct CodeExpansion {
   char* to;                   // [words][8 / code_bits][64] words
 };
 
-// Build the 32-entry tables of the packed float kernel: table[code position][e] = sum_i x[position * inputs + i] *
-// digit[i][e].
+// Build the tables of the packed float kernels: table[code position][e] = sum_i x[position * inputs + i] * digit[i][e].
 struct LookupBuild {
   const float* x;
   int64_t positions;
   int inputs;          // per code
-  const float* digit;  // [inputs][32] level of input i in entry e
+  int entries;         // 32, or, of triples, 16
+  const float* digit;  // [inputs][entries] level of input i in entry e
   float* table;
 };
 
@@ -353,6 +353,9 @@ struct Kernels {
   void (*expand_codes)(const CodeExpansion&);
   void (*build_lookup)(const LookupBuild&);
   void (*linear_packed_f32)(const LinearTile&);
+  // Words of five codes, each of which looks up two sums of three inputs by 3 bits: where 32 floats are no cheap
+  // lookup.
+  void (*linear_triples_f32)(const LinearTile&);
   void (*linear_packed_i8)(const LinearTile&);
 };
 

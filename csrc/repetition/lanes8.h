@@ -102,8 +102,17 @@ inline f32v look_up(const Lookup& t, i32v index) {
   return _mm256_blendv_ps(low, high, bit4);
 }
 
+struct Octet {
+  f32v table;
+};
+inline Octet load_octet(const float* t) { return {_mm256_loadu_ps(t)}; }
+inline f32v look_up(const Octet& t, i32v index) { return _mm256_permutevar8x32_ps(t.table, (__m256i)index); }
+
 inline u32v high_half(u32v v) { return v >> 16; }
-inline u32v shift_half(u32v v, int bits) { return v >> bits; }
+// By a multiplication: Zen 3 shifts in the pipes that look up.
+inline u32v shift_half(u32v v, int bits) {
+  return (u32v)_mm256_mulhi_epu16((__m256i)v, _mm256_set1_epi16(static_cast<short>(1 << (16 - bits))));
+}
 
 using Levels = __m256i;
 inline Levels load_levels(const int8_t* p) {

@@ -37,19 +37,7 @@ PackedLinear::PackedLinear(const Weights& w, const Activations& a, Algorithm alg
       throw std::invalid_argument("algorithm: expected at most 4 distinct levels for 'packed', got " +
                                   std::to_string(count));
     if (is_float) {
-      // As many inputs as a 32-entry table holds: 5 binary, 3 ternary, 2 of four levels.
-      code_inputs_ = count <= 2 ? 5 : count == 3 ? 3 : 2;
-      code_bits_ = count == 4 ? 4 : 5;
-      codes_per_word_ = 32 / code_bits_;
-      word_inputs_ = codes_per_word_ * code_inputs_;
-      const auto base = static_cast<int64_t>(std::max<size_t>(count, 2));
-      float* digit = digits_.reserve(static_cast<size_t>(code_inputs_) * 32);
-      for (int64_t i = 0, place = 1; i < code_inputs_; ++i, place *= base)
-        for (int64_t e = 0; e < 32; ++e) {
-          // Four levels: 4-bit codes, the fifth bit belongs to the next code and must not matter.
-          const auto at = static_cast<size_t>((count == 4 ? e & 15 : e) / place % base);
-          digit[i * 32 + e] = at < count ? values_[at] : 0;
-        }
+      set_lookup();
     } else {
       code_bits_ = count <= 2 ? 1 : 2;
       word_inputs_ = 32 / code_bits_;
@@ -70,19 +58,61 @@ PackedLinear::PackedLinear(const Weights& w, const Activations& a, Algorithm alg
       return (static_cast<uint32_t>(static_cast<int>(level)) & 0xff) << 8 * field;
     });
   } else if (is_float) {
-    std::array<uint32_t, 64> unit{};  // of a field: what its code counts
-    const auto base = static_cast<uint32_t>(std::max<size_t>(values_.size(), 2));
-    for (int64_t field = 0; field < word_inputs_; ++field) {
-      uint32_t place = 1;
-      for (int64_t d = 0; d < field % code_inputs_; ++d) place *= base;
-      unit[static_cast<size_t>(field)] = place << code_shift(field / code_inputs_, code_bits_);
-    }
-    pack_words(w, [&](float level, int64_t field) { return value_code(level) * unit[static_cast<size_t>(field)]; });
+    std::array<uint32_t, 64> unit{};  // of a field: what its value counts
+    for (int64_t field = 0; field < word_inputs_; ++field) unit[static_cast<size_t>(field)] = unit_of(field);
+    pack_words(
+        w, [&](float level, int64_t field) { return places_[value_code(level)] * unit[static_cast<size_t>(field)]; });
   } else {
     pack_words(
         w, [&](float level, int64_t field) { return value_code(level) << (8 * (field % 4) + field / 4 * code_bits_); });
   }
   if (narrow_run(w, a) >= 1) pack_runs();
+}
+
+// What a code of packed float32 stands for. As many inputs as a table of 32 sums holds: 5 binary, 3 ternary, 2 of four
+// levels; where a register holds 8 floats, a code is two of 3 bits instead, each for the sum of three inputs: of six
+// binary ones, or of those of three that have the one value or the other, none being zero.
+void PackedLinear::set_lookup() {
+  const size_t count = values_.size();
+  const bool has_zero = std::find(values_.begin(), values_.end(), 0.0f) != values_.end();
+  has_triples_ = kernels().lanes == 8 && (count <= 2 || (count == 3 && has_zero));
+  entries_ = has_triples_ ? 16 : 32;
+  code_inputs_ = has_triples_ ? (count <= 2 ? 6 : 3) : count <= 2 ? 5 : count == 3 ? 3 : 2;
+  code_bits_ = has_triples_ ? 6 : count == 4 ? 4 : 5;
+  codes_per_word_ = 32 / code_bits_;
+  word_inputs_ = codes_per_word_ * code_inputs_;
+  const auto value = [&](size_t at) { return at < count ? values_[at] : 0; };
+  float* digit = digits_.reserve(static_cast<size_t>(code_inputs_ * entries_));
+  if (!has_triples_) {
+    places_ = {0, 1, 2, 3};
+    const size_t base = std::max<size_t>(count, 2);
+    for (size_t i = 0, place = 1; i < static_cast<size_t>(code_inputs_); ++i, place *= base)
+      for (size_t e = 0; e < 32; ++e)
+        // Four levels: 4-bit codes, the fifth bit belongs to the next code and must not matter.
+        digit[i * 32 + e] = value((count == 4 ? e & 15 : e) / place % base);
+  } else if (count <= 2) {
+    places_ = {0, 1};
+    for (size_t i = 0; i < 6; ++i)
+      for (size_t e = 0; e < 16; ++e) digit[i * 16 + e] = e / 8 == i / 3 ? value(e >> i % 3 & 1) : 0;
+  } else {
+    places_ = {};
+    for (size_t at = 0, half = 0; at < 3; ++at) {
+      if (values_[at] == 0) continue;
+      places_[at] = half ? 1 << 16 : 1;
+      for (size_t i = 0; i < 3; ++i)
+        for (size_t e = 0; e < 8; ++e) digit[i * 16 + half * 8 + e] = e >> i & 1 ? values_[at] : 0;
+      ++half;
+    }
+  }
+}
+
+// What a word counts of the value of one of its inputs.
+uint32_t PackedLinear::unit_of(int64_t field) const {
+  const int64_t code = field / code_inputs_, input = field % code_inputs_;
+  if (has_triples_) return 1u << (input / 3 * 16 + code * 3 + input % 3);
+  uint32_t place = 1;
+  for (int64_t d = 0; d < input; ++d) place *= static_cast<uint32_t>(std::max<size_t>(values_.size(), 2));
+  return place << code_shift(code, code_bits_);
 }
 
 // Without a branch that weights, which are random, would decide.
@@ -137,10 +167,14 @@ std::vector<uint8_t> PackedLinear::codes() const {
   std::vector<uint8_t> codes(static_cast<size_t>(outputs_ * inputs_));
   const bool is_float = activations_.dtype == DType::f32;
   const auto base = static_cast<uint32_t>(std::max<size_t>(values_.size(), 2));
+  const uint32_t bits = base == 3 ? 1 << 16 | 1 : 1;  // of an input of triples
   visit_weights([&](int64_t o, int64_t i, int64_t field, int64_t at) {
     const uint32_t word = weights_[static_cast<size_t>(at)];
     float level;
-    if (algorithm_ == Algorithm::packed && is_float) {
+    if (has_triples_) {
+      const auto place = std::find(places_.begin(), places_.end(), word / unit_of(field) & bits);
+      level = values_[static_cast<size_t>(place - places_.begin())];
+    } else if (algorithm_ == Algorithm::packed && is_float) {
       uint32_t code = word >> code_shift(field / code_inputs_, code_bits_) & ((1u << code_bits_) - 1);
       for (int64_t d = 0; d < field % code_inputs_; ++d) code /= base;
       level = values_[code % base];
@@ -161,8 +195,8 @@ Counts PackedLinear::counts() const {
   c.bytes = static_cast<int64_t>(weights_size_ * 4 + digits_.size() * 4) + level_bytes() + runs_.bytes();
   if (algorithm_ == Algorithm::packed && activations_.dtype == DType::f32) {
     const int64_t codes = scale_groups_ * group_words_ * codes_per_word_;
-    c.multiplies = codes * 32 * code_inputs_;
-    c.adds = codes * 32 * (code_inputs_ - 1) + outputs_ * (codes - 1);
+    c.multiplies = codes * entries_ * code_inputs_;
+    c.adds = codes * entries_ * (code_inputs_ - 1) + outputs_ * ((has_triples_ ? 2 : 1) * codes - 1);
   } else {
     c.multiplies = outputs_ * inputs_;
     c.adds = outputs_ * (inputs_ - 1);
@@ -198,7 +232,7 @@ void PackedLinear::sum_panel(const Kernels& k, int64_t panel_group, LinearTile t
     t.words = group_words_;
     t.code_bits = code_bits_;
     t.level_bytes = level_bytes_.data();
-    return (is_float ? k.linear_packed_f32 : k.linear_packed_i8)(t);
+    return (has_triples_ ? k.linear_triples_f32 : is_float ? k.linear_packed_f32 : k.linear_packed_i8)(t);
   }
   const bool narrow = k.linear_narrow && !runs_.empty(), matrix = k.linear_matrix_i8 && t.rows >= (packed ? 8 : 4);
   const auto sum = is_float ? k.linear_f32 : narrow ? k.linear_narrow : matrix ? k.linear_matrix_i8 : k.linear_i8;
@@ -246,13 +280,13 @@ void PackedLinear::run(const Tensor& x, const Tensor& out, const Tensor* residua
     core::parallel_for(count, [&](int64_t t, int) { stage_row(x, first + t, padded * element, rows + t * row_bytes); });
     float* tables = nullptr;
     if (lookup) {
-      tables = reinterpret_cast<float*>(scratch(1, static_cast<size_t>(count * positions * 32 * 4)));
+      tables = reinterpret_cast<float*>(scratch(1, static_cast<size_t>(count * positions * entries_ * 4)));
       const int64_t piece = 512, pieces = (positions + piece - 1) / piece;
       core::parallel_for(count * pieces, [&](int64_t chunk, int) {
         const int64_t t = chunk / pieces, at = chunk % pieces * piece;
         const float* row = reinterpret_cast<const float*>(rows + t * row_bytes);
-        k.build_lookup({row + at * code_inputs_, std::min(piece, positions - at), code_inputs_, digits_.data(),
-                        tables + (t * positions + at) * 32});
+        k.build_lookup({row + at * code_inputs_, std::min(piece, positions - at), code_inputs_, entries_,
+                        digits_.data(), tables + (t * positions + at) * entries_});
       });
     }
     core::parallel_for(panel_count(outputs_), [&](int64_t panel, int) {
@@ -265,8 +299,8 @@ void PackedLinear::run(const Tensor& x, const Tensor& out, const Tensor* residua
         t.x = rows + g * padded * element;
         t.x_stride = row_bytes;
         t.rows = static_cast<int>(count);
-        t.table = tables + g * group_words_ * codes_per_word_ * 32;
-        t.table_stride = positions * 32;
+        t.table = tables + g * group_words_ * codes_per_word_ * entries_;
+        t.table_stride = positions * entries_;
         t.acc = sums;
         t.acc_stride = panel_outputs * 4;
         sum_panel(k, panel * G + g, t);

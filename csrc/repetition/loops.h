@@ -2,7 +2,7 @@
 // namespace of pycodesign::repetition,
 //   f32v, i32v, u32v                            vectors of `lanes` words
 //   fma(a, b, c), dot4(acc, x_u8x4, w_i8x4)     a * b + c; sums of four products, modulo 2^32
-//   Lookup, load_lookup(p), look_up(t, index)   32 floats by the low five bits
+//   Lookup, load_lookup(p), look_up(t, index)   32 floats by the low five bits; Octet, load_octet(p): 8 by three
 //   high_half(v), shift_half(v, bits)           each word's upper 16 bits; its lower 16 >> bits, above them any
 //   Levels, load_levels(p), levels_of(l, codes) 16 bytes by code, for each byte
 //   widen_bytes(p), widen_halves(p)             to words
@@ -153,6 +153,7 @@ void fill(Kernels& k) {
        expand_codes,
        build_lookup,
        linear_packed_f32,
+       linear_triples_f32,
        linear_packed_i8};
 }
 

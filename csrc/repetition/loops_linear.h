@@ -101,6 +101,35 @@ template <int R, int P> void linear_packed_f32_of(const LinearTile& t) {
     for (int p = 0; p < P; ++p) Float::store(t.acc + r * t.acc_stride + p * vector_bytes, acc[r][p]);
 }
 
+// The same by two sums of three inputs each.
+template <int R, int P> void linear_triples_f32_of(const LinearTile& t) {
+  f32v acc[R][P] = {};
+  const float* at = t.table;
+  for (int64_t k = 0; k < t.words; ++k) {
+    const char* w = t.weights + k * panel_outputs * 4;
+    if constexpr (R == 1) prefetch<P * vector_bytes>(w);
+#pragma GCC unroll 1
+    for (int half = 0; half < 2; ++half) {
+      u32v codes[P];
+      for (int p = 0; p < P; ++p) {
+        const u32v word = *reinterpret_cast<const u32v*>(w + p * vector_bytes);
+        codes[p] = half ? high_half(word) : word;
+      }
+      for (int c = 0; c < word_triples; ++c) {
+        if (c)
+          for (int p = 0; p < P; ++p) codes[p] = shift_half(codes[p], 3);
+        for (int r = 0; r < R; ++r) {
+          const Octet table = load_octet(at + r * t.table_stride + c * 16 + half * 8);
+          for (int p = 0; p < P; ++p) acc[r][p] = acc[r][p] + look_up(table, reinterpret_cast<i32v>(codes[p]));
+        }
+      }
+    }
+    at += word_triples * 16;
+  }
+  for (int r = 0; r < R; ++r)
+    for (int p = 0; p < P; ++p) Float::store(t.acc + r * t.acc_stride + p * vector_bytes, acc[r][p]);
+}
+
 // Cuts a panel and its rows into the blocks that the registers hold.
 template <int R, int P, class Many, class One> void for_linear_blocks(const LinearTile& t, Many many, One one) {
   for (int p = 0; p < panel_outputs / lanes; p += P) {
@@ -128,20 +157,29 @@ void linear_packed_f32(const LinearTile& t) {
                                                  linear_packed_f32_of<1, linear_vectors>);
 }
 
-template <int inputs> void build_lookup_of(const LookupBuild& b) {
-  constexpr int vectors = 32 / lanes;
+void linear_triples_f32(const LinearTile& t) {
+  for_linear_blocks<packed_rows, linear_vectors>(t, linear_triples_f32_of<packed_rows, linear_vectors>,
+                                                 linear_triples_f32_of<1, linear_vectors>);
+}
+
+template <int inputs, int entries = 32> void build_lookup_of(const LookupBuild& b) {
+  constexpr int vectors = entries / lanes;
   f32v digit[inputs][vectors];
   std::memcpy(digit, b.digit, sizeof digit);
   for (int64_t position = 0; position < b.positions; ++position) {
     const float* x = b.x + position * inputs;
     for (int v = 0; v < vectors; ++v) {
       f32v sum{};
-      for (int i = 0; i < inputs; ++i) sum = fma(Float::splat(x[i]), digit[i][v], sum);
-      Float::store(b.table + position * 32 + v * lanes, sum);
+      for (int i = 0; i < inputs; ++i) {
+        const f32v more = fma(Float::splat(x[i]), digit[i][v], sum);
+        sum = digit[i][v] != 0 ? more : sum;  // what is infinite may belong to other sums
+      }
+      Float::store(b.table + position * entries + v * lanes, sum);
     }
   }
 }
 void build_lookup(const LookupBuild& b) {
+  if (b.entries == 16) return b.inputs == 3 ? build_lookup_of<3, 16>(b) : build_lookup_of<6, 16>(b);
   b.inputs == 2 ? build_lookup_of<2>(b) : b.inputs == 3 ? build_lookup_of<3>(b) : build_lookup_of<5>(b);
 }
 

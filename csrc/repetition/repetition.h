@@ -278,6 +278,8 @@ class PackedLinear final : public PackedLayer {
 
  private:
   void stage_row(const Tensor& x, int64_t index, int64_t group_bytes, char* to) const;
+  void set_lookup();
+  uint32_t unit_of(int64_t field) const;
   uint32_t value_code(float level) const;
   template <class Visit> void visit_weights(Visit) const;
   template <class Encode> void pack_words(const Weights&, Encode);
@@ -291,11 +293,13 @@ class PackedLinear final : public PackedLayer {
   int64_t group_inputs_;  // inputs that share a scale
   int64_t word_inputs_;   // inputs per 32-bit word of weights
   int64_t group_words_;
-  int code_bits_ = 0, code_inputs_ = 0, codes_per_word_ = 0;
-  std::vector<float> values_;  // packed: the levels by code, padded
+  int code_bits_ = 0, code_inputs_ = 0, codes_per_word_ = 0, entries_ = 0;
+  bool has_triples_ = false;          // packed float: codes of two sums of three inputs
+  std::array<uint32_t, 4> places_{};  // packed float: what each of the values counts in a code
+  std::vector<float> values_;         // packed: the levels by code, padded
   std::array<int8_t, 64> level_bytes_{};
   Runs runs_;                              // of the words of `dense`, [panel][scale group][part]; or empty
-  core::AlignedBuffer<float> digits_;      // packed float: [code_inputs][32]
+  core::AlignedBuffer<float> digits_;      // packed float: [code_inputs][entries]
   core::AlignedBuffer<uint32_t> weights_;  // [panel][scale group][word][panel_outputs]
   size_t weights_size_ = 0;
 };

@@ -47,6 +47,14 @@ inline f32v look_up(const Lookup& t, i32v i) {
   return f32v{t.table[i[0] & 31], t.table[i[1] & 31], t.table[i[2] & 31], t.table[i[3] & 31]};
 }
 
+struct Octet {
+  const float* table;
+};
+inline Octet load_octet(const float* table) { return {table}; }
+inline f32v look_up(const Octet& t, i32v i) {
+  return f32v{t.table[i[0] & 7], t.table[i[1] & 7], t.table[i[2] & 7], t.table[i[3] & 7]};
+}
+
 inline u32v high_half(u32v v) { return v >> 16; }
 inline u32v shift_half(u32v v, int bits) { return v >> bits; }
 

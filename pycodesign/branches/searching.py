@@ -220,7 +220,7 @@ class _Trainer:
             left, seed = [(net, architecture) for _, net, architecture in trained[:better]], seed + 1
 
     def _build(self, architecture: Architecture, supernet: Supernet | None = None) -> Network:
-        net = self.space.build(architecture, self.seed)
+        net: Network = self.space.build(architecture, self.seed)
         if supernet is not None:
             supernet.hand_on(net, architecture)
         if self.warm_start is not None:

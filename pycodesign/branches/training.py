@@ -62,7 +62,7 @@ def split_data(data: Data, share: float, seed: int) -> tuple[Data, Data]:
 
 
 def fit(net: nn.Module, data: Data, steps: int, *, batch: int = 64, rate: float = 3e-3, seed: int = 0) -> float:
-    """Train a network from where it is: AdamW, the rate rising over a tenth of the steps, two at least, then falling to 0.
+    """Train a network from where it is: AdamW, the rate rising over a tenth of the steps (or two), then falling to 0.
 
     Parameters
     ----------

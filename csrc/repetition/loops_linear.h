@@ -72,62 +72,72 @@ void expand_codes(const CodeExpansion& e) {
     }
 }
 
+constexpr int64_t lookup_part_words = 128;  // long float sums are made of parts
+
 // One code looks up the sum of several inputs times their levels.
 template <int R, int P> void linear_packed_f32_of(const LinearTile& t) {
   const int half_codes = 16 / t.code_bits;
-  f32v acc[R][P] = {};
   const float* at = t.table;
-  for (int64_t k = 0; k < t.words; ++k) {
-    const char* w = t.weights + k * panel_outputs * 4;
-    if constexpr (R == 1) prefetch<P * vector_bytes>(w);
+  int64_t k = 0;
+  do {
+    f32v acc[R][P] = {};
+    const bool is_first = k == 0;
+    for (const int64_t end = t.words - k < lookup_part_words ? t.words : k + lookup_part_words; k < end; ++k) {
+      const char* w = t.weights + k * panel_outputs * 4;
+      if constexpr (R == 1) prefetch<P * vector_bytes>(w);
 #pragma GCC unroll 1
-    for (int half = 0; half < 2; ++half) {
-      u32v codes[P];
-      for (int p = 0; p < P; ++p) {
-        const u32v word = *reinterpret_cast<const u32v*>(w + p * vector_bytes);
-        codes[p] = half ? high_half(word) : word;
-      }
-      for (int c = 0; c < half_codes; ++c, at += 32) {
-        if (c)
-          for (int p = 0; p < P; ++p) codes[p] = shift_half(codes[p], t.code_bits);
-        for (int r = 0; r < R; ++r) {
-          const Lookup table = load_lookup(at + r * t.table_stride);
-          for (int p = 0; p < P; ++p) acc[r][p] = acc[r][p] + look_up(table, reinterpret_cast<i32v>(codes[p]));
+      for (int half = 0; half < 2; ++half) {
+        u32v codes[P];
+        for (int p = 0; p < P; ++p) {
+          const u32v word = *reinterpret_cast<const u32v*>(w + p * vector_bytes);
+          codes[p] = half ? high_half(word) : word;
+        }
+        for (int c = 0; c < half_codes; ++c, at += 32) {
+          if (c)
+            for (int p = 0; p < P; ++p) codes[p] = shift_half(codes[p], t.code_bits);
+          for (int r = 0; r < R; ++r) {
+            const Lookup table = load_lookup(at + r * t.table_stride);
+            for (int p = 0; p < P; ++p) acc[r][p] = acc[r][p] + look_up(table, reinterpret_cast<i32v>(codes[p]));
+          }
         }
       }
     }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int p = 0; p < P; ++p) Float::store(t.acc + r * t.acc_stride + p * vector_bytes, acc[r][p]);
+    for (int r = 0; r < R; ++r)
+      for (int p = 0; p < P; ++p) add_part<Float>(t.acc + r * t.acc_stride + p * vector_bytes, acc[r][p], is_first);
+  } while (k < t.words);
 }
 
 // The same by two sums of three inputs each.
 template <int R, int P> void linear_triples_f32_of(const LinearTile& t) {
-  f32v acc[R][P] = {};
   const float* at = t.table;
-  for (int64_t k = 0; k < t.words; ++k) {
-    const char* w = t.weights + k * panel_outputs * 4;
-    if constexpr (R == 1) prefetch<P * vector_bytes>(w);
+  int64_t k = 0;
+  do {
+    f32v acc[R][P] = {};
+    const bool is_first = k == 0;
+    for (const int64_t end = t.words - k < lookup_part_words ? t.words : k + lookup_part_words; k < end; ++k) {
+      const char* w = t.weights + k * panel_outputs * 4;
+      if constexpr (R == 1) prefetch<P * vector_bytes>(w);
 #pragma GCC unroll 1
-    for (int half = 0; half < 2; ++half) {
-      u32v codes[P];
-      for (int p = 0; p < P; ++p) {
-        const u32v word = *reinterpret_cast<const u32v*>(w + p * vector_bytes);
-        codes[p] = half ? high_half(word) : word;
-      }
-      for (int c = 0; c < word_triples; ++c) {
-        if (c)
-          for (int p = 0; p < P; ++p) codes[p] = shift_half(codes[p], 3);
-        for (int r = 0; r < R; ++r) {
-          const Octet table = load_octet(at + r * t.table_stride + c * 16 + half * 8);
-          for (int p = 0; p < P; ++p) acc[r][p] = acc[r][p] + look_up(table, reinterpret_cast<i32v>(codes[p]));
+      for (int half = 0; half < 2; ++half) {
+        u32v codes[P];
+        for (int p = 0; p < P; ++p) {
+          const u32v word = *reinterpret_cast<const u32v*>(w + p * vector_bytes);
+          codes[p] = half ? high_half(word) : word;
+        }
+        for (int c = 0; c < word_triples; ++c) {
+          if (c)
+            for (int p = 0; p < P; ++p) codes[p] = shift_half(codes[p], 3);
+          for (int r = 0; r < R; ++r) {
+            const Octet table = load_octet(at + r * t.table_stride + c * 16 + half * 8);
+            for (int p = 0; p < P; ++p) acc[r][p] = acc[r][p] + look_up(table, reinterpret_cast<i32v>(codes[p]));
+          }
         }
       }
+      at += word_triples * 16;
     }
-    at += word_triples * 16;
-  }
-  for (int r = 0; r < R; ++r)
-    for (int p = 0; p < P; ++p) Float::store(t.acc + r * t.acc_stride + p * vector_bytes, acc[r][p]);
+    for (int r = 0; r < R; ++r)
+      for (int p = 0; p < P; ++p) add_part<Float>(t.acc + r * t.acc_stride + p * vector_bytes, acc[r][p], is_first);
+  } while (k < t.words);
 }
 
 // Cuts a panel and its rows into the blocks that the registers hold.

@@ -652,6 +652,17 @@ def one_dtype_after_the_other(dtype: str, algorithm: str) -> Built:
     return n, (n.conv2d(z, 8, added=z, dtype="float32"),), None
 
 
+@network
+def lanes_of_outputs(dtype: str, algorithm: str) -> Built:
+    """Enough channels that sums of all products run by rows of channels."""
+    n = Network(dtype)
+    a = n.conv2d(n.input(3), 36, clamp=(0, None), algorithm=algorithm)
+    b = n.conv2d(a, 64)
+    c = n.conv2d(b, 64, added=b, levels=tuple(range(-4, 5)), algorithm="dense")
+    d = n.conv2d(c, 30, 1, algorithm=algorithm)
+    return n, (n.conv2d(c, 90, stride=2), n.conv2d(d, 2)), None
+
+
 SIZES = [  # images, height, width: one pixel, fewer than lanes, primes, fewer rows than threads
     (1, (1, 1)), (3, (1, 1)), (1, (1, 3)), (2, (2, 5)), (1, (7, 1)), (2, (7, 7)), (5, (5, 6)), (1, (3, 16)),
     (1, (17, 4)), (2, (13, 11)), (1, (2, 37)), (1, (31, 33)),
@@ -704,8 +715,8 @@ def test_strides_that_keep_the_size(algorithm: str, dtype: str) -> None:
 def test_bands_that_fit_the_cache(algorithm: str, dtype: str) -> None:
     """More staged bytes than the second-level cache, on one thread too."""
     n = Network(dtype, algorithm)
-    x = n.conv2d(n.input(1), 64)
-    y = n.conv2d(x, 64)
+    x = n.conv2d(n.input(1), 66)  # no whole words of four bytes, which rows of channels would be
+    y = n.conv2d(x, 66)
     z = n.conv2d(y, 2, added=n.conv2d(y, 2))
     check_chain(n, make_inputs(n, 1, (112, 120)), (z,), {x, y}, ISAS[-1:], (1, 3), check=False)
 

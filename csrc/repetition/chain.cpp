@@ -236,7 +236,7 @@ std::shared_ptr<const ChainPlan> Chain::make_plan(const Kernels& kernels, const 
       const Step& s = steps_[i];
       if (s.kind == Kind::add) agree(s.x, s.out);
       else if (s.kind != Kind::conv2d || count(plan->shape[static_cast<size_t>(s.out)]) == 0 ||
-               !cases[case_of[i]].keeps_size() || grid[static_cast<size_t>(s.x)] != grid[static_cast<size_t>(s.out)])
+               !cases[case_of[i]].takes_lifted() || grid[static_cast<size_t>(s.x)] != grid[static_cast<size_t>(s.out)])
         lower(s.x);
       if (s.residual < 0) continue;
       if (!moves_residual(s)) agree(s.residual, s.out);

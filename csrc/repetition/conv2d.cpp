@@ -93,9 +93,11 @@ ConvCase PackedConv2d::conv_case(const Kernels& k, int64_t images, int64_t heigh
           segments,
           segments > 1 ? outputs_
           : matrix_    ? matrix_together() * block_outputs
+          : rows_      ? 2 * panel_outputs
                        : 0,
           code ? static_cast<int64_t>(code->columns().patterns.size()) : 0,
-          !columns_.empty()};
+          !columns_.empty(),
+          rows_ != nullptr};
 }
 
 std::shared_ptr<ConvPlan> PackedConv2d::make_plan(const ConvCase& c, const Pitch& pitch, const Cut& cut,
@@ -103,7 +105,9 @@ std::shared_ptr<ConvPlan> PackedConv2d::make_plan(const ConvCase& c, const Pitch
   auto made = std::make_shared<ConvPlan>(c, pitch, cut, splits);
   const int64_t outputs = std::max<int64_t>(outputs_ / splits, 1);
   for (LiftPlan& lift : made->bands)
-    if (algorithm_ == Algorithm::tables) lift.tables = TablePlan(lift, max_entries_, block_units_, outputs, c.kernels);
+    if (rows_) lift.rows = RowPlan(lift, geometry_, units_, rows_->words() / taps_);
+    else if (algorithm_ == Algorithm::tables)
+      lift.tables = TablePlan(lift, max_entries_, block_units_, outputs, c.kernels);
     else if (algorithm_ == Algorithm::codebook)
       lift.tables = TablePlan::of_codebook(lift, columns_.empty() ? std::vector<ColumnTap>{} : column_taps(geometry_),
                                            max_entries_, block_units_, outputs, c.kernels);
@@ -140,10 +144,11 @@ void PackedConv2d::run(const ConvPlan& plan, const Tensor& x, const Tensor& out,
   const int64_t blocks = code ? static_cast<int64_t>(code->chunks().size()) : blocks_;
   // Planes for every unit; entries of channels that do not exist are built (from what lies behind) but never read.
   const LiftPlan& largest = *std::max_element(plan.bands.begin(), plan.bands.end(), [](const auto& a, const auto& b) {
-    return a.summed_bytes() < b.summed_bytes();
+    return std::pair(a.summed_bytes(), a.row_band_bytes()) < std::pair(b.summed_bytes(), b.row_band_bytes());
   });
   const int64_t stages = geometry_.groups * ceil_div(group_channels_, stage_channels_);
-  const int64_t band_bytes = (geometry_.groups * units_ + group_size_ + 1) * largest.summed_bytes();
+  const int64_t band_bytes =
+      rows_ ? largest.row_band_bytes() : (geometry_.groups * units_ + group_size_ + 1) * largest.summed_bytes();
   const int64_t spare_bytes = code ? max_touched_bytes : 0;
   if (splits == 1 || x.lifted) {  // what lies in lanes is staged sooner than threads meet
     core::parallel_for(bands * splits, [&](int64_t item, int) {
@@ -176,6 +181,7 @@ void PackedConv2d::run(const ConvPlan& plan, const Tensor& x, const Tensor& out,
 
 // Share `index` of all channels, where `sum` looks for them.
 void PackedConv2d::stage(const Call& call, const LiftPlan& lift, int64_t index, char* staged) const {
+  if (rows_) return stage_rows(call, lift, index, staged);
   const int64_t per_group = ceil_div(group_channels_, stage_channels_), group = index / per_group,
                 channel = index % per_group * stage_channels_;
   stage_channels(call, lift, group, channel,
@@ -195,8 +201,8 @@ void PackedConv2d::stage_channels(const Call& call, const LiftPlan& lift, int64_
     sum_columns(call, lift, planes + c * lift.unit_bytes, to + c * lift.column_bytes);
 }
 
-void PackedConv2d::stage_phase(const Call& call, const LiftPlan& lift, size_t index, int64_t first, int64_t count,
-                               char* planes) const {
+// What to stage of a phase, but for where it goes.
+Stage PackedConv2d::stage_of(const Call& call, const LiftPlan& lift, size_t index, int64_t first, int64_t count) const {
   const Tensor& x = call.x;
   const LiftPlan::Phase& phase = lift.phases[index];
   const bool empty = phase.rows.data == 0 || phase.columns.data == 0;
@@ -217,6 +223,13 @@ void PackedConv2d::stage_phase(const Call& call, const LiftPlan& lift, size_t in
   s.columns = phase.columns;
   s.image_pitch = lift.image_pitch;
   s.row_pitch = lift.row_pitch;
+  return s;
+}
+
+void PackedConv2d::stage_phase(const Call& call, const LiftPlan& lift, size_t index, int64_t first, int64_t count,
+                               char* planes) const {
+  const LiftPlan::Phase& phase = lift.phases[index];
+  Stage s = stage_of(call, lift, index, first, count);
   s.segment = lift.segment;
   s.spans = phase.spans.data();
   s.span_count = static_cast<int>(phase.spans.size());
@@ -268,6 +281,7 @@ void PackedConv2d::restage_channels(const Call& call, const LiftPlan& lift, int6
 // Blocks [first, last) of outputs over one staged band: sums and the epilogue.
 void PackedConv2d::sum(const Call& call, const LiftPlan& lift, const char* staged, int64_t first, int64_t last) const {
   if (algorithm_ == Algorithm::codegen) return sum_code(call, lift, staged, first, last);
+  if (rows_) return sum_rows(call, lift, staged, first, last);
   const int64_t per_group = blocks_ / geometry_.groups;
   for (int64_t block = first; block < last;) {  // outputs of one group of the convolution at a time
     const int64_t group = block / per_group, end = std::min(last, (group + 1) * per_group);

@@ -215,6 +215,13 @@ struct LinearTile {
   int64_t acc_stride;         // bytes
   bool first;                 // overwrite acc; packed: always
   const uint16_t* runs;       // linear_narrow: as in DenseTile
+  // linear_f32, linear_i8, for pixels of a convolution: which rows of x and acc are meant, or null, where each word
+  // lies behind the row's first, in bytes, how many outputs of the panel there are, and the weights that come next.
+  const int32_t* position;
+  const int64_t* source;
+  int outputs;
+  const char* next;
+  int64_t next_bytes;
 };
 
 // The words of `dense` from those of `packed`, integers.
@@ -234,6 +241,14 @@ struct LookupBuild {
   int entries;         // 32, or, of triples, 16
   const float* digit;  // [inputs][entries] level of input i in entry e
   float* table;
+};
+
+// to[column][row] = from[row][column], words; strides in bytes. Vectors are read and written whole.
+struct Turn {
+  const char* from;
+  int64_t from_stride, rows, columns;
+  char* to;
+  int64_t to_stride;
 };
 
 // The epilogue, in one order, every step rounded to float32.
@@ -325,6 +340,7 @@ struct Kernels {
   void (*stage)(const Stage&);
   void (*restage)(const Restage&);
   void (*unlift)(const Unlift&);
+  void (*turn)(const Turn&);
   void (*lift_bytes)(const ByteRows&);    // or null, as the next
   void (*unlift_bytes)(const ByteRows&);  // so that epilogues run in lanes and transpose a quarter
   void (*order_bytes)(const Order&);      // or null, as the next

@@ -222,9 +222,10 @@ void PackedLinear::stage_row(const Tensor& x, int64_t index, int64_t group_bytes
 // are expanded once for all of them.
 void PackedLinear::sum_panel(const Kernels& k, int64_t panel_group, LinearTile t) const {
   constexpr int least_expanded_rows = 4;
-  constexpr int64_t matrix_part_words = 256;  // sums go through memory in between, which takes it long
+  // Sums go through memory in between: a matrix unit waits for them long, and pixels are many.
+  constexpr int64_t matrix_part_words = 256, pixel_part_words = 144;
   const bool is_float = activations_.dtype == DType::f32, packed = algorithm_ == Algorithm::packed;
-  const bool expands = packed && !is_float && t.rows >= least_expanded_rows;
+  const bool expands = packed && !is_float && (t.rows >= least_expanded_rows || t.position);
   const char* const weights =
       reinterpret_cast<const char*>(weights_.data() + panel_group * group_words_ * panel_outputs);
   if (packed && !expands) {
@@ -234,18 +235,30 @@ void PackedLinear::sum_panel(const Kernels& k, int64_t panel_group, LinearTile t
     t.level_bytes = level_bytes_.data();
     return (has_triples_ ? k.linear_triples_f32 : is_float ? k.linear_packed_f32 : k.linear_packed_i8)(t);
   }
-  const bool narrow = k.linear_narrow && !runs_.empty(), matrix = k.linear_matrix_i8 && t.rows >= (packed ? 8 : 4);
+  const bool narrow = k.linear_narrow && !runs_.empty(),
+             matrix = k.linear_matrix_i8 && !t.position && t.rows >= (packed ? 8 : 4);
   const auto sum = is_float ? k.linear_f32 : narrow ? k.linear_narrow : matrix ? k.linear_matrix_i8 : k.linear_i8;
-  const int64_t part_words = matrix ? matrix_part_words : linear_part_words, fields = word_fields(),
-                words = group_words_ * fields, parts = ceil_div(words, part_words), together = t.rows == 1 ? parts : 1;
+  const int64_t part_words = matrix       ? matrix_part_words
+                             : t.position ? pixel_part_words
+                                          : linear_part_words,
+                fields = word_fields(), words = group_words_ * fields, parts = ceil_div(words, part_words),
+                together = t.rows == 1 && !t.position ? parts : 1;
   char* const expanded = expands ? scratch(3, static_cast<size_t>(part_words * panel_outputs * 4)) : nullptr;
   const char* const x = t.x;
+  const int64_t* const source = t.source;
   for (int64_t part = 0; part < parts; part += together) {
     const int64_t word = part * part_words;
     t.words = std::min(together * part_words, words - word);
-    t.x = x + word * 4;
+    if (t.position) t.source = source + word;
+    else t.x = x + word * 4;
     t.weights = weights + word * panel_outputs * 4;
-    if (expands) expand(k, panel_group, word / fields, t.words / fields, expanded), t.weights = expanded;
+    t.next = t.weights + t.words * panel_outputs * 4, t.next_bytes = t.words * panel_outputs * 4;
+    if (expands) {
+      const int64_t first = word / fields, count = t.words / fields;
+      expand(k, panel_group, first, count, expanded);
+      t.weights = expanded;
+      t.next = weights + (first + count) * panel_outputs * 4, t.next_bytes = count * panel_outputs * 4;
+    }
     if (narrow) t.runs = runs_.of(panel_group * parts + part);
     t.first = part == 0;
     sum(t);

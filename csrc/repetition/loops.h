@@ -125,6 +125,7 @@ void fill(Kernels& k) {
        stage,
        restage,
        unlift,
+       turn,
        nullptr,
        nullptr,
        nullptr,

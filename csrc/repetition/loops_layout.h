@@ -269,5 +269,12 @@ void unlift(const Unlift& u) {
       std::memcpy(out, u.flat + (n * u.image_pitch + r * u.row_pitch) * 4, u.columns * 4);
 }
 
+void turn(const Turn& t) {
+  for (int64_t r = 0; r < t.rows; r += lanes)
+    for (int64_t c = 0; c < t.columns; c += lanes)
+      transpose(t.from + r * t.from_stride + c * 4, t.from_stride, t.rows - r, t.to + c * t.to_stride + r * 4,
+                t.to_stride, t.columns - c);
+}
+
 }  // namespace
 }  // namespace pycodesign::repetition

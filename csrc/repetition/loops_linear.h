@@ -5,9 +5,15 @@ namespace pycodesign::repetition {
 namespace {
 
 // R rows of x by P vectors of outputs.
-template <class Math, int R, int P> void linear_of(const LinearTile& t) {
+template <class Math, int R, int P, bool scattered = false> void linear_of(const LinearTile& t) {
   using vec = typename Math::vec;
   constexpr int64_t part_words = 512;
+  const char* x[R];
+  char* to[R];
+  for (int r = 0; r < R; ++r) {
+    const int64_t row = scattered ? t.position[r] : r;
+    x[r] = t.x + row * t.x_stride, to[r] = t.acc + row * t.acc_stride;
+  }
   int64_t k = 0;
   do {
     vec acc[R][P] = {};
@@ -18,12 +24,12 @@ template <class Math, int R, int P> void linear_of(const LinearTile& t) {
       vec weight[P];
       for (int p = 0; p < P; ++p) weight[p] = Math::load(w + p * vector_bytes);
       for (int r = 0; r < R; ++r) {
-        const vec x = Math::broadcast(t.x + r * t.x_stride + k * 4);
-        for (int p = 0; p < P; ++p) acc[r][p] = Math::multiply_add(acc[r][p], x, weight[p]);
+        const vec value = Math::broadcast(x[r] + (scattered ? t.source[k] : k * 4));
+        for (int p = 0; p < P; ++p) acc[r][p] = Math::multiply_add(acc[r][p], value, weight[p]);
       }
     }
     for (int r = 0; r < R; ++r)
-      for (int p = 0; p < P; ++p) add_part<Math>(t.acc + r * t.acc_stride + p * vector_bytes, acc[r][p], is_first);
+      for (int p = 0; p < P; ++p) add_part<Math>(to[r] + p * vector_bytes, acc[r][p], is_first);
   } while (k < t.words);
 }
 
@@ -154,7 +160,34 @@ template <int R, int P, class Many, class One> void for_linear_blocks(const Line
   }
 }
 
+// The same of rows anywhere, in blocks of nearly equal size.
+template <class Math, int R, int P> void linear_block(const LinearTile& t, int rows) {
+  if constexpr (R > 1)
+    if (rows < R) return linear_block<Math, R - 1, P>(t, rows);
+  linear_of<Math, R, P, true>(t);
+}
+template <class Math> void linear_scattered(const LinearTile& t) {
+  constexpr int few = linear_vectors / 2;
+  const int blocks = (t.rows + linear_rows - 1) / linear_rows, vectors = (t.outputs + lanes - 1) / lanes;
+  const int64_t lines = t.next_bytes / 64;
+  for (int p = 0; p < vectors; p += linear_vectors) {
+    LinearTile part = t;
+    part.weights += p * vector_bytes;
+    part.acc += p * vector_bytes;
+    for (int b = 0, row = 0; b < blocks; ++b) {
+      const int end = static_cast<int>(int64_t{t.rows} * (b + 1) / blocks);
+      part.position = t.position + row;
+      for (int64_t at = lines * b / blocks; at < lines * (b + 1) / blocks; ++at)
+        __builtin_prefetch(t.next + at * 64, 0, 2);
+      vectors - p > few ? linear_block<Math, linear_rows, linear_vectors>(part, end - row)
+                        : linear_block<Math, linear_rows, few>(part, end - row);
+      row = end;
+    }
+  }
+}
+
 template <class Math> void linear(const LinearTile& t) {
+  if (t.position) return linear_scattered<Math>(t);
   for_linear_blocks<linear_rows, linear_vectors>(t, linear_of<Math, linear_rows, linear_vectors>,
                                                  linear_of<Math, 1, linear_vectors>);
 }

@@ -119,7 +119,7 @@ void PackedConv2d::pack(const Weights& w) {
       if (matrix_cycles(w, geometry_, activations_) <
           dense_cycles(outputs_, inputs_, activations_, narrow_run(w, activations_)))
         return pack_matrix(w);
-      return pack_dense(w);
+      return serves_rows(w, geometry_, activations_) ? pack_rows(w) : pack_dense(w);
     case Algorithm::codebook: return pack_codebook(w);
     case Algorithm::packed:
       throw std::invalid_argument("algorithm: expected 'codegen', 'tables' or 'dense' for a convolution, got 'packed'");
@@ -332,6 +332,7 @@ std::vector<uint8_t> PackedConv2d::codes() const {
     return codes;
   }
   if (matrix_) return matrix_codes();
+  if (rows_) return row_codes();
   if (algorithm_ == Algorithm::codebook)
     throw std::invalid_argument("codes: expected another algorithm than 'codebook', whose weights are indices");
   const int64_t blocks = block_count(group_outputs_);
@@ -373,7 +374,7 @@ Counts PackedConv2d::counts() const {
   c.bytes =
       static_cast<int64_t>(weights_size_ + steps_.size() * sizeof(TableStep) + level_bytes_.size()) + level_bytes();
   if (algorithm_ == Algorithm::dense) {
-    c.bytes += runs_.bytes();
+    c.bytes += runs_.bytes() + (rows_ ? rows_->counts().bytes : 0);
     c.multiplies = outputs_ * inputs_;
     c.adds = outputs_ * (inputs_ - 1);
     return c;

@@ -130,7 +130,8 @@ Choice choose_conv2d(const Weights& w, const Geometry& g, const Activations& a) 
       g.groups * (group_outputs < dense_outputs ? group_outputs : block_count(group_outputs) * dense_outputs);
   const int64_t words = (g.channels / g.groups + 3) / 4;  // of four 8-bit channels
   const double by_vectors = dense_cycles(outputs, integers ? words * 4 * g.kernel[0] * g.kernel[1] : w.inputs, a,
-                                         narrow_run(w, a)),
+                                         narrow_run(w, a)) *
+                            (serves_rows(w, g, a) ? row_share(w.outputs) : 1),
                by_matrices = matrix_cycles(w, g, a), dense = std::min(by_vectors, by_matrices);
   const auto predicted = [&](double cycles) {
     return "predicted " + std::to_string(cycles / dense).substr(0, 4) + " of the time of dense sums";
@@ -337,8 +338,8 @@ void LiftPlan::plan_restaging(const std::vector<LiftPlan>& all) {
   }
 }
 
-bool ConvCase::keeps_size() const {
-  return geometry.stride == std::array<int64_t, 2>{1, 1} && geometry.output_size(0, height) == height &&
+bool ConvCase::takes_lifted() const {
+  return !by_rows && geometry.stride == std::array<int64_t, 2>{1, 1} && geometry.output_size(0, height) == height &&
          geometry.output_size(1, width) == width;
 }
 
@@ -368,9 +369,14 @@ double cut_cost(const ConvCase& c, const Pitch& pitch, const Cut& cut, int threa
   const Axis y = plan_axis(g, 0, c.height, 0, rows_here), x = plan_axis(g, 1, c.width, 0, columns);
   const int64_t used = ((images_here - 1) * pitch.image + rows_here - 1) * pitch.row + columns;
   const int64_t segment = (used + lanes - 1) / lanes;
-  const int64_t span = std::min(segment + y.reach * pitch.row + x.reach, g.kernel[0] * (segment + x.reach));
-  const auto vectors = static_cast<double>(segment), outputs = static_cast<double>(c.outputs);
-  const double staged = static_cast<double>(c.planes * span) * phases,
+  const int64_t reach = y.reach * pitch.row + x.reach,
+                span = std::min(segment + reach, g.kernel[0] * (segment + x.reach));
+  // By rows only what is a pixel is summed, and each position staged once.
+  const double vectors = c.by_rows ? static_cast<double>(images_here * rows_here * columns) / static_cast<double>(lanes)
+                                   : static_cast<double>(segment),
+               outputs = static_cast<double>(c.outputs);
+  const double staged = static_cast<double>(c.planes) * phases *
+                        (c.by_rows ? static_cast<double>(used + reach) / c.word_lanes : static_cast<double>(span)),
                columns_staged = static_cast<double>(c.planes * c.column_planes * (segment + x.reach)),
                bands = static_cast<double>(cut.image_bands * cut.row_bands);
   // What sums of one segment of the weights go through again and again.

@@ -60,11 +60,26 @@ struct MatrixShape {
 // Cycles per vector of pixels; infinite where there is no such unit, or weights are not exact in its words.
 double matrix_cycles(const Weights&, const Geometry&, const Activations&);
 
+// Whether `dense` runs by rows: most lanes have an output, words of four channels are whole, and there are enough of
+// them that turning sums does not count.
+bool serves_rows(const Weights&, const Geometry&, const Activations&);
+double row_share(int64_t outputs);  // of the time of lanes of pixels, some of which are none
+
 // Machine code sums x - center, at most `range` in magnitude, padding included.
 int32_t code_center(const Activations&);
 CodeLayer code_layer(const Weights&, const Geometry&, const Activations&);
 
 struct LiftPlan;
+
+// The pixels of one band in rows of channels: [phase of the stride][flat position][channel].
+struct RowPlan {
+  RowPlan() = default;
+  RowPlan(const LiftPlan&, const Geometry&, int64_t units, int64_t tap_words);
+
+  int64_t positions = 0, row_bytes = 0;  // of a phase; of a pixel
+  std::vector<int32_t> pixels;           // positions of outputs
+  std::vector<int64_t> source;           // bytes from an output's row in the first phase to each word of its inputs
+};
 
 // How the tables of a layer are laid out over the tiles of one band.
 struct TablePlan {
@@ -125,6 +140,7 @@ struct LiftPlan {
   LiftPlan(const Geometry&, int64_t height, int64_t width, const Band&, const Pitch&, int word_lanes, int halves,
            int64_t column_planes = 0, bool adds_columns = false);
   void plan_restaging(const std::vector<LiftPlan>& bands);  // of inputs in the lanes of the same bands
+  int64_t row_band_bytes() const { return static_cast<int64_t>(phases.size()) * rows.positions * rows.row_bytes; }
   size_t flat_bytes() const { return static_cast<size_t>((positions + half) * 4); }  // to stage or unlift a plane
   int64_t summed_bytes() const { return column_bytes ? column_bytes : unit_bytes; }  // of what is summed, of a unit
   void plan_columns(const Geometry&, int64_t planes, int64_t vector_bytes);
@@ -151,6 +167,7 @@ struct LiftPlan {
   std::vector<Tap> taps;
   std::vector<int64_t> tap_source;  // bytes from the unit's first plane
   TablePlan tables;
+  RowPlan rows;
 
   struct ColumnPhase {                                // sums of columns of one phase of the stride: [vector][plane]
     std::array<int64_t, max_column_rows> row_source;  // bytes from the unit's first plane to the rows of the first
@@ -185,9 +202,10 @@ struct ConvCase {
   int64_t kept;             // outputs whose sums are all kept at a time, if they are many
   int64_t column_planes;    // of every unit, for `codegen` that reads sums of columns
   bool adds_columns;        // a `codebook` that does so tile by tile
+  bool by_rows;             // `dense` whose input does not lie in lanes
   bool lifted_input = false, lifted_output = false;
 
-  bool keeps_size() const;    // so that input and output can share bands
+  bool takes_lifted() const;  // input and output can share bands
   Pitch least_pitch() const;  // of its bands
 };
 

@@ -159,6 +159,7 @@ struct Pitch;
 struct LiftPlan;
 struct Finish;
 class LayerCode;
+class PackedLinear;
 
 class PackedConv2d final : public PackedLayer {
  public:
@@ -189,25 +190,28 @@ class PackedConv2d final : public PackedLayer {
   void pack(const Weights&);
   void pack_tables(const Weights&);
   void pack_dense(const Weights&);
+  void pack_rows(const Weights&);
   void pack_matrix(const Weights&);
   void pack_codes(const Weights&);
   void pack_codebook(const Weights&);
   struct MatrixPlaces;
   MatrixPlaces matrix_places() const;
   int64_t matrix_together() const;
-  std::vector<uint8_t> matrix_codes() const;
+  std::vector<uint8_t> matrix_codes() const, row_codes() const;
   int64_t stream_at(int64_t output, int64_t unit) const;
   Weights weights_of(const std::vector<uint8_t>& codes) const;  // as packed, for another form
   const LayerCode* code(const Kernels&) const;                  // null where none can be made
   const PackedConv2d& without_code() const;
   std::shared_ptr<const ConvPlan> plan(const Kernels&, int64_t images, int64_t height, int64_t width) const;
-  int64_t block_size() const { return matrix_ ? block_outputs : dense_outputs; }
-  int halves() const { return staging_ == Staging::halves_i16 ? 2 : 1; }
+  int64_t block_size() const { return rows_ ? panel_outputs : matrix_ ? block_outputs : dense_outputs; }
+  // Lanes of sums of integers by rows are as many as those of machine code, so that activations can pass between them.
+  int halves() const { return staging_ == Staging::halves_i16 || (rows_ && activations_.dtype != DType::f32) ? 2 : 1; }
 
   struct Call;
   struct Sums;
   void stage(const Call&, const LiftPlan&, int64_t index, char* staged) const;
   void stage_channels(const Call&, const LiftPlan&, int64_t group, int64_t channel, char* to) const;
+  Stage stage_of(const Call&, const LiftPlan&, size_t index, int64_t first, int64_t count) const;
   void stage_phase(const Call&, const LiftPlan&, size_t index, int64_t first, int64_t count, char* planes) const;
   void sum_columns(const Call&, const LiftPlan&, const char* planes, char* sums) const;
   void restage_channels(const Call&, const LiftPlan&, int64_t first, int64_t count, char* staged) const;
@@ -220,6 +224,8 @@ class PackedConv2d final : public PackedLayer {
                    char* table) const;
   void sum_dense(const Call&, const LiftPlan&, const char* x, int64_t group, int64_t first, int64_t last) const;
   void sum_matrix(const Call&, const LiftPlan&, const char* x, int64_t group, int64_t first, int64_t last) const;
+  void stage_rows(const Call&, const LiftPlan&, int64_t index, char* rows) const;
+  void sum_rows(const Call&, const LiftPlan&, const char* rows, int64_t first, int64_t last) const;
   void finish_outputs(const Call&, const LiftPlan&, const Sums&) const;
   void finish_lanes(const Call&, const LiftPlan&, const Sums&, const char* residual, char* out) const;
   Finish finish_of(const Call&, int64_t output) const;
@@ -240,6 +246,10 @@ class PackedConv2d final : public PackedLayer {
   int32_t center_ = 0;  // what staging subtracts from integers
 
   Runs runs_;  // dense: of each block of outputs, or empty
+
+  // dense by rows: inputs are [tap][channel], padded to whole words
+  std::unique_ptr<const PackedLinear> rows_;
+  int64_t row_channels_ = 0;
 
   // dense for a matrix unit
   bool matrix_ = false;
@@ -276,6 +286,10 @@ class PackedLinear final : public PackedLayer {
   Counts counts() const override;
   std::vector<uint8_t> codes() const override;
 
+  // The products of one scale group of a panel.
+  void sum_panel(const Kernels&, int64_t panel_group, LinearTile) const;
+  int64_t words() const { return group_words_ * word_fields(); }  // of `dense`, of one scale group
+
  private:
   void stage_row(const Tensor& x, int64_t index, int64_t group_bytes, char* to) const;
   void set_lookup();
@@ -286,7 +300,6 @@ class PackedLinear final : public PackedLayer {
   int64_t word_fields() const;
   void expand(const Kernels&, int64_t panel_group, int64_t word, int64_t words, char* to) const;
   void pack_runs();
-  void sum_panel(const Kernels&, int64_t panel_group, LinearTile) const;
   void add_group(const char* sums, char* total, int64_t rows, int64_t panel, int64_t outputs_here, int64_t group,
                  bool integers) const;
 

@@ -1,0 +1,127 @@
+// Dense sums of convolutions whose lanes are outputs, not pixels: each pixel's channels lie in one row, a tap reads a
+// row from some distance, and no lane is spent on the borders of small maps. See README.md.
+#include <algorithm>
+#include <cmath>
+
+#include "repetition/costs.h"
+#include "repetition/plan.h"
+
+namespace pycodesign::repetition {
+
+namespace {
+
+constexpr int64_t row_units = 16;  // words staged at a time
+
+}  // namespace
+
+RowPlan::RowPlan(const LiftPlan& lift, const Geometry& g, int64_t units, int64_t tap_words) {
+  for (int64_t n = 0; n < lift.band.images; ++n)
+    for (int64_t y = 0; y < lift.band.rows; ++y)
+      for (int64_t x = 0; x < lift.columns; ++x)
+        pixels.push_back(static_cast<int32_t>(n * lift.image_pitch + y * lift.row_pitch + x));
+  // Outputs of nothing but padding may share one.
+  std::sort(pixels.begin(), pixels.end());
+  pixels.erase(std::unique(pixels.begin(), pixels.end()), pixels.end());
+  row_bytes = (ceil_div(units, row_units) | 1) * row_units * 4;  // odd lines: rows begin in cache sets far apart
+  std::vector<int64_t> taps;                                     // rows
+  for (int64_t r = 0, tap = 0; r < g.kernel[0]; ++r)
+    for (int64_t s = 0; s < g.kernel[1]; ++s, ++tap)
+      taps.push_back(r * g.dilation[0] / g.stride[0] * lift.row_pitch + s * g.dilation[1] / g.stride[1]);
+  const int64_t used = pixels.back() + 1 + *std::max_element(taps.begin(), taps.end());
+  positions = ceil_div(used, row_units) * row_units;
+  for (size_t tap = 0; tap < taps.size(); ++tap)
+    for (int64_t word = 0; word < tap_words; ++word)
+      source.push_back((lift.taps[tap].phase * positions + taps[tap]) * row_bytes + word * 4);
+}
+
+bool serves_rows(const Weights& w, const Geometry& g, const Activations& a) {
+  constexpr int64_t least_words = 32, outputs_together = 32;
+  const int64_t unit_channels = a.dtype == DType::f32 ? 1 : 4, words = w.inputs / unit_channels;
+  return kernels().lanes == 16 && g.groups == 1 && w.codes && g.channels % unit_channels == 0 && words >= least_words &&
+         4 * w.outputs >= 3 * ceil_div(w.outputs, outputs_together) * outputs_together;
+}
+
+double row_share(int64_t outputs) {
+  const double pixels = likely_pixels(outputs), lanes = kernels().lanes;
+  return pixels / lanes / std::ceil((pixels + std::sqrt(pixels) - 1) / lanes);
+}
+
+void PackedConv2d::pack_rows(const Weights& w) {
+  const bool is_float = activations_.dtype == DType::f32, few = !is_float && distinct_levels(w).size() <= 4;
+  staging_ = is_float ? Staging::f32 : Staging::bytes4;
+  set_correction(w, activations_.dtype == DType::i8 ? -128 : 0);
+  stage_channels_ = row_units * unit_channels_;
+  blocks_ = ceil_div(outputs_, panel_outputs);
+  constexpr int64_t most_inputs = 32;  // of a word
+  row_channels_ = few ? ceil_div(group_channels_, most_inputs) * most_inputs : group_channels_;
+  // What lies behind a pixel's channels is zero, whatever its weights.
+  std::vector<uint8_t> codes(static_cast<size_t>(outputs_ * taps_ * row_channels_));
+  for (int64_t o = 0; o < outputs_; ++o)
+    for (int64_t c = 0; c < group_channels_; ++c)
+      for (int64_t t = 0; t < taps_; ++t)
+        codes[static_cast<size_t>((o * taps_ + t) * row_channels_ + c)] = w.codes[o * inputs_ + c * taps_ + t];
+  Weights by_tap = w;
+  by_tap.inputs = taps_ * row_channels_;
+  by_tap.codes = codes.data();
+  rows_ = std::make_unique<PackedLinear>(by_tap, activations_, few ? Algorithm::packed : Algorithm::dense);
+  cycles_ = halves() * dense_cycles(outputs_, inputs_, activations_, 0);
+}
+
+std::vector<uint8_t> PackedConv2d::row_codes() const {
+  const std::vector<uint8_t> by_tap = rows_->codes();
+  std::vector<uint8_t> codes;
+  for (int64_t o = 0; o < outputs_; ++o)
+    for (int64_t c = 0; c < group_channels_; ++c)
+      for (int64_t t = 0; t < taps_; ++t)
+        codes.push_back(by_tap[static_cast<size_t>((o * taps_ + t) * row_channels_ + c)]);
+  return codes;
+}
+
+// Sixteen words of all pixels: flat, one after another, and then turned.
+void PackedConv2d::stage_rows(const Call& call, const LiftPlan& lift, int64_t index, char* rows) const {
+  const int64_t flat_bytes = lift.rows.positions * 4, first = index * stage_channels_,
+                count = std::min(stage_channels_, group_channels_ - first), units = ceil_div(count, unit_channels_);
+  char* const flat = scratch(1, static_cast<size_t>(row_units * flat_bytes));
+  std::fill_n(flat + units * flat_bytes, (row_units - units) * flat_bytes, '\0');
+  for (size_t p = 0; p < lift.phases.size(); ++p) {
+    for (int64_t u = 0; u < units; ++u) {
+      const int64_t channel = u * unit_channels_;
+      Stage s = stage_of(call, lift, p, first + channel, std::min(unit_channels_, count - channel));
+      s.positions = lift.rows.positions;
+      s.flat = flat + u * flat_bytes;
+      call.k.stage(s);
+    }
+    char* const to = rows + static_cast<int64_t>(p) * lift.rows.positions * lift.rows.row_bytes;
+    call.k.turn({flat, flat_bytes, row_units, lift.rows.positions, to + index * row_units * 4, lift.rows.row_bytes});
+  }
+}
+
+// Panels [first, last) of outputs: the sums of a pixel side by side, then turned into lanes of pixels.
+void PackedConv2d::sum_rows(const Call& call, const LiftPlan& lift, const char* rows, int64_t first,
+                            int64_t last) const {
+  const int64_t vector_bytes = call.vector_bytes(), vectors = lift.segment * halves(), lanes = call.k.lanes,
+                plane = (vectors | 1) * vector_bytes, position_bytes = panel_outputs * 4,
+                pixel_bytes = lift.segment * lift.lanes * position_bytes;
+  char* const pixels = scratch(2, static_cast<size_t>(pixel_bytes + panel_outputs * plane));
+  char* const sums = pixels + pixel_bytes;
+  LinearTile t{};
+  t.x = rows;
+  t.x_stride = lift.rows.row_bytes;
+  t.rows = static_cast<int>(lift.rows.pixels.size());
+  t.acc = pixels;
+  t.acc_stride = position_bytes;
+  t.position = lift.rows.pixels.data();
+  t.source = lift.rows.source.data();
+  for (int64_t panel = first; panel < last; ++panel) {
+    const int64_t output = panel * panel_outputs, count = std::min<int64_t>(panel_outputs, outputs_ - output);
+    t.outputs = static_cast<int>(count);
+    rows_->sum_panel(call.k, panel, t);
+    for (int64_t j = 0; j < lift.segment; ++j)
+      for (int64_t h = 0; h < halves(); ++h)
+        call.k.turn({pixels + (j + h * lanes * lift.segment) * position_bytes, lift.segment * position_bytes, lanes,
+                     count, sums + (j * halves() + h) * vector_bytes, plane});
+    finish_outputs(call, lift, {sums, plane, halves() * vector_bytes, output, count});
+  }
+}
+
+}  // namespace pycodesign::repetition

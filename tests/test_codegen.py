@@ -85,6 +85,7 @@ CASES = {
     "columns of every second pixel": Case(50, 5, 3, BINARY, columns=3, kernels=6, stride=2),
     "columns of every third pixel": Case(50, 5, 3, BINARY, columns=3, kernels=6, stride=3),
     "columns apart": Case(50, 5, 3, BINARY, columns=3, kernels=6, dilation=2),
+    "binary columns far apart": Case(50, 5, 3, BINARY, columns=3, kernels=6, dilation=50),
     "columns far apart": Case(44, 9, 3, TERNARY, columns=3, kernels=3, dilation=50, zeros=0.4),
     "columns of every third pixel, many sums": Case(90, 5, 3, TERNARY, columns=3, kernels=4, stride=3),
     "columns of zeros and ones": Case(60, 3, 3, (0, 1), columns=2, kernels=3, stride=3),

@@ -20,11 +20,12 @@ constexpr int64_t planes_bytes = (max_columns_staged + 1) * 64;  // of one vecto
 // A segment's code stays in the first-level cache while it runs over all vectors.
 constexpr double segment_bytes = 24 << 10;
 
-// Rows of x that a segment reads at most; int16 sums cost more to keep.
+// Rows of x that a segment reads at most; int16 sums cost more to keep. On large maps x has to stay in the first-level
+// cache from one vector to the next.
 int64_t most_rows(const CodeLayer& l, const CodeForm& f, bool avx512) {
-  constexpr double few_pixels = 64;
+  constexpr double few_pixels = 64, many_pixels = 256;
   const bool is_float = l.dtype == DType::f32;
-  if (!f.planes()) return is_float ? 144 : 288;
+  if (!f.planes()) return is_float ? 144 : likely_pixels(l.weights->outputs) > many_pixels ? 240 : 288;
   if (!is_float) return 384;
   // AVX2 has few sums in registers, to keep less often where few vectors share the caches.
   return avx512 || likely_pixels(l.weights->outputs) > few_pixels ? 128 : 256;

@@ -60,8 +60,8 @@ struct MatrixShape {
 // Cycles per vector of pixels; infinite where there is no such unit, or weights are not exact in its words.
 double matrix_cycles(const Weights&, const Geometry&, const Activations&);
 
-// Whether `dense` runs by rows: most lanes have an output, words of four channels are whole, and there are enough of
-// them that turning sums does not count.
+// Whether `dense` runs by rows: most lanes have an output, and there are enough words of channels that turning sums
+// does not count.
 bool serves_rows(const Weights&, const Geometry&, const Activations&);
 double row_share(int64_t outputs);  // of the time of lanes of pixels, some of which are none
 

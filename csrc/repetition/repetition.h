@@ -121,6 +121,9 @@ class Layer {
     return static_cast<int64_t>((levels_.size() + multiplier_.size() + bias_.size() + correction_.size()) * 4);
   }
   uint8_t code_of(int64_t o, float level) const;
+  float level_of(int64_t o, uint8_t code) const {
+    return levels_[static_cast<size_t>((level_rows_ == 1 ? 0 : o) * level_count_ + code)];
+  }
 
   Algorithm algorithm_;
   Activations activations_;
@@ -247,7 +250,7 @@ class PackedConv2d final : public PackedLayer {
 
   Runs runs_;  // dense: of each block of outputs, or empty
 
-  // dense by rows: inputs are [tap][channel], padded to whole words
+  // dense by rows: inputs are [tap][channel], padded to whole words, and zero may be one more level
   std::unique_ptr<const PackedLinear> rows_;
   int64_t row_channels_ = 0;
 
@@ -289,6 +292,7 @@ class PackedLinear final : public PackedLayer {
   // The products of one scale group of a panel.
   void sum_panel(const Kernels&, int64_t panel_group, LinearTile) const;
   int64_t words() const { return group_words_ * word_fields(); }  // of `dense`, of one scale group
+  float level(int64_t o, uint8_t code) const { return level_of(o, code); }
 
  private:
   void stage_row(const Tensor& x, int64_t index, int64_t group_bytes, char* to) const;

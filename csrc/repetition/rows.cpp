@@ -12,6 +12,13 @@ namespace {
 
 constexpr int64_t row_units = 16;  // words staged at a time
 
+// The levels of a row and zero, ascending.
+std::vector<float> with_zero(const float* levels, int64_t count) {
+  std::vector<float> all(levels, levels + count);
+  all.insert(std::lower_bound(all.begin(), all.end(), 0.0f), 0);
+  return all;
+}
+
 }  // namespace
 
 RowPlan::RowPlan(const LiftPlan& lift, const Geometry& g, int64_t units, int64_t tap_words) {
@@ -35,9 +42,9 @@ RowPlan::RowPlan(const LiftPlan& lift, const Geometry& g, int64_t units, int64_t
 }
 
 bool serves_rows(const Weights& w, const Geometry& g, const Activations& a) {
-  constexpr int64_t least_words = 32, outputs_together = 32;
-  const int64_t unit_channels = a.dtype == DType::f32 ? 1 : 4, words = w.inputs / unit_channels;
-  return kernels().lanes == 16 && g.groups == 1 && w.codes && g.channels % unit_channels == 0 && words >= least_words &&
+  constexpr int64_t least_words = 32, least_channels = 16, outputs_together = 32;
+  const int64_t words = ceil_div(g.channels, a.dtype == DType::f32 ? 1 : 4) * g.kernel[0] * g.kernel[1];
+  return kernels().lanes == 16 && g.groups == 1 && g.channels >= least_channels && w.codes && words >= least_words &&
          4 * w.outputs >= 3 * ceil_div(w.outputs, outputs_together) * outputs_together;
 }
 
@@ -47,20 +54,37 @@ double row_share(int64_t outputs) {
 }
 
 void PackedConv2d::pack_rows(const Weights& w) {
-  const bool is_float = activations_.dtype == DType::f32, few = !is_float && distinct_levels(w).size() <= 4;
+  constexpr int64_t most_inputs = 32;  // of a word of codes
+  const bool is_float = activations_.dtype == DType::f32;
   staging_ = is_float ? Staging::f32 : Staging::bytes4;
   set_correction(w, activations_.dtype == DType::i8 ? -128 : 0);
   stage_channels_ = row_units * unit_channels_;
   blocks_ = ceil_div(outputs_, panel_outputs);
-  constexpr int64_t most_inputs = 32;  // of a word
-  row_channels_ = few ? ceil_div(group_channels_, most_inputs) * most_inputs : group_channels_;
-  // What lies behind a pixel's channels is zero, whatever its weights.
-  std::vector<uint8_t> codes(static_cast<size_t>(outputs_ * taps_ * row_channels_));
-  for (int64_t o = 0; o < outputs_; ++o)
-    for (int64_t c = 0; c < group_channels_; ++c)
-      for (int64_t t = 0; t < taps_; ++t)
-        codes[static_cast<size_t>((o * taps_ + t) * row_channels_ + c)] = w.codes[o * inputs_ + c * taps_ + t];
   Weights by_tap = w;
+  // Words repeat the first channel where others are missing: the weights of those are zeros.
+  row_channels_ = units_ * unit_channels_;
+  std::vector<float> levels;
+  if (row_channels_ > group_channels_ && distinct_levels(w).size() < 256) {
+    for (int64_t r = 0; r < w.level_rows; ++r)
+      for (const float level : with_zero(w.levels + r * w.level_count, w.level_count)) levels.push_back(level);
+    by_tap.levels = levels.data();
+    ++by_tap.level_count;
+  }
+  const int64_t whole = ceil_div(row_channels_, most_inputs) * most_inputs;
+  const bool few = !is_float && distinct_levels(by_tap).size() <= 4 && 8 * row_channels_ >= 7 * whole;
+  if (few) row_channels_ = whole;  // what lies behind a pixel's words is zero, whatever its weights
+  std::vector<uint8_t> codes;
+  for (int64_t o = 0; o < outputs_; ++o) {
+    const float* const row = by_tap.levels + (w.level_rows == 1 ? 0 : o) * by_tap.level_count;
+    const auto code_of = [&](float level) {
+      return static_cast<uint8_t>(std::lower_bound(row, row + by_tap.level_count, level) - row);
+    };
+    for (int64_t t = 0; t < taps_; ++t)
+      for (int64_t c = 0; c < row_channels_; ++c)
+        codes.push_back(c < group_channels_           ? code_of(w.level(o, c * taps_ + t))
+                        : c < units_ * unit_channels_ ? code_of(0)
+                                                      : uint8_t{0});
+  }
   by_tap.inputs = taps_ * row_channels_;
   by_tap.codes = codes.data();
   rows_ = std::make_unique<PackedLinear>(by_tap, activations_, few ? Algorithm::packed : Algorithm::dense);
@@ -73,7 +97,7 @@ std::vector<uint8_t> PackedConv2d::row_codes() const {
   for (int64_t o = 0; o < outputs_; ++o)
     for (int64_t c = 0; c < group_channels_; ++c)
       for (int64_t t = 0; t < taps_; ++t)
-        codes.push_back(by_tap[static_cast<size_t>((o * taps_ + t) * row_channels_ + c)]);
+        codes.push_back(code_of(o, rows_->level(o, by_tap[static_cast<size_t>((o * taps_ + t) * row_channels_ + c)])));
   return codes;
 }
 
@@ -84,6 +108,7 @@ void PackedConv2d::stage_rows(const Call& call, const LiftPlan& lift, int64_t in
   char* const flat = scratch(1, static_cast<size_t>(row_units * flat_bytes));
   std::fill_n(flat + units * flat_bytes, (row_units - units) * flat_bytes, '\0');
   for (size_t p = 0; p < lift.phases.size(); ++p) {
+    char* const to = rows + static_cast<int64_t>(p) * lift.rows.positions * lift.rows.row_bytes;
     for (int64_t u = 0; u < units; ++u) {
       const int64_t channel = u * unit_channels_;
       Stage s = stage_of(call, lift, p, first + channel, std::min(unit_channels_, count - channel));
@@ -91,7 +116,6 @@ void PackedConv2d::stage_rows(const Call& call, const LiftPlan& lift, int64_t in
       s.flat = flat + u * flat_bytes;
       call.k.stage(s);
     }
-    char* const to = rows + static_cast<int64_t>(p) * lift.rows.positions * lift.rows.row_bytes;
     call.k.turn({flat, flat_bytes, row_units, lift.rows.positions, to + index * row_units * 4, lift.rows.row_bytes});
   }
 }

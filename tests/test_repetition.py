@@ -111,7 +111,7 @@ CONVOLUTIONS = {
     "2 groups of 64 channels": Case((1, 128, 5, 6), (50, 64, 3, 3), {"padding": 1, "groups": 2}),
     "64 channels, per-output levels": Case((1, 64, 5, 6), (37, 64, 3, 3), {"padding": 1}, TERNARY, own_levels=True),
     # levels
-    # Rows of channels, where all products are summed with AVX-512.
+    # Rows of channels, where all products are summed, but for bytes without VNNI.
     "96 outputs, 36 channels": Case((2, 36, 9, 10), (96, 36, 3, 3), {"padding": 1}, BINARY),
     "132 channels, 1x1, 25 pixels": Case((1, 132, 5, 5), (64, 132, 1, 1)),
     "rows of one pixel": Case((1, 64, 1, 1), (64, 64, 3, 3), {"padding": 1}, QUATERNARY),

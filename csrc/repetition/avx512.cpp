@@ -10,6 +10,7 @@ constexpr int lanes = 16;
 constexpr bool generates_code = true;
 constexpr int max_table_vectors = 8, max_dense_vectors = 3, dense_block = 8;
 constexpr int linear_rows = 6, linear_vectors = 4, packed_rows = 3;
+constexpr int pixel_rows = 6, pixel_vectors = 4;
 
 typedef float f32v __attribute__((vector_size(64), may_alias));
 typedef int32_t i32v __attribute__((vector_size(64), may_alias));

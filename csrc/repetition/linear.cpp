@@ -223,7 +223,8 @@ void PackedLinear::stage_row(const Tensor& x, int64_t index, int64_t group_bytes
 void PackedLinear::sum_panel(const Kernels& k, int64_t panel_group, LinearTile t) const {
   constexpr int least_expanded_rows = 4;
   // Sums go through memory in between: a matrix unit waits for them long, and pixels are many.
-  constexpr int64_t matrix_part_words = 256, pixel_part_words = 144;
+  constexpr int64_t matrix_part_words = 256;
+  const int64_t pixel_part_words = k.lanes == 16 ? 144 : 64;
   const bool is_float = activations_.dtype == DType::f32, packed = algorithm_ == Algorithm::packed;
   const bool expands = packed && !is_float && (t.rows >= least_expanded_rows || t.position);
   const char* const weights =

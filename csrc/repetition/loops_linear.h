@@ -167,20 +167,20 @@ template <class Math, int R, int P> void linear_block(const LinearTile& t, int r
   linear_of<Math, R, P, true>(t);
 }
 template <class Math> void linear_scattered(const LinearTile& t) {
-  constexpr int few = linear_vectors / 2;
-  const int blocks = (t.rows + linear_rows - 1) / linear_rows, vectors = (t.outputs + lanes - 1) / lanes;
+  constexpr int few = pixel_vectors / 2;
+  const int blocks = (t.rows + pixel_rows - 1) / pixel_rows, vectors = (t.outputs + lanes - 1) / lanes;
   const int64_t lines = t.next_bytes / 64;
-  for (int p = 0; p < vectors; p += linear_vectors) {
+  for (int p = 0; p < vectors; p += pixel_vectors) {
     LinearTile part = t;
     part.weights += p * vector_bytes;
     part.acc += p * vector_bytes;
     for (int b = 0, row = 0; b < blocks; ++b) {
       const int end = static_cast<int>(int64_t{t.rows} * (b + 1) / blocks);
       part.position = t.position + row;
-      for (int64_t at = lines * b / blocks; at < lines * (b + 1) / blocks; ++at)
+      for (int64_t at = lines * b / blocks; p == 0 && at < lines * (b + 1) / blocks; ++at)
         __builtin_prefetch(t.next + at * 64, 0, 2);
-      vectors - p > few ? linear_block<Math, linear_rows, linear_vectors>(part, end - row)
-                        : linear_block<Math, linear_rows, few>(part, end - row);
+      vectors - p > few ? linear_block<Math, pixel_rows, pixel_vectors>(part, end - row)
+                        : linear_block<Math, pixel_rows, few>(part, end - row);
       row = end;
     }
   }

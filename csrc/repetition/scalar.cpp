@@ -8,6 +8,7 @@ constexpr int lanes = 4;
 constexpr bool generates_code = false;
 constexpr int max_table_vectors = 8, max_dense_vectors = 3, dense_block = 4;
 constexpr int linear_rows = 2, linear_vectors = 4, packed_rows = 2;
+constexpr int pixel_rows = 6, pixel_vectors = 2;
 
 typedef float f32v __attribute__((vector_size(16), may_alias));
 typedef int32_t i32v __attribute__((vector_size(16), may_alias));

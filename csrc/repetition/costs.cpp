@@ -12,7 +12,7 @@ namespace {
 // processors are reckoned from two units of 512 bits that add and multiply.
 // instructions, loads, store, keep_f32, keep_words, call, memory, multiply_add, dot4, drops_prefetches
 constexpr Costs zen3_avx2{1.25, 0.63, 2.2, 2.5, 5, 40, 8, 1.1, 1.1, false};
-constexpr Costs zen4_avx512{1.74, 0.87, 2.2, 2.5, 5, 20, 12, 1.1, 1.1, false};
+constexpr Costs zen4_avx512{1.74, 0.87, 2.2, 2.5, 5, 20, 12, 1.1, 1.2, false};
 constexpr Costs zen4_avx2{1.25, 0.63, 2.2, 2.5, 5, 40, 4, 1.1, 1.1, false};
 constexpr Costs zen5_avx512{3.1, 2, 1.1, 4, 10, 20, 8, 0.6, 0.52, true};
 constexpr Costs zen5_avx2{1.6, 1, 2.2, 4, 10, 40, 4, 1.25, 1, true};

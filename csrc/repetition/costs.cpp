@@ -14,7 +14,7 @@ namespace {
 constexpr Costs zen3_avx2{1.25, 0.63, 2.2, 2.5, 5, 40, 8, 1.1, 1.1, false};
 constexpr Costs zen4_avx512{1.74, 0.87, 2.2, 2.5, 5, 20, 12, 1.1, 1.2, false};
 constexpr Costs zen4_avx2{1.25, 0.63, 2.2, 2.5, 5, 40, 4, 1.1, 1.1, false};
-constexpr Costs zen5_avx512{3.1, 2, 1.1, 4, 10, 20, 8, 0.6, 0.52, true};
+constexpr Costs zen5_avx512{3.1, 2, 1.1, 4, 10, 20, 8, 0.6, 0.56, true};
 constexpr Costs zen5_avx2{1.6, 1, 2.2, 4, 10, 40, 4, 1.25, 1, true};
 constexpr Costs other_avx512{2, 2, 1.1, 4, 10, 20, 8, 0.6, 0.6, true};
 constexpr Costs other_avx2{1.1, 1, 2.2, 4, 10, 40, 4, 1.2, 1.2, true};
@@ -32,12 +32,14 @@ const Costs& costs(bool avx512) {
 
 double dense_cycles(int64_t outputs, int64_t inputs, const Activations& a, double narrow_run) {
   constexpr double without_vnni = 2.8, narrow = 1.25, widen = 1.6;  // times as long
+  constexpr double keep = 4;                                        // a sum
   const core::Isa isa = core::active_isa();
   const Costs& c = costs(isa >= core::Isa::avx512);
   const auto products = static_cast<double>(outputs * inputs);
-  if (a.dtype == DType::f32) return products * c.multiply_add;
+  const double kept = static_cast<double>(outputs) * keep;
+  if (a.dtype == DType::f32) return products * c.multiply_add + kept;
   const double times = narrow_run >= 1 ? narrow + widen / narrow_run : isa < core::Isa::avx2_vnni ? without_vnni : 1;
-  return products / 4 * c.dot4 * times;
+  return products / 4 * c.dot4 * times + kept;
 }
 
 double likely_pixels(int64_t outputs) {

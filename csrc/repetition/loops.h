@@ -11,8 +11,8 @@
 //   round_words(v)                              floats to the nearest word, halves to the even one
 //   transpose(from, stride, rows, to, stride, rows)   lanes x lanes words, or only their first rows
 // and how many vectors its registers hold: max_table_vectors, max_dense_vectors, dense_block, linear_rows,
-// linear_vectors, packed_rows, pixel_rows, pixel_vectors; whether generates_code; then includes this file. Everything here has internal linkage:
-// no other file may share its code.
+// linear_vectors, packed_rows, pixel_rows, pixel_vectors; whether generates_code; then includes this file. Everything
+// here has internal linkage: no other file may share its code.
 #pragma once
 
 #include <cstring>

@@ -45,7 +45,8 @@ bool serves_rows(const Weights& w, const Geometry& g, const Activations& a) {
   constexpr int64_t least_words = 32, least_channels = 16, outputs_together = 32;
   const int64_t words = ceil_div(g.channels, a.dtype == DType::f32 ? 1 : 4) * g.kernel[0] * g.kernel[1];
   const Kernels& k = kernels();
-  return k.lanes >= 8 && (a.dtype == DType::f32 || !k.dense_narrow) && g.groups == 1 && g.channels >= least_channels && w.codes && words >= least_words &&
+  return k.lanes >= 8 && (a.dtype == DType::f32 || !k.dense_narrow) && g.groups == 1 && g.channels >= least_channels &&
+         w.codes && words >= least_words &&
          4 * w.outputs >= 3 * ceil_div(w.outputs, outputs_together) * outputs_together;
 }
 

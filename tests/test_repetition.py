@@ -118,6 +118,8 @@ CONVOLUTIONS = {
     "rows on padding": Case((2, 60, 2, 3), (30, 60, 3, 3), {"padding": (4, 5), "stride": 2}, BINARY),
     "rows, stride 3, dilation": Case((1, 48, 17, 13), (88, 48, 3, 2), {"padding": 2, "stride": 3, "dilation": (2, 5)}),
     "rows, 16 levels": Case((3, 40, 6, 7), (61, 40, 3, 3), {"padding": 1}, levels=tuple(range(-8, 8))),
+    "rows of which bands differ": Case((1, 64, 7, 7), (64, 64, 1, 1), levels=tuple(range(-8, 8))),
+    "rows of images apart": Case((3, 64, 4, 4), (64, 64, 1, 1), levels=tuple(range(-8, 8))),
     "rows, per-output levels": Case((1, 64, 7, 7), (62, 64, 3, 3), {"padding": 1}, QUATERNARY, own_levels=True),
     "bands of rows of channels": Case((1, 64, 67, 40), (60, 64, 3, 3), {"padding": 1, "stride": 2}),
     "per-output levels": Case((2, 6, 5, 7), (11, 6, 3, 3), {"padding": 1}, TERNARY, own_levels=True),
@@ -471,6 +473,21 @@ def test_long_sums_of_equal_terms(kind: str, algorithm: str, isa: str) -> None:
         y = run(x, prepack(weights, algorithm=algorithm))
         sum_ = inputs * float(F32(value))
         np.testing.assert_allclose(y, sum_, rtol=8 * np.finfo(F32).eps * math.sqrt(inputs))
+
+
+@each_isa
+def test_missing_channels_weigh_nothing(isa: str) -> None:
+    """Words of four channels end with some that do not exist, and only one output has a level of zero."""
+    pycodesign.set_isa(isa)
+    levels = np.arange(-128, 128, dtype=F32).reshape(32, 8)
+    codes = np.random.default_rng(3).integers(0, 8, (32, 18, 3, 3), dtype=np.uint8)
+    q = QuantizedTensor(codes, levels, np.ones(32, F32))
+    packed = ops.prepack_conv2d(q, padding=1, input_dtype="uint8", algorithm="dense")
+    x = make_input((2, 18, 5, 6), "uint8")
+    np.testing.assert_array_equal(
+        ops.conv2d(x, packed, out_dtype="int32"), reference.conv2d(x, q, padding=1, out_dtype="int32")
+    )
+    np.testing.assert_array_equal(packed.weights().codes, codes)
 
 
 @each_isa

@@ -86,7 +86,9 @@ ConvCase PackedConv2d::conv_case(const Kernels& k, int64_t images, int64_t heigh
           k.lanes,
           halves(),
           cycles_,
-          code ? static_cast<double>(code->bytes()) : static_cast<double>(weights_size_),
+          static_cast<double>(code    ? code->bytes()
+                              : rows_ ? rows_->counts().bytes
+                                      : static_cast<int64_t>(weights_size_)),
           geometry_.groups * units_,
           outputs_,
           code ? static_cast<int64_t>(code->chunks().size()) : blocks_,
@@ -144,7 +146,7 @@ void PackedConv2d::run(const ConvPlan& plan, const Tensor& x, const Tensor& out,
   const int64_t blocks = code ? static_cast<int64_t>(code->chunks().size()) : blocks_;
   // Planes for every unit; entries of channels that do not exist are built (from what lies behind) but never read.
   const LiftPlan& largest = *std::max_element(plan.bands.begin(), plan.bands.end(), [](const auto& a, const auto& b) {
-    return std::pair(a.summed_bytes(), a.row_band_bytes()) < std::pair(b.summed_bytes(), b.row_band_bytes());
+    return std::pair(a.row_band_bytes(), a.summed_bytes()) < std::pair(b.row_band_bytes(), b.summed_bytes());
   });
   const int64_t stages = geometry_.groups * ceil_div(group_channels_, stage_channels_);
   const int64_t band_bytes =

@@ -206,7 +206,7 @@ class PackedConv2d final : public PackedLayer {
   const LayerCode* code(const Kernels&) const;                  // null where none can be made
   const PackedConv2d& without_code() const;
   std::shared_ptr<const ConvPlan> plan(const Kernels&, int64_t images, int64_t height, int64_t width) const;
-  int64_t block_size() const { return rows_ ? panel_outputs : matrix_ ? block_outputs : dense_outputs; }
+  int64_t block_size() const { return matrix_ ? block_outputs : dense_outputs; }
   // Lanes of sums of integers by rows are as many as those of machine code, so that activations can pass between them.
   int halves() const { return staging_ == Staging::halves_i16 || (rows_ && activations_.dtype != DType::f32) ? 2 : 1; }
 

@@ -2,6 +2,7 @@
 // row from some distance, and no lane is spent on the borders of small maps. See README.md.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "repetition/costs.h"
 #include "repetition/plan.h"
@@ -43,10 +44,12 @@ RowPlan::RowPlan(const LiftPlan& lift, const Geometry& g, int64_t units, int64_t
 
 bool serves_rows(const Weights& w, const Geometry& g, const Activations& a) {
   constexpr int64_t least_words = 32, least_channels = 16, outputs_together = 32;
-  const int64_t words = ceil_div(g.channels, a.dtype == DType::f32 ? 1 : 4) * g.kernel[0] * g.kernel[1];
+  constexpr int64_t most_levels = 255;  // that zero can join
+  const bool is_float = a.dtype == DType::f32, whole = is_float || g.channels % 4 == 0;
+  const int64_t words = ceil_div(g.channels, is_float ? 1 : 4) * g.kernel[0] * g.kernel[1];
   const Kernels& k = kernels();
-  return k.lanes >= 8 && (a.dtype == DType::f32 || !k.dense_narrow) && g.groups == 1 && g.channels >= least_channels &&
-         w.codes && words >= least_words &&
+  return k.lanes >= 8 && (is_float || !k.dense_narrow) && g.groups == 1 && g.channels >= least_channels && w.codes &&
+         (whole || w.level_count <= most_levels) && words >= least_words &&
          4 * w.outputs >= 3 * ceil_div(w.outputs, outputs_together) * outputs_together;
 }
 
@@ -66,14 +69,18 @@ void PackedConv2d::pack_rows(const Weights& w) {
   // Words repeat the first channel where others are missing: the weights of those are zeros.
   row_channels_ = units_ * unit_channels_;
   std::vector<float> levels;
-  if (row_channels_ > group_channels_ && distinct_levels(w).size() < 256) {
+  if (row_channels_ > group_channels_) {
     for (int64_t r = 0; r < w.level_rows; ++r)
       for (const float level : with_zero(w.levels + r * w.level_count, w.level_count)) levels.push_back(level);
     by_tap.levels = levels.data();
     ++by_tap.level_count;
   }
   const int64_t whole = ceil_div(row_channels_, most_inputs) * most_inputs;
-  const bool few = !is_float && distinct_levels(by_tap).size() <= 4 && 8 * row_channels_ >= 7 * whole;
+  const std::vector<float> distinct = distinct_levels(by_tap);
+  const double largest = std::max(std::abs(distinct.front()), std::abs(distinct.back()));
+  const bool fits = largest * static_cast<double>(256 * whole * taps_) <= std::numeric_limits<int32_t>::max(),
+             few = !is_float && distinct.size() <= 4 && 8 * row_channels_ >= 7 * whole && fits;
+  const int64_t staged_channels = row_channels_;
   if (few) row_channels_ = whole;  // what lies behind a pixel's words is zero, whatever its weights
   std::vector<uint8_t> codes;
   for (int64_t o = 0; o < outputs_; ++o) {
@@ -83,9 +90,9 @@ void PackedConv2d::pack_rows(const Weights& w) {
     };
     for (int64_t t = 0; t < taps_; ++t)
       for (int64_t c = 0; c < row_channels_; ++c)
-        codes.push_back(c < group_channels_           ? code_of(w.level(o, c * taps_ + t))
-                        : c < units_ * unit_channels_ ? code_of(0)
-                                                      : uint8_t{0});
+        codes.push_back(c < group_channels_   ? code_of(w.level(o, c * taps_ + t))
+                        : c < staged_channels ? code_of(0)
+                                              : uint8_t{0});
   }
   by_tap.inputs = taps_ * row_channels_;
   by_tap.codes = codes.data();

@@ -138,7 +138,7 @@ Choice choose_conv2d(const Weights& w, const Geometry& g, const Activations& a) 
   };
   const double book = w.codebook ? choose_codebook(*w.codebook, g, w.outputs, a).cost : dense;
   if (generates_code()) {
-    constexpr double pairs = 7.5;  // more cycles to stage a channel as 16-bit pairs than as bytes
+    constexpr double pairs = 4;  // more cycles to stage a channel as 16-bit pairs than as bytes
     const auto phases =
         static_cast<double>(std::min(g.kernel[0], g.stride[0]) * std::min(g.kernel[1], g.stride[1]) * g.channels);
     const double sums = code_cost(code_layer(w, g, a), kernels().lanes == 16).cold,

@@ -361,8 +361,8 @@ class Chain(metaclass=_Type):
     ) -> list[NDArray[Any]]:
         """Run every step; `rows`: whether an output is (N, O)."""
 
-    def plan(self, inputs: Sequence[Sequence[int]], values: int) -> list[tuple[list[int], bool]]:
-        """Return the shape of each value, and whether it is lifted."""
+    def plan(self, inputs: Sequence[Sequence[int]], values: int) -> list[tuple[list[int], str]]:
+        """Return the shape of each value, and its layout."""
 
 @final
 class Delta(metaclass=_Type):

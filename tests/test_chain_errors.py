@@ -388,7 +388,7 @@ def test_planning(shapes: Any, exception: type[Exception], message: str) -> None
     chain.output(chain.conv2d(chain.input(), FLOAT))
     with pytest.raises(exception, match=f"^{re.escape(message)}$"):
         chain.plan(*shapes)
-    assert chain.plan((2, 3)) == [((2, 3, 1, 1), False), ((2, 4, 0, 0), False)]
+    assert chain.plan((2, 3)) == [((2, 3, 1, 1), "plain"), ((2, 4, 0, 0), "plain")]
 
 
 def test_native() -> None:

@@ -24,12 +24,14 @@ from layers import (
     TERNARY,
     Case,
     Record,
+    assert_guards_untouched,
     assert_near,
     check,
     each_conv2d,
     each_isa,
     each_linear,
     expect,
+    guarded,
     make_input,
     make_weights,
     pack,
@@ -488,6 +490,43 @@ def test_missing_channels_weigh_nothing(isa: str) -> None:
         ops.conv2d(x, packed, out_dtype="int32"), reference.conv2d(x, q, padding=1, out_dtype="int32")
     )
     np.testing.assert_array_equal(packed.weights().codes, codes)
+
+
+@each_isa
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("channels", "outputs"), [(16, 32), (18, 60), (64, 64), (100, 130)])
+@pytest.mark.parametrize("dtype", INPUT_DTYPES)
+def test_channels_last(dtype: str, channels: int, outputs: int, stride: int, isa: str, record: Record) -> None:
+    """Pixels whose channels lie side by side, one after another or with something between them."""
+    case = Case((2, channels, 7, 9), (outputs, channels, 3, 3), {"padding": 2, "stride": stride})
+    packed = pack(case, dtype, "dense")
+    side_by_side: Any = {"order": (0, 2, 3, 1)}
+    for spare in (0, 1):
+        _, x = guarded(case.x, dtype, spare=spare, **side_by_side)
+        x[...] = make_input(case.x, dtype)
+        check(case, x, packed, record, isa)
+        for out_dtype in ("float32", "uint8", "int8", "int32"):
+            options: dict[str, Any] = {"out_dtype": out_dtype, "clamp": None if out_dtype == "int32" else (-1, 3)}
+            if out_dtype in ("uint8", "int8"):
+                options |= {"out_scale": 0.05, "out_zero_point": 3}
+            if out_dtype == "int32" and dtype == "float32":
+                continue
+            expected = ops.conv2d(np.ascontiguousarray(x), packed, **options)
+            buffer, y = guarded(expected.shape, out_dtype, spare=spare, **side_by_side)
+            ops.conv2d(x, packed, out=y, **options)
+            np.testing.assert_array_equal(y, expected)
+            assert_guards_untouched(buffer, y)
+            if out_dtype == "int32":
+                continue
+            for residual_dtype in INPUT_DTYPES:
+                residual = make_input(expected.shape, residual_dtype, seed=1)
+                options |= {"residual": residual, "residual_scale": 0.0131, "residual_zero_point": 11}
+                expected = ops.conv2d(x, packed, **options)
+                _, last = guarded(residual.shape, residual_dtype, spare=spare, **side_by_side)
+                last[...] = residual
+                options["residual"] = last
+                ops.conv2d(x, packed, out=y, **options)
+                np.testing.assert_array_equal(y, expected)
 
 
 @each_isa

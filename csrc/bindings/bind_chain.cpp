@@ -192,9 +192,11 @@ void bind_chain(py::module_& m) {
   chain.def(
       "plan",
       [](const Chain& c, const std::vector<Chain::Shape>& inputs, int values) {
+        constexpr std::array layouts{"plain", "lifted", "channels_last"};
         const auto plan = c.plan(inputs);
         py::list all;
-        for (int v = 0; v < values; ++v) all.append(py::make_tuple(Chain::shape(*plan, v), Chain::is_lifted(*plan, v)));
+        for (int v = 0; v < values; ++v)
+          all.append(py::make_tuple(Chain::shape(*plan, v), layouts[static_cast<size_t>(Chain::layout(*plan, v))]));
         return all;
       },
       py::arg("inputs"), py::arg("values"));

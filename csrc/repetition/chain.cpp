@@ -20,8 +20,9 @@ struct ChainPlan {
   const Kernels& kernels;  // those in force when the call began
   std::vector<Chain::Shape> shape;
   std::vector<bool> lifted;
-  std::vector<int64_t> elements;  // as stored: lanes that hold no pixel too
-  std::vector<size_t> at;         // bytes within the arena
+  std::vector<bool> channels_last;  // pixels of channels, which layers by rows of channels write and read
+  std::vector<int64_t> elements;    // as stored: lanes that hold no pixel too
+  std::vector<size_t> at;           // bytes within the arena
   size_t bytes = 0;
   std::vector<const PackedConv2d*> layer;             // of each step: what runs
   std::vector<std::shared_ptr<const ConvPlan>> conv;  // null: nothing to compute
@@ -36,6 +37,12 @@ int64_t count(const Chain::Shape& s) { return s[0] * s[1] * s[2] * s[3]; }
 Tensor contiguous(char* data, const Chain::Shape& s, DType dtype) {
   const int64_t e = element_bytes(dtype);
   return {data, s, {s[1] * s[2] * s[3] * e, s[2] * s[3] * e, s[3] * e, e}};
+}
+
+// Channels side by side, each pixel a row of whole cache lines.
+Tensor pixel_rows(char* data, const Chain::Shape& s, DType dtype) {
+  const int64_t e = element_bytes(dtype), row = (s[1] * e + 63) / 64 * 64;
+  return {data, s, {s[2] * s[3] * row, e, s[3] * row, row}};
 }
 
 bool is_contiguous(const Tensor& t, DType dtype) {
@@ -64,6 +71,18 @@ std::string text(const Chain::Shape& s) {
          std::to_string(s[3]) + ")";
 }
 
+// Calls visit(lower) until it lowers nothing: lower(value) clears its mark.
+template <class Visit> void settle(std::vector<bool>& marked, const Visit& visit) {
+  for (bool changed = true; changed;) {
+    changed = false;
+    visit([&](int value) {
+      const auto v = static_cast<size_t>(value);
+      changed |= marked[v];
+      marked[v] = false;
+    });
+  }
+}
+
 int64_t pooled_size(const Pool& p, size_t axis, int64_t size) {
   if (p.kernel[axis] == 0) return 1;
   const int64_t span = size + 2 * p.padding[axis] - p.dilation[axis] * (p.kernel[axis] - 1) - 1;
@@ -76,7 +95,10 @@ Chain::Chain() = default;
 Chain::~Chain() = default;
 
 const Chain::Shape& Chain::shape(const ChainPlan& plan, int value) { return plan.shape[static_cast<size_t>(value)]; }
-bool Chain::is_lifted(const ChainPlan& plan, int value) { return plan.lifted[static_cast<size_t>(value)]; }
+Chain::Layout Chain::layout(const ChainPlan& plan, int value) {
+  const auto v = static_cast<size_t>(value);
+  return plan.lifted[v] ? Layout::lifted : plan.channels_last[v] ? Layout::channels_last : Layout::plain;
+}
 
 int Chain::add_input(DType dtype) {
   values_.push_back(dtype);
@@ -174,7 +196,7 @@ std::shared_ptr<const ChainPlan> Chain::make_plan(const Kernels& kernels, const 
   plan->shape = shapes(inputs);
   plan->layer.resize(steps_.size());
   plan->conv.resize(steps_.size());
-  plan->lifted = std::vector<bool>(values_.size());
+  plan->lifted = plan->channels_last = std::vector<bool>(values_.size());
   for (const Shape& s : plan->shape) plan->elements.push_back(count(s));
 
   // Convolutions of one output size and as many lanes share their bands.
@@ -219,13 +241,7 @@ std::shared_ptr<const ChainPlan> Chain::make_plan(const Kernels& kernels, const 
     plan->lifted[out] = (s.kind == Kind::conv2d || s.kind == Kind::add) && grid[out][0] > 0 &&
                         s.epilogue.out_dtype != DType::i32 && !holds(outputs_, s.out);
   }
-  for (bool changed = true; changed;) {
-    changed = false;
-    const auto lower = [&](int value) {
-      const auto v = static_cast<size_t>(value);
-      changed |= plan->lifted[v];
-      plan->lifted[v] = false;
-    };
+  settle(plan->lifted, [&](const auto& lower) {
     const auto agree = [&](int a, int b) {  // both or neither
       const auto i = static_cast<size_t>(a), j = static_cast<size_t>(b);
       if (plan->lifted[i] && plan->lifted[j] && grid[i] == grid[j]) return;
@@ -242,7 +258,32 @@ std::shared_ptr<const ChainPlan> Chain::make_plan(const Kernels& kernels, const 
       if (!moves_residual(s)) agree(s.residual, s.out);
       else if (grid[static_cast<size_t>(s.residual)] != grid[static_cast<size_t>(s.out)]) lower(s.residual);
     }
+  });
+
+  // Channels last until a step cannot have it so: `dense` by rows of channels, pooling and adds can.
+  const auto by_rows = [&](size_t step) { return plan->layer[step] && cases[case_of[step]].by_rows; };
+  for (size_t i = 0; i < steps_.size(); ++i) {
+    const Step& s = steps_[i];
+    const auto out = static_cast<size_t>(s.out);
+    plan->channels_last[out] = (s.kind == Kind::conv2d ? by_rows(i) : s.kind != Kind::linear) && !plan->lifted[out] &&
+                               s.epilogue.out_dtype != DType::i32 && !holds(outputs_, s.out);
   }
+  settle(plan->channels_last, [&](const auto& lower) {
+    const auto has = [&](int value) { return value < 0 || plan->channels_last[static_cast<size_t>(value)]; };
+    for (size_t i = 0; i < steps_.size(); ++i) {
+      const Step& s = steps_[i];
+      const bool is_pool = s.kind == Kind::max_pool2d || s.kind == Kind::avg_pool2d;
+      if (!is_pool && s.kind != Kind::add && !by_rows(i)) lower(s.x);
+      if (is_pool && !has(s.x)) lower(s.out);
+      if (s.kind == Kind::max_pool2d && !has(s.out)) lower(s.x);
+      if (s.kind == Kind::add && !(has(s.x) && has(s.out))) lower(s.x), lower(s.out);
+      if (s.residual < 0) continue;
+      const bool adds_pixels = s.kind == Kind::add || by_rows(i);
+      if (adds_pixels && has(s.residual) && has(s.out)) continue;
+      lower(s.residual);
+      if (adds_pixels) lower(s.out);
+    }
+  });
 
   for (const auto& [key, steps] : grids) {
     std::vector<ConvCase> together;
@@ -262,6 +303,10 @@ std::shared_ptr<const ChainPlan> Chain::make_plan(const Kernels& kernels, const 
     for (size_t v = 0; v < values_.size(); ++v)
       if (plan->lifted[v] && grid[v] == key) plan->elements[v] = plan->shape[v][1] * vectors * key[3];
   }
+  for (size_t v = 0; v < values_.size(); ++v)
+    if (plan->channels_last[v])
+      plan->elements[v] =
+          pixel_rows(nullptr, plan->shape[v], values_[v]).stride[0] * plan->shape[v][0] / element_bytes(values_[v]);
   plan_memory(*plan);
   return plan;
 }
@@ -296,7 +341,7 @@ void Chain::plan_memory(ChainPlan& plan) const {
 std::vector<Tensor> Chain::place_values(const ChainPlan& plan, char* arena) const {
   std::vector<Tensor> tensors(values_.size());
   for (size_t v = 0; v < tensors.size(); ++v) {
-    tensors[v] = contiguous(arena + plan.at[v], plan.shape[v], values_[v]);
+    tensors[v] = (plan.channels_last[v] ? pixel_rows : contiguous)(arena + plan.at[v], plan.shape[v], values_[v]);
     tensors[v].lifted = plan.lifted[v];
   }
   return tensors;
@@ -321,11 +366,15 @@ void Chain::run_steps(const ChainPlan& plan, const std::vector<Tensor>& tensors)
       plan.layer[i]->run(*plan.conv[i], x, out, residual, s.epilogue);
       continue;
     }
-    const Tensor from = x.lifted ? x : make_contiguous(x, dtype(s.x), copies[0]);
+    const auto stays = [&](int value) {
+      const auto v = static_cast<size_t>(value);
+      return plan.lifted[v] || plan.channels_last[v];
+    };
+    const Tensor from = stays(s.x) ? x : make_contiguous(x, dtype(s.x), copies[0]);
     if (s.kind == Kind::add) {
       std::optional<Tensor> b;
-      if (residual) b = residual->lifted ? *residual : make_contiguous(*residual, dtype(s.residual), copies[1]);
-      const bool flat = out.lifted || is_contiguous(out, dtype(s.out));  // else image by image
+      if (residual) b = stays(s.residual) ? *residual : make_contiguous(*residual, dtype(s.residual), copies[1]);
+      const bool flat = stays(s.out) || is_contiguous(out, dtype(s.out));  // else image by image
       const int64_t images = flat ? 1 : out.size[0], elements = plan.elements[static_cast<size_t>(s.out)] / images;
       for (int64_t n = 0; n < images; ++n) {
         Tensor image = out, a = from;
@@ -342,7 +391,11 @@ void Chain::run_steps(const ChainPlan& plan, const std::vector<Tensor>& tensors)
       if (residual) added = rows(make_contiguous(*residual, dtype(s.residual), copies[1]));
       s.linear->run(rows(from), rows(out), added ? &*added : nullptr, s.epilogue);
     } else {
-      s.kind == Kind::max_pool2d ? run_max_pool(plan.kernels, s, from, out) : run_avg_pool(plan.kernels, s, from, out);
+      const bool pixels = plan.channels_last[static_cast<size_t>(s.x)];
+      const auto run = s.kind == Kind::max_pool2d ? pixels ? &Chain::run_max_pool_pixels : &Chain::run_max_pool
+                       : pixels                   ? &Chain::run_avg_pool_pixels
+                                                  : &Chain::run_avg_pool;
+      (this->*run)(plan.kernels, s, from, out);
     }
   }
 }
@@ -411,21 +464,105 @@ template <class T> int32_t sum_bytes(const Window& v) {
   return static_cast<float>(sum);
 }
 
+MaxPool::Axis axis_of(const Pool& p, size_t i, const Tensor& x, const Tensor& out) {
+  const int64_t size = x.size[i + 2];
+  return {size, p.kernel[0] ? p.kernel[i] : size, p.stride[i], p.dilation[i], p.padding[i], out.size[i + 2]};
+}
+
+// Of the windows of one pooled axis: all, or what of them lies in the map.
+struct Range {
+  int64_t begin, end;
+};
+Range within(const Pool& p, size_t axis, int64_t index, int64_t size) {
+  const int64_t window = p.kernel[0] ? p.kernel[axis] : size, first = index * p.stride[axis] - p.padding[axis];
+  return {std::max<int64_t>(first, 0), std::min(first + window, size)};
+}
+
+// Sums of windows of pixels, for some channels: in the order of one channel's.
+template <class T>
+void sum_pixels(const Tensor& x, const char* from, Range rows, Range columns, int64_t count, char* sums) {
+  using Sum = std::conditional_t<std::is_same_v<T, float>, float, int32_t>;
+  constexpr int64_t most = 64;
+  Sum part[most]{};
+  const auto add = [&](int64_t h, int64_t first, int64_t last) {
+    for (int64_t w = first; w < last; ++w) {
+      const T* pixel = reinterpret_cast<const T*>(from + h * x.stride[2] + w * x.stride[3]);
+      for (int64_t c = 0; c < count; ++c) part[c] += static_cast<Sum>(pixel[c]);
+    }
+  };
+  if (!std::is_same_v<T, float> || (rows.end - rows.begin) * (columns.end - columns.begin) <= 16) {
+    for (int64_t h = rows.begin; h < rows.end; ++h) add(h, columns.begin, columns.end);
+    std::memcpy(sums, part, static_cast<size_t>(count) * 4);
+    return;
+  }
+  double total[most]{};
+  for (int64_t h = rows.begin; h < rows.end; ++h)
+    for (int64_t w = columns.begin; w < columns.end; w += 16) {
+      std::fill_n(part, most, Sum{});
+      add(h, w, std::min(w + 16, columns.end));
+      for (int64_t c = 0; c < count; ++c) total[c] += static_cast<double>(part[c]);
+    }
+  for (int64_t c = 0; c < count; ++c) reinterpret_cast<float*>(sums)[c] = static_cast<float>(total[c]);
+}
+
 }  // namespace
 
-void Chain::run_max_pool(const Kernels& k, const Step& s, const Tensor& x, const Tensor& out) const {
+void Chain::run_max_pool_pixels(const Kernels& k, const Step& s, const Tensor& x, const Tensor& out) const {
+  core::parallel_for(out.size[0] * out.size[2], [&](int64_t item, int) {
+    const int64_t n = item / out.size[2], row = item % out.size[2];
+    k.max_pool_pixels({dtype(s.x), x.data + n * x.stride[0], x.stride[2], x.stride[3], axis_of(s.pool, 0, x, out),
+                       axis_of(s.pool, 1, x, out), row, x.stride[3], out.data + n * out.stride[0] + row * out.stride[2],
+                       out.stride[3]});
+  });
+}
+
+void Chain::run_avg_pool_pixels(const Kernels& k, const Step& s, const Tensor& x, const Tensor& out) const {
+  constexpr int64_t together = 64;  // channels
   const Pool& p = s.pool;
+  const DType from = dtype(s.x);
+  const int64_t pieces = (x.size[1] + together - 1) / together, OH = out.size[2], OW = out.size[3];
+  core::parallel_for(out.size[0] * OH * pieces, [&](int64_t item, int) {
+    const int64_t n = item / pieces / OH, oh = item / pieces % OH, first = item % pieces * together,
+                  count = std::min(together, x.size[1] - first);
+    alignas(64) char sums[together * 4 + 64];
+    float multiplier[together];
+    int32_t correction[together];
+    const Range rows = within(p, 0, oh, x.size[2]);
+    for (int64_t ow = 0; ow < OW; ++ow) {
+      const Range columns = within(p, 1, ow, x.size[3]);
+      const char* channels = x.data + n * x.stride[0] + first * element_bytes(from);
+      (from == DType::f32  ? sum_pixels<float>
+       : from == DType::u8 ? sum_pixels<uint8_t>
+                           : sum_pixels<int8_t>)(x, channels, rows, columns, count, sums);
+      const int64_t pixels = (rows.end - rows.begin) * (columns.end - columns.begin),
+                    all = p.kernel[0] ? p.kernel[0] * p.kernel[1] : x.size[2] * x.size[3];
+      std::fill_n(multiplier, count,
+                  static_cast<float>(s.scale / static_cast<double>(p.counts_padding ? all : pixels)));
+      std::fill_n(correction, count, static_cast<int32_t>(-s.zero_point * pixels));
+      Finish f{};
+      f.epilogue = &s.epilogue;
+      f.acc = sums;
+      f.count = count;
+      f.per_element = true;
+      f.multiplier = multiplier;
+      f.correction = correction;
+      f.out = out.data + n * out.stride[0] + first * out.stride[1] + oh * out.stride[2] + ow * out.stride[3];
+      f.out_stride = out.stride[1];
+      k.finish(f);
+    }
+  });
+}
+
+void Chain::run_max_pool(const Kernels& k, const Step& s, const Tensor& x, const Tensor& out) const {
   const int64_t bytes = element_bytes(dtype(s.x)), out_bytes = out.size[2] * out.size[3] * bytes;
-  const auto axis = [&](size_t i) {
-    const int64_t size = x.size[i + 2];
-    return MaxPool::Axis{size,           p.kernel[0] ? p.kernel[i] : size, p.stride[i], p.dilation[i], p.padding[i],
-                         out.size[i + 2]};
-  };
   core::parallel_for(x.size[0] * x.size[1], [&](int64_t map, int) {
     thread_local core::AlignedBuffer<char> buffer;
-    MaxPool pool{dtype(s.x), x.data + map * x.size[2] * x.size[3] * bytes,
-                 axis(0),    axis(1),
-                 nullptr,    out.data + map / x.size[1] * out.stride[0] + map % x.size[1] * out_bytes};
+    MaxPool pool{dtype(s.x),
+                 x.data + map * x.size[2] * x.size[3] * bytes,
+                 axis_of(s.pool, 0, x, out),
+                 axis_of(s.pool, 1, x, out),
+                 nullptr,
+                 out.data + map / x.size[1] * out.stride[0] + map % x.size[1] * out_bytes};
     pool.scratch = buffer.reserve(static_cast<size_t>(pool.scratch_elements() * bytes));
     k.max_pool(pool);
   });
@@ -449,11 +586,10 @@ void Chain::run_avg_pool(const Kernels& k, const Step& s, const Tensor& x, const
     auto* const multiplier = reinterpret_cast<float*>(sums + count * 4);
     auto* const correction = reinterpret_cast<int32_t*>(sums + count * 8);
     for (int64_t oh = 0; oh < OH; ++oh, to += OW * out_bytes) {
-      const int64_t top = oh * p.stride[0] - p.padding[0], h0 = std::max<int64_t>(top, 0), h1 = std::min(top + R, H);
+      const Range rows = within(p, 0, oh, H);
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t left = (maps > 1 ? 0 : i) * p.stride[1] - p.padding[1];
-        const Window window{
-            map + (maps > 1 ? i * map_bytes : 0), W, h0, h1, std::max<int64_t>(left, 0), std::min(left + S, W)};
+        const Range columns = within(p, 1, maps > 1 ? 0 : i, W);
+        const Window window{map + (maps > 1 ? i * map_bytes : 0), W, rows.begin, rows.end, columns.begin, columns.end};
         const int64_t pixels = window.pixels();
         if (from == DType::f32)
           reinterpret_cast<float*>(sums)[i] = pixels > 16 ? sum_large_window(window) : sum_window<float, float>(window);

@@ -45,7 +45,8 @@ class Chain {
   // for every call, it is cached.
   std::shared_ptr<const ChainPlan> plan(const std::vector<Shape>& inputs) const;
   static const Shape& shape(const ChainPlan&, int value);
-  static bool is_lifted(const ChainPlan&, int value);
+  enum class Layout : uint8_t { plain, lifted, channels_last };
+  static Layout layout(const ChainPlan&, int value);
   // Outputs overlap neither inputs nor each other; the elements of an image follow one another.
   void run(const ChainPlan&, const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs) const;
 
@@ -71,6 +72,8 @@ class Chain {
   void run_steps(const ChainPlan&, const std::vector<Tensor>& tensors) const;
   void run_max_pool(const Kernels&, const Step&, const Tensor& x, const Tensor& out) const;
   void run_avg_pool(const Kernels&, const Step&, const Tensor& x, const Tensor& out) const;
+  void run_max_pool_pixels(const Kernels&, const Step&, const Tensor& x, const Tensor& out) const;  // channels last
+  void run_avg_pool_pixels(const Kernels&, const Step&, const Tensor& x, const Tensor& out) const;
   void run_add(const Kernels&, const Step&, const Tensor& a, const Tensor* b, const Tensor& out, int64_t count) const;
 
   std::vector<DType> values_;

@@ -30,16 +30,15 @@ const Costs& costs(bool avx512) {
   }
 }
 
-double dense_cycles(int64_t outputs, int64_t inputs, const Activations& a, double narrow_run) {
+double dense_cycles(int64_t outputs, int64_t inputs, const Activations& a, double narrow_run, double finish) {
   constexpr double without_vnni = 2.8, narrow = 1.25, widen = 1.6;  // times as long
-  constexpr double keep = 4;                                        // a sum
   const core::Isa isa = core::active_isa();
   const Costs& c = costs(isa >= core::Isa::avx512);
   const auto products = static_cast<double>(outputs * inputs);
-  const double kept = static_cast<double>(outputs) * keep;
-  if (a.dtype == DType::f32) return products * c.multiply_add + kept;
+  const double finished = static_cast<double>(outputs) * finish;
+  if (a.dtype == DType::f32) return products * c.multiply_add + finished;
   const double times = narrow_run >= 1 ? narrow + widen / narrow_run : isa < core::Isa::avx2_vnni ? without_vnni : 1;
-  return products / 4 * c.dot4 * times + kept;
+  return products / 4 * c.dot4 * times + finished;
 }
 
 double likely_pixels(int64_t outputs) {

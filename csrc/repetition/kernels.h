@@ -215,9 +215,11 @@ struct LinearTile {
   int64_t acc_stride;         // bytes
   bool first;                 // overwrite acc; packed: always
   const uint16_t* runs;       // linear_narrow: as in DenseTile
-  // linear_f32, linear_i8, for pixels of a convolution: which rows of x and acc are meant, or null, where each word
-  // lies behind the row's first, in bytes, how many outputs of the panel there are, and the weights that come next.
+  // linear_f32, linear_i8, for pixels of a convolution: which rows of x are meant, or null, and which of acc, or null
+  // for one after another; where each word lies behind the row's first, in bytes, how many outputs of the panel there
+  // are, and the weights that come next.
   const int32_t* position;
+  const int32_t* acc_position;
   const int64_t* source;
   int outputs;
   const char* next;
@@ -264,7 +266,7 @@ struct Finish {
   const Epilogue* epilogue;
   const char* acc;  // count words: runs of `run` of them, run_stride bytes apart; 0: one run
   int64_t count, run, run_stride;
-  bool per_element;  // multiplier, bias, correction have `count` values (else one for each output)
+  bool per_element;  // multiplier, bias, correction have `count` values for all outputs (else one for each)
   const float* multiplier;
   const float* bias;          // or null
   const int32_t* correction;  // added to integer acc first
@@ -276,6 +278,7 @@ struct Finish {
 
   void next_output() {
     acc += acc_step, residual += residual ? residual_step : 0, out += out_step;
+    if (per_element) return;
     ++multiplier, bias += bias != nullptr, correction += correction != nullptr;
   }
 };
@@ -332,6 +335,17 @@ struct MaxPool {
   int64_t scratch_elements() const { return (1 + together()) * row_elements(); }
 };
 
+// The same of pixels whose channels lie side by side, in rows of whole cache lines: one row of windows.
+struct MaxPoolPixels {
+  DType dtype;
+  const char* image;
+  int64_t stride_h, stride_w;  // bytes
+  MaxPool::Axis rows, columns;
+  int64_t row, channel_bytes;  // of whole lines
+  char* out;
+  int64_t out_stride;  // bytes, of a pixel
+};
+
 struct Kernels {
   int lanes;
   bool has_matrix_unit;
@@ -347,6 +361,7 @@ struct Kernels {
   void (*order_words)(const Order&);
   void (*finish)(const Finish&);
   void (*max_pool)(const MaxPool&);
+  void (*max_pool_pixels)(const MaxPoolPixels&);
   void (*sum_columns_f32)(const ColumnSums&);
   void (*sum_columns_i16)(const ColumnSums&);
   void (*sum_columns_i32)(const ColumnSums&);

@@ -220,8 +220,9 @@ void PackedLinear::stage_row(const Tensor& x, int64_t index, int64_t group_bytes
 
 // One scale group of a panel. For several rows, by parts of its weights that stay in the first-level cache, where codes
 // are expanded once for all of them.
-void PackedLinear::sum_panel(const Kernels& k, int64_t panel_group, LinearTile t) const {
+void PackedLinear::sum_panel(const Kernels& k, int64_t panel_group, LinearTile t, const RowsDone& done) const {
   constexpr int least_expanded_rows = 4;
+  constexpr int64_t done_rows = 96;  // whose sums stay in the first-level cache
   // Sums go through memory in between: a matrix unit waits for them long, and pixels are many.
   constexpr int64_t matrix_part_words = 256;
   const int64_t pixel_part_words = k.lanes == 16 ? 144 : 64;
@@ -244,6 +245,7 @@ void PackedLinear::sum_panel(const Kernels& k, int64_t panel_group, LinearTile t
                                           : linear_part_words,
                 fields = word_fields(), words = group_words_ * fields, parts = ceil_div(words, part_words),
                 together = t.rows == 1 && !t.position ? parts : 1;
+  const int64_t pieces = done ? ceil_div(t.rows, done_rows) : 1;
   char* const expanded = expands ? scratch(3, static_cast<size_t>(part_words * panel_outputs * 4)) : nullptr;
   const char* const x = t.x;
   const int64_t* const source = t.source;
@@ -262,7 +264,22 @@ void PackedLinear::sum_panel(const Kernels& k, int64_t panel_group, LinearTile t
     }
     if (narrow) t.runs = runs_.of(panel_group * parts + part);
     t.first = part == 0;
-    sum(t);
+    if (!done) {
+      sum(t);
+      continue;
+    }
+    const bool last = part + together >= parts;
+    for (int64_t p = 0; p < pieces; ++p) {
+      LinearTile piece = t;
+      const int64_t first = t.rows * p / pieces, lines = t.next_bytes / 64;
+      piece.rows = static_cast<int>(t.rows * (p + 1) / pieces - first);
+      piece.position += first;
+      if (parts > 1) piece.acc += first * t.acc_stride;
+      piece.next += lines * p / pieces * 64;
+      piece.next_bytes = (lines * (p + 1) / pieces - lines * p / pieces) * 64;
+      sum(piece);
+      if (last) done(first, piece.rows, piece.acc);
+    }
   }
 }
 
@@ -333,13 +350,16 @@ void PackedLinear::run(const Tensor& x, const Tensor& out, const Tensor* residua
                                            : &correction_[static_cast<size_t>(panel * panel_outputs)];
       f.out_stride = out.stride[1];
       f.residual_stride = residual ? residual->stride[1] : 0;
-      for (int64_t t = 0; t < count; ++t) {
-        f.acc = total + t * panel_outputs * 4;
-        f.out = out.data + (first + t) * out.stride[3] + panel * panel_outputs * out.stride[1];
-        if (residual)
-          f.residual = residual->data + (first + t) * residual->stride[3] + panel * panel_outputs * residual->stride[1];
-        k.finish(f);
+      f.acc = total;
+      f.outputs = count;  // rows
+      f.acc_step = panel_outputs * 4;
+      f.out = out.data + first * out.stride[3] + panel * panel_outputs * out.stride[1];
+      f.out_step = out.stride[3];
+      if (residual) {
+        f.residual = residual->data + first * residual->stride[3] + panel * panel_outputs * residual->stride[1];
+        f.residual_step = residual->stride[3];
       }
+      k.finish(f);
     });
   }
 }

@@ -132,6 +132,7 @@ void fill(Kernels& k) {
        nullptr,
        finish,
        max_pool,
+       max_pool_pixels,
        sum_columns<Float>,
        sum_columns<Pairs>,
        sum_columns<Words>,

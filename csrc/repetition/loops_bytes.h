@@ -16,8 +16,12 @@ namespace {
 // Sums to bytes, four vectors at a time. Clamping and saturating are one where nothing can be NaN, as division by the
 // scale keeps the order; which vectors must be divided after all (see Quantization) is asked once for the four.
 struct Bytes4 {
-  f32v multiplier, bias, residual_scale, residual_zero, scale, reciprocal, lo, hi;
-  u32v correction;
+  struct Scaling {
+    f32v multiplier{}, bias{};
+    u32v correction{};
+  };
+  Scaling scaling[4];  // of all vectors the first, or of each its own
+  f32v residual_scale, residual_zero, scale, reciprocal, lo, hi;
   float largest_residual;
   short zero_point;
   bool is_signed, clamps, limited;
@@ -40,14 +44,39 @@ struct Bytes4 {
     largest_residual = e.has_residual ? magnitude(e.residual_scale) * (256 + magnitude(e.residual_zero_point)) : 0;
   }
 
+  // The largest magnitude; NaN where one is.
+  static float largest(const float* p, int64_t count) {
+    uint32_t bits = 0;
+    for (int64_t i = 0; p && i < count; ++i) {
+      uint32_t here;
+      std::memcpy(&here, p + i, 4);
+      here &= 0x7fffffff;
+      bits = bits > here ? bits : here;
+    }
+    float x;
+    std::memcpy(&x, &bits, 4);
+    return x;
+  }
+  // Without clamping, conversions to shorter integers saturate, if nothing leaves int32 before.
+  bool exceeds(const Finish& f, int64_t count) const {
+    const float most = 2147483648.0f * largest(f.multiplier, count) + largest(f.bias, count) + largest_residual;
+    return !(most < 1e9f * f.epilogue->out_scale);
+  }
   void take(const Finish& f) {  // of its first output
-    const float b = f.bias ? *f.bias : 0;
-    multiplier = Float::splat(*f.multiplier);
-    bias = Float::splat(b);
-    correction = splat_bits(f.correction ? static_cast<uint32_t>(*f.correction) : 0);
-    // Without clamping, conversions to shorter integers saturate, if nothing leaves int32 before.
-    const float largest = 2147483648.0f * magnitude(*f.multiplier) + magnitude(b) + largest_residual;
-    limited = clamps || !(largest < 1e9f * f.epilogue->out_scale);
+    scaling[0] = {Float::splat(*f.multiplier), Float::splat(f.bias ? *f.bias : 0),
+                  splat_bits(f.correction ? static_cast<uint32_t>(*f.correction) : 0)};
+    limited = clamps || exceeds(f, 1);
+  }
+  void take(const Finish& f, int64_t first, int64_t count) {  // of elements that have their own
+    limited = clamps || exceeds(f, f.count);
+    for (int64_t i = 0; i < 4; ++i, first += lanes, count -= lanes) {
+      const auto bytes = static_cast<size_t>(count < 0 ? 0 : count < lanes ? count : lanes) * 4;
+      scaling[i] = {};
+      if (bytes == 0) continue;
+      std::memcpy(&scaling[i].multiplier, f.multiplier + first, bytes);
+      if (f.bias) std::memcpy(&scaling[i].bias, f.bias + first, bytes);
+      if (f.correction) std::memcpy(&scaling[i].correction, f.correction + first, bytes);
+    }
   }
 
   // Where no step can overflow to infinity, nor a scale's reciprocal be less than normal.
@@ -55,27 +84,27 @@ struct Bytes4 {
     const Epilogue& e = *f.epilogue;
     const auto moderate = [](float x) { return x > -1e20f && x < 1e20f; };
     const auto bound = [](bool has, float x) { return !has || x == x; };
-    bool all = true;
-    for (int64_t o = 0; o < f.outputs; ++o) all &= moderate(f.multiplier[o]) && (!f.bias || moderate(f.bias[o]));
-    return all && moderate(e.residual_scale) && moderate(e.residual_zero_point) && e.out_scale > 1e-10f &&
-           e.out_scale < 1e10f && bound(e.has_lo, e.lo) && bound(e.has_hi, e.hi) &&
-           !(e.has_lo && e.has_hi && e.lo > e.hi);
+    const int64_t count = f.per_element ? f.count : f.outputs;
+    return moderate(largest(f.multiplier, count)) && moderate(largest(f.bias, count)) && moderate(e.residual_scale) &&
+           moderate(e.residual_zero_point) && e.out_scale > 1e-10f && e.out_scale < 1e10f && bound(e.has_lo, e.lo) &&
+           bound(e.has_hi, e.hi) && !(e.has_lo && e.has_hi && e.lo > e.hi);
   }
 
-  template <class Residual> f32v value(const char* acc, const char* residual) const {
+  template <class Residual> f32v value(const char* acc, const Scaling& s, const char* residual) const {
     u32v sum;
     std::memcpy(&sum, acc, sizeof sum);
-    const f32v y = __builtin_convertvector(reinterpret_cast<i32v>(sum + correction), f32v) * multiplier + bias;
+    const f32v y = __builtin_convertvector(reinterpret_cast<i32v>(sum + s.correction), f32v) * s.multiplier + s.bias;
     if constexpr (std::is_void_v<Residual>) return y;
     else return y + residual_scale * (load_residual<Residual>(residual) - residual_zero);
   }
   template <bool limited> f32v limit(f32v v) const { return limited ? minimum(maximum(v, lo), hi) : v; }
 
   // acc: of four vectors; residual: side by side, as the result.
-  template <class Residual, bool limited> auto operator()(const char* const* acc, const char* residual) const {
+  template <class Residual, bool limited, bool each = false>
+  auto operator()(const char* const* acc, const char* residual) const {
     f32v y[4], v[4], farthest{};
     for (int i = 0; i < 4; ++i) {
-      y[i] = value<Residual>(acc[i], residual + i * lanes);
+      y[i] = value<Residual>(acc[i], scaling[each ? i : 0], residual + i * size_of<Residual> * lanes);
       v[i] = limit<limited>(y[i] * reciprocal);
       farthest = farther(farthest, v[i]);
     }
@@ -111,8 +140,36 @@ template <class Residual, bool limited> void finish_four(const Bytes4& finish4, 
   copy_bytes(reinterpret_cast<const char*>(&bytes), f.out, f.count);
 }
 
+// Elements [first, first + count) of all outputs.
+template <class Residual, bool limited>
+void finish_columns(const Bytes4& finish4, const Finish& f, int64_t first, int64_t count) {
+  const char *at = f.acc + first * 4, *residual = f.residual + first * size_of<Residual>;
+  char* out = f.out + first;
+  for (int64_t o = 0; o < f.outputs; ++o, at += f.acc_step, out += f.out_step) {
+    const char* acc[4];  // the first in place of those that are missing
+    for (int64_t i = 0; i < 4; ++i) acc[i] = at + (i * lanes < count ? i * vector_bytes : 0);
+    alignas(64) char tail[4 * lanes];
+    const char* added = residual;
+    if constexpr (!std::is_void_v<Residual>) {
+      if (count < 4 * lanes) copy_bytes(residual, tail, count), added = tail;
+      residual += f.residual_step;
+    }
+    alignas(64) const auto bytes = finish4.template operator()<Residual, limited, true>(acc, added);
+    if (count == 4 * lanes) std::memcpy(out, &bytes, sizeof bytes);
+    else copy_bytes(reinterpret_cast<const char*>(&bytes), out, count);
+  }
+}
+
 template <class Residual> void finish_bytes(Finish f) {
   Bytes4 finish4(*f.epilogue);
+  if (f.per_element) {
+    for (int64_t i = 0; i < f.count; i += 4 * lanes) {
+      const int64_t count = f.count - i < 4 * lanes ? f.count - i : 4 * lanes;
+      finish4.take(f, i, count);
+      (finish4.limited ? finish_columns<Residual, true> : finish_columns<Residual, false>)(finish4, f, i, count);
+    }
+    return;
+  }
   for (int64_t o = 0; o < f.outputs; ++o, f.next_output()) {
     finish4.take(f);
     finish4.limited ? finish_four<Residual, true>(finish4, f) : finish_four<Residual, false>(finish4, f);
@@ -122,7 +179,7 @@ template <class Residual> void finish_bytes(Finish f) {
 void finish_or_bytes(const Finish& f) {
   const Epilogue& e = *f.epilogue;
   const bool bytes = e.acc_dtype == DType::i32 && (e.out_dtype == DType::u8 || e.out_dtype == DType::i8) &&
-                     !f.per_element && f.out_stride == 1 && f.run % lanes == 0 && Bytes4::serve(f);
+                     f.out_stride == 1 && f.run % lanes == 0 && Bytes4::serve(f);
   if (bytes && !e.has_residual) return finish_bytes<void>(f);
   if (bytes && e.residual_dtype != DType::f32 && f.residual_stride == 1)
     return e.residual_dtype == DType::u8 ? finish_bytes<uint8_t>(f) : finish_bytes<int8_t>(f);

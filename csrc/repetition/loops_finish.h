@@ -125,51 +125,103 @@ template <class T> f32v load_residual(const char* p) {
   return v;
 }
 
-// The same where one multiplier serves all and elements lie side by side: in whole vectors, which may read a vector
-// past the last sum.
-template <class Acc, class Residual, class Out> void finish_plain(const Finish& f) {
-  const Epilogue& e = *f.epilogue;
-  constexpr float infinity = std::numeric_limits<float>::infinity();
-  const f32v multiplier = Float::splat(*f.multiplier), bias = Float::splat(f.bias ? *f.bias : 0),
-             lo = Float::splat(e.has_lo ? e.lo : -infinity), hi = Float::splat(e.has_hi ? e.hi : infinity);
-  const f32v residual_scale = Float::splat(e.residual_scale), residual_zero = Float::splat(e.residual_zero_point);
-  const u32v correction = splat_bits(f.correction ? static_cast<uint32_t>(*f.correction) : 0);
-  const Quantization quantization(e.out_dtype, e.out_scale, e.out_zero_point);
-  const bool has_bias = f.bias;
-  const int64_t count = f.count, run = f.run ? f.run : count + lanes, skip = f.run_stride - run * 4;
-  const char *acc = f.acc, *residual = f.residual;
-  char* out = f.out;
-  for (int64_t i = 0, left = run; i < count; i += lanes, acc += vector_bytes) {
+// The same of elements that lie side by side, a vector at a time, which may read a vector past the last sum.
+template <class Acc, class Residual, class Out> class Finisher {
+ public:
+  struct Scaling {
+    f32v multiplier, bias;
+    u32v correction;
+  };
+
+  explicit Finisher(const Finish& f)
+      : lo_(Float::splat(f.epilogue->has_lo ? f.epilogue->lo : -infinity)),
+        hi_(Float::splat(f.epilogue->has_hi ? f.epilogue->hi : infinity)),
+        residual_scale_(Float::splat(f.epilogue->residual_scale)),
+        residual_zero_(Float::splat(f.epilogue->residual_zero_point)),
+        has_bias_(f.bias),
+        quantization_(f.epilogue->out_dtype, f.epilogue->out_scale, f.epilogue->out_zero_point) {}
+
+  // Of `here` sums, at most a vector.
+  void operator()(const char* acc, const Scaling& s, const char* residual, char* out, int64_t here) const {
     u32v sum;
     std::memcpy(&sum, acc, sizeof sum);
     f32v y;
-    if constexpr (std::is_integral_v<Acc>) y = __builtin_convertvector(reinterpret_cast<i32v>(sum + correction), f32v);
+    if constexpr (std::is_integral_v<Acc>)
+      y = __builtin_convertvector(reinterpret_cast<i32v>(sum + s.correction), f32v);
     else y = reinterpret_cast<f32v>(sum);
-    y = y * multiplier;
-    if (has_bias) y = y + bias;
-    const int64_t here = count - i < lanes ? count - i : lanes;
+    y = y * s.multiplier;
+    if (has_bias_) y = y + s.bias;
     if constexpr (!std::is_void_v<Residual>) {
       char tail[lanes * sizeof(Residual)];
-      const char* r = residual + i * int64_t{sizeof(Residual)};
-      if (here < lanes) r = static_cast<char*>(std::memcpy(tail, r, static_cast<size_t>(here) * sizeof(Residual)));
-      y = y + residual_scale * (load_residual<Residual>(r) - residual_zero);
+      if (here < lanes)
+        residual = static_cast<char*>(std::memcpy(tail, residual, static_cast<size_t>(here) * sizeof(Residual)));
+      y = y + residual_scale_ * (load_residual<Residual>(residual) - residual_zero_);
     }
-    y = y < lo ? lo : y;  // keeps NaN
-    y = y > hi ? hi : y;
+    y = y < lo_ ? lo_ : y;  // keeps NaN
+    y = y > hi_ ? hi_ : y;
     const auto store = [&](const auto& values) {
-      char* to = out + i * int64_t{sizeof(Out)};
-      if (here == lanes) std::memcpy(to, &values, sizeof values);
-      else std::memcpy(to, &values, static_cast<size_t>(here) * sizeof(Out));
+      if (here == lanes) std::memcpy(out, &values, sizeof values);
+      else std::memcpy(out, &values, static_cast<size_t>(here) * sizeof(Out));
     };
     if constexpr (std::is_same_v<Out, float>) store(y);
-    else store(quantization(y));
+    else store(quantization_(y));
+  }
+
+ private:
+  static constexpr float infinity = std::numeric_limits<float>::infinity();
+  f32v lo_, hi_, residual_scale_, residual_zero_;
+  bool has_bias_;
+  Quantization quantization_;
+};
+
+template <class T> constexpr int64_t size_of = sizeof(T);
+template <> constexpr int64_t size_of<void> = 0;
+
+// One multiplier serves all.
+template <class Acc, class Residual, class Out> void finish_plain(const Finish& f) {
+  const Finisher<Acc, Residual, Out> finisher(f);
+  const typename Finisher<Acc, Residual, Out>::Scaling scaling{
+      Float::splat(*f.multiplier), Float::splat(f.bias ? *f.bias : 0),
+      splat_bits(f.correction ? static_cast<uint32_t>(*f.correction) : 0)};
+  const int64_t count = f.count, run = f.run ? f.run : count + lanes, skip = f.run_stride - run * 4;
+  const char* acc = f.acc;
+  for (int64_t i = 0, left = run; i < count; i += lanes, acc += vector_bytes) {
+    finisher(acc, scaling, f.residual + i * size_of<Residual>, f.out + i * size_of<Out>,
+             count - i < lanes ? count - i : lanes);
     left -= lanes;
     if (left == 0) left = run, acc += skip;
   }
 }
 
+// Each element has its own, for all of f.outputs.
+template <class Acc, class Residual, class Out> void finish_elements(const Finish& f) {
+  const Finisher<Acc, Residual, Out> finisher(f);
+  for (int64_t i = 0; i < f.count; i += lanes) {
+    const int64_t here = f.count - i < lanes ? f.count - i : lanes;
+    typename Finisher<Acc, Residual, Out>::Scaling scaling{};
+    const auto load = [&](auto& to, const auto* from) {
+      if (from) std::memcpy(&to, from + i, static_cast<size_t>(here) * 4);
+    };
+    load(scaling.multiplier, f.multiplier);
+    load(scaling.bias, f.bias);
+    load(scaling.correction, f.correction);
+    const char *acc = f.acc + i * 4, *residual = f.residual + i * size_of<Residual>;
+    char* out = f.out + i * size_of<Out>;
+    for (int64_t o = 0; o < f.outputs; ++o, acc += f.acc_step, out += f.out_step) {
+      finisher(acc, scaling, residual, out, here);
+      if constexpr (!std::is_void_v<Residual>) residual += f.residual_step;
+    }
+  }
+}
+
+template <class Acc, class Residual, class Out> void finish_vectors(const Finish& all) {
+  if (all.per_element) return finish_elements<Acc, Residual, Out>(all);
+  Finish f = all;
+  for (int64_t o = 0; o < all.outputs; ++o, f.next_output()) finish_plain<Acc, Residual, Out>(f);
+}
 template <class Acc, class Residual> void finish_to(const Finish& f) {
-  f.epilogue->out_dtype == DType::f32 ? finish_plain<Acc, Residual, float>(f) : finish_plain<Acc, Residual, char>(f);
+  f.epilogue->out_dtype == DType::f32 ? finish_vectors<Acc, Residual, float>(f)
+                                      : finish_vectors<Acc, Residual, char>(f);
 }
 template <class Acc> void finish_side_by_side(const Finish& f) {
   if (!f.epilogue->has_residual) return finish_to<Acc, void>(f);
@@ -183,13 +235,11 @@ template <class Acc> void finish_side_by_side(const Finish& f) {
 void finish(const Finish& all) {
   const Epilogue& e = *all.epilogue;
   const auto bytes = [](DType d) { return d == DType::f32 ? 4 : 1; };
-  const bool side_by_side = !all.per_element && e.out_dtype != DType::i32 && all.out_stride == bytes(e.out_dtype) &&
-                            (!e.has_residual || all.residual_stride == bytes(e.residual_dtype));
-  const auto finish_one = !side_by_side               ? all.per_element ? finish_as<true> : finish_as<false>
-                          : e.acc_dtype == DType::i32 ? finish_side_by_side<uint32_t>
-                                                      : finish_side_by_side<float>;
+  if (e.out_dtype != DType::i32 && all.out_stride == bytes(e.out_dtype) &&
+      (!e.has_residual || all.residual_stride == bytes(e.residual_dtype)))
+    return e.acc_dtype == DType::i32 ? finish_side_by_side<uint32_t>(all) : finish_side_by_side<float>(all);
   Finish f = all;
-  for (int64_t o = 0; o < all.outputs; ++o, f.next_output()) finish_one(f);
+  for (int64_t o = 0; o < all.outputs; ++o, f.next_output()) f.per_element ? finish_as<true>(f) : finish_as<false>(f);
 }
 
 // Calls at(i) for vectors of `step` elements that cover [0, count), the last of them within it: some elements twice.
@@ -276,6 +326,36 @@ void max_pool(const MaxPool& p) {
     case DType::u8: return max_pool_of<uint8_t>(p);
     case DType::i8: return max_pool_of<int8_t>(p);
     default: return max_pool_of<float>(p);
+  }
+}
+
+// In the order of max_pool, for the signs of zeros.
+template <class T> void max_pool_pixels_of(const MaxPoolPixels& p) {
+  const MaxPool::Axis &rows = p.rows, &columns = p.columns;
+  const int64_t top = p.row * rows.stride - rows.padding;
+  char* out = p.out;
+  for (int64_t column = 0; column < columns.count; ++column, out += p.out_stride) {
+    const int64_t left = column * columns.stride - columns.padding;
+    for (int64_t at = 0; at < p.channel_bytes; at += vector_bytes) {
+      typename Largest<T>::vec v;
+      for (int64_t s = 0, w = left; s < columns.window; ++s, w += columns.dilation) {
+        auto column = Largest<T>::lowest - typename Largest<T>::vec{};
+        for (int64_t r = 0, h = top; w >= 0 && w < columns.size && r < rows.window; ++r, h += rows.dilation)
+          if (h >= 0 && h < rows.size)
+            column = Largest<T>::of(
+                Largest<T>::load(reinterpret_cast<const T*>(p.image + h * p.stride_h + w * p.stride_w + at)), column);
+        v = s == 0 ? column : Largest<T>::of(column, v);
+      }
+      std::memcpy(out + at, &v, sizeof v);
+    }
+  }
+}
+
+void max_pool_pixels(const MaxPoolPixels& p) {
+  switch (p.dtype) {
+    case DType::u8: return max_pool_pixels_of<uint8_t>(p);
+    case DType::i8: return max_pool_pixels_of<int8_t>(p);
+    default: return max_pool_pixels_of<float>(p);
   }
 }
 

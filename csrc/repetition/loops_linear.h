@@ -11,8 +11,8 @@ template <class Math, int R, int P, bool scattered = false> void linear_of(const
   const char* x[R];
   char* to[R];
   for (int r = 0; r < R; ++r) {
-    const int64_t row = scattered ? t.position[r] : r;
-    x[r] = t.x + row * t.x_stride, to[r] = t.acc + row * t.acc_stride;
+    x[r] = t.x + (scattered ? t.position[r] : r) * t.x_stride;
+    to[r] = t.acc + (scattered && t.acc_position ? t.acc_position[r] : r) * t.acc_stride;
   }
   int64_t k = 0;
   do {
@@ -177,6 +177,8 @@ template <class Math> void linear_scattered(const LinearTile& t) {
     for (int b = 0, row = 0; b < blocks; ++b) {
       const int end = static_cast<int>(int64_t{t.rows} * (b + 1) / blocks);
       part.position = t.position + row;
+      if (t.acc_position) part.acc_position = t.acc_position + row;
+      else part.acc = t.acc + row * t.acc_stride + p * vector_bytes;
       for (int64_t at = lines * b / blocks; p == 0 && at < lines * (b + 1) / blocks; ++at)
         __builtin_prefetch(t.next + at * 64, 0, 2);
       vectors - p > few ? linear_block<Math, pixel_rows, pixel_vectors>(part, end - row)

@@ -129,9 +129,10 @@ Choice choose_conv2d(const Weights& w, const Geometry& g, const Activations& a) 
   const int64_t outputs =
       g.groups * (group_outputs < dense_outputs ? group_outputs : block_count(group_outputs) * dense_outputs);
   const int64_t words = (g.channels / g.groups + 3) / 4;  // of four 8-bit channels
-  const double by_vectors = dense_cycles(outputs, integers ? words * 4 * g.kernel[0] * g.kernel[1] : w.inputs, a,
-                                         narrow_run(w, a)) *
-                            (serves_rows(w, g, a) ? row_share(w.outputs) : 1),
+  const bool rows = serves_rows(w, g, a);
+  const int64_t inputs = integers ? words * 4 * g.kernel[0] * g.kernel[1] : w.inputs;
+  const double by_vectors = rows ? dense_cycles(outputs, inputs, a, 0, row_finish) * row_share(w.outputs)
+                                 : dense_cycles(outputs, inputs, a, narrow_run(w, a)),
                by_matrices = matrix_cycles(w, g, a), dense = std::min(by_vectors, by_matrices);
   const auto predicted = [&](double cycles) {
     return "predicted " + std::to_string(cycles / dense).substr(0, 4) + " of the time of dense sums";

@@ -6,6 +6,7 @@
 #include <array>
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -228,6 +229,7 @@ class PackedConv2d final : public PackedLayer {
   void sum_dense(const Call&, const LiftPlan&, const char* x, int64_t group, int64_t first, int64_t last) const;
   void sum_matrix(const Call&, const LiftPlan&, const char* x, int64_t group, int64_t first, int64_t last) const;
   void stage_rows(const Call&, const LiftPlan&, int64_t index, char* rows) const;
+  void copy_rows(const Call&, const LiftPlan&, int64_t index, char* rows) const;
   void sum_rows(const Call&, const LiftPlan&, const char* rows, int64_t first, int64_t last) const;
   void finish_outputs(const Call&, const LiftPlan&, const Sums&) const;
   void finish_lanes(const Call&, const LiftPlan&, const Sums&, const char* residual, char* out) const;
@@ -289,8 +291,10 @@ class PackedLinear final : public PackedLayer {
   Counts counts() const override;
   std::vector<uint8_t> codes() const override;
 
-  // The products of one scale group of a panel.
-  void sum_panel(const Kernels&, int64_t panel_group, LinearTile) const;
+  // The products of one scale group of a panel. Of pixels, `done` hears of some at a time: the first, how many, and
+  // where their sums lie until it returns.
+  using RowsDone = std::function<void(int64_t first, int64_t count, const char* sums)>;
+  void sum_panel(const Kernels&, int64_t panel_group, LinearTile, const RowsDone& done = nullptr) const;
   int64_t words() const { return group_words_ * word_fields(); }  // of `dense`, of one scale group
   float level(int64_t o, uint8_t code) const { return level_of(o, code); }
 

@@ -378,7 +378,7 @@ class Chain:
         shapes = zip(bound.output_shapes, rows, self._outputs, strict=True)
         return [np.empty(shape[: 2 if is_rows else 4], value.dtype) for shape, is_rows, value in shapes]
 
-    def plan(self, *shapes: Sequence[int]) -> list[tuple[tuple[int, int, int, int], bool]]:
+    def plan(self, *shapes: Sequence[int]) -> list[tuple[tuple[int, int, int, int], str]]:
         """Plan for inputs of these shapes, and tell of every value, in the order of its step, what becomes of it.
 
         Parameters
@@ -389,7 +389,7 @@ class Chain:
         Returns
         -------
         list of tuple
-            Shape of the value, and whether it stays in the lanes of its layer.
+            Shape of the value, and its layout: "plain"; "lifted", in the lanes of its layer; or "channels_last".
         """
         if len(shapes) != len(self._inputs):
             raise TypeError(f"shapes: expected {len(self._inputs)}, got {len(shapes)}")
@@ -398,7 +398,7 @@ class Chain:
             if not isinstance(shape, Sequence) or len(shape) not in (2, 4):
                 raise ValueError(f"shapes: expected (N, C, H, W) or (N, I), got {shape!r}")
             full.append([*(to_integer("shapes", size, 0) for size in shape), 1, 1][:4])
-        return [((n, c, h, w), lifted) for (n, c, h, w), lifted in self._native.plan(full, len(self._values))]
+        return [((n, c, h, w), layout) for (n, c, h, w), layout in self._native.plan(full, len(self._values))]
 
     def _check_open(self) -> None:
         if self._outputs is not None:

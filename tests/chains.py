@@ -482,6 +482,19 @@ def lanes_of_outputs(dtype: str, algorithm: str) -> Built:
 
 
 @network
+def adds_of_bytes_and_floats(dtype: str, algorithm: str) -> Built:
+    """Rows of as many channels, of bytes and of floats, which whole lines end differently."""
+    n = Network(dtype)
+    a = n.conv2d(n.input(16), 48, dtype="uint8")
+    b = n.add(a, dtype="float32")
+    c = n.add(n.conv2d(b, 48, dtype="float32"), a, dtype="float32")
+    d = n.add(n.conv2d(c, 48, dtype="int8"), c, dtype="int8")
+    e = n.add(n.conv2d(c, 48, dtype="float32"), dtype="uint8")
+    f = n.add(n.conv2d(e, 48, dtype="uint8"), e, dtype="uint8")
+    return n, (n.conv2d(d, 32, algorithm=algorithm), n.conv2d(f, 32)), None
+
+
+@network
 def channels_last(dtype: str, algorithm: str) -> Built:
     """A stem, pooling and adds between layers by rows of channels."""
     n = Network(dtype)

@@ -21,7 +21,7 @@ struct ChainPlan {
   std::vector<Chain::Shape> shape;
   std::vector<bool> lifted;
   std::vector<bool> channels_last;  // pixels of channels, which layers by rows of channels write and read
-  std::vector<int64_t> elements;    // as stored: lanes that hold no pixel too
+  std::vector<int64_t> elements;    // as stored: lanes that hold no pixel, or what lies behind its channels, too
   std::vector<size_t> at;           // bytes within the arena
   size_t bytes = 0;
   std::vector<const PackedConv2d*> layer;             // of each step: what runs
@@ -70,6 +70,9 @@ std::string text(const Chain::Shape& s) {
   return "(" + std::to_string(s[0]) + ", " + std::to_string(s[1]) + ", " + std::to_string(s[2]) + ", " +
          std::to_string(s[3]) + ")";
 }
+
+// Whether windows share so much that their columns should be pooled first, which only plain maps do.
+bool overlaps_much(const Pool& p) { return p.kernel[0] * p.kernel[1] > 9 * p.stride[0] * p.stride[1]; }
 
 // Calls visit(lower) until it lowers nothing: lower(value) clears its mark.
 template <class Visit> void settle(std::vector<bool>& marked, const Visit& visit) {
@@ -269,14 +272,20 @@ std::shared_ptr<const ChainPlan> Chain::make_plan(const Kernels& kernels, const 
                                s.epilogue.out_dtype != DType::i32 && !holds(outputs_, s.out);
   }
   settle(plan->channels_last, [&](const auto& lower) {
+    const auto pitch = [&](int value) {  // elements from pixel to pixel
+      const auto v = static_cast<size_t>(value);
+      return pixel_rows(nullptr, plan->shape[v], values_[v]).stride[3] / element_bytes(values_[v]);
+    };
     const auto has = [&](int value) { return value < 0 || plan->channels_last[static_cast<size_t>(value)]; };
     for (size_t i = 0; i < steps_.size(); ++i) {
       const Step& s = steps_[i];
       const bool is_pool = s.kind == Kind::max_pool2d || s.kind == Kind::avg_pool2d;
       if (!is_pool && s.kind != Kind::add && !by_rows(i)) lower(s.x);
       if (is_pool && !has(s.x)) lower(s.out);
-      if (s.kind == Kind::max_pool2d && !has(s.out)) lower(s.x);
-      if (s.kind == Kind::add && !(has(s.x) && has(s.out))) lower(s.x), lower(s.out);
+      if (s.kind == Kind::max_pool2d && (!has(s.out) || overlaps_much(s.pool))) lower(s.x), lower(s.out);
+      if (s.kind == Kind::add && !(has(s.x) && has(s.out) && pitch(s.x) == pitch(s.out) &&
+                                   (s.residual < 0 || pitch(s.residual) == pitch(s.out))))
+        lower(s.x), lower(s.out);
       if (s.residual < 0) continue;
       const bool adds_pixels = s.kind == Kind::add || by_rows(i);
       if (adds_pixels && has(s.residual) && has(s.out)) continue;

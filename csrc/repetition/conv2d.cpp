@@ -107,7 +107,7 @@ std::shared_ptr<ConvPlan> PackedConv2d::make_plan(const ConvCase& c, const Pitch
   auto made = std::make_shared<ConvPlan>(c, pitch, cut, splits);
   const int64_t outputs = std::max<int64_t>(outputs_ / splits, 1);
   for (LiftPlan& lift : made->bands)
-    if (rows_) lift.rows = RowPlan(lift, geometry_, units_, rows_->words() / taps_);
+    if (rows_) lift.rows = RowPlan(lift, geometry_, units_, rows_->words());
     else if (algorithm_ == Algorithm::tables)
       lift.tables = TablePlan(lift, max_entries_, block_units_, outputs, c.kernels);
     else if (algorithm_ == Algorithm::codebook)

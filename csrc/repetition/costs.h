@@ -26,7 +26,7 @@ double narrow_run(const Weights&, const Activations&);
 
 // Per vector of pixels; `finish`: of a sum of each output.
 double dense_cycles(int64_t outputs, int64_t inputs, const Activations&, double narrow_run, double finish = 4);
-inline constexpr double row_finish = 1;  // by rows of channels, whose results stay such rows
+inline constexpr double row_finish = 2;  // by rows of channels, whose results stay such rows
 
 // Pixels that a layer is likely to have, before any were seen: the maps of common networks halve where channels double.
 double likely_pixels(int64_t outputs);

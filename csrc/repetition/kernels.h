@@ -264,7 +264,7 @@ struct Epilogue {
 };
 struct Finish {
   const Epilogue* epilogue;
-  const char* acc;  // count words: runs of `run` of them, run_stride bytes apart; 0: one run
+  const char* acc;  // count words: runs of `run` of them, run_stride bytes apart; 0, or per_element: one run
   int64_t count, run, run_stride;
   bool per_element;  // multiplier, bias, correction have `count` values for all outputs (else one for each)
   const float* multiplier;

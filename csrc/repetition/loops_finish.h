@@ -329,22 +329,36 @@ void max_pool(const MaxPool& p) {
   }
 }
 
+// Of the elements of the window that begins at `start`: those within the map.
+struct Inside {
+  int64_t begin, end;
+  Inside(const MaxPool::Axis& a, int64_t start)
+      : begin(start < 0 ? (-start + a.dilation - 1) / a.dilation : 0),
+        end(start < a.size ? (a.size - start + a.dilation - 1) / a.dilation : 0) {
+    if (end > a.window) end = a.window;
+  }
+};
+
 // In the order of max_pool, for the signs of zeros.
 template <class T> void max_pool_pixels_of(const MaxPoolPixels& p) {
   const MaxPool::Axis &rows = p.rows, &columns = p.columns;
   const int64_t top = p.row * rows.stride - rows.padding;
+  const Inside r(rows, top);
   char* out = p.out;
   for (int64_t column = 0; column < columns.count; ++column, out += p.out_stride) {
     const int64_t left = column * columns.stride - columns.padding;
+    const Inside s(columns, left);
     for (int64_t at = 0; at < p.channel_bytes; at += vector_bytes) {
-      typename Largest<T>::vec v;
-      for (int64_t s = 0, w = left; s < columns.window; ++s, w += columns.dilation) {
-        auto column = Largest<T>::lowest - typename Largest<T>::vec{};
-        for (int64_t r = 0, h = top; w >= 0 && w < columns.size && r < rows.window; ++r, h += rows.dilation)
-          if (h >= 0 && h < rows.size)
-            column = Largest<T>::of(
-                Largest<T>::load(reinterpret_cast<const T*>(p.image + h * p.stride_h + w * p.stride_w + at)), column);
-        v = s == 0 ? column : Largest<T>::of(column, v);
+      const auto lowest = Largest<T>::lowest - typename Largest<T>::vec{};
+      auto v = lowest;
+      for (int64_t i = s.begin; i < s.end; ++i) {
+        const char* const map_column = p.image + (left + i * columns.dilation) * p.stride_w + at;
+        auto largest = lowest;
+        for (int64_t j = r.begin; j < r.end; ++j)
+          largest = Largest<T>::of(
+              Largest<T>::load(reinterpret_cast<const T*>(map_column + (top + j * rows.dilation) * p.stride_h)),
+              largest);
+        v = Largest<T>::of(largest, v);
       }
       std::memcpy(out + at, &v, sizeof v);
     }

@@ -74,7 +74,7 @@ struct LiftPlan;
 // The pixels of one band in rows of channels: [phase of the stride][flat position][channel].
 struct RowPlan {
   RowPlan() = default;
-  RowPlan(const LiftPlan&, const Geometry&, int64_t units, int64_t tap_words);
+  RowPlan(const LiftPlan&, const Geometry&, int64_t units, int64_t words);  // of a pixel; of weights
 
   int64_t positions = 0, row_bytes = 0;  // of a phase; of a pixel
   std::vector<int32_t> pixels;           // positions of outputs

@@ -4,6 +4,7 @@
 #include <array>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <limits>
 
 #include "repetition/costs.h"
@@ -41,7 +42,7 @@ bool pixels_follow(const LiftPlan& lift, const Tensor& t, DType dtype) {
 
 }  // namespace
 
-RowPlan::RowPlan(const LiftPlan& lift, const Geometry& g, int64_t units, int64_t tap_words) {
+RowPlan::RowPlan(const LiftPlan& lift, const Geometry& g, int64_t units, int64_t words) {
   for (int64_t n = 0; n < lift.band.images; ++n)
     for (int64_t y = 0; y < lift.band.rows; ++y)
       for (int64_t x = 0; x < lift.columns; ++x)
@@ -58,8 +59,9 @@ RowPlan::RowPlan(const LiftPlan& lift, const Geometry& g, int64_t units, int64_t
   const int64_t used = pixels.back() + 1 + *std::max_element(taps.begin(), taps.end());
   positions = ceil_div(used, row_units) * row_units;
   for (size_t tap = 0; tap < taps.size(); ++tap)
-    for (int64_t word = 0; word < tap_words; ++word)
+    for (int64_t word = 0; word < units; ++word)
       source.push_back((lift.taps[tap].phase * positions + taps[tap]) * row_bytes + word * 4);
+  source.resize(static_cast<size_t>(words), units * 4);  // of codes that stand for no input: zeros behind a pixel
 }
 
 bool serves_rows(const Weights& w, const Geometry& g, const Activations& a) {
@@ -96,13 +98,11 @@ void PackedConv2d::pack_rows(const Weights& w) {
     by_tap.levels = levels.data();
     ++by_tap.level_count;
   }
-  const int64_t whole = ceil_div(row_channels_, most_inputs) * most_inputs;
   const std::vector<float> distinct = distinct_levels(by_tap);
   const double largest = std::max(std::abs(distinct.front()), std::abs(distinct.back()));
-  const bool fits = largest * static_cast<double>(256 * whole * taps_) <= std::numeric_limits<int32_t>::max(),
-             few = !is_float && distinct.size() <= 4 && 8 * row_channels_ >= 7 * whole && fits;
-  const int64_t staged_channels = row_channels_;
-  if (few) row_channels_ = whole;  // what lies behind a pixel's words is zero, whatever its weights
+  const int64_t inputs = ceil_div(row_channels_ * taps_, most_inputs) * most_inputs;
+  const bool few = !is_float && units_ > 1 && distinct.size() <= 4 &&
+                   largest * static_cast<double>(256 * inputs) <= std::numeric_limits<int32_t>::max();
   std::vector<uint8_t> codes;
   for (int64_t o = 0; o < outputs_; ++o) {
     const float* const row = by_tap.levels + (w.level_rows == 1 ? 0 : o) * by_tap.level_count;
@@ -111,9 +111,7 @@ void PackedConv2d::pack_rows(const Weights& w) {
     };
     for (int64_t t = 0; t < taps_; ++t)
       for (int64_t c = 0; c < row_channels_; ++c)
-        codes.push_back(c < group_channels_   ? code_of(w.level(o, c * taps_ + t))
-                        : c < staged_channels ? code_of(0)
-                                              : uint8_t{0});
+        codes.push_back(code_of(c < group_channels_ ? w.level(o, c * taps_ + t) : 0));
   }
   by_tap.inputs = taps_ * row_channels_;
   by_tap.codes = codes.data();
@@ -131,7 +129,7 @@ std::vector<uint8_t> PackedConv2d::row_codes() const {
   return codes;
 }
 
-// Sixteen words of all pixels: flat, one after another, and then turned.
+// Sixteen words of all pixels: flat, one after another, and then turned. One word is a row as it is.
 void PackedConv2d::stage_rows(const Call& call, const LiftPlan& lift, int64_t index, char* rows) const {
   if (units_ == 1) {
     for (size_t p = 0; p < lift.phases.size(); ++p) {
@@ -226,7 +224,7 @@ void PackedConv2d::sum_rows(const Call& call, const LiftPlan& lift, const char* 
       f.out_step = call.out.stride[3];
       f.residual_stride = element_bytes(call.epilogue.residual_dtype);
       f.residual_step = call.residual ? call.residual->stride[3] : 0;
-      rows_->sum_panel(call.k, panel, t, [&](int64_t pixel, int64_t pixels_here, const char* acc) {
+      const auto finish = [&](int64_t pixel, int64_t pixels_here, const char* acc) {
         const auto at = [&](const Tensor& to) {
           return to.data + lift.band.image * to.stride[0] + output * to.stride[1] + lift.band.row * to.stride[2] +
                  pixel * to.stride[3];
@@ -236,7 +234,8 @@ void PackedConv2d::sum_rows(const Call& call, const LiftPlan& lift, const char* 
         f.out = at(call.out);
         f.residual = call.residual ? at(*call.residual) : nullptr;
         call.k.finish(f);
-      });
+      };
+      rows_->sum_panel(call.k, panel, t, std::ref(finish));  // allocates nothing
       continue;
     }
     rows_->sum_panel(call.k, panel, t);

@@ -1,8 +1,8 @@
 """Layers, with the pooling and the adds between them, in one native call.
 
-Between convolutions of one size activations stay in the lanes that these compute in; memory is planned once for each
-input size. What a step computes is exactly what the function of its name in `pycodesign.ops` or
-`pycodesign.reference.repetition` computes.
+Between convolutions of one size activations stay in the lanes that these compute in, or, where lanes are outputs, have
+their channels last; memory is planned once for each input size. What a step computes is exactly what the function of
+its name in `pycodesign.ops` or `pycodesign.reference.repetition` computes.
 """
 
 from __future__ import annotations

@@ -324,7 +324,8 @@ void test_bands() {
     build_blocks(n, DType::f32, {1, 3, 47, 29});
     const auto plan = n.chain.plan(n.shapes());
     int lifted = 0;
-    for (int v = 0; v < static_cast<int>(n.values.size()); ++v) lifted += Chain::layout(*plan, v) == Chain::Layout::lifted;
+    for (int v = 0; v < static_cast<int>(n.values.size()); ++v)
+      lifted += Chain::layout(*plan, v) == Chain::Layout::lifted;
     CHECK_EQUAL(lifted, 8);  // stem, a to h
   }
 }

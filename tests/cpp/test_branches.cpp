@@ -338,31 +338,34 @@ namespace repetition = pycodesign::repetition;
 
 // A chain of two convolutions, an add and poolings, with its arrays.
 struct Branch {
-  std::vector<uint8_t> codes = std::vector<uint8_t>(16 * 16 * 9);
-  std::vector<float> levels{-1, 0, 1}, scale = std::vector<float>(16, 0.1f);
-  std::vector<char> x = std::vector<char>(16 * 14 * 14 * 4), y = std::vector<char>(16 * 7 * 7 * 4);
+  static constexpr int64_t channels = 32;  // enough for `dense` by rows of channels
+  std::vector<uint8_t> codes = std::vector<uint8_t>(channels * channels * 9);
+  std::vector<float> levels{-1, 0, 1}, scale = std::vector<float>(channels, 0.1f);
+  std::vector<char> x = std::vector<char>(channels * 14 * 14 * 4), y = std::vector<char>(channels * 7 * 7 * 4);
   std::shared_ptr<repetition::Chain> chain = std::make_shared<repetition::Chain>();
   std::unique_ptr<repetition::BoundChain> bound;
 
   explicit Branch(repetition::Algorithm algorithm) {
     for (size_t i = 0; i < codes.size(); ++i) codes[i] = static_cast<uint8_t>(i * 7 % 11 % 3);
-    const repetition::Weights weights{16, 16 * 9, codes.data(), levels.data(), 1, 3, scale.data(), 1, nullptr};
-    const repetition::Geometry geometry{16, 1, {3, 3}, {1, 1}, {1, 1}, {1, 1}};
+    const repetition::Weights weights{channels, channels * 9, codes.data(), levels.data(), 1, 3, scale.data(),
+                                      1,        nullptr};
+    const repetition::Geometry geometry{channels, 1, {3, 3}, {1, 1}, {1, 1}, {1, 1}};
     const auto layer =
         std::make_shared<repetition::PackedConv2d>(weights, geometry, repetition::Activations{}, algorithm);
     repetition::Epilogue e;
     e.acc_dtype = e.out_dtype = repetition::DType::f32;
     const int in = chain->add_input(repetition::DType::f32);
-    const int first = chain->add_conv2d(layer, in, -1, e), second = chain->add_conv2d(layer, first, in, e);
+    const int first = chain->add_conv2d(layer, in, -1, e), second = chain->add_conv2d(layer, first, first, e);
     const int sum = chain->add_add(second, first, 1, 0, e);
     const repetition::Pool pool{{2, 2}, {2, 2}, {0, 0}, {1, 1}, true};
     const int most = chain->add_max_pool2d(sum, {{3, 3}, {1, 1}, {1, 1}, {1, 1}, true});
     chain->set_outputs({chain->add_avg_pool2d(most, pool, 1, 0, e)});
     const core::Crew one{1};
     const core::CrewScope scope(one);
-    bound = std::make_unique<repetition::BoundChain>(chain, std::vector<repetition::Chain::Shape>{{1, 16, 14, 14}});
-    bound->set_input(0, {x.data(), {1, 16, 14, 14}, {16 * 14 * 14 * 4, 14 * 14 * 4, 14 * 4, 4}});
-    bound->set_output(0, {y.data(), {1, 16, 7, 7}, {16 * 7 * 7 * 4, 7 * 7 * 4, 7 * 4, 4}});
+    bound =
+        std::make_unique<repetition::BoundChain>(chain, std::vector<repetition::Chain::Shape>{{1, channels, 14, 14}});
+    bound->set_input(0, {x.data(), {1, channels, 14, 14}, {channels * 14 * 14 * 4, 14 * 14 * 4, 14 * 4, 4}});
+    bound->set_output(0, {y.data(), {1, channels, 7, 7}, {channels * 7 * 7 * 4, 7 * 7 * 4, 7 * 4, 4}});
   }
 };
 

@@ -417,6 +417,7 @@ def stored(q: QuantizedTensor, **options: object) -> StoredLayer:
 
 W = normal(64, 32, 3, 3)
 recover = quantize.from_fake_quantized
+REPEATED = np.sign(normal(64, 1, 3, 3)).repeat(32, axis=1)  # pays everywhere but on a matrix unit
 FRACTIONS = QuantizedTensor(quantize.ternary(W).codes, np.array([0.1, 0.25, 1], F32), np.ones(64, F32))
 NOISY = recover(np.where(W > 0, F32(0.3), F32(-0.3)) + np.float32(1e-7) * W.round().clip(-1, 1))
 
@@ -425,7 +426,7 @@ NOISY = recover(np.where(W > 0, F32(0.3), F32(-0.3)) + np.float32(1e-7) * W.roun
     ("layer", "dtype", "algorithm", "hint"),
     [
         (stored(quantize.ternary(W)), "float32", "codegen", None),
-        (stored(quantize.ternary(W)), "uint8", "codegen", None),
+        (stored(quantize.binary(REPEATED)), "uint8", "codegen", None),
         (stored(quantize.ternary(normal(64, 128))), "float32", "packed", None),
         (stored(quantize.uniform(W, 8)), "float32", "dense", "layer: 3 bits and up stay dense"),
         (stored(quantize.uniform(W, 4)), "uint8", "dense", "layer: 3 bits and up stay dense"),

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "core/cpu.h"
 #include "core/thread_pool.h"
 #include "repetition/costs.h"
 #include "repetition/plan.h"
@@ -224,8 +225,8 @@ void PackedLinear::sum_panel(const Kernels& k, int64_t panel_group, LinearTile t
   constexpr int least_expanded_rows = 4;
   constexpr int64_t done_rows = 96;  // whose sums stay in the first-level cache
   // Sums go through memory in between: a matrix unit waits for them long, and pixels are many.
-  constexpr int64_t matrix_part_words = 256;
-  const int64_t pixel_part_words = k.lanes == 16 ? 144 : 64;
+  constexpr int64_t matrix_part_words = 256, small_cache = 32 << 10;
+  const int64_t pixel_part_words = k.lanes < 16 ? 64 : core::cache_sizes().l1d > small_cache ? 144 : 96;
   const bool is_float = activations_.dtype == DType::f32, packed = algorithm_ == Algorithm::packed;
   const bool expands = packed && !is_float && (t.rows >= least_expanded_rows || t.position);
   const char* const weights =

@@ -8,17 +8,12 @@
 #include <mutex>
 #include <vector>
 
+#include "repetition/pooling.h"
 #include "repetition/repetition.h"
 
 namespace pycodesign::repetition {
 
 struct ChainPlan;
-
-// Windows of a pooling; kernel 0: the whole image.
-struct Pool {
-  std::array<int64_t, 2> kernel{}, stride{1, 1}, padding{}, dilation{1, 1};
-  bool counts_padding = true;  // in the mean
-};
 
 class Chain {
  public:
@@ -45,6 +40,7 @@ class Chain {
   // for every call, it is cached.
   std::shared_ptr<const ChainPlan> plan(const std::vector<Shape>& inputs) const;
   static const Shape& shape(const ChainPlan&, int value);
+  // Rows of pixels; the lanes that convolutions compute in; pixels of channels, which `dense` by rows reads and writes.
   enum class Layout : uint8_t { plain, lifted, channels_last };
   static Layout layout(const ChainPlan&, int value);
   // Outputs overlap neither inputs nor each other; the elements of an image follow one another.
@@ -52,6 +48,7 @@ class Chain {
 
  private:
   friend class BoundChain;
+  friend class ChainPlanner;
   enum class Kind : uint8_t { conv2d, linear, max_pool2d, avg_pool2d, add };
   struct Step {
     Kind kind;
@@ -64,16 +61,8 @@ class Chain {
     int32_t zero_point;
   };
   int add_step(Step, DType out);
-  std::vector<Shape> shapes(const std::vector<Shape>& inputs) const;
-  Shape output_shape(const Step&, const Shape& x) const;
-  std::shared_ptr<const ChainPlan> make_plan(const Kernels&, const std::vector<Shape>& inputs) const;
-  void plan_memory(ChainPlan&) const;
   std::vector<Tensor> place_values(const ChainPlan&, char* arena) const;
   void run_steps(const ChainPlan&, const std::vector<Tensor>& tensors) const;
-  void run_max_pool(const Kernels&, const Step&, const Tensor& x, const Tensor& out) const;
-  void run_avg_pool(const Kernels&, const Step&, const Tensor& x, const Tensor& out) const;
-  void run_max_pool_pixels(const Kernels&, const Step&, const Tensor& x, const Tensor& out) const;  // channels last
-  void run_avg_pool_pixels(const Kernels&, const Step&, const Tensor& x, const Tensor& out) const;
   void run_add(const Kernels&, const Step&, const Tensor& a, const Tensor* b, const Tensor& out, int64_t count) const;
 
   std::vector<DType> values_;

@@ -112,8 +112,7 @@ CONVOLUTIONS = {
     "65 channels, binary": Case((1, 65, 5, 7), (17, 65, 3, 3), {"padding": 1}, BINARY),
     "2 groups of 64 channels": Case((1, 128, 5, 6), (50, 64, 3, 3), {"padding": 1, "groups": 2}),
     "64 channels, per-output levels": Case((1, 64, 5, 6), (37, 64, 3, 3), {"padding": 1}, TERNARY, own_levels=True),
-    # levels
-    # Rows of channels, where all products are summed, but for bytes without VNNI.
+    # rows of channels, where all products are summed, but for bytes without VNNI.
     "96 outputs, 36 channels": Case((2, 36, 9, 10), (96, 36, 3, 3), {"padding": 1}, BINARY),
     "132 channels, 1x1, 25 pixels": Case((1, 132, 5, 5), (64, 132, 1, 1)),
     "rows of one pixel": Case((1, 64, 1, 1), (64, 64, 3, 3), {"padding": 1}, QUATERNARY),
@@ -124,6 +123,7 @@ CONVOLUTIONS = {
     "rows of images apart": Case((3, 64, 4, 4), (64, 64, 1, 1), levels=tuple(range(-8, 8))),
     "rows, per-output levels": Case((1, 64, 7, 7), (62, 64, 3, 3), {"padding": 1}, QUATERNARY, own_levels=True),
     "bands of rows of channels": Case((1, 64, 67, 40), (60, 64, 3, 3), {"padding": 1, "stride": 2}),
+    # levels
     "per-output levels": Case((2, 6, 5, 7), (11, 6, 3, 3), {"padding": 1}, TERNARY, own_levels=True),
     "many patterns": Case((1, 6, 3, 5), (300, 6, 1, 1), levels=QUATERNARY),
 }

@@ -159,8 +159,8 @@ def test_check_finds_what_is_wrong(dtype: str, monkeypatch: pytest.MonkeyPatch) 
 def test_run_models_gives_what_it_documents(capsys: pytest.CaptureFixture[str]) -> None:
     result = run_models(networks=["tiny"], batches=[1], threads=[1], rounds=1, progress=False)
     assert json.loads(json.dumps(result)) == result
-    keys = {"schema", "suite", "options", "facts", "rows", "summary", "memory", "cold_start", "left_out"}
-    assert set(result) == keys
+    keys = "schema suite options facts rows summary memory cold_start operator_call left_out"
+    assert set(result) == set(keys.split())
     assert result["left_out"] == []
     assert len(result["rows"]) == 2 * 3 * 2 * 2  # engines, weights, dtypes, hot and cold
     for row in result["rows"]:
@@ -171,6 +171,8 @@ def test_run_models_gives_what_it_documents(capsys: pytest.CaptureFixture[str]) 
     assert exact[0] == exact[1] == exact[2]  # timed once
     assert [entry["bytes"] for entry in result["memory"]] == [100] * 6
     assert len(result["summary"]) == 3 * 2 * 2
+    assert set(result["operator_call"]) == {"inference_mode", "no_grad", "usual", "gradient"}
+    assert all(0.5 < microseconds < 1000 for microseconds in result["operator_call"].values())
     text = io.StringIO()
     print_models(result, Console(file=text, width=200))
     for part in ("float32, batch 1, 1 thread, cold", "tiny", "uniform2", "exact", "agree", "int8 kB"):

@@ -16,6 +16,7 @@ from pycodesign.bench.cold_start import time_cold_starts
 from pycodesign.bench.contenders import OURS, PRECISIONS
 from pycodesign.bench.harness import SCHEMA, Evictor, gather_facts, measure, spread_ms
 from pycodesign.bench.network_report import compare_memory, summarize
+from pycodesign.bench.operator_call import time_operator_call
 from pycodesign.bench.report import add_ratios
 from pycodesign.bench.suites import CLOCKS, DTYPES, QUICK_ROUNDS, ROUNDS, build_checked, choose, progress_bar
 
@@ -75,8 +76,8 @@ def run_models(
         ``suite``, ``schema``, ``options``, ``facts``; ``rows``, one for each timing, in milliseconds of one batch, with
         the contender's error and its agreement with the float64 model in ``details``; ``summary`` as `summarize` gives
         it; ``memory`` as `compare_memory` does, ``cold_start`` as `time_cold_starts` does, of ternary ResNet-18 if
-        ternary is among the weights, else of the first; ``left_out``, what
-        could not be timed and why.
+        ternary is among the weights, else of the first; ``operator_call`` as `time_operator_call` does; ``left_out``,
+        what could not be timed and why.
 
     Raises
     ------
@@ -127,6 +128,7 @@ def run_models(
         "summary": summarize(rows),
         "memory": compare_memory(rows),
         "cold_start": cold_starts,
+        "operator_call": time_operator_call() if OURS in options["contenders"] else {},
         "left_out": left_out + failed + failed_starts,
     }
 

@@ -125,6 +125,9 @@ def print_models(result: Row, console: Console | None = None) -> None:
     ]
     stages = list(result["cold_start"][0]["seconds"]) if starts else []
     show("seconds from the start of a process to the first result", ("network", *places[1:], *stages), starts)
+    call = {mode: f"{microseconds:.2f}" for mode, microseconds in result["operator_call"].items()}
+    if call:
+        show("microseconds of a call of torch.ops.pycodesign.conv2d on one pixel", tuple(call), [list(call.values())])
     for entry in result["left_out"]:
         place = ", ".join(str(entry[k]) for k in ("layer", "batch", "threads", *places[1:]) if k in entry)
         text = f"{entry['contender']}{': ' + place if place else ''}: {entry['reason']}"

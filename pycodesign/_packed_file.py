@@ -45,6 +45,8 @@ def decode(data: bytes) -> tuple[FewValued, NDArray[np.float32] | None, dict[str
     shape = tuple(to_integer("shape", n, 1) for n in options.pop("shape"))
     if "kernels" in tensors:
         q = from_arrays(*(tensors[name] for name in ("codes", "kernels", "scale")))
+        if not isinstance(q, KernelCodebook) or q.shape != shape:
+            raise ValueError(f"weights of shape {q.shape}, expected a codebook's of {shape}")
         return q, tensors.get("bias"), options
     codes = unpack_bits(tensors["codes"], code_bits(tensors["levels"].shape[-1]), shape)
     return QuantizedTensor(codes, tensors["levels"], tensors["scale"]), tensors.get("bias"), options

@@ -270,7 +270,7 @@ def from_arrays(codes: Any, levels: Any, scale: Any) -> FewValued:
     """Return the weights of such arrays or tensors."""
     if levels.ndim < 3:
         return QuantizedTensor(codes, levels, scale)
-    codes, kernels = np.asarray(codes), levels.shape[1]
+    codes, kernels = to_numpy("codes", codes), levels.shape[1]
     dtype, lowest, highest = index_type(kernels), codes.min(initial=0), codes.max(initial=0)
     if codes.dtype != dtype or lowest < -kernels or highest >= kernels:
         wanted = f"{np.dtype(dtype)} from {-kernels} to {kernels - 1} for {kernels} kernels"

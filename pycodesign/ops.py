@@ -635,6 +635,8 @@ def _choose(q: QuantizedTensor | KernelCodebook, options: dict[str, Any]) -> tup
     if isinstance(q, KernelCodebook):
         if len(q.shape) == 2 and q.values != "real":
             return _core.choose_linear(**_arrays(q.to_quantized()), input_dtype=options["input_dtype"])
+        if _exceed_int8(q.kernels, options):
+            return "codebook", "kernels beyond int8"
         return _core.choose_codebook(**_codebook_arrays(q), **_geometry(q.shape, options), **inputs)
     if _exceed_int8(q.levels, options):
         if np.unique(q.levels).size > 16 or q.scale[0].size > 1:
@@ -682,8 +684,11 @@ def _arrays(q: QuantizedTensor) -> dict[str, Any]:
 
 
 def _codebook_arrays(q: KernelCodebook) -> dict[str, Any]:
-    """Index, sign (O, J), kernels (C, U, inputs), their levels (1, Q), none for real ones, scale (O, 1)."""
-    levels = np.empty(0, np.float32) if q.values == "real" else q.to_quantized().levels
+    """Index, sign (O, J), kernels (C, U, inputs), their levels (1, Q), none for fractions, scale (O, 1)."""
+    try:
+        levels = q.to_quantized().levels
+    except ValueError:
+        levels = np.empty(0, np.float32)
     arrays = {"kernels": q.kernels.reshape(*q.kernels.shape[:2], -1), "levels": np.atleast_2d(levels)}
     return {"index": q.index, "sign": q.sign, **arrays, "scale": q.scale.reshape(-1, 1)}
 

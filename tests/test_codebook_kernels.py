@@ -133,6 +133,20 @@ def test_auto() -> None:
     assert ops.prepack_linear(draw(64, 32, 16, (8,), "sign")).algorithm == "packed"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+@pytest.mark.parametrize("values", ["sign", "integers"])
+def test_auto_reckons_with_the_kernels_values(values: str, dtype: str) -> None:
+    """What sums all products is reckoned as for the same weights without a codebook."""
+    q = draw(128, 64, 40, (1, 3, 3), values)
+    options = {"padding": 1, "input_dtype": dtype, "input_scale": 0.5 if dtype == "uint8" else 1.0}
+    packed, codes = (ops.prepack_conv2d(given, **options) for given in (q, q.to_quantized()))
+    assert "real" not in packed.explain()["why"]
+    if packed.algorithm == "codebook":
+        assert packed.explain()["why"].startswith("predicted 0.")
+    else:
+        assert (packed.algorithm, packed.explain()["why"]) == (codes.algorithm, codes.explain()["why"])
+
+
 def test_tune(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "COLD_BYTES", 1 << 16)
     q = draw(64, 32, 16, (1, 3, 3), "sign")

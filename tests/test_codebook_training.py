@@ -142,6 +142,34 @@ def test_gradients_go_straight_through(values):
     torch.testing.assert_close(codebook.kernels.grad, expected)
 
 
+def test_dead_outputs_stay_finite_and_do_not_shrink():
+    for dtype in (torch.float16, torch.float32):
+        layer = nn.Conv2d(6, 8, 3)
+        nn.init.normal_(layer.weight)
+        nn.init.zeros_(layer.weight[3:4])
+        layer = parametrize.register_parametrization(layer.to(dtype), "weight", Codebook(layer.weight, kernels=4))
+        (codebook,), original = layer.parametrizations.weight, layer.parametrizations.weight.original
+        with torch.no_grad():
+            original[3] = 0.01  # the least scale of 16 bits makes it infinite
+        assert np.array_equal(layer.weight.detach().float().numpy(), find_codebook(layer).dequantize())
+        layer.weight[3].sum().backward()
+        assert torch.equal(original.grad[3], torch.ones_like(original[3]))
+        assert codebook.log_scale.grad.isfinite().all() and codebook.log_scale.grad[3].abs() < 1e-5
+
+
+def test_autocast_assigns_the_same_kernels():
+    layer = parametrized(nn.Conv2d(32, 64, 3), kernels=64, values="real")
+    with torch.autocast("cpu", torch.bfloat16):
+        weight = layer.weight.detach()
+    assert torch.equal(weight, layer.weight)
+
+
+def test_state_of_other_values_is_refused():
+    sign, real = (parametrized(nn.Conv2d(6, 8, 3), kernels=4, values=values) for values in ("sign", "real"))
+    with pytest.raises(ValueError, match="state: expected kernels of 'sign', got 'real'"):
+        sign.load_state_dict(real.state_dict())
+
+
 def test_annealing_blends_float_weights_and_codebook():
     layer = parametrized(nn.Conv2d(6, 8, 3), kernels=4)
     (codebook,) = layer.parametrizations.weight
@@ -155,6 +183,10 @@ def test_annealing_blends_float_weights_and_codebook():
     other = parametrized(nn.Conv2d(6, 8, 3), kernels=4)
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other.weight, layer.weight)
+    anneal_codebooks(layer, 0.3)
+    other.load_state_dict(layer.state_dict())
+    assert other.parametrizations.weight[0].share == 0.3
+    assert use_codebooks(nn.Sequential(layer)) == ["0"]
     anneal_codebooks(layer, 1)
     assert torch.equal(layer.weight, whole)
     for share in (-0.1, 1.1, float("nan")):
@@ -227,6 +259,10 @@ def test_bad_arguments_leave_the_model_as_it_was():
         use_codebooks(model, skip=["2"])
     with pytest.raises(TypeError, match="skip: expected a collection of module names, got '0'"):
         use_codebooks(model, skip="0")
+    with pytest.warns(FutureWarning, match="deprecated"):
+        torch.nn.utils.weight_norm(model[1])
+    with pytest.raises(ValueError, match="1: expected a weight that is a parameter, got one that a hook computes"):
+        use_codebooks(model, kernels=4)
     assert not any(parametrize.is_parametrized(module) for module in model)
 
 

@@ -513,6 +513,30 @@ def test_forbidden_by_the_system(tmp_path: Path) -> None:
     assert re.fullmatch(r"algorithm: 'codegen' asked for, 'tables' runs: .* lets memory become executable.*", warning)
 
 
+NETWORK = """
+import ctypes, copy, warnings
+import torch
+from pycodesign import quantize
+from pycodesign.nn import convert, report
+conv = torch.nn.Conv2d
+model = torch.nn.Sequential(conv(16, 32, 3, padding=1), torch.nn.ReLU(), conv(32, 32, 3, padding=1)).eval()
+for layer in (model[0], model[2]):
+    layer.weight.data = torch.from_numpy(quantize.ternary(layer.weight).dequantize())
+x = torch.rand(2, 16, 14, 14)
+expected = model(x).detach()
+assert ctypes.CDLL(None).prctl(65, 1, 0, 0, 0) == 0, "no PR_SET_MDWE"
+for activations, error in (("float32", 1e-5), ("uint8", 0.05)):
+    y = convert(model, activations=activations, example_inputs=x, strict=True)(x)
+    assert float((y - expected).abs().max() / expected.abs().max()) < error
+"""
+
+
+def test_networks_where_the_system_forbids_code(tmp_path: Path) -> None:
+    if ctypes.CDLL(None).prctl(66, 0, 0, 0, 0) < 0:  # PR_GET_MDWE
+        pytest.skip("memory that never becomes executable needs Linux 6.3")
+    run_child(tmp_path, NETWORK, PYCODESIGN_ISA=ISAS[-1])
+
+
 def test_code_is_never_saved(tmp_path: Path) -> None:
     case = Case(64, 64, 9, TERNARY)
     packed = pack(case, "uint8")

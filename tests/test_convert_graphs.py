@@ -302,6 +302,7 @@ def test_batch_normalization_that_is_not_finite_stays_torchs(variance, eps, gain
     act = [nn.LeakyReLU()] if own else []
     model = randomize(nn.Sequential(nn.Conv2d(4, 4, 3), *act, nn.BatchNorm2d(4, eps=eps), nn.Conv2d(4, 4, 1)))
     model[1 + own].running_var[1], model[1 + own].weight.data[1] = variance, gain
+    model[2 + own].weight.data = torch.ones(4, 4, 1, 1)  # a weight of zero may be left out, whatever it meets
     x = torch.randn(2, 4, 6, 6)
     converted = convert(model, strict=True, skip=skip)
     assert not converted(x).isfinite().all()

@@ -689,7 +689,7 @@ def test_an_error_in_the_first_call_does_not_end_tuning(monkeypatch: pytest.Monk
         ({"scale": np.ones((3, 1), F32)}, "scale: expected float32 (O, G), got float32 (3, 1)"),
         ({"bias": np.zeros(3, F32)}, "bias: expected float32 (2,), got float32 (3,)"),
         ({"input_dtype": "int32"}, "input_dtype: expected 'float32', 'uint8' or 'int8', got 'int32'"),
-        ({"algorithm": "auto"}, "algorithm: expected 'codegen', 'tables', 'dense' or 'packed', got 'auto'"),
+        ({"algorithm": "auto"}, "algorithm: expected 'codegen', 'tables', 'dense', 'packed' or 'codebook', got 'auto'"),
     ],
 )
 def test_native_linear(change: dict[str, Any], message: str) -> None:

@@ -376,3 +376,50 @@ def test_foreign_files(path: Path, contents: bytes) -> None:
 def test_the_shipped_example_is_no_packed_layer() -> None:
     shipped = Path(quantize.__file__).parent / "data" / "mnist_ternary.safetensors"
     assert_refused(shipped)
+
+
+# ---- codebooks -----------------------------------------------------------------------------------------------------
+
+CODES = np.array([[0, 1, 2], [-1, -2, -3]], np.int8)  # two outputs, three channels; ~i is the negative of kernel i
+KERNELS = np.arange(27, dtype=F32).reshape(1, 3, 1, 3, 3)
+
+
+@pytest.fixture
+def codebook(path: Path) -> bytes:
+    q = _packed_file.from_arrays(CODES, KERNELS, np.ones(2, F32))
+    ops.prepack_conv2d(q, np.zeros(2, F32)).save(path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"codes": CODES + np.int8(1)},
+        {"codes": CODES - np.int8(1)},
+        {"codes": CODES.astype(np.int16)},
+        {"codes": CODES.astype(F32)},
+        {"codes": CODES[:, :2]},
+        {"codes": CODES[:1]},
+        {"codes": CODES.ravel()},
+        {"kernels": KERNELS[:, :2]},
+        {"kernels": KERNELS[0]},
+        {"kernels": KERNELS[0, :, 0]},
+        {"kernels": KERNELS[0, :, 0, 0]},
+        {"kernels": KERNELS[:, :, :, :2]},
+        {"kernels": KERNELS.astype(np.float64)},
+        {"kernels": KERNELS * F32(np.nan)},
+        {"kernels": KERNELS.repeat(100, axis=1)},
+        {"kernels": KERNELS[:0]},
+        {"scale": np.ones(3, F32)},
+        {"scale": np.full(2, np.inf, F32)},
+    ],
+    ids=lambda tensors: " ".join(f"{name} {t.dtype} {t.shape}" for name, t in tensors.items()),
+)
+def test_hostile_codebook(tensors: Tensors, path: Path, codebook: bytes) -> None:
+    ops.load_packed(path)
+    assert_refused(path, forge(codebook, tensors))
+
+
+@pytest.mark.parametrize("shape", [[2, 3, 3, 4], [3, 3, 3, 2], [2, 3, 9], [2, 27], [], None])
+def test_codebook_of_another_shape(shape: Any, path: Path, codebook: bytes) -> None:
+    assert_refused(path, forge(codebook, shape=shape))

@@ -112,7 +112,7 @@ inline repetition::Algorithm parse_algorithm(const std::string& name) {
   using repetition::Algorithm;
   for (const auto a : {Algorithm::codegen, Algorithm::tables, Algorithm::dense, Algorithm::packed, Algorithm::codebook})
     if (name == repetition::algorithm_name(a)) return a;
-  throw py::value_error("algorithm: expected 'codegen', 'tables', 'dense' or 'packed', got '" + name + "'");
+  throw py::value_error("algorithm: expected 'codegen', 'tables', 'dense', 'packed' or 'codebook', got '" + name + "'");
 }
 
 inline repetition::Activations activations(const std::string& dtype, double scale, int zero_point, int bits,

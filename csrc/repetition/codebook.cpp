@@ -52,7 +52,12 @@ double block_cost(const Codebook& book, const Geometry& g, int64_t columns, int6
   const double sums = tile_cost(vectors, vectors, kernels, block, static_cast<double>(outputs), block, vector_bytes);
   double build = kernels * static_cast<double>(book.inputs) * (is_float ? 1.1 : 2.2);  // products: of 32 bits two
   if (columns) {
-    const double term = 1.1, width = (vectors + static_cast<double>(g.kernel[1]) - 1) / vectors;
+    const double term = 1.1;
+    const std::vector<ColumnTap> taps = column_taps(g);
+    double width = 0;  // vectors of a column's sums, for one of pixels
+    for (int phase = 0; phase < static_cast<int>(taps.size()); ++phase)
+      if (std::any_of(taps.begin(), taps.end(), [&](const ColumnTap& t) { return t.phase == phase; }))
+        width += (vectors + static_cast<double>(phase_reach(taps, phase))) / vectors;
     build =
         term * (kernels * static_cast<double>(g.kernel[1]) + static_cast<double>(columns * (g.kernel[0] + 1)) * width);
   }
@@ -106,7 +111,7 @@ void PackedConv2d::pack_codebook(const Weights& w) {
         uint32_t& word = kernels_[static_cast<size_t>(
             ((b * blocks + u / dense_outputs) * book.inputs + i) * dense_outputs + u % dense_outputs)];
         if (is_float) std::memcpy(&word, &value, 4);
-        else word = static_cast<uint32_t>(static_cast<int32_t>(value));
+        else word = static_cast<uint32_t>(static_cast<int32_t>(std::clamp(value, -1e9f, 1e9f)));  // if no output's
       }
 
   weights_size_ = static_cast<size_t>(w.outputs * book.patterns * entry_bytes_);

@@ -122,7 +122,8 @@ void PackedConv2d::pack(const Weights& w) {
       return serves_rows(w, geometry_, activations_) ? pack_rows(w) : pack_dense(w);
     case Algorithm::codebook: return pack_codebook(w);
     case Algorithm::packed:
-      throw std::invalid_argument("algorithm: expected 'codegen', 'tables' or 'dense' for a convolution, got 'packed'");
+      throw std::invalid_argument(
+          "algorithm: expected 'codegen', 'tables', 'dense' or 'codebook' for a convolution, got 'packed'");
   }
 }
 

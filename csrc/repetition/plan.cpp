@@ -123,7 +123,6 @@ CodeLayer code_layer(const Weights& w, const Geometry& g, const Activations& a) 
 Choice choose_conv2d(const Weights& w, const Geometry& g, const Activations& a) {
   const auto levels = distinct_levels(w);
   if (levels.empty()) return {Algorithm::codebook, "kernels of real values"};
-  if (levels.size() > 16) return {Algorithm::dense, "more than 16 levels"};
   const int64_t group_outputs = w.outputs / g.groups;
   const bool integers = a.dtype != DType::f32;
   const int64_t outputs =
@@ -138,7 +137,8 @@ Choice choose_conv2d(const Weights& w, const Geometry& g, const Activations& a) 
     return "predicted " + std::to_string(cycles / dense).substr(0, 4) + " of the time of dense sums";
   };
   const double book = w.codebook ? choose_codebook(*w.codebook, g, w.outputs, a).cost : dense;
-  if (generates_code()) {
+  if (levels.size() > 16 && book >= dense) return {Algorithm::dense, "more than 16 levels"};
+  if (generates_code() && levels.size() <= 16) {
     constexpr double pairs = 4;  // more cycles to stage a channel as 16-bit pairs than as bytes
     const auto phases =
         static_cast<double>(std::min(g.kernel[0], g.stride[0]) * std::min(g.kernel[1], g.stride[1]) * g.channels);

@@ -71,7 +71,7 @@ bool serves_rows(const Weights& w, const Geometry& g, const Activations& a) {
   const int64_t words = ceil_div(g.channels, is_float ? 1 : 4) * g.kernel[0] * g.kernel[1];
   const Kernels& k = kernels();
   return k.lanes >= 8 && (is_float || !k.dense_narrow) && g.groups == 1 &&
-         (g.channels >= least_channels || (!is_float && g.channels <= 4)) && w.codes &&
+         (g.channels >= least_channels || (!is_float && g.channels <= 4)) && (w.codes || w.codebook) &&
          (whole || w.level_count <= most_levels || have_zero(w)) && words >= least_words &&
          4 * w.outputs >= 3 * ceil_div(w.outputs, outputs_together) * outputs_together;
 }

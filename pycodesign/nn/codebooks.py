@@ -17,6 +17,7 @@ __all__ = ["Codebook", "anneal_codebooks", "use_codebooks"]
 BEGIN = {"sign": 0.5, "ternary": 0.75, "real": 1.0}  # what a float kernel has where the rounded one has 1
 BLOCK = 1 << 22  # products of a pattern and a kernel at a time
 SMALLEST_SCALE = 1e-12  # of outputs without weights; its logarithm is finite
+FAR = 8  # scales: a weight that is no longer asked which scale would suit it (LSQ: beyond the largest level)
 
 
 class Codebook(nn.Module):
@@ -25,7 +26,8 @@ class Codebook(nn.Module):
     The forward pass assigns each filter of the float weight its nearest kernel. Gradients go straight through the
     assignment to the float weight, and to the kernel and scale that took its place; kernels of -1, 0 and 1 are the
     rounded values of float ones, to which the gradient goes straight, too. So a trained network is the start, and one
-    optimizer trains everything. A learning rate for `log_scale` of a tenth of the others' does well.
+    optimizer trains everything. A learning rate for `log_scale` of a tenth of the others' does well, and no weight
+    decay, which would pull all scales towards 1. Outputs whose weights are all zero stay close to it.
 
     The attribute `share`, 1 from the start, is how much of the result the codebook makes; the float weight makes the
     rest. `anneal_codebooks` sets it in all layers of a network, and a state dict keeps it.
@@ -67,13 +69,14 @@ class Codebook(nn.Module):
 
     def forward(self, w: Tensor) -> Tensor:
         scale, kernels = self.scale(), self._rounded_kernels()
-        normalized = w / scale
+        normalized = (w / scale).detach()
         index, sign = self._assign(normalized, kernels)
         first = torch.arange(0, kernels[..., 0].numel(), kernels.shape[1], device=w.device)  # kernel of each codebook
         chosen = F.embedding(index + first[:, None], kernels.flatten(0, 1)) * sign[..., None]  # (C, O * J / C, D)
         chosen = chosen.unflatten(1, (len(w), -1)).transpose(0, 1).reshape(w.shape)
-        # In this form the estimator adds exactly 0: the result is scale times kernel, to the last bit.
-        result: Tensor = scale * (chosen + (normalized - normalized.detach()))
+        # Both terms of the estimator are exactly 0: the result is scale times kernel, to the last bit.
+        near = torch.where(normalized.abs() <= FAR, normalized, 0)
+        result: Tensor = scale * chosen + (w - w.detach()) - (scale - scale.detach()) * near
         return result if self.share == 1 else torch.lerp(w, result, self.share)
 
     def scale(self) -> Tensor:
@@ -116,22 +119,26 @@ class Codebook(nn.Module):
 
     @torch.no_grad()
     def _assign(self, normalized: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the nearest kernel of each pattern, and its sign: both (C, O * J / C)."""
+        """Return the nearest kernel of each pattern, and its sign: both (C, O * J / C). Autocast would find others."""
         codebooks, count, size = kernels.shape
         patterns = normalized.reshape(len(normalized), codebooks, -1, size).transpose(0, 1).reshape(codebooks, -1, size)
         half_norms = 0.5 * kernels.square().sum(2)[:, None]
         index, negative = [], []
         for block in patterns.split(max(1, BLOCK // (codebooks * count)), dim=1):
-            products = block @ kernels.mT
+            with torch.autocast(block.device.type, enabled=False):
+                products = block @ kernels.mT
             index.append((products.abs() - half_norms).argmax(2))
             negative.append(products.gather(2, index[-1][..., None])[..., 0] < 0)
         return torch.cat(index, 1), 1 - 2 * torch.cat(negative, 1).to(normalized.dtype)
 
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.share)
+        return torch.tensor([self.share, list(BEGIN).index(self.values)], dtype=torch.float64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        self.share = float(state)
+        share, values = state.tolist()
+        if list(BEGIN)[int(values)] != self.values:
+            raise ValueError(f"state: expected kernels of {self.values!r}, got {list(BEGIN)[int(values)]!r}")
+        self.share = share
 
     def extra_repr(self) -> str:
         codebooks, count, channels, *filter_size = self.kernels.shape
@@ -143,7 +150,7 @@ def use_codebooks(
 ) -> list[str]:
     """Give the convolutions of a network a `Codebook` each, in place, to be trained further.
 
-    These are the ungrouped ones (`torch.nn.Conv2d`) with filters larger than 1x1, but for those that have a
+    These are the ungrouped ones (`torch.nn.Conv2d`) with filters larger than 1x1, but for those whose weight has a
     parametrization already: a second call changes nothing. A first layer that reads three channels gains no time and
     costs accuracy: name it in `skip`.
 
@@ -164,8 +171,8 @@ def use_codebooks(
     Raises
     ------
     TypeError, ValueError
-        If a name in `skip` is no convolution's; as `kernel_codebook` does, with the layer's name. The model is then as
-        it was.
+        If a name in `skip` is no convolution's; if a hook computes a weight (`torch.nn.utils.weight_norm`), which then
+        is no parameter; as `kernel_codebook` does, with the layer's name. The model is then as it was.
 
     Examples
     --------
@@ -178,20 +185,23 @@ def use_codebooks(
     convs = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     if isinstance(skip, str):
         raise TypeError(f"skip: expected a collection of module names, got {skip!r}")
-    for name in skip:
+    skip = set(skip)
+    for name in sorted(skip):
         if name not in convs:
             raise ValueError(f"skip: expected names of convolutions, got {name!r}")
     made = {}
     for name, conv in convs.items():
         large = max(conv.kernel_size) > 1 and conv.groups == 1
         if large and name not in skip and not parametrize.is_parametrized(conv, "weight"):
+            if "weight" not in conv._parameters:
+                raise ValueError(f"{name}: expected a weight that is a parameter, got one that a hook computes")
             try:
                 made[name] = Codebook(conv.weight, kernels, values, **options)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
     for name, codebook in made.items():
         parametrize.register_parametrization(convs[name], "weight", codebook).train(convs[name].training)
-    return [name for name, conv in convs.items() if find_codebook(conv) is not None]
+    return [name for name, conv in convs.items() if _parametrization(conv)]
 
 
 def anneal_codebooks(model: nn.Module, share: float) -> None:
@@ -229,7 +239,13 @@ def anneal_codebooks(model: nn.Module, share: float) -> None:
 
 def find_codebook(module: nn.Module) -> KernelCodebook | None:
     """Return the weights of a module whose weight a `Codebook` makes; None for any other module."""
+    made = _parametrization(module)
+    return made[0].export(made.original) if made else None
+
+
+def _parametrization(module: nn.Module) -> Any:
+    """Return the parametrization of a weight that is a `Codebook` and nothing else, or None."""
     if not parametrize.is_parametrized(module, "weight"):
         return None
     made: Any = module.parametrizations["weight"]  # type: ignore[index]
-    return made[0].export(made.original) if len(made) == 1 and isinstance(made[0], Codebook) else None
+    return made if len(made) == 1 and isinstance(made[0], Codebook) else None

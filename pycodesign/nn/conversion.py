@@ -13,8 +13,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from pycodesign.nn.calibration import Affines, Observer, find_range, list_calls, to_affine
 from pycodesign.nn.fusion import Weights, fuse, gather
-from pycodesign.nn.graph import KEEPS, is_plain, read_norm
-from pycodesign.nn.layers import SKIPPED, UNNAMED, Quantizers, check_arguments, find_layers
+from pycodesign.nn.graph import KEEPS, call_name, is_plain, read_norm
+from pycodesign.nn.layers import SKIPPED, UNNAMED, Quantizers, check_arguments, find_layers, resolve_names
 from pycodesign.nn.lowering import CannotPack, Lowered, insert, lower, quantize_to, sort_graph
 from pycodesign.nn.modules import WINDOWS, Conv2d, Linear, Segment
 from pycodesign.nn.program import Program, Step, describe_layer, prepack
@@ -28,6 +28,8 @@ __all__ = ["convert"]
 ATTRIBUTES = {"in_features", "out_features", "in_channels", "out_channels", "kernel_size", "groups", *WINDOWS}
 NO_VALUES = "example_inputs: expected an example that shows values, got none but empty ones"
 READ = "the model reads its weights itself"
+FUNCTIONS = {"linear", "addmm", *(f"conv{kind}{n}d" for kind in ("", "_transpose") for n in (1, 2, 3))}
+FUNCTION = "a function: there are kernels for modules, which hold their weights"
 
 
 def convert(
@@ -107,23 +109,12 @@ def convert(
     calls = list_calls(example_inputs)
     if activations == "uint8" and not calls:
         raise ValueError("example_inputs: expected at least one for uint8 activations, got None")
-    source = copy.deepcopy(model)
-    layers, rows = find_layers(source, weights, activations, skip)
-    calibration = calibration if activations == "uint8" else ""
-    try:
-        if isinstance(source, KEEPS):
-            raise ValueError("it is a layer")
-        traced = trace(source, calls)
-    except Exception as error:  # of any kind: it is the model's code that runs
-        source = copy.deepcopy(model)  # its code may have changed the other copy
-        why = f"not traced ({_first_line(error)}), so by itself"
-        for name in layers:
-            rows[name].why = "; ".join(filter(None, [rows[name].why, why]))
-        converted = _replace_layers(source, layers, rows, calls, calibration)
-    else:
-        converted = _convert_graph(traced, layers, rows, calls, calibration)
-    if calibration:
-        converted.requires_grad_(False)  # of layers that stay torch's: there is no way back through integers
+    names = resolve_names(model)
+    skip = {names[name] for name in skip}
+    if isinstance(weights, Mapping):
+        weights = {names[name]: quantizer for name, quantizer in weights.items()}
+    with torch.inference_mode(False):  # tensors made in it have no gradients, and nobody can tell whether they change
+        converted, rows = _convert(model, weights, calls, skip, calibration if activations == "uint8" else "")
     left = _attach_reasons(converted, rows)
     if strict and (refused := [row for row in left if row.layer not in skip]):
         raise ValueError(
@@ -133,6 +124,37 @@ def convert(
         model.__class__, model.__dict__ = converted.__class__, converted.__dict__
         return model
     return converted
+
+
+def _convert(
+    model: nn.Module, weights: Quantizers, calls: list[tuple[Any, ...]], skip: Collection[str], calibration: str
+) -> tuple[nn.Module, dict[str, Row]]:
+    """Return the converted network and a row for each of its layers; with `calibration` activations are uint8."""
+    source = _copy(model)
+    layers, rows = find_layers(source, weights, "uint8" if calibration else "float32", skip)
+    try:
+        if isinstance(source, KEEPS):
+            raise ValueError("it is a layer")
+        traced = trace(source, calls)
+    except Exception as error:  # of any kind: it is the model's code that runs
+        source = _copy(model)  # its code may have changed the other copy
+        why = f"not traced ({_first_line(error)}), so by itself"
+        for name in layers:
+            rows[name].why = "; ".join(filter(None, [rows[name].why, why]))
+        converted = _replace_layers(source, layers, rows, calls, calibration)
+    else:
+        converted = _convert_graph(traced, layers, rows, calls, calibration)
+    if calibration:
+        converted.requires_grad_(False)  # of layers that stay torch's: there is no way back through integers
+    return converted, rows
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except RuntimeError as error:
+        wanted = "one that can be copied (torch.nn.utils.weight_norm cannot: remove it first)"
+        raise ValueError(f"model: expected {wanted}, got {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -147,14 +169,19 @@ def _convert_graph(
     calibration: str,
 ) -> fx.GraphModule:
     called = {node.target for node in traced.graph.nodes if node.op == "call_module"}
-    for name in _find_read(traced, rows):
+    read = _find_read(traced, rows)
+    for name in read:
         layers.pop(name, None)
         rows[name].why = rows[name].why or READ
     for name in rows:
         if name not in called:
             layers.pop(name, None)
             rows[name].why = rows[name].why or _find_hooks(traced, name) or "the model does not call it by itself"
-    _fold_norms(traced, layers, rows)
+    for node in traced.graph.nodes:
+        if node.op == "call_function" and call_name(node) in FUNCTIONS:
+            name = f"{node.name}()"
+            rows[name] = Row(name, call_name(node), why=FUNCTION, position=len(rows))
+    _fold_norms(traced, layers, rows, read)
     affines: Affines | None = None
     if calls:
         observer = Observer(traced, layers, calibration)
@@ -179,8 +206,8 @@ def _convert_graph(
 
 
 def _find_read(traced: fx.GraphModule, names: Iterable[str]) -> list[str]:
-    """Return the modules whose tensors are not only read by themselves."""
-    read = [str(node.target) for node in traced.graph.nodes if node.op == "get_attr"]
+    """Return the modules whose tensors, or what computes them, are not only read by themselves."""
+    read = [str(node.target) for node in traced.graph.nodes if node.op in ("get_attr", "call_module")]
     return [name for name in names if any(target.startswith(f"{name}.") for target in read)]
 
 
@@ -208,8 +235,10 @@ def _lower_all(traced: fx.GraphModule, layers: dict[str, Weights], rows: dict[st
             norms.add(name)
 
 
-def _fold_norms(traced: fx.GraphModule, layers: Mapping[str, Weights], rows: dict[str, Row]) -> None:
-    """Fold batch normalization into convolutions that stay torch's; those that somebody named stay as they are."""
+def _fold_norms(
+    traced: fx.GraphModule, layers: Mapping[str, Weights], rows: dict[str, Row], read: Collection[str]
+) -> None:
+    """Fold batch normalization into convolutions that stay torch's; those that are named or read stay as they are."""
     called = [node.target for node in traced.graph.nodes]
     for node in list(traced.graph.nodes):
         before = node.args[0] if node.args else None
@@ -218,7 +247,9 @@ def _fold_norms(traced: fx.GraphModule, layers: Mapping[str, Weights], rows: dic
         name = str(before.target)
         norm, conv = traced.get_submodule(str(node.target)), traced.get_submodule(name)
         plain = type(norm) is nn.BatchNorm2d and type(conv) is nn.Conv2d and is_plain(norm) and is_plain(conv)
-        if not plain or norm.running_mean is None or name in layers or rows[name].why in (SKIPPED, UNNAMED, READ):
+        if not plain or norm.running_mean is None or {name} & {*layers, *read}:
+            continue
+        if rows[name].why in (SKIPPED, UNNAMED):
             continue
         finite = all(np.isfinite(array).all() for array in read_norm(norm))
         if finite and called.count(name) == 1 and len(before.users) == 1:
@@ -309,4 +340,6 @@ def _attach_reasons(converted: nn.Module, rows: Mapping[str, Row]) -> list[Row]:
     for row in left:
         if row.layer in modules:
             attach_rows(modules[row.layer], [row])
+    if gone := [row for row in left if row.layer not in modules]:  # or never was a module: the network tells
+        attach_rows(converted, [*(row for row in converted.__dict__.get(ROWS, ()) if row.layer not in rows), *gone])
     return left

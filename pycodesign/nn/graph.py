@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from typing import Any, TypeAlias
 
@@ -30,7 +31,7 @@ def call_name(node: fx.Node) -> str:
     if node.target is getattr:
         return str(node.args[1])
     where = getattr(node.target, "__module__", None) or "torch"
-    own = where.startswith(("torch", "_operator", "builtins", "math"))
+    own = where.partition(".")[0] in ("torch", "_operator", "builtins", "math")
     return str(getattr(node.target, "__name__", "")) if own else ""
 
 
@@ -78,7 +79,7 @@ def match_module(module: nn.Module) -> Match:
 def is_plain(module: nn.Module) -> bool:
     """Say whether a call runs the forward of the module's class and nothing else."""
     hooks = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
-    return not any(hooks) and "forward" not in module.__dict__
+    return not any(hooks) and module.__dict__.keys().isdisjoint(("forward", "_conv_forward"))
 
 
 def match_call(node: fx.Node) -> Match:
@@ -111,7 +112,7 @@ def match_call(node: fx.Node) -> Match:
     if target in (torch.mean, "mean"):
         a = bind(node, "x", "dim", "keepdim", dim=None, keepdim=False)
         dims = a["dim"] if isinstance(a["dim"], (tuple, list)) else ()
-        images = sorted(dims) in ([2, 3], [-2, -1]) and a.keys() <= {"x", "dim", "keepdim"}
+        images = set(dims) in ({2, 3}, {-2, -1}) and len(dims) == 2 and a.keys() <= {"x", "dim", "keepdim"}
         return ("avg_pool2d", {"flat": not a["keepdim"]}) if images else None
     if target in (torch.flatten, "flatten"):
         a = bind(node, "x", "start_dim", "end_dim", start_dim=0, end_dim=-1)
@@ -139,7 +140,7 @@ def _is_batch_size(value: Any, x: Any) -> bool:
 
 
 def _clamp(low: Any, high: Any) -> Match:
-    if not all(bound is None or isinstance(bound, (int, float)) for bound in (low, high)):
+    if not all(bound is None or (isinstance(bound, (int, float)) and not math.isnan(bound)) for bound in (low, high)):
         return None
     if low is not None and high is not None and not low <= high:
         return None
@@ -149,14 +150,24 @@ def _clamp(low: Any, high: Any) -> Match:
 def _max_pool(kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool, return_indices: bool) -> Match:
     if ceil_mode or return_indices:
         return None
-    return "max_pool2d", {"kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    windows = {"kernel_size": kernel, "stride": stride, "padding": padding, "dilation": dilation}
+    return "max_pool2d", {name: to_plain(value) for name, value in windows.items()}
 
 
 def _avg_pool(kernel: Any, stride: Any, padding: Any, ceil_mode: bool, count_include_pad: bool, divisor: Any) -> Match:
     if ceil_mode or divisor is not None:
         return None
     windows = {"kernel_size": kernel, "stride": stride, "padding": padding}
-    return "avg_pool2d", {**windows, "count_include_pad": count_include_pad}
+    plain = {name: to_plain(value) for name, value in windows.items()}
+    return "avg_pool2d", {**plain, "count_include_pad": count_include_pad}
+
+
+def to_plain(value: Any) -> Any:
+    """Return an integer or a pair of Python's for one that torch takes: of NumPy, or one number in a tuple."""
+    if isinstance(value, (tuple, list)):
+        numbers = tuple(map(to_plain, value))
+        return numbers[0] if len(numbers) == 1 else numbers
+    return operator.index(value) if hasattr(value, "__index__") else value
 
 
 def _adaptive_pool(size: Any) -> Match:

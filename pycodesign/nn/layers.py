@@ -69,8 +69,11 @@ def _find_weights(name: str, module: Any, quantizer: Quantizer, activations: str
     """Return what to pack and, where weights are not kept exactly, why."""
     base = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear
     own = find_weight(module)
-    if own is None and type(module).forward is not base.forward:
-        raise ValueError(f"{type(module).__name__} has a forward of its own")
+    kind: Any = type(module)
+    known = kind.__module__.startswith(("brevitas.", "torchao."))
+    methods = ("forward", "_conv_forward") if base is nn.Conv2d else ("forward",)
+    if not known and any(getattr(kind, method) is not getattr(base, method) for method in methods):
+        raise ValueError(f"{kind.__name__} has a forward of its own")
     if module.weight.dtype != torch.float32:
         raise ValueError(f"weight: expected torch.float32, got {module.weight.dtype}")
     options = read_geometry(module) if base is nn.Conv2d else {}
@@ -106,6 +109,12 @@ def check_levels(q: FewValued, activations: str) -> None:
             raise ValueError(f"its weights do not repeat: {distinct} distinct values among the {inputs} of an output")
 
 
+def resolve_names(model: nn.Module) -> dict[str, str]:
+    """Return the first name of a module by each of its names."""
+    first: dict[nn.Module, str] = {}
+    return {name: first.setdefault(module, name) for name, module in model.named_modules(remove_duplicate=False)}
+
+
 def check_arguments(model: Any, weights: Quantizers, activations: str, skip: Collection[str], calibration: str) -> None:
     """Check what `convert` is given, except for its examples."""
     if not isinstance(model, nn.Module):
@@ -114,7 +123,7 @@ def check_arguments(model: Any, weights: Quantizers, activations: str, skip: Col
         raise ValueError(f"activations: expected 'float32' or 'uint8', got {activations!r}")
     if calibration not in CALIBRATIONS:
         raise ValueError(f"calibration: expected 'minmax' or 'percentile', got {calibration!r}")
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name, module in modules.items():
         if module.training:
             where = f"{name!r} ({type(module).__name__})" if name else type(module).__name__

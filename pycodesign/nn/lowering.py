@@ -245,6 +245,6 @@ def sort_graph(graph: fx.Graph) -> None:
         if len(later) == len(waiting):
             raise RuntimeError("graph: expected no cycle")
         waiting = later
-    nodes = list(done)
+    nodes = sorted(done, key=lambda node: node.op == "output")  # stably: the output last
     for before, node in itertools.pairwise(nodes):
         before.append(node)

@@ -14,6 +14,7 @@ from pycodesign import quantize
 from pycodesign._arguments import SHORT_FLOATS, Array, join_names, to_numpy, to_pair
 from pycodesign._quantized import FewValued, from_arrays, to_arrays
 from pycodesign.nn import ops
+from pycodesign.nn.graph import to_plain
 from pycodesign.nn.program import LayerWeights, Program, Step, find_chain, join_weights, parse_program, split_weights
 from pycodesign.nn.sources import find_weight
 from pycodesign.nn.weights import dequantize, weight_shape
@@ -384,4 +385,5 @@ def read_geometry(module: nn.Conv2d) -> dict[str, Any]:
         if any(margin % 2 for margin in margins):
             raise ValueError(f"padding: expected as much on both sides, got 'same' with kernel {module.kernel_size}")
         padding = (margins[0] // 2, margins[1] // 2)
-    return {"stride": module.stride, "padding": padding, "dilation": module.dilation, "groups": module.groups}
+    geometry = {"stride": module.stride, "padding": padding, "dilation": module.dilation, "groups": module.groups}
+    return {name: to_plain(value) for name, value in geometry.items()}

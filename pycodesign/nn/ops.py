@@ -125,7 +125,7 @@ _keys_of, _count_modes, _find_transform = (
     torch._C._len_torch_dispatch_stack,
     torch._C._functorch.peek_interpreter_stack,
 )
-_plain_keys = _keys_of(torch.empty(0)).raw_repr()
+_plain_keys = _keys_of(torch.empty(0, device="cpu")).raw_repr()
 
 
 def are_plain(tensors: Sequence[Tensor]) -> bool:

@@ -73,9 +73,14 @@ def describe_kind(module: Any) -> str:
 
 def describe_packed(row: Row, packed: Packed, where: str) -> Row:
     """Return the row of a layer that was converted."""
-    levels = str(packed._levels.shape[-1]) if packed.algorithm != "codebook" else f"{packed._kernels.shape[1]} kernels"
+    levels = count_levels(packed._levels if packed.algorithm != "codebook" else packed._kernels)
     runs = f"{packed.algorithm}, {packed._options['input_dtype']}"
     return Row(row.layer, row.kind, runs, levels, where, "; ".join(filter(None, [row.why, packed._why])), row.position)
+
+
+def count_levels(levels: Any) -> str:
+    """Name the number of levels, (Q,) or (O, Q), or of a codebook's kernels, (C, U, p) or (C, U, p, kH, kW)."""
+    return str(levels.shape[-1]) if levels.ndim < 3 else f"{levels.shape[1]} kernels"
 
 
 def attach_rows(module: nn.Module, rows: list[Row]) -> None:
@@ -121,7 +126,7 @@ def _describe_layer(name: str, layer: Layer) -> Row:
     row = Row(name, describe_kind(layer), why="convert has not seen it")
     dtype = layer.options.get("input_dtype")
     if dtype in SHORT_FLOATS:  # packed at its first call on a GPU
-        return replace(row, runs=f"packed, {dtype}", levels=str(layer.levels.shape[-1]), where=name)
+        return replace(row, runs=f"packed, {dtype}", levels=count_levels(layer.levels), where=name)
     return describe_packed(row, layer.packed(), name)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from pycodesign._arguments import to_pair
-from pycodesign.nn.graph import KEEPS, bind, call_name, is_plain, match
+from pycodesign.nn.graph import KEEPS, bind, call_name, is_plain, match, to_plain
 
 ELEMENTWISE = (nn.SiLU, nn.GELU, nn.LeakyReLU, nn.Hardswish, nn.ELU, nn.Mish, nn.PReLU, nn.LayerNorm, nn.GroupNorm)
 PROMOTING = (nn.Sigmoid, nn.Tanh, nn.Hardsigmoid, nn.Softplus, nn.Softmax)  # make floats of integers
@@ -144,7 +144,7 @@ class Shapes:
         if layer.padding == "same":
             return image
         padding = 0 if layer.padding == "valid" else layer.padding
-        return _slide(image, layer.kernel_size, layer.stride, padding, layer.dilation)
+        return _slide(image, *map(to_plain, (layer.kernel_size, layer.stride, padding, layer.dilation)))
 
     def _find_other(self, node: fx.Node) -> Shape:
         """Find the shape of what no step computes."""

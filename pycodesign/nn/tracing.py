@@ -12,13 +12,16 @@ from torch import Tensor, fx, nn
 
 from pycodesign.nn.graph import KEEPS, bind, call_name, find_rank, is_plain
 
-IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+IDENTITIES = (nn.Identity, *DROPOUTS)
 IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
 DRAWS = ("normal_", "bernoulli_", "random_")  # what torch has under their names does something else
+CASTS = ("to", "type", "type_as", "double", "half", "bfloat16", "int", "long", "short", "char", "byte", "bool")
 NUMBERS = ("size", "dim", "numel", "item", "stride", "shape", "ndim")  # attributes that are no tensors
 # What may return its input, or share its memory. Functions of other modules than torch's may, too.
 VIEWS = frozenset(
-    "T mT H mH data real imag atleast_1d atleast_2d atleast_3d as_strided broadcast_tensors broadcast_to chunk conj"
+    "T mT H mH adjoint as_tensor asarray unsafe_chunk unsafe_split unsafe_split_with_sizes"
+    " data real imag atleast_1d atleast_2d atleast_3d as_strided broadcast_tensors broadcast_to chunk conj"
     " contiguous cpu cuda detach diagonal double dsplit expand expand_as flatten float getitem half hsplit bfloat16 int"
     " long bool meshgrid moveaxis movedim narrow permute pos positive ravel requires_grad_ reshape reshape_as"
     " resolve_conj resolve_neg select split split_with_sizes squeeze swapaxes swapdims t tensor_split to transpose"
@@ -26,13 +29,16 @@ VIEWS = frozenset(
 )
 
 
-class InPlaceProxy(fx.Proxy):
+class _InPlace:
     """Records ``y += x`` as it stands; `torch.fx` makes it ``y = y + x``, and other names of y keep the old value."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("tracer", "node"):
+        if name not in ("tracer", "node", "_node", "root", "attr"):
             raise ValueError(f"it sets {name} of a tensor")
         super().__setattr__(name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        return InPlaceAttribute(self, name)  # type: ignore[arg-type]
 
 
 def _record_in_place(name: str) -> Any:
@@ -43,7 +49,15 @@ def _record_in_place(name: str) -> Any:
 
 
 for _name in IN_PLACE:
-    setattr(InPlaceProxy, f"__i{_name}__", _record_in_place(_name))
+    setattr(_InPlace, f"__i{_name}__", _record_in_place(_name))
+
+
+class InPlaceProxy(_InPlace, fx.Proxy):
+    """What a node makes."""
+
+
+class InPlaceAttribute(_InPlace, fx.proxy.Attribute):
+    """An attribute of that, as ``y.data``."""
 
 
 class Argument(nn.Module):
@@ -73,13 +87,15 @@ class Tracer(fx.Tracer):
 
     def __init__(self, calls: Sequence[tuple[Any, ...]]) -> None:
         super().__init__()
-        self.calls = calls
+        self.calls, self.modes = calls, _list_modes()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         whole = isinstance(m, KEEPS) or type(m).__module__.startswith(("brevitas.", "pycodesign.nn."))
         return whole or not is_plain(m) or super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
+        if _list_modes() != self.modes:
+            raise ValueError("it turns gradients or autocast on or off")
         return InPlaceProxy(node, self)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
@@ -98,6 +114,10 @@ class Tracer(fx.Tracer):
             if required:
                 node.args = ()
         return root_fn, args
+
+
+def _list_modes() -> tuple[bool, ...]:
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu")
 
 
 def _is_constant(value: Any) -> bool:
@@ -132,9 +152,7 @@ def trace(model: nn.Module, calls: Sequence[tuple[Any, ...]] = ()) -> fx.GraphMo
         raise ValueError("it draws random numbers")
     constants = set(tracer.tensor_attrs.values()) - before.keys()  # that the forward makes: attributes of torch.fx
     for name, value in _list_state(modules).items():
-        if name in constants:
-            continue
-        if name not in before or value[0] is not before[name][0] or value[1] != before[name][1]:
+        if name not in constants and (name not in before or not _is_same(value, before[name])):
             raise ValueError(f"its forward changes {name}")
     drop_writes(traced)
     find_norms(traced)
@@ -145,6 +163,8 @@ def trace(model: nn.Module, calls: Sequence[tuple[Any, ...]] = ()) -> fx.GraphMo
         if is_identity(traced, node):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.op == "call_module" and not is_plain(module := traced.get_submodule(str(node.target))):
+            module._is_impure = True  # type: ignore[assignment]  # its hooks run also where nothing reads its result
     graph.eliminate_dead_code()
     return traced
 
@@ -186,18 +206,36 @@ def _make_norm(traced: fx.GraphModule, node: fx.Node) -> nn.BatchNorm2d | None:
         return None
     norm = nn.BatchNorm2d(len(mean), a["eps"], affine=False).eval()
     norm.running_mean, norm.running_var = mean, variance
-    norm.weight, norm.bias = weight, bias
+    for name, value in (("weight", weight), ("bias", bias)):
+        is_buffer = value is not None and not isinstance(value, nn.Parameter)
+        norm.register_parameter(name, nn.Parameter(value, requires_grad=False) if is_buffer else value)
     return norm
 
 
-def _list_state(modules: Mapping[str, nn.Module]) -> dict[str, tuple[Any, int]]:
+def _list_state(modules: Mapping[str, nn.Module]) -> dict[str, Any]:
     """Return every attribute and buffer of every module by name, and how often tensors were written to."""
-    state = {}
+    state, torchs = {}, vars(nn.Module()).keys()
     for prefix, module in modules.items():
         for name, value in {**vars(module), **module._buffers}.items():
-            counted = isinstance(value, Tensor) and not value.is_inference()
-            state[f"{prefix}.{name}".lstrip(".")] = value, value._version if counted else 0
+            state[f"{prefix}.{name}".lstrip(".")] = _freeze(value, 0 if name in torchs else 4)
     return state
+
+
+def _freeze(value: Any, depth: int) -> tuple[Any, ...]:
+    """Return a value and what it holds now: how often a tensor was written to, the elements of a list or dict."""
+    if isinstance(value, Tensor):
+        return value, 0 if value.is_inference() else value._version
+    if depth and isinstance(value, (list, dict)):
+        elements = [*value.keys(), *value.values()] if isinstance(value, dict) else value
+        return value, *(_freeze(element, depth - 1) for element in elements)
+    return (value,)
+
+
+def _is_same(now: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
+    if len(now) != len(before) or now[0] is not before[0]:
+        return False
+    pairs = zip(now[1:], before[1:], strict=True)
+    return all(_is_same(*pair) if isinstance(pair[0], tuple) else pair[0] == pair[1] for pair in pairs)
 
 
 def drop_writes(traced: fx.GraphModule) -> None:
@@ -263,13 +301,35 @@ def _make_pure(traced: fx.GraphModule, node: fx.Node) -> None:
     elif node.kwargs.get("inplace"):
         node.kwargs = {**node.kwargs, "inplace": False}
     elif node.target in IN_PLACE_OPERATORS:
+        _check_dtypes(traced, node)
         node.target = IN_PLACE_OPERATORS[node.target]
     else:
+        _check_dtypes(traced, node)
         name = call_name(node)
         pure = getattr(torch, name.removesuffix("_"), None)
         if node.target is operator.setitem or name in DRAWS or pure is None:
             raise ValueError(f"{name} writes into a tensor in place")
         node.op, node.target = "call_function", pure
+
+
+def _check_dtypes(traced: fx.GraphModule, node: fx.Node) -> None:
+    """Raise ValueError where operands may differ in dtype: what is written keeps its own, a new value may have another.
+
+    Layers with weights make float32, or no packed layer could be among them.
+    """
+    seen, left = set(), list(node.all_input_nodes)
+    while len(node.all_input_nodes) > 1 and left:
+        operand = left.pop()
+        constant = operator.attrgetter(str(operand.target))(traced) if operand.op == "get_attr" else None
+        other = isinstance(constant, Tensor) and constant.dtype != torch.float32
+        casts = call_name(operand) in CASTS or any(isinstance(a, torch.dtype) for a in (*operand.args, *operand.kwargs))
+        if other or (casts and torch.float32 not in (*operand.args, *operand.kwargs.values())):
+            raise ValueError(f"{node.name} writes a value into one that may have another dtype")
+        module = traced.get_submodule(str(operand.target)) if operand.op == "call_module" else None
+        weighs = module is not None and next(module.parameters(), None) is not None
+        if operand not in seen and not weighs and call_name(operand) != "float":
+            left += operand.all_input_nodes
+        seen.add(operand)
 
 
 def _list_shared(traced: fx.GraphModule, node: fx.Node) -> list[fx.Node]:
@@ -288,6 +348,8 @@ def is_identity(traced: fx.GraphModule, node: fx.Node) -> bool:
     if node.op == "call_module":
         module = traced.get_submodule(str(node.target))
         return type(module) in IDENTITIES and is_plain(module)
-    if node.op == "call_function" and getattr(node.target, "__name__", "").endswith("dropout"):
+    if node.op == "call_function" and (name := getattr(node.target, "__name__", "")).endswith("dropout"):
         return not bind(node, "input", "p", "training", training=True)["training"]
+    if node.op == "call_function" and name == "stochastic_depth":  # of torchvision
+        return not bind(node, "input", "p", "mode", "training", training=True)["training"]
     return False

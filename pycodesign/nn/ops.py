@@ -79,27 +79,25 @@ def define(
     differentiable: Callable[..., Any] | None,
     cuda: Callable[..., Any] | None = None,
     cast: Callable[..., Sequence[Any]] | None = None,
-    values: Callable[..., Sequence[Tensor]] | None = None,
-    needs_gradient: Callable[..., bool] | None = None,
+    is_plain: Callable[..., bool] | None = None,
 ) -> None:
     """Define an operator with its kernels; `differentiable(operator, *args)` calls it, and has a gradient.
 
     Without a kernel for CUDA it refuses tensors there. Under autocast it takes `cast(*args)`: float32 by default. Where
-    ``values(*args)``, all tensors but weights, are plain ones in host memory, its kernel is called at once.
-    ``needs_gradient(*args)`` is whether any tensor requires one.
+    ``is_plain(*args)``, no gradient is recorded and all tensors but weights are in host memory and nothing else: its
+    kernel is called at once.
     """
     name = schema[: schema.index("(")]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     operator = getattr(torch.ops.pycodesign, name).default
-    is_grad_enabled, requires = torch.is_grad_enabled, needs_gradient or _any_requires_grad
 
     def autograd(*args: Any) -> Any:
         if forward_ad._current_level >= 0:
             refuse_tangents(name, args)
-        if is_grad_enabled() and requires(*args) and differentiable is not None:
-            return differentiable(operator, *args)
-        if values is not None and are_plain(values(*args)):
+        if is_plain is not None and is_plain(*args):
             return cpu(*args)  # a microsecond less than another dispatch
+        if differentiable is not None and torch.is_grad_enabled() and any_requires_grad(*args):
+            return differentiable(operator, *args)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
 
@@ -125,6 +123,7 @@ _keys_of, _count_modes, _find_transform = (
     torch._C._len_torch_dispatch_stack,
     torch._C._functorch.peek_interpreter_stack,
 )
+_from_numpy, _is_grad_enabled = torch.from_numpy, torch.is_grad_enabled
 _plain_keys = _keys_of(torch.empty(0, device="cpu")).raw_repr()
 
 
@@ -168,7 +167,7 @@ def _search_requires_grad(*args: Any) -> bool:
     return any(_search_requires_grad(*a) if isinstance(a, list) else getattr(a, "requires_grad", False) for a in args)
 
 
-_any_requires_grad = getattr(torch._C, "_any_requires_grad", _search_requires_grad)  # since torch 2.5
+any_requires_grad = getattr(torch._C, "_any_requires_grad", _search_requires_grad)  # since torch 2.5
 
 
 def _to_float32(argument: Any) -> Any:
@@ -203,11 +202,14 @@ def run_conv2d(
     """Kernel of ``torch.ops.pycodesign.conv2d`` for the CPU."""
     key = id(codes), id(levels), id(scale), id(bias), options
     packed, run, epilogue, promised = prepared.get(key, (codes, levels, scale, bias), _prepare_conv2d, options)
-    given = to_array("x", x)
+    try:
+        given = x.numpy()
+    except (RuntimeError, TypeError):
+        given = to_array("x", x)
     if promised:
         check_promise(given, packed._options)
     added = None if residual is None else to_array("residual", residual)
-    return torch.from_numpy(run(given, added, *epilogue, None))
+    return _from_numpy(run(given, added, *epilogue, None))
 
 
 def run_linear(
@@ -222,12 +224,15 @@ def run_linear(
     """Kernel of ``torch.ops.pycodesign.linear`` for the CPU."""
     key = id(codes), id(levels), id(scale), id(bias), options
     packed, run, epilogue, promised = prepared.get(key, (codes, levels, scale, bias), _prepare_linear, options)
-    given = to_array("x", x)
+    try:
+        given = x.numpy()
+    except (RuntimeError, TypeError):
+        given = to_array("x", x)
     if promised:
         check_promise(given, packed._options)
     added = None if residual is None else to_array("residual", residual)
     if given.ndim == 2:
-        return torch.from_numpy(run(given, added, *epilogue, None))
+        return _from_numpy(run(given, added, *epilogue, None))
     outputs, inputs = packed._shape
     check_array("x", given, (packed._options["input_dtype"],), f"(..., {inputs})", given.shape[-1:] == (inputs,))
     shape, rows = (*given.shape[:-1], outputs), math.prod(given.shape[:-1])
@@ -436,11 +441,7 @@ ARGUMENTS = (
 )
 
 
-def _layer_values(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    return (x,) if len(others) < 5 or others[4] is None else (x, others[4])
-
-
-def _layer_needs_gradient(
+def _is_plain_call(
     x: Tensor,
     codes: Tensor,
     levels: Tensor,
@@ -449,7 +450,12 @@ def _layer_needs_gradient(
     residual: Tensor | None = None,
     options: str = "{}",
 ) -> bool:
-    return (
+    """`are_plain` of x and residual, where no gradient is to be recorded: in one frame, as every call asks."""
+    if _count_modes() or _keys_of(x).raw_repr() != _plain_keys or _find_transform() is not None:
+        return False
+    if residual is not None and _keys_of(residual).raw_repr() != _plain_keys:
+        return False
+    return not _is_grad_enabled() or not (
         x.requires_grad
         or levels.requires_grad
         or scale.requires_grad
@@ -468,6 +474,5 @@ for kind, cpu, fake in (("conv2d", run_conv2d, fake_conv2d), ("linear", run_line
         LayerGradient.apply,
         on_device[kind],
         casts[kind],
-        _layer_values,
-        _layer_needs_gradient,
+        _is_plain_call,
     )

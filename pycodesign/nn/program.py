@@ -32,6 +32,8 @@ from pycodesign.nn.cache import TensorCache, Weights
 from pycodesign.nn.ops import (
     DTYPES,
     GEOMETRY,
+    any_requires_grad,
+    are_plain,
     check_fake,
     define,
     library,
@@ -392,10 +394,15 @@ def _record_backward(_: Any, *args: Any) -> list[Tensor]:
     return run_backward(*args)
 
 
+def _is_plain_call(inputs: Sequence[Tensor], codes: Tensor, *others: Any) -> bool:
+    recorded = torch.is_grad_enabled() and any_requires_grad(inputs, codes, *others)
+    return not recorded and are_plain([*inputs, codes])
+
+
 WEIGHTS = "Tensor codes, Tensor levels, Tensor scale, Tensor bias, str program"
 BACKWARD = f"chain_backward(Tensor[] grads, Tensor[] inputs, {WEIGHTS}) -> Tensor[]"
 CHAIN = f"chain(Tensor[] inputs, {WEIGHTS}) -> Tensor[]"
-define(CHAIN, run_chain, fake_chain, _apply_gradient, values=lambda inputs, codes, *_: [*inputs, codes])
+define(CHAIN, run_chain, fake_chain, _apply_gradient, is_plain=_is_plain_call)
 define(BACKWARD, run_backward, _fake_backward, _record_backward)
 define(f"chain_weights({WEIGHTS}) -> Tensor[]", run_weights, _fake_weights, None)
 for key in ("Batched", "FuncTorchBatched"):  # of many gradients at once: `is_grads_batched`, and vmap

@@ -27,8 +27,8 @@ LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 def to_numpy(name: str, array: Array) -> tuple[NDArray[Any], str]:
     """Return the array without a copy, and of which kind it was: ``"numpy"`` or ``"torch"``."""
-    if isinstance(array, np.ndarray):
-        return array, "numpy"
+    if isinstance(array, np.ndarray) and not isinstance(array, np.ma.MaskedArray):
+        return np.asarray(array), "numpy"
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
         if array.device.type != "cpu":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 try:
@@ -12,6 +13,8 @@ except ImportError as error:
         "in a source checkout, build it with `pip install .` or `pip install -e .`"
     ) from error
 
+MOST_THREADS = 4096
+
 __version__: str = _core.build_info()["version"]
 
 
@@ -21,12 +24,14 @@ def set_num_threads(n: int) -> None:
     Parameters
     ----------
     n : int
-        At least 1. The default is the number of cores this process may use, or ``PYCODESIGN_NUM_THREADS``.
+        1 to 4096. The default is the number of cores this process may use, or ``PYCODESIGN_NUM_THREADS``.
 
     Raises
     ------
+    TypeError
+        If `n` is no integer.
     ValueError
-        If `n` is not positive.
+        If `n` is out of range.
 
     Examples
     --------
@@ -37,7 +42,12 @@ def set_num_threads(n: int) -> None:
     1
     >>> pycodesign.set_num_threads(before)
     """
-    _core.set_num_threads(n)
+    if isinstance(n, bool) or not hasattr(n, "__index__"):
+        raise TypeError(f"n: expected an integer, got {n!r}")
+    number = operator.index(n)
+    if not 1 <= number <= MOST_THREADS:
+        raise ValueError(f"n: expected a number from 1 to {MOST_THREADS}, got {number}")
+    _core.set_num_threads(number)
 
 
 def get_num_threads() -> int:
@@ -56,6 +66,8 @@ def set_isa(name: str) -> None:
 
     Raises
     ------
+    TypeError
+        If the name is no string.
     ValueError
         If the name is unknown or this processor does not support it.
 
@@ -68,6 +80,8 @@ def set_isa(name: str) -> None:
     'scalar'
     >>> pycodesign.set_isa(before)
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected a string, got {name!r}")
     _core.set_isa(name)
 
 

@@ -286,9 +286,9 @@ def to_numpy(name: str, array: Any) -> NDArray[Any]:
             array = (array.float() if dtype == "torch.bfloat16" else array).numpy(force=True)  # NumPy lacks bfloat16
         except (TypeError, RuntimeError) as error:
             raise TypeError(f"{name}: expected a tensor that NumPy can hold, got {dtype}: {error}") from None
-    if not isinstance(array, np.ndarray):
+    if not isinstance(array, np.ndarray) or isinstance(array, np.ma.MaskedArray):
         raise TypeError(f"{name}: expected a NumPy array or a torch tensor, got {type(array).__name__}")
-    return array
+    return np.asarray(array)  # of the class itself: derived ones may do anything
 
 
 def check_weights(w: Any) -> Floats:

@@ -54,8 +54,12 @@ def check_file(context: click.Context, parameter: click.Parameter, path: Path | 
     """Refuse a file that cannot be written before what is to be written in it takes minutes."""
     if path is None or path == Path("-"):
         return path
-    place = path if path.exists() else path.parent
-    if path.is_dir() or (place != path and not place.is_dir()) or not os.access(place, os.W_OK):
+    try:
+        place = path if path.exists() else path.parent
+        fits = not path.is_dir() and (place == path or place.is_dir()) and os.access(place, os.W_OK)
+    except OSError:  # a name too long, a folder that may not be looked into
+        fits = False
+    if not fits:
         raise click.BadParameter(f"expected a file that can be written, got {str(path)!r}")
     return path
 
@@ -137,7 +141,7 @@ def demo(quick: bool, as_json: bool, plot: Path | None, threads: int | None) -> 
 
 def open_console() -> Console:
     """Standard output, wide enough for the tables where it is no terminal."""
-    return Console(width=None if sys.stdout.isatty() else 140)
+    return Console(width=None if sys.stdout is not None and sys.stdout.isatty() else 140)
 
 
 def print_network(network: Mapping[str, Any], console: Console) -> None:
@@ -337,7 +341,7 @@ def explain(
         click.echo(json.dumps({"model": str(model), "dtype": dtype, **result}))
     else:
         title = f"{model.name}: {dtype} activations, {result['isa']}" + (f", counts of {method}" if method else "")
-        print_explanation(result, title, open_console())
+        print_explanation(result, escape(title), open_console())
     if plot:
         with plain_errors():
             plot_explanation(result, plot)

@@ -300,6 +300,7 @@ def explain_model(
         of images, "weights"; ``total`` of them; ``share`` of them in layers that gain; ``isa``; ``method``;
         ``summary``, a sentence; ``hints``, a list of sentences.
     """
+    _core.get_num_threads()  # raises where a variable is no number: no fault of any layer
     rows = []
     for layer in layers:
         rows.append(explain_layer(layer, input_dtype, method))

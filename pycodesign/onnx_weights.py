@@ -140,7 +140,10 @@ class Graph:
     def find(self, name: str) -> Weights | None:
         """Return the constant of that name; None if it depends on the input."""
         if name in self.tensors:
-            return Weights(numpy_helper.to_array(self.tensors[name], str(self.folder)))
+            try:
+                return Weights(numpy_helper.to_array(self.tensors[name], str(self.folder)))
+            except onnx.checker.ValidationError as error:  # no such file of external data, or one outside of the folder
+                raise ValueError(f"{name}: expected its data beside the model, got none: {error}") from error
         node = self.producers.get(name)
         if node is None:
             return None
@@ -182,9 +185,16 @@ class Graph:
                 found = dequantize(found.values, scale, zero_point, axis=0 if outputs_first else 1)
             return found if outputs_first else found.transpose()
 
-        found = read_weights()
-        if found is None:
-            return
+        try:
+            found = read_weights()
+            if found is None:
+                return
+            shape = found.values.shape
+        except ValueError:  # of this layer alone: `read` says it again
+            if names[0] not in self.tensors:
+                raise
+            dims = tuple(self.tensors[names[0]].dims)
+            shape = dims if outputs_first else dims[::-1]
 
         def read() -> QuantizedTensor:
             if node.op_type == "ConvTranspose":
@@ -197,9 +207,9 @@ class Graph:
         yield StoredLayer(
             name=node.name or node.output[0],
             kind="conv2d" if convolution else "linear",
-            shape=found.values.shape,
+            shape=shape,
             read=read,
-            options=read_geometry(attributes) if found.values.ndim == 4 else {},
+            options=read_geometry(attributes) if len(shape) == 4 else {},
             pixels=None if out is None else count_pixels(out, channels=1 if convolution else len(out) - 1),
         )
 
@@ -237,6 +247,8 @@ def quantize(values: Array, scale: Array, zero_point: Array | None, axis: int) -
     """Compute ``saturate(rint(values / scale) + zero_point)``, uint8 where no zero point says otherwise."""
     zero_point = np.zeros((), np.uint8) if zero_point is None else zero_point
     name = zero_point.dtype.name  # int8, uint4, ...
+    if not name.lstrip("uint").isdecimal():
+        raise ValueError(f"zero point: expected an integer, got {name}")
     bits, low = int(name.lstrip("uint")), 0
     if not name.startswith("u"):
         low = -(1 << (bits - 1))
@@ -250,13 +262,18 @@ def align(parameter: Array, values: Array, axis: int) -> Array:
     if floats.ndim == values.ndim and floats.ndim > 1:
         return floats  # blocks
     shape = [1] * values.ndim
-    shape[axis] = floats.size
+    if floats.size > 1:
+        if not -values.ndim <= axis < values.ndim:
+            raise ValueError(f"axis: expected one of {values.ndim} dimensions, got {axis}")
+        shape[axis] = floats.size
     return floats.reshape(shape)
 
 
 def stretch(blocks: Array, values: Array) -> Array:
     """Repeat blocks so that they broadcast."""
     for axis, (count, size) in enumerate(zip(blocks.shape, values.shape, strict=True)):
+        if count > max(1, size):
+            raise ValueError(f"scale: expected at most {size} along dimension {axis}, got {count}")
         if count not in (1, size):
             blocks = blocks.repeat(-(-size // count), axis).take(range(size), axis)
     return blocks

@@ -611,6 +611,7 @@ def load_packed(path: str | os.PathLike[str], *, device: Any = None) -> Packed:
     """
     data = Path(path).read_bytes()
     index = parse_device(device)
+    _core.active_isa(), _core.get_num_threads()  # raise where a variable makes no sense: no fault of the file
     try:
         q, bias, options = _packed_file.decode(data)
         why = str(options.pop("why"))

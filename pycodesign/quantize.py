@@ -212,9 +212,9 @@ def from_fake_quantized(w: Any, scale: Any = None) -> QuantizedTensor:
     Where the quantizer's `scale` is given, and all weights are integer multiples of it, the levels are these integers,
     less a common divisor of an output's. Else, if the weights of every output are small integer multiples of some step,
     ``w == float32(step * integer)``, the levels are those integers and the scales the largest such steps, negative
-    where that makes fewer levels in all. Otherwise the levels are the distinct weights themselves and the scales are 1.
-    Outputs share one list of levels, except where sharing would exceed 256 levels, or the 16 that repetition algorithms
-    serve while each output alone keeps to 16.
+    where that makes fewer levels in all. Otherwise the levels are the distinct weights themselves and the scales 1, or
+    -1 where that makes fewer levels. Outputs share one list of levels, except where sharing would exceed 256 levels, or
+    the 16 that repetition algorithms serve while each output alone keeps to 16.
 
     Parameters
     ----------

@@ -15,7 +15,7 @@ import safetensors.numpy
 from click.testing import CliRunner
 
 import pycodesign
-from pycodesign import cli, demo, quantize
+from pycodesign import cli, demo, ops, quantize
 from pycodesign.cli import main
 from pycodesign.repetition import factor
 from pycodesign.repetition.factor import METHODS
@@ -306,6 +306,23 @@ def test_demo_refuses_settings_in_one_sentence() -> None:
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     assert "Error: PYCODESIGN_ISA: expected one of scalar, " in result.stderr
+
+
+def test_settings_are_no_fault_of_the_file(tmp_path: Path) -> None:
+    """A variable that names nothing is said, whatever reads the layers."""
+    ops.prepack_linear(quantize.ternary(np.ones((4, 4), np.float32))).save(tmp_path / "layer.safetensors")
+    model = str(tmp_path / "layer.safetensors")
+    command = [sys.executable, "-P", "-c", "from pycodesign.cli import main; main()", "explain", model]
+    for variable, value in (("PYCODESIGN_NUM_THREADS", "two"), ("PYCODESIGN_ISA", "avx9")):
+        environment = os.environ | {variable: value}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert result.returncode == 1 and "Traceback" not in result.stderr
+        assert f"Error: {variable}: expected" in result.stderr
+
+
+def test_files_that_no_system_can_name() -> None:
+    assert "expected a file that can be written" in fail("bench", "linear", "--json", "a" * 300)
+    assert "expected a file that can be written" in fail("demo", "--plot", "a" * 300 + ".png")
 
 
 def test_version_and_help() -> None:

@@ -104,7 +104,14 @@ class TestThreadCount:
             pycodesign.set_num_threads(n)
             assert pycodesign.get_num_threads() == n
 
-    @pytest.mark.parametrize("n", [0, -1, 4097])
+    @pytest.mark.parametrize("n", ["2", 2.0, None, True])
+    def test_no_integer(self, n: object) -> None:
+        with pytest.raises(TypeError, match=f"n: expected an integer, got {n!r}"):
+            pycodesign.set_num_threads(n)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="name: expected a string, got None"):
+            pycodesign.set_isa(None)  # type: ignore[arg-type]
+
+    @pytest.mark.parametrize("n", [0, -1, 4097, 2**31, 2**70])
     def test_out_of_range(self, n: int) -> None:
         with pytest.raises(ValueError, match=f"n: expected a number from 1 to 4096, got {n}"):
             pycodesign.set_num_threads(n)

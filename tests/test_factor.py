@@ -240,12 +240,29 @@ def test_validate_catches_corruption(method):
         replace(program, outputs=corrupt(program.outputs, 5, 10_000)).validate()
     with pytest.raises(ValueError, match="outputs: expected 6 values"):
         replace(program, outputs=program.outputs[:5]).validate()
-    with pytest.raises(ValueError, match="instruction 0"):
-        replace(program, op=corrupt(program.op, 0, 3)).validate()
+    for op in (3, -1):
+        with pytest.raises(ValueError, match="instruction 0"):
+            replace(program, op=corrupt(program.op.astype(np.int8), 0, op)).validate()
+    for groups in (0, -1, 4):
+        with pytest.raises(ValueError, match=f"groups: expected a divisor of the 6 outputs, got {groups}"):
+            replace(program, groups=groups).validate()
+    with pytest.raises(ValueError, match="codes: expected values from 0 to 4, got 5"):
+        replace(program, codes=corrupt(program.codes, (0, 0), 5)).validate()
     with pytest.raises(ValueError, match="instruction 0"):
         replace(program, left=corrupt(program.left, 0, 10)).validate()
     with pytest.raises(ValueError, match="output"):
         replace(program, constants=program.constants + 1).validate()
+
+
+def test_what_would_take_too_long_is_refused():
+    q = QuantizedTensor(np.zeros((2, 12_000), np.uint8), np.array([1], np.float32), np.ones(2, np.float32))
+    with pytest.raises(
+        ValueError, match="q: expected at most 11585 inputs of a group for 'pair', got 12000; take 'pat"
+    ):
+        factor(q)
+    q = random_quantized((3000, 4), [-1, 1], seed=0)
+    with pytest.raises(ValueError, match="q: expected at most 4096 levels of all outputs for 'summerge', got "):
+        factor(q, "summerge")
 
 
 def test_factor_rejects_bad_arguments():

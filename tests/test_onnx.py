@@ -209,6 +209,34 @@ def test_integer_nodes(tmp_path: Path, kind: str) -> None:
     assert set(q.levels) <= set(range(-8, 8))
 
 
+@pytest.mark.parametrize(
+    ("constants", "message"),
+    [
+        ({"s": np.ones(18, F32), "z": np.zeros(18, np.int8)}, None),
+        ({"s": np.ones(200, F32), "z": np.zeros((), np.int8)}, "scale: expected at most"),
+    ],
+)
+def test_a_layer_whose_scales_do_not_fit(tmp_path: Path, constants: dict[str, np.ndarray], message: str | None) -> None:
+    node = helper.make_node("MatMulIntegerToFloat", ["x", "m", "xs", "s", "xz", "z"], ["y"], domain="com.microsoft")
+    constants = {"m": MATRIX, "xs": np.asarray(F32(1)), "xz": np.asarray(np.uint8(0)), **constants}
+    (layer,) = read_model(save_graph(tmp_path / "model.onnx", [node], constants))
+    assert layer.shape == (18, 12)
+    if message is None:
+        layer.read()
+    else:
+        with pytest.raises(ValueError, match=message):
+            layer.read()
+
+
+def test_data_that_lie_elsewhere_and_are_gone(tmp_path: Path) -> None:
+    path = save_conv(tmp_path, w=normal(8, 3, 3, 3))
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="data.bin", size_threshold=0)
+    assert read_one(path).shape == (8, 3, 3, 3)
+    (tmp_path / "data.bin").unlink()
+    (row,) = explain_model(read_model(path))["layers"]
+    assert row["shape"] == [8, 3, 3, 3] and row["why"].startswith("w: expected its data beside the model, got none")
+
+
 def test_weights_in_another_file_and_in_functions(tmp_path: Path) -> None:
     q = quantize.ternary(normal(32, 12))
     function = helper.make_function(

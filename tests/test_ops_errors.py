@@ -12,7 +12,7 @@ import pytest
 from conftest import ISAS
 
 import pycodesign
-from pycodesign import _core, ops
+from pycodesign import _core, ops, quantize
 from pycodesign.quantize import QuantizedTensor
 
 F32 = np.float32
@@ -569,6 +569,40 @@ def test_neighbors_do_not_overlap() -> None:
     expected = ops.conv2d(x.copy(), FLOAT, residual=residual.copy())
     np.testing.assert_array_equal(ops.conv2d(x, FLOAT, residual=residual, out=y), expected)
     assert (buffer[:75] == 1).all() and (buffer[111:] == 1).all()
+
+
+@pytest.mark.parametrize("images", [1, 3])
+def test_slices_of_one_buffer_lie_apart(images: int) -> None:
+    """As networks write that concatenate."""
+    buffer = np.ones((images, 3 + 4 + 4, 5, 5), F32)
+    packed = ops.prepack_conv2d(quantize.ternary(np.random.default_rng(0).normal(size=(4, 3, 3, 3))), padding=1)
+    x, residual, out = buffer[:, :3], buffer[:, 3:7], buffer[:, 7:]
+    expected = ops.conv2d(x.copy(), packed, residual=residual.copy())
+    np.testing.assert_array_equal(ops.conv2d(x, packed, residual=residual, out=out), expected)
+    np.testing.assert_array_equal(buffer[:, 7:], expected)
+    assert (buffer[:, :7] == 1).all()
+    with pytest.raises(ValueError, match=exactly(APART.format("x"))):
+        ops.conv2d(x, packed, out=buffer[:, 2:6])
+
+
+def test_out_that_overlaps_itself() -> None:
+    for strides in ((144, 4, 12, 4), (144, 32, 12, 4), (4, 36, 12, 4)):
+        out = np.lib.stride_tricks.as_strided(np.ones(400, F32), (2, 4, 3, 3), strides)
+        with pytest.raises(
+            ValueError, match="out: expected elements apart in memory, got an array that overlaps itself"
+        ):
+            ops.conv2d(np.ones((2, *X.shape[1:]), F32), FLOAT, out=out)
+    turned = np.ones((3, 3, 4, 1), F32).transpose(3, 2, 0, 1)[:, :, ::-1]
+    np.testing.assert_array_equal(ops.conv2d(X, FLOAT, out=turned), ops.conv2d(X, FLOAT))
+
+
+def test_masked_arrays_are_refused() -> None:
+    masked = np.ma.MaskedArray(X, mask=X > 0)
+    with pytest.raises(TypeError, match="x: expected a NumPy array or a torch tensor, got MaskedArray"):
+        ops.conv2d(masked, FLOAT)
+    levels = np.ma.array([-1, np.nan, 1], np.float32, mask=[0, 1, 0])
+    with pytest.raises(TypeError, match="levels: expected a NumPy array or a torch tensor, got MaskedArray"):
+        QuantizedTensor(np.ones((4, 4), np.uint8), levels, np.ones(4, F32))
 
 
 def test_a_linear_input_that_has_to_be_copied_may_overlap_out() -> None:

@@ -6,9 +6,11 @@
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <exception>
 #include <initializer_list>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "repetition/repetition.h"
@@ -104,7 +106,14 @@ inline std::pair<const char*, const char*> extent(const py::array& a) {
 inline void check_apart(const py::array& out, const py::array& other, const char* name) {
   const auto [a, b] = extent(out);
   const auto [c, d] = extent(other);
-  if (a && c && a < d && c < b)
+  if (!a || !c || a >= d || c >= b) return;
+  bool shares = true;  // slices of one buffer may lie apart in each other's gaps
+  try {
+    constexpr int most_work = 1 << 16;
+    shares = py::module_::import("numpy").attr("shares_memory")(out, other, most_work).cast<bool>();
+  } catch (py::error_already_set&) {  // too hard to tell
+  }
+  if (shares)
     throw py::value_error(std::string("out: expected memory apart from ") + name + ", got an array that overlaps it");
 }
 
@@ -113,6 +122,20 @@ inline void check_writeable(const py::array& out) {
   for (py::ssize_t i = 0; i < out.ndim(); ++i) repeats |= out.strides(i) == 0 && out.shape(i) > 1;
   if (!out.writeable() || (repeats && out.size() > 0))
     throw py::value_error("out: expected a writeable array, got a read-only or broadcast one");
+}
+
+// Ascending strides, each beyond all that the ones before it reach: no element lies upon another.
+inline void check_elements_apart(const py::array& out) {
+  std::vector<std::pair<py::ssize_t, py::ssize_t>> axes;  // stride, size
+  for (py::ssize_t i = 0; i < out.ndim(); ++i)
+    if (out.shape(i) > 1) axes.emplace_back(std::abs(out.strides(i)), out.shape(i));
+  std::sort(axes.begin(), axes.end());
+  py::ssize_t reach = out.itemsize();
+  for (const auto& [stride, size] : axes) {
+    if (stride < reach && out.size() > 0)
+      throw py::value_error("out: expected elements apart in memory, got an array that overlaps itself");
+    reach += stride * (size - 1);
+  }
 }
 
 }  // namespace pycodesign::bindings

@@ -57,6 +57,7 @@ struct Finishing {
     }
     check_array(*given, "out", dtype_name(dtype), holds(*given, dtype), shape, shape_text(shape));
     check_writeable(*given);
+    check_elements_apart(*given);
     check_apart(*given, x, "x");
     if (residual) check_apart(*given, *residual, "residual");
     return *given;

@@ -49,7 +49,9 @@ ExecutableMemory::~ExecutableMemory() { munmap(data_, mapped_); }
 
 bool ExecutableMemory::available() {
   static const bool decided = [] {
-    if (const char* text = std::getenv("PYCODESIGN_JIT"); text && std::strcmp(text, "0") == 0) return false;
+    if (const char* text = std::getenv("PYCODESIGN_JIT"))
+      for (const char* off : {"0", "off", "false", "no"})
+        if (std::strcmp(text, off) == 0) return false;
     constexpr uint8_t ret[] = {0xc3};
     try {
       const ExecutableMemory memory(ret);

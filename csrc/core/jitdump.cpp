@@ -78,8 +78,8 @@ struct Dump {
     }
   }
   [[noreturn]] static void fail(const char* what) {
-    throw std::runtime_error("PYCODESIGN_JITDUMP: expected 1 or a folder to write in, got " + folder() + ", where " +
-                             what + " failed: " + std::strerror(errno));
+    throw std::invalid_argument("PYCODESIGN_JITDUMP: expected 1 or a folder to write in, got " + folder() + ", where " +
+                                what + " failed: " + std::strerror(errno));
   }
 };
 

@@ -253,7 +253,7 @@ class Chain:
         """
         self._check_value("x", x)
         if kernel_size is None:
-            if stride is not None or padding != 0:
+            if stride is not None or to_pair("padding", padding, 0) != (0, 0):
                 raise ValueError("kernel_size: expected one with a stride or padding, got None")
             windows: Windows = ((0, 0), (1, 1), (0, 0))
         else:

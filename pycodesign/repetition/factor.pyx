@@ -27,8 +27,8 @@ cdef extern from "repetition/pairs.h" namespace "pycodesign::repetition":
 
     cdef cppclass PairElimination:
         PairElimination()
-        PairElimination(const vector[vector[int32_t]]&, int32_t inputs, uint64_t seed)
-        bint run(size_t limit)
+        PairElimination(const vector[vector[int32_t]]&, int32_t inputs, uint64_t seed) except +
+        bint run(size_t limit) except +
         const vector[vector[int32_t]]& rows()
         const vector[Pair]& pairs()
         size_t additions()
@@ -45,6 +45,8 @@ MAX_PATTERN = 8         # inputs; longer patterns hardly ever recur
 MAX_INTEGER = 1 << 24   # float32 holds every integer up to here
 MAX_MERGED = 1 << 14    # weights for summerge, which compares all pairs of groups
 MAX_PAIRED = 1 << 36    # outputs * inputs^2 of a group for pair: 4,096 of each
+MAX_PAIRS = 1 << 27     # inputs^2: pairs that may wait in the queue, 12 bytes each
+MAX_GROUPS = 1 << 12    # of inputs of one level of one output, for summerge
 MAX_TRIES = 64          # of careful pair elimination
 TRIED_WORK = 1 << 21    # outputs * inputs^2 of all tries together, about
 CAREFUL_WORK = 1 << 25  # outputs * inputs^2 up to which it is done: a second or two
@@ -252,6 +254,8 @@ def factor_summerge(codes, levels, groups):
         rows = levels[group * per_group :][:per_group]
         weights = np.take_along_axis(rows, codes[group * per_group :][:per_group].astype(np.intp), axis=1)
         keys = [(o, level) for o, row in enumerate(weights) for level in np.unique(row[row != 0]).tolist()]
+        if len(keys) > MAX_GROUPS:
+            raise ValueError(f"q: expected at most {MAX_GROUPS} levels of all outputs for 'summerge', got {len(keys)}")
         sets = [sum(1 << i for i in np.flatnonzero(weights[o] == level).tolist()) for o, level in keys]
         values = [2 * (group * inputs + i) for i in range(inputs)]
         for variable in merge_sums(sets, inputs):
@@ -332,6 +336,9 @@ def factor_pair(codes, levels, groups, order=0):
         raise ValueError(
             f"q: expected at most {MAX_PAIRED} = outputs * inputs^2 of a group for 'pair', got {work}; take 'patterns'"
         )
+    if codes.shape[1] ** 2 > MAX_PAIRS:
+        most = int(MAX_PAIRS**0.5)
+        raise ValueError(f"q: expected at most {most} inputs of a group for 'pair', got {codes.shape[1]}; take 'patterns'")
     weights = np.take_along_axis(levels, codes.astype(np.intp), axis=1)
     choices = [np.zeros(len(codes), levels.dtype)]
     if levels.dtype.kind == "i":

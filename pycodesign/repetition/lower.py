@@ -140,7 +140,10 @@ def lower(program: SumProgram, dtype: str = "float32") -> LoweredProgram:
         raise ValueError(f"program: expected at most {MAX_VALUES} values, got {program.inputs + program.op.size}")
     if not _core.generates_code():
         raise RuntimeError("lower: expected x86-64 Linux with AVX2 and PYCODESIGN_JIT other than 0; call the program")
-    left, right, outputs = (np.ascontiguousarray(a, np.int32) for a in (program.left, program.right, program.outputs))
+    indices = (program.left, program.right, program.outputs)
+    if any(a.size and max(abs(int(a.min())), abs(int(a.max()))) > MAX_VALUES for a in indices):
+        raise ValueError(f"program: expected operands and outputs up to {MAX_VALUES}, got a larger one")
+    left, right, outputs = (np.ascontiguousarray(a, np.int32) for a in indices)
     op, constants = np.ascontiguousarray(program.op, np.uint8), np.ascontiguousarray(program.constants, np.float64)
     native = _core.ProgramCode(program.inputs, op, left, right, constants, outputs, dtype)
     counts = {name: native.counts[name] for name in ("operations", "instructions", "loads", "stores")}

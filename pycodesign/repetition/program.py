@@ -161,10 +161,13 @@ class SumProgram:
         ValueError
             If the program is malformed or an output has a wrong coefficient; names the first one.
         """
+        outputs, inputs = self.codes.shape
+        if self.groups < 1 or outputs % self.groups:
+            raise ValueError(f"groups: expected a divisor of the {outputs} outputs, got {self.groups}")
         count = self.op.size
         result = self.inputs + np.arange(count)
         multiply = self.op == MULTIPLY
-        good = (self.op <= MULTIPLY) & (self.left >= ZERO) & (self.left < result)
+        good = (self.op >= 0) & (self.op <= MULTIPLY) & (self.left >= ZERO) & (self.left < result)
         good &= (self.right >= np.where(multiply, 0, ZERO)) & (
             self.right < np.where(multiply, self.constants.size, result)
         )
@@ -176,7 +179,8 @@ class SumProgram:
         if not good.all():
             raise ValueError(f"output {np.argmin(good)}: no such value, {self.outputs[np.argmin(good)]}")
 
-        outputs, inputs = self.codes.shape
+        if not 0 <= self.codes.min(initial=0) <= self.codes.max(initial=0) < self.levels.shape[1]:
+            raise ValueError(f"codes: expected values from 0 to {self.levels.shape[1] - 1}, got {self.codes.max()}")
         expected = np.take_along_axis(self.levels, self.codes.astype(np.intp), axis=1)
         own_group = np.arange(outputs) // (outputs // self.groups)
         step = max(1, VALIDATE_BYTES // (8 * (self.inputs + count)))

@@ -109,7 +109,7 @@ def measure_rows(space: Space, table: LatencyTable, rows: list[dict[str, Any]], 
 
 
 def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the means over seeds, and in how many `max_plus` was better or alone under the target, by target and method.
+    """Return means over seeds, and in how many `max_plus` was better or alone under the target, by target and method.
 
     Networks over the target count in the means like any other.
     """

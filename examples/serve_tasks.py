@@ -5,8 +5,9 @@
     curl localhost:8000 -d '{"text": "A masterpiece.", "tasks": ["reviews", "tweets"]}'
 
 `served` is a folder of tasks as `save_pretrained` writes them; train_tasks.py leaves one. An answer has for each task
-the probabilities of its classes. `tasks` may be left out: all of them. GET lists the tasks; PUT /NAME reads
-NAME.safetensors of the folder (again), DELETE /NAME serves it no longer, both while others are served.
+the probabilities of its classes, or the number that a regression predicts. `tasks` may be left out: all of them. GET
+lists the tasks; PUT /NAME reads NAME.safetensors of the folder (again), DELETE /NAME serves it no longer, both while
+others are served.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Server(ThreadingHTTPServer):
         self.engine = tasks.build_engine()
 
     def answer(self, request: Any) -> dict[str, list[float]]:
-        """Return probabilities by task; ValueError and KeyError for what cannot be answered."""
+        """Return probabilities, or numbers, by task; ValueError and KeyError for what cannot be answered."""
         if not isinstance(request, dict) or not isinstance(request.get("text"), str):
             raise ValueError('expected {"text": "...", "tasks": [...]}')
         names = request.get("tasks")
@@ -45,7 +46,7 @@ class Server(ThreadingHTTPServer):
             raise ValueError(f"tasks: expected a list of names, got {names!r}")
         ids = torch.tensor([self.tokenizer.encode(request["text"]).ids])
         logits = self.engine(ids, tasks=names)
-        return {name: own.softmax(-1)[0].tolist() for name, own in logits.items()}
+        return {name: (own if own.shape[-1] == 1 else own.softmax(-1))[0].tolist() for name, own in logits.items()}
 
     def load(self, name: str) -> None:
         """Read a task of the folder, and serve it, in place of one of this name."""
@@ -64,11 +65,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > LONGEST:
+        if not re.fullmatch(r"[0-9]{1,9}", length) or int(length) > LONGEST:
             self.reply(413, {"error": f"expected a length of at most {LONGEST} bytes, got {length or 'none'}"})
             return
         try:
             self.reply(200, self.server.answer(json.loads(self.rfile.read(int(length)))))
+        except RecursionError:
+            self.reply(400, {"error": "expected JSON that is nested less deeply"})
         except (ValueError, KeyError) as error:
             self.reply(400, {"error": str(error.args[0] if isinstance(error, KeyError) else error)})
 

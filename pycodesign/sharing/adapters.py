@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -79,7 +82,7 @@ def export_adapter(tasks: MultiTask, name: str, path: str | os.PathLike[str]) ->
         "bias": "none",
     }
     weights: dict[str, Tensor] = {}
-    rest = {key: tensor.detach().cpu().contiguous() for key, tensor in task.state_dict().items()}
+    rest = files.list_tensors(name, task)
     for place in deltas:
         key = f"deltas.{place.replace('.', '_')}"
         weights[f"{PREFIX}{paths[place]}.lora_A.weight"] = rest.pop(f"{key}.down")
@@ -105,7 +108,7 @@ def import_adapter(tasks: MultiTask, path: str | os.PathLike[str], name: str) ->
     try:
         config: Any = json.loads((folder / CONFIG).read_text())
         weights = load_file(folder / WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise ValueError(f"path: expected {CONFIG} and {WEIGHTS} in {folder}, got {error}") from None
     if not (folder / OTHERS).exists():
         raise ValueError(f"path: expected an adapter that export_adapter wrote, got one without {OTHERS}. {ONE_PASS}")
@@ -119,15 +122,15 @@ def import_adapter(tasks: MultiTask, path: str | os.PathLike[str], name: str) ->
         pair = [weights.pop(f"{PREFIX}{module}.lora_{part}.weight", None) for part in "AB"]
         if pair[0] is None or pair[1] is None:
             raise ValueError(f"{folder / WEIGHTS}: expected lora_A and lora_B of {module}, got none")
-        rank = config.get("rank_pattern", {}).get(module, config["r"])
-        alpha = config.get("alpha_pattern", {}).get(module, config["lora_alpha"])
+        rank = _find_number(config, "r", "rank_pattern", module)
+        alpha = _find_number(config, "lora_alpha", "alpha_pattern", module)
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         tensors[f"{key}.down"] = pair[0]
         tensors[f"{key}.up"] = pair[1] if scale == 1 else pair[1] * scale
     if weights:
         raise ValueError(f"{folder / WEIGHTS}: expected no other tensors, got {min(weights)}. {ONE_PASS}")
     try:
-        task: Task = files.make_task(spec, tasks.encoder, tensors)
+        task: Task = files.make_task(spec, tasks.encoder, tensors, tasks.dropout)
     except ValueError as error:
         raise ValueError(f"path: {folder}: {error}") from None
     with safe_open(folder / OTHERS, framework="pt") as file:
@@ -141,7 +144,7 @@ def _compute_digest(factors: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(factors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -150,13 +153,40 @@ def _check_config(config: Any) -> None:
         got = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"path: expected a LoRA adapter, got {got}. {ONE_PASS}")
     for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key), int | float) or config[key] <= 0:
+        if not _is_positive(config.get(key)):
             raise ValueError(f"path: expected a positive {key} in {CONFIG}, got {config.get(key)!r}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = config.get(key) or {}
+        if not isinstance(pattern, dict) or not all(_is_positive(value) for value in pattern.values()):
+            raise ValueError(f"path: expected positive numbers by module in {key} of {CONFIG}, got {pattern!r:.200}")
+        for expression in pattern:
+            try:
+                _compile_pattern(expression)
+            except (re.error, OverflowError, RecursionError) as error:
+                wrong = f"{expression!r}: {error}"
+                raise ValueError(f"path: expected names or expressions in {key} of {CONFIG}, got {wrong}") from None
     for key in ("use_dora", "fan_in_fan_out", "modules_to_save", "layer_replication"):
         if config.get(key):
             raise ValueError(f"path: expected plain LoRA, got {key}={config[key]!r}. {ONE_PASS}")
     if config.get("bias", "none") != "none":
         raise ValueError(f"path: expected bias='none', got {config['bias']!r}. {ONE_PASS}")
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+
+
+def _compile_pattern(expression: str) -> re.Pattern[str]:
+    """Compile an expression for the end of a module's name, as peft does."""
+    return re.compile(rf"(.*\.)?({expression})$")
+
+
+def _find_number(config: Any, key: str, pattern: str, module: str) -> float:
+    """Return a module's rank or alpha: that of the first expression that matches."""
+    for expression, value in (config.get(pattern) or {}).items():
+        if _compile_pattern(expression).match(module):
+            return float(value)
+    return float(config[key])
 
 
 def _find_paths(tasks: MultiTask) -> dict[str, str]:

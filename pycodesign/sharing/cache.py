@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pycodesign.sharing.components import Features, Frozen
 
@@ -15,7 +15,7 @@ __all__ = ["FeatureCache"]
 class FeatureCache:
     """What one task reads of the backbone for many texts, made by `MultiTask.cache`; ``cache[indices]`` is a batch.
 
-    Texts are kept without padding.
+    Texts are kept without padding; of token labels, whose places must not shift, without what follows the last token.
 
     Attributes
     ----------
@@ -26,6 +26,7 @@ class FeatureCache:
     def __init__(self, dtype: torch.dtype | None) -> None:
         self.lengths: list[int] = []
         self._dtype = dtype
+        self._masks: list[Tensor] = []
         self._slots: list[Tensor] = []
         self._layers: list[dict[int, Frozen]] = []
 
@@ -40,9 +41,13 @@ class FeatureCache:
 
     def extend(self, features: Features) -> None:
         """Append a batch."""
+        whole = features.slots.shape[2] == features.mask.shape[1]
         for row, length in enumerate(features.mask.sum(1).tolist()):
             tokens = features.mask[row].nonzero()[:, 0]
+            if whole:
+                tokens = torch.arange(int(tokens[-1]) + 1, device=tokens.device)
             self.lengths.append(int(length))
+            self._masks.append(features.mask[row, tokens])
             self._slots.append(self._keep(features.slots[:, row], tokens, features.mask.shape[1]))
             own = {n: self._keep_layer(frozen, row, tokens) for n, frozen in features.layers.items()}
             self._layers.append(own)
@@ -50,10 +55,7 @@ class FeatureCache:
     def __getitem__(self, indices: Sequence[int]) -> Features:
         if not len(indices):
             raise ValueError("indices: expected at least one, got none")
-        longest = max(self.lengths[index] for index in indices)
-        device = self._slots[0].device
-        lengths = torch.tensor([self.lengths[index] for index in indices], device=device)
-        mask = torch.arange(longest, device=device) < lengths[:, None]
+        mask = nn.utils.rnn.pad_sequence([self._masks[index] for index in indices], batch_first=True)
         slots = _stack([self._slots[index] for index in indices]).transpose(0, 1)
         layers = {}
         for number in self._layers[indices[0]]:

@@ -22,6 +22,7 @@ __all__ = [
     "Frozen",
     "Task",
     "TaskSpec",
+    "check_names",
     "pool",
     "read_features",
     "run_component",
@@ -139,6 +140,13 @@ class Features(NamedTuple):
         """Return the features in a dtype."""
         layers = {n: Frozen(*(None if t is None else t.to(dtype) for t in own)) for n, own in self.layers.items()}
         return Features(self.mask, self.slots.to(dtype), layers)
+
+
+def check_names(tasks: Sequence[str]) -> list[str]:
+    """Return tasks' names as a list."""
+    if isinstance(tasks, str) or not isinstance(tasks, Iterable):
+        raise TypeError(f"tasks: expected a sequence of names, got {tasks!r}")
+    return list(tasks)
 
 
 def pool(x: Tensor, mask: Tensor, positions: str) -> Tensor:
@@ -322,15 +330,18 @@ class Task(nn.Module):
         super().__init__()
         self.spec = spec
         self.deltas = nn.ModuleDict()
-        self.width, slots = encoder.width, len(encoder.layers) + 1
+        self.width, self.slots = encoder.width, len(encoder.layers) + 1
         concat = spec.aggregator == "concat"
         self.aggregator: nn.Module = (
-            Concatenation(slots, self.width) if concat else Aggregator(slots, self.width, encoder.layers[0].heads)
+            Concatenation(self.slots, self.width)
+            if concat
+            else Aggregator(self.slots, self.width, encoder.layers[0].heads)
         )
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(slots * self.width if concat else self.width, spec.labels)
+        self.head = nn.Linear(self.slots * self.width if concat else self.width, spec.labels)
         weight = encoder.layers[0].projections["query"].weight
         self.to(device=weight.device)
+        self._encoder: Encoder | None = encoder  # that it was made for
 
     def find_deltas(self, layer: int) -> dict[str, Delta]:
         """Return a layer's deltas by projection."""
@@ -347,8 +358,35 @@ class Task(nn.Module):
         """Whether every delta has its mask."""
         return {key.replace("_", ".") for key in self.deltas} == set(self.spec.deltas)
 
+    def check_fits(self, encoder: Encoder) -> None:
+        """Compare with an encoder the task's sizes, and the encoder it was made for, which copies do not know.
+
+        Raises
+        ------
+        ValueError
+            Naming what differs.
+        """
+        if self.width != encoder.width:
+            raise ValueError(f"task: expected one of a backbone of {encoder.width} features, got {self.width}")
+        if self.slots != len(encoder.layers) + 1:
+            raise ValueError(f"task: expected one of a backbone of {len(encoder.layers)} layers, got {self.slots - 1}")
+        for place, delta in self.list_deltas().items():
+            layer, _, projection = place.partition(".")
+            shape = tuple(encoder.layers[int(layer)].projections[projection].weight.shape)
+            if delta.shape != shape:
+                raise ValueError(f"task: expected a delta {shape} of {place}, got {delta.shape}")
+        own = self._encoder
+        if own is None or own is encoder or own.list_versions() == encoder.list_versions():
+            return
+        wanted, got = encoder.compute_hash(), own.compute_hash()
+        if got != wanted:
+            raise ValueError(f"task: expected one of the backbone {wanted[:12]}..., got one of {got[:12]}...")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_encoder": None}  # copies and pickles of a task have no backbone
+
     def forward(self, encoder: Encoder, features: Features) -> Tensor:
-        """Return logits (B, labels), of token labels (B, T, labels).
+        """Return logits (B, labels), of token labels (B, T, labels); deltas without a mask add nothing yet.
 
         Components compute in the backbone's dtype, aggregator and head in their own.
         """

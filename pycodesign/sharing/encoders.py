@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 try:
@@ -119,6 +119,18 @@ def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None) -> 
 
 
 @dataclass(frozen=True)
+class Embedding:
+    """A module's method, called with the inputs by name; of a copy of the two, the copied module's."""
+
+    module: nn.Module
+    method: str
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        embedded: Tensor = getattr(self.module, self.method)(**inputs)
+        return embedded
+
+
+@dataclass(frozen=True)
 class Encoder:
     """A backbone's embedding and layers.
 
@@ -213,6 +225,8 @@ def run_layer(layer: Layer, h: Tensor, mask: Tensor | None) -> Activations:
     a = layer.mlp_norm(h) if layer.pre_norm else layer.attention_norm(h)
     z = project["up"](a)
     g = layer.activation(z)
+    if g.data_ptr() == z.data_ptr():  # the activation function works in place
+        z = project["up"](a)
     m = project["down"](g)
     h = h + m if layer.pre_norm else layer.mlp_norm(a + m)
     return Activations(x, q, k, v, context, a, z, g, h)
@@ -257,7 +271,13 @@ def read_encoder(backbone: nn.Module) -> Encoder:
         encoder = _read_torch(backbone.encoder, backbone)  # type: ignore[arg-type]
     else:
         encoder = _read_transformers(backbone)
-    _probe(backbone, encoder)
+    modes = [(module, module.training) for module in backbone.modules()]
+    backbone.eval()
+    try:
+        _probe(backbone, encoder)
+    finally:
+        for module, training in modes:
+            module.training = training
     return encoder
 
 
@@ -284,8 +304,7 @@ def _read_torch(stack: nn.TransformerEncoder, owner: nn.Module | None) -> Encode
     if owner is None:
         return Encoder(layers, _take_embedded, stack.norm, None, modules)
     longest = getattr(owner, "max_length", None)
-    embed: Any = owner.embed
-    return Encoder(layers, lambda inputs: embed(**inputs), stack.norm, longest, modules, owner)
+    return Encoder(layers, Embedding(owner, "embed"), stack.norm, longest, modules, owner)
 
 
 def _take_embedded(inputs: Inputs) -> Tensor:
@@ -321,7 +340,7 @@ def _read_transformers(backbone: nn.Module) -> Encoder:
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and config.model_type in OFFSET:
         longest -= config.pad_token_id + 1
-    return Encoder(layers, lambda inputs: embeddings(**inputs), norm, longest, modules)
+    return Encoder(layers, Embedding(embeddings, "__call__"), norm, longest, modules)
 
 
 def _read_block(block: Any, config: Any) -> Layer:
@@ -364,6 +383,17 @@ def _read_linear(module: Any) -> Linear:
     return Linear(module)
 
 
+def _run_stack(stack: nn.TransformerEncoder, x: Tensor, fast: bool) -> Tensor:
+    """Run torch's encoder; its fast path does not see activation functions that were replaced."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(before and fast)
+    try:
+        h: Tensor = stack(x)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+    return h
+
+
 @torch.no_grad()
 def _probe(backbone: nn.Module, encoder: Encoder) -> None:
     """Compare with the backbone's own forward, which may do something that no attribute tells."""
@@ -373,11 +403,15 @@ def _probe(backbone: nn.Module, encoder: Encoder) -> None:
     length = min(PROBED, encoder.longest or PROBED)
     mask = torch.ones(2, length, dtype=torch.bool, device=weight.device)
     mask[1, (length + 1) // 2 :] = False
-    if isinstance(backbone, nn.TransformerEncoder):
+    stack: Any = backbone if encoder.owner is None else backbone.encoder
+    if isinstance(stack, nn.TransformerEncoder):  # an owner's inputs are its own
+        encoder = replace(encoder, embed=_take_embedded)
         x = torch.randn(2, length, encoder.width, generator=generator).to(weight)
-        inputs, expected, mask = {"inputs_embeds": x}, backbone(x), torch.ones_like(mask)
-    elif config is None:
-        return  # its inputs are its own
+        inputs, expected, mask = (
+            {"inputs_embeds": x},
+            _run_stack(stack, x, encoder.owner is None),
+            torch.ones_like(mask),
+        )
     elif config.model_type in TEXT:
         ids = torch.randint(config.vocab_size, (2, length), generator=generator).to(weight.device)
         inputs = {"input_ids": ids}

@@ -19,7 +19,17 @@ from torch import Tensor
 
 from pycodesign import ops
 from pycodesign._deltas import PackedDeltas
-from pycodesign.sharing.components import ATTENTION, MLP, Frozen, Task, TaskSpec, pool, read_frozen, take_first
+from pycodesign.sharing.components import (
+    ATTENTION,
+    MLP,
+    Frozen,
+    Task,
+    TaskSpec,
+    check_names,
+    pool,
+    read_frozen,
+    take_first,
+)
 from pycodesign.sharing.deltas import Delta, to_array
 from pycodesign.sharing.encoders import Activations, Encoder, Inputs, Layer, attend
 
@@ -39,7 +49,8 @@ class Part:
 
     def __init__(self, layer: Layer, deltas: Mapping[str, Delta]) -> None:
         self.packed = {name: _pack(delta) for name, delta in deltas.items()}
-        self.rows = deltas["up"].outputs if "up" in deltas else None
+        rows = deltas["up"].outputs if "up" in deltas else None
+        self.rows = None if rows is None else rows.clone()
         self.columns: PackedDeltas | None = None
         if self.rows is not None:
             up = layer.projections["up"]
@@ -54,6 +65,7 @@ class Served:
     def __init__(self, task: Task, encoder: Encoder) -> None:
         if not task.is_selected:
             raise ValueError("task: expected a mask chosen by select_mask, got deltas without entries")
+        task.check_fits(encoder)
         self.spec: TaskSpec = task.spec
         self.parts = {n: Part(encoder.layers[n], task.find_deltas(n)) for n in task.spec.layers}
         self.last = copy.deepcopy(task).eval().requires_grad_(False)
@@ -91,7 +103,7 @@ class Engine:
         Raises
         ------
         ValueError
-            If its mask is not selected.
+            If its mask is not selected, or it was made for another backbone.
         RuntimeError
             If the backbone's weights are others than when the engine was built.
         """
@@ -130,7 +142,7 @@ class Engine:
         """
         self._check_backbone()
         served = self._tasks
-        names = list(served) if tasks is None else list(dict.fromkeys(tasks))
+        names = list(served) if tasks is None else list(dict.fromkeys(check_names(tasks)))
         for name in names:
             if name not in served:
                 raise KeyError(f"tasks: expected some of {', '.join(served) or 'no task at all'}, got {name!r}")
@@ -253,7 +265,7 @@ class Step:
 
     def _activate(self, z: Tensor) -> Tensor:
         """Apply the activation function, and pool, one task's (B, T', F)."""
-        g = self.layer.activation(z)
+        g = _align(self.layer.activation(z))  # where that works in place, a part of all tasks' outputs
         return g if self.positions == "first" else pool(g, self.mask, self.positions)
 
     def _project(self, chosen: list[int], name: str, x: Tensor, base: Tensor) -> list[Tensor]:

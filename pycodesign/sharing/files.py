@@ -19,20 +19,41 @@ from pycodesign.sharing.deltas import KINDS, describe_tensor, load_checked, make
 from pycodesign.sharing.encoders import PROJECTIONS, Encoder
 from pycodesign.sharing.masks import find_rank
 
-__all__ = ["describe", "make_task", "read_task", "read_tensors", "write_task"]
+__all__ = ["describe", "encode_task", "list_tensors", "make_task", "read_task", "read_tensors", "write_file"]
 
 FORMAT = "pycodesign.sharing"
 VERSION = "1"
 
 
-def write_task(path: Path, task: Task, backbone: str) -> None:
-    """Write a task's parameters and what it is; the file appears whole or not at all."""
+def encode_task(name: str, task: Task, backbone: str) -> bytes:
+    """Return a file of a task's parameters and what it is.
+
+    Raises
+    ------
+    ValueError
+        If its mask is not selected, or values are not finite.
+    """
     if not task.is_selected:
-        raise ValueError(f"{path.stem}: expected a mask chosen by select_mask, got deltas without entries")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in task.state_dict().items()}
+        raise ValueError(f"{name}: expected a mask chosen by select_mask, got deltas without entries")
+    return save(list_tensors(name, task), describe(task, backbone))
+
+
+def list_tensors(name: str, task: Task) -> dict[str, Tensor]:
+    """Return a task's state in host memory, its floats, which must be finite, as float32."""
+    tensors = {}
+    for key, value in task.state_dict().items():
+        tensor = value.detach().cpu()
+        tensors[key] = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
+        if not bool(torch.isfinite(tensors[key]).all()):
+            raise ValueError(f"{name}: expected finite values, got others in {key}")
+    return tensors
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file, which appears whole or not at all."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        temporary.write_bytes(save(tensors, describe(task, backbone)))
+        temporary.write_bytes(content)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -44,7 +65,7 @@ def describe(task: Task, backbone: str) -> dict[str, str]:
     return {"format": FORMAT, "version": VERSION, "backbone": backbone, "spec": json.dumps(asdict(task.spec))}
 
 
-def read_task(path: Path, encoder: Encoder, backbone: str) -> Task:
+def read_task(path: Path, encoder: Encoder, backbone: str, dropout: float) -> Task:
     """Read a task, after checking the file against the backbone.
 
     Raises
@@ -55,7 +76,7 @@ def read_task(path: Path, encoder: Encoder, backbone: str) -> Task:
     """
     tensors, spec = read_tensors(path, encoder, backbone)
     try:
-        return make_task(spec, encoder, tensors)
+        return make_task(spec, encoder, tensors, dropout)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -83,7 +104,7 @@ def read_tensors(path: Path, encoder: Encoder, backbone: str) -> tuple[dict[str,
 
 
 def read_spec(text: str, layers: int) -> TaskSpec:
-    """Read a spec as `write_task` writes it."""
+    """Read a spec as `describe` writes it."""
     try:
         fields: Any = json.loads(text)
     except (ValueError, RecursionError):
@@ -99,15 +120,15 @@ def read_spec(text: str, layers: int) -> TaskSpec:
     return TaskSpec(**fields)
 
 
-def make_task(spec: TaskSpec, encoder: Encoder, tensors: dict[str, Tensor]) -> Task:
+def make_task(spec: TaskSpec, encoder: Encoder, tensors: dict[str, Tensor], dropout: float) -> Task:
     """Make a task of all its tensors, of which those that say how much to allocate are checked before."""
     head, variance = tensors.get("head.weight"), tensors.get("aggregator.norm.running_var")
     wanted = spec.labels, encoder.width * (len(encoder.layers) + 1 if spec.aggregator == "concat" else 1)
     if head is None or tuple(head.shape) != wanted:
         raise ValueError(f"head.weight: expected float32 {wanted}, got {describe_tensor(head)}")
-    if variance is not None and bool((variance < 0).any()):
+    if variance is not None and variance.dtype == torch.float32 and bool((variance < 0).any()):
         raise ValueError("aggregator.norm.running_var: expected variances of at least 0, got others")
-    task = Task(spec, encoder)
+    task = Task(spec, encoder, dropout)
     rest = dict(tensors)
     for place, kind in spec.deltas.items():
         layer, _, projection = place.partition(".")

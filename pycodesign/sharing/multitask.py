@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pycodesign.sharing import files, masks
 from pycodesign.sharing.cache import FeatureCache
-from pycodesign.sharing.components import Features, Task, TaskSpec, read_features
+from pycodesign.sharing.components import Features, Task, TaskSpec, check_names, read_features
 from pycodesign.sharing.deltas import KINDS, DenseDelta, LowRankDelta
 from pycodesign.sharing.encoders import PROJECTIONS, Inputs, read_encoder
 from pycodesign.sharing.task_model import TaskModel
@@ -27,6 +27,7 @@ __all__ = ["MultiTask"]
 Labels: TypeAlias = int | str | tuple[str, int]
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 RANGES = {"input_ids": "vocab_size", "token_type_ids": "type_vocab_size", "position_ids": "max_position_embeddings"}
+TENSORS = (*RANGES, "inputs_embeds", "pixel_values")
 
 
 class MultiTask(nn.Module):
@@ -46,7 +47,8 @@ class MultiTask(nn.Module):
     delta : {"sparse", "rows", "low_rank", "dense", "none"}, or dict
         Kind of all dW, or of each projection's: ``"query"``, ``"key"``, ``"value"``, ``"output"``, ``"up"``,
         ``"down"``. Of ``"rows"``, few outputs of a projection differ, each in all of its weights. Sparse deltas and
-        rows are there after `select_mask`.
+        rows are there after `select_mask`; until then a task computes without them, and its `load_state_dict` does not
+        take them.
     density : float
         Share of the entries, or rows, that may differ; for low-rank ones it sets the rank unless `rank` does.
     rank : int, optional
@@ -98,13 +100,20 @@ class MultiTask(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
-        self.backbone = backbone.requires_grad_(False).eval()
         self.encoder = read_encoder(backbone)
+        self.backbone = backbone
         self.tasks = nn.ModuleDict()
         options = {"delta": delta, "density": density, "rank": rank, "positions": positions}
         self._options: dict[str, Any] = {**options, "layers": layers, "aggregator": aggregator, "dropout": dropout}
         for name, labels in tasks.items():
             self.add_task(name, labels)
+        backbone.requires_grad_(False).eval()
+
+    @property
+    def dropout(self) -> float:
+        """Before the head of a task that is added or read, unless it has its own."""
+        dropout: float = self._options["dropout"]
+        return dropout
 
     def add_task(self, name: str, labels: Labels, **options: Any) -> None:
         """Add a task; `options` are those of the constructor, whose values are the defaults.
@@ -112,8 +121,8 @@ class MultiTask(nn.Module):
         Raises
         ------
         TypeError, ValueError
-            For a name that is taken, or has other characters than letters, digits, ``_`` and ``-``; for labels or
-            options that are not as the constructor's.
+            For a name that is taken, also by an attribute of `torch.nn.ModuleDict`, or has other characters than
+            letters, digits, ``_`` and ``-``; for labels or options that are not as the constructor's.
         """
         self._check_name(name)
         unknown = options.keys() - self._options.keys()
@@ -179,8 +188,15 @@ class MultiTask(nn.Module):
             1 where a token is.
         tasks : sequence of str, optional
             All by default.
+
+        Raises
+        ------
+        KeyError
+            For a task that there is not.
+        TypeError, ValueError
+            For inputs that the backbone does not take, texts longer than it takes among them.
         """
-        names = list(self.tasks) if tasks is None else list(tasks)
+        names = list(self.tasks) if tasks is None else check_names(tasks)
         chosen = {name: self.get_task(name) for name in names}
         with torch.no_grad():
             named, mask = self.check_inputs(inputs, attention_mask)
@@ -299,15 +315,17 @@ class MultiTask(nn.Module):
         Raises
         ------
         KeyError, ValueError
-            For an unknown task, or one whose mask is not selected yet.
+            For an unknown task, one whose mask is not selected yet, or one with values that are not finite. Nothing is
+            written then.
         """
         folder = Path(path)
-        names = list(self.tasks) if tasks is None else list(tasks)
+        names = list(self.tasks) if tasks is None else check_names(tasks)
         chosen = {name: self.get_task(name) for name in names}
-        folder.mkdir(parents=True, exist_ok=True)
         backbone = self.hash
-        for name, task in chosen.items():
-            files.write_task(folder / f"{name}.safetensors", task, backbone)
+        contents = {name: files.encode_task(name, task, backbone) for name, task in chosen.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            files.write_file(folder / f"{name}.safetensors", content)
         return [folder / f"{name}.safetensors" for name in names]
 
     def load_task(self, path: str | os.PathLike[str], name: str | None = None) -> str:
@@ -328,12 +346,19 @@ class MultiTask(nn.Module):
 
     def _load_task(self, source: Path, name: str | None, backbone: str) -> str:
         name = source.stem if name is None else name
-        self.insert_task(name, files.read_task(source, self.encoder, backbone))
+        self.insert_task(name, files.read_task(source, self.encoder, backbone, self.dropout))
         return name
 
     def insert_task(self, name: str, task: Task) -> None:
-        """Add a task that is made already."""
+        """Add a task that is made already.
+
+        Raises
+        ------
+        ValueError
+            For a name that `add_task` refuses, or a task that was made for another backbone.
+        """
         self._check_name(name)
+        task.check_fits(self.encoder)
         self.tasks[name] = task.train(self.training)
 
     @classmethod
@@ -358,7 +383,7 @@ class MultiTask(nn.Module):
         from pycodesign.sharing.engine import Engine
 
         engine = Engine(self.encoder, self.check_inputs)
-        for name in list(self.tasks) if tasks is None else tasks:
+        for name in list(self.tasks) if tasks is None else check_names(tasks):
             engine.add_task(name, self.get_task(name))
         return engine
 
@@ -373,6 +398,8 @@ class MultiTask(nn.Module):
             if inputs.ndim not in kinds:
                 raise ValueError(f"inputs: expected input_ids (B, T), got {tuple(inputs.shape)}")
             named = {kinds[inputs.ndim]: inputs}
+        elif not isinstance(inputs, Mapping):
+            raise TypeError(f"inputs: expected a tensor, or tensors by name, got {type(inputs).__name__}")
         else:
             named = {name: value for name, value in inputs.items() if value is not None}
             own = named.pop("attention_mask", None)
@@ -381,8 +408,10 @@ class MultiTask(nn.Module):
             attention_mask = attention_mask if own is None else own
         if not named:
             raise ValueError("inputs: expected input_ids, pixel_values or inputs_embeds, got none")
-        first = next(iter(named.values()))
-        if not first.numel():
+        for name in TENSORS:
+            _check_tensor(name, named.get(name))
+        first = next((value for value in named.values() if isinstance(value, Tensor)), None)
+        if first is not None and not first.numel():
             raise ValueError(f"inputs: expected at least one text and one token, got {tuple(first.shape)}")
         ids = named.get("input_ids")
         tokens = None
@@ -406,6 +435,7 @@ class MultiTask(nn.Module):
             raise ValueError(f"inputs: expected at most {self.encoder.longest} tokens, got {tokens[1]}")
         if attention_mask is None:
             return named, None
+        _check_tensor("attention_mask", attention_mask)
         if tokens is None or tuple(attention_mask.shape) != tokens:
             raise ValueError(f"attention_mask: expected {tokens}, got {tuple(attention_mask.shape)}")
         mask = attention_mask != 0
@@ -424,6 +454,13 @@ class MultiTask(nn.Module):
             raise ValueError(f"name: expected letters, digits, _ and -, got {name!r}")
         if name in self.tasks:
             raise ValueError(f"name: expected a new name, got {name!r}, which is a task's")
+        if hasattr(self.tasks, name):
+            raise ValueError(f"name: expected one that torch.nn.ModuleDict takes, got {name!r}, its attribute")
+
+
+def _check_tensor(name: str, value: Any) -> None:
+    if value is not None and not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
 def _read_labels(labels: Labels) -> tuple[int, str]:

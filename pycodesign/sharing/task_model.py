@@ -37,10 +37,11 @@ class TaskModel(nn.Module):
         pixel_values: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return ``logits``, and ``loss`` where labels are given; labels of -100 do not count."""
         tasks = self._tasks[0]
-        named = {"input_ids": input_ids, "token_type_ids": token_type_ids}
+        named = {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids}
         named |= {"pixel_values": pixel_values, "inputs_embeds": inputs_embeds}
         given = {name: value for name, value in named.items() if value is not None}
         logits = tasks.run(self.name, tasks.read(self.name, given, attention_mask))
@@ -50,7 +51,15 @@ class TaskModel(nn.Module):
 
 
 def compute_loss(spec: TaskSpec, logits: Tensor, labels: Tensor) -> Tensor:
-    """Return cross entropy, or the mean squared error of a regression."""
+    """Return cross entropy, or the mean squared error of a regression, whose labels are (B,) or (B, 1).
+
+    Raises
+    ------
+    ValueError
+        For labels of a regression in another shape.
+    """
     if spec.kind == "regression":
-        return F.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
+        if labels.shape not in (logits.shape, logits.shape[:-1]):
+            raise ValueError(f"labels: expected {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}")
+        return F.mse_loss(logits, labels.to(logits.dtype).reshape(logits.shape))
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten())

@@ -31,7 +31,8 @@ def run_branches(
     other callable needs Python's lock, and runs in parallel as far as it gives that lock up, as torch and NumPy do in
     their functions. All operations of this package, and of torch where it is loaded, run on one thread within a
     branch. Branches beyond the number of cores begin when others have ended. All run on the caller, one after another,
-    within another branch, and while another thread of this process has the team.
+    within another branch, and while another thread of this process has the team. An interrupt by the keyboard ends the
+    caller's own branch, and is raised once the others have returned; with a `timeout` it is raised at once.
 
     Parameters
     ----------

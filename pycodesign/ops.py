@@ -257,7 +257,7 @@ class Packed:
     def to_chain(self) -> Any:
         """Return the layer, without an epilogue, as a `repetition.chain.Chain`; one to be tuned, as a function."""
         if self._tune_lock is not None:
-            return functools.partial(conv2d if self.kind == "conv2d" else linear, packed=self)
+            return self.to_function()
         if self._chain is None:
             from pycodesign.repetition.chain import Chain
 
@@ -266,6 +266,10 @@ class Packed:
             chain.output(getattr(chain, self.kind)(x, self))
             self._chain = chain
         return self._chain
+
+    def to_function(self) -> Callable[[Array], Array]:
+        """Return the layer, without an epilogue, as `conv2d` or `linear` of it."""
+        return functools.partial(conv2d if self.kind == "conv2d" else linear, packed=self)
 
     def _run(self, x: NDArray[Any], call: Callable[[Native], Array]) -> Array:
         """Run, after choosing by time on the first call with something to time where tuning was asked for."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import branches_conformance as conformance
 import torch
 import torch.distributed as dist
 
-from pycodesign.branches import Executor, Graph, Placement, build_inception, build_parnet
+from pycodesign.branches import Body, Executor, Graph, Placement, Slice, Value, build_inception, build_parnet
 
 
 def spread(graph: Graph, size: int) -> Placement:
@@ -50,6 +51,26 @@ def run_networks(size: int) -> None:
         assert stems["never"] == 1 < stems["always"] == stems["auto"], stems
 
 
+def run_two(rank: int) -> None:
+    """Two executors of one group at the same time, which the ranks begin in different orders."""
+    values = {name: Value((1, 4)) for name in "xab"}
+    bodies = [Body(y, torch.neg, (Slice(x),), (Slice(y),)) for x, y in ("xa", "ab")]
+    graph = Graph(values, bodies, ["x"], ["b"])
+    runs = [Executor(graph, Placement((("a",), ("b",))), backend="distributed", timeout=20) for _ in range(2)]
+    found: list[float] = [0.0, 0.0]
+
+    def call(index: int) -> None:
+        found[index] = float(runs[index](torch.full((1, 4), index + 1.0))[0][0, 0])
+
+    threads = [threading.Thread(target=call, args=(index,)) for index in range(2)]
+    for thread in threads[:: 1 if rank == 0 else -1]:
+        thread.start()
+        time.sleep(0.5)
+    for thread in threads:
+        thread.join()
+    print(found)
+
+
 def expect_error(rank: int, size: int, task: str) -> None:
     net = build_inception(modules=2, width=8, size=8)
     graph = net.to_graph()
@@ -83,10 +104,13 @@ def main() -> None:
     torch.set_num_threads(1)
     wait = datetime.timedelta(seconds=60)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=wait)
-    if task == "conform":
-        conform(size)
-        run_networks(size)
-        print("fine")
+    if task in ("conform", "two"):
+        if task == "two":
+            run_two(rank)
+        else:
+            conform(size)
+            run_networks(size)
+            print("fine")
         dist.barrier()
         dist.destroy_process_group()
     else:

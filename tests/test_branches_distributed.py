@@ -37,6 +37,11 @@ def test_processes_compute_as_one(size, tmp_path):
         assert (out, code) == ("fine\n", 0), err
 
 
+def test_executors_of_one_group_keep_their_messages(tmp_path):
+    for out, err, code in run_processes(2, "two", tmp_path / "store"):
+        assert (out, code) == ("[1.0, 2.0]\n", 0), err
+
+
 @pytest.mark.parametrize("task", ["dies", "hangs"])
 def test_a_lost_peer_is_an_error(task, tmp_path):
     (out, err, _), _ = run_processes(2, task, tmp_path / "store")

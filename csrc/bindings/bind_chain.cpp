@@ -125,7 +125,7 @@ void set_output(BoundCall& b, size_t index, const std::optional<py::array>& out)
   check_writeable(*out);
   int64_t natural = out->itemsize();
   for (size_t d = 3; d > 0; natural *= t.size[d--])
-    if (t.size[d] > 1 && t.stride[d] != natural)
+    if (out->size() > 0 && t.size[d] > 1 && t.stride[d] != natural)
       throw py::value_error("out: expected images whose elements follow one another, got other strides");
   b.chain.set_output(index, t);
   b.outputs[index] = *out;

@@ -326,12 +326,14 @@ void run_on_openmp(const OpenMp& runtime, Job& job, int members) {
 bool run_on_team(Job& job, int members) {
   const OpenMp* runtime = find_team();
   if ((runtime && runtime->in_parallel()) || team_in_use.exchange(true, std::memory_order_acquire)) return false;
+  struct GivenBack {
+    ~GivenBack() { team_in_use.store(false, std::memory_order_release); }
+  } given_back;  // also where PYCODESIGN_NUM_THREADS is no number
   if (runtime) {
     run_on_openmp(*runtime, job, members);
   } else {
     run_on_pool(job, members);
   }
-  team_in_use.store(false, std::memory_order_release);
   return true;
 }
 

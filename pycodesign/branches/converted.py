@@ -31,7 +31,7 @@ def find_chain(graph: Graph, body: Body) -> Found | None:
         return Found(body.run, shapes)
     if body.arrays != "torch" or "pycodesign.nn" not in sys.modules:  # nothing was converted
         return None
-    chain = _find_in_module(body.run, len(shapes))
+    chain = _find_in_module(body.run, shapes)
     return None if chain is None else Found(chain, shapes)
 
 
@@ -40,24 +40,30 @@ def _shape(graph: Graph, piece: Slice) -> tuple[int, ...]:
     return images, (channels if piece.end is None else piece.end) - piece.begin, *size
 
 
-def _find_in_module(module: Any, inputs: int) -> Any:
+def _find_in_module(module: Any, shapes: list[tuple[int, ...]]) -> Any:
     from torch import fx
 
-    from pycodesign.nn.modules import Layer, Segment
+    from pycodesign.nn.modules import Conv2d, Linear, Segment
     from pycodesign.nn.program import find_chain as chain_of
 
     if isinstance(module, fx.GraphModule) and not _is_hooked(module):
         module = _find_only_module(module)
-    if not isinstance(module, (Segment, Layer)) or _is_hooked(module):
+    if type(module) not in (Segment, Conv2d, Linear) or _is_hooked(module):  # a subclass may do something else
+        return None
+    reads_rows = module.rows if isinstance(module, Segment) else module.kind == "linear"
+    if reads_rows and any(len(shape) != 2 for shape in shapes):  # a chain would flatten images
         return None
     if isinstance(module, Segment):
         return chain_of(module.weights(), module.program)
-    return _chain_of_layer(module) if inputs == 1 else None  # others add a residual
+    return _chain_of_layer(module) if len(shapes) == 1 else None  # others add a residual
 
 
 def _is_hooked(module: Any) -> bool:
     """Return whether a module does more, or something else, than its class says."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    from torch.nn.modules import module as of_all
+
+    own = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return bool(own or of_all._global_forward_hooks or of_all._global_forward_pre_hooks)
 
 
 def _find_only_module(traced: Any) -> Any:

@@ -28,6 +28,8 @@ from pycodesign.branches.timed import hold_torch_threads
 
 __all__ = ["Runner", "recompute_bodies"]
 
+next_tag = 0  # of a message: two runners of a group have none in common
+
 
 class Runner:
     """This process's part of a placed graph; `Executor` says what all backends do.
@@ -45,7 +47,7 @@ class Runner:
     device : str or torch.device
         Where this process computes.
     timeout : float
-        Seconds to wait for another process.
+        Seconds to wait for another process in a run; to make a runner waits as long as the group does.
     recompute : {"auto", "always", "never"}
         Whether a stem that several teams need runs on each of them instead of being sent. ``"auto"``: where that is
         faster by `table`, or, without one, where a stem reads nothing that would have to be sent.
@@ -86,22 +88,29 @@ class Runner:
         self.delay = to_number("link_delay", link_delay)
         if not 0 <= self.delay < self.timeout:
             raise ValueError(f"link_delay: expected seconds, fewer than the timeout, got {link_delay}")
+        if table is not None and not isinstance(table, LatencyTable):
+            raise TypeError(f"table: expected a LatencyTable, got {type(table).__name__}")
         self.graph, self.place = recompute_bodies(graph, place, recompute, table)
-        self._check_peers()
+        self._lock = threading.RLock()  # a body that calls its executor fails rather than waits
+        self._first_tag = self._check_peers()
         self._failed: str | None = None
         self._allocate()
         self._sender = _Sender(self.delay) if self.delay else None
 
-    def _check_peers(self) -> None:
-        """Compare what all processes are to run."""
+    def _check_peers(self) -> int:
+        """Compare what all processes are to run; return the first tag that is new to all of them."""
+        global next_tag
         values = sorted((name, value.shape, value.dtype) for name, value in self.graph.values.items())
         bodies = [(b.name, b.inputs, b.outputs) for b in self.graph.bodies.values()]
         mine = repr((values, bodies, self.place.teams))
         found: list[Any] = [None] * len(self.place.teams)
-        dist.all_gather_object(found, mine, group=self.group)
-        for rank, other in enumerate(found):
+        dist.all_gather_object(found, (mine, next_tag), group=self.group)
+        for rank, (other, _) in enumerate(found):
             if other != mine:
                 raise ValueError(f"net: expected the same graph and placement on all ranks, got others on rank {rank}")
+        first = max(tag for _, tag in found)
+        next_tag = first + len(_list_messages(self.graph, self.place))
+        return int(first)
 
     def _allocate(self) -> None:
         graph = self.graph
@@ -124,19 +133,20 @@ class Runner:
                     self.waits.setdefault(reader, []).append(message)
 
     def __call__(self, *inputs: Any) -> list[Any]:
-        if self._failed:
-            raise RuntimeError(f"run: expected all processes, got an executor that failed before ({self._failed})")
         as_torch = self.graph.check_inputs(inputs)
-        try:
-            made = self._run(inputs)
-        except Exception as error:
-            self._failed = str(error)
-            raise
+        with self._lock:
+            if self._failed is not None:
+                raise RuntimeError(f"run: expected all processes, got an executor that failed before ({self._failed})")
+            try:
+                made = self._run(inputs)
+            except BaseException as error:  # what other processes wait for does not come
+                self._failed = str(error) or type(error).__name__
+                raise
         return made if as_torch else [y.cpu().numpy() for y in made]
 
     def _run(self, inputs: Sequence[Any]) -> list[Tensor]:
         for name, x in zip(self.graph.inputs, inputs, strict=True):
-            self.values[name].copy_(torch.as_tensor(x))
+            self.values[name].copy_(torch.as_tensor(x).detach())
         pending: dict[int, Any] = {}
         for message in self.messages:  # all of them now: what comes early finds its place
             if message.target == self.rank:
@@ -168,7 +178,8 @@ class Runner:
 
     def _post(self, function: Callable[..., Any], message: _Message, peer: int) -> Any:
         try:
-            return function(message.buffer, self._global(peer), group=self.group, tag=message.index)
+            tag = self._first_tag + message.index
+            return function(message.buffer, self._global(peer), group=self.group, tag=tag)
         except RuntimeError as error:
             raise self._describe(error, message, peer, 0.0) from error
 
@@ -198,7 +209,8 @@ class Runner:
 class _Message:
     """A slice that one process makes and another needs.
 
-    Its index is its tag, and its place in the order in which both sides post what goes between them.
+    Its index, behind the runner's first, is its tag, and its place in the order in which both sides post what goes
+    between them.
     """
 
     index: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from pycodesign.branches.listing import place_by_rank
@@ -94,7 +94,13 @@ class _Search:
             self._offer(simulate(self.problem, rows), tuple(map(tuple, rows)))
         state = _State((0.0,) * self.devices, (-1.0,) * n, (-1,) * n, (), 0.0, sum(self.least))
         root = self._bound(state)
-        self._visit(state)
+        path = [self._follow(state)]
+        while path and not self.stopped:
+            following = next(path[-1], None)
+            if following is None:
+                path.pop()
+            else:
+                path.append(self._follow(following))
         latency, teams = self.pool[0]
         return Solution(teams, latency, root if self.stopped else latency, self.pool)
 
@@ -137,7 +143,8 @@ class _Search:
                     bound = max(bound, _fill(starts, work) + self.tail[body])
         return bound
 
-    def _visit(self, state: _State) -> None:
+    def _follow(self, state: _State) -> Iterator[_State]:
+        """Yield the partial schedules of one more body that may lead to the best, the most urgent first."""
         problem = self.problem
         self.steps += 1
         if self.steps % 64 == 0 and time.monotonic() > self.end:
@@ -172,7 +179,7 @@ class _Search:
         for start, _, body, d in sorted(moves):
             following = state.add(body, d, start, problem.costs[body][d], self.least[body])
             if self._bound(following) < self.pool[0][0] * (1 - EPSILON):
-                self._visit(following)
+                yield following
 
     def _find_arrival(self, state: _State, body: int, device: int) -> float:
         """Return when all that is known of a body's inputs is on a device."""

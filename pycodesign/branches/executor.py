@@ -20,8 +20,8 @@ class Executor:
     ----------
     net : Graph, or a network with ``to_graph``
         Bodies that are chains, or torch modules without hooks that `pycodesign.nn.convert` made one chain of, run
-        without Python, unless there is a `timeout`: with the weights that they have now, whatever is done to the module
-        later. Other bodies read copies of the inputs.
+        without Python, unless there is a `timeout`: with the weights and the instruction set that they have now,
+        whatever is done to the module later. Other bodies read copies of the inputs.
     place : Placement
     backend : {"threads", "distributed", "cuda"}
         Teams of cores in this process, processes of `torch.distributed`, or streams of a GPU, captured as a CUDA graph;
@@ -86,9 +86,9 @@ class Executor:
         -------
         list of arrays
             New ones, one for each output, of the kind of the inputs: the same bits as ``graph(*inputs)``, in the
-            caller's torch modes (autocast, for one). Torch's operations, whose sums depend on their threads, take one,
-            as there; if a team without others, or a process, has more, they take those: the same bits as
-            ``graph(*inputs, threads=place.threads[0])``.
+            caller's context variables and torch modes (autocast, for one). Torch's operations, whose sums depend on
+            their threads, take one, as there; if a team without others, or a process, has more, they take those: the
+            same bits as ``graph(*inputs, threads=place.threads[0])``.
 
         Raises
         ------

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
 
-from pycodesign._arguments import to_integer
+from pycodesign._arguments import to_integer, to_numpy
 from pycodesign.branches.timed import hold_torch_threads
 
 __all__ = ["Body", "Graph", "Placement", "Slice", "Value", "to_graph"]
@@ -35,10 +37,20 @@ class Value:
     shape : tuple of int
         (N, C, ...): the batch first, then what a `Slice` cuts.
     dtype : {"float32", "uint8", "int8", "int32"}
+
+    Raises
+    ------
+    TypeError
+        For a shape that is no sequence of integers.
     """
 
     shape: tuple[int, ...]
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.shape, Iterable):
+            raise TypeError(f"shape: expected (N, C, ...), got {type(self.shape).__name__}")
+        object.__setattr__(self, "shape", tuple(_to_size("shape", size) for size in self.shape))
 
     @property
     def bytes(self) -> int:
@@ -52,6 +64,11 @@ class Slice:
     value: str
     begin: int = 0
     end: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "begin", _to_size("begin", self.begin))
+        if self.end is not None:
+            object.__setattr__(self, "end", _to_size("end", self.end))
 
 
 @dataclass(frozen=True)
@@ -67,7 +84,7 @@ class Body:
     inputs, outputs : tuple of Slice
         What it reads and what it writes.
     arrays : {"torch", "numpy"}
-        What `run` takes and returns.
+        What `run` takes and returns; a `Chain` always takes NumPy's.
     branch, segment : int
         Where it stands in a network of branches; -1: stem or head.
     costs : tuple of str
@@ -85,6 +102,13 @@ class Body:
     segment: int = -1
     costs: tuple[str, ...] = ()
     may_recompute: bool = False
+
+    def __post_init__(self) -> None:
+        if self.arrays not in ("torch", "numpy"):
+            raise ValueError(f"arrays: expected 'torch' or 'numpy', got {self.arrays!r}")
+        chains = sys.modules.get("pycodesign.repetition.chain")  # None: nobody has made one
+        if chains is not None and isinstance(self.run, chains.Chain):
+            object.__setattr__(self, "arrays", "numpy")
 
 
 class Graph:
@@ -170,7 +194,7 @@ class Graph:
         """
         arrays, as_torch = self.allocate(), self.check_inputs(inputs)
         for name, x in zip(self.inputs, inputs, strict=True):
-            arrays[name][...] = x
+            arrays[name][...] = to_numpy(name, x)[0]
         with hold_torch_threads(to_integer("threads", threads, 1)):
             for body in self.bodies.values():
                 run_body(body, [view(arrays, piece) for piece in body.inputs], [view(arrays, p) for p in body.outputs])
@@ -338,7 +362,8 @@ class Placement:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "teams", tuple(tuple(team) for team in self.teams))
-        object.__setattr__(self, "threads", tuple(self.threads) or (1,) * len(self.teams))
+        threads = tuple(_to_size("threads", count) for count in self.threads)
+        object.__setattr__(self, "threads", threads or (1,) * len(self.teams))
         if not self.teams or len(self.threads) != len(self.teams) or min(self.threads) < 1:
             raise ValueError(f"threads: expected one number for each of {len(self.teams)} teams, got {self.threads}")
 
@@ -398,6 +423,13 @@ def to_graph(net: Any, example: Any = None) -> Graph:
     if not isinstance(made, Graph):
         raise TypeError(f"net: expected to_graph to return a Graph, got {type(made).__name__}")
     return made
+
+
+def _to_size(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {type(value).__name__}") from None
 
 
 def overlap(a: Slice, b: Slice) -> int:
@@ -465,7 +497,7 @@ def run_body(body: Body, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
     if len(results) != len(outputs):
         raise ValueError(f"{body.name}: expected {len(outputs)} results, got {len(results)}")
     for array, result in zip(outputs, results, strict=True):
-        result = result.numpy() if body.arrays == "torch" else np.asarray(result)
+        result = to_numpy(body.name, result)[0] if body.arrays == "torch" else np.asarray(result)
         if result.shape != array.shape or result.dtype != array.dtype:
             wanted = f"{array.dtype} {array.shape}"
             raise ValueError(f"{body.name}: expected to return {wanted}, got {result.dtype} {result.shape}")

@@ -111,7 +111,7 @@ class Network(nn.Module):
             native = convert is None and any(part.costs for part in self.parts)
         net = copy.deepcopy(self).eval()
         with torch.no_grad():
-            found = net._run(torch.zeros(shape))
+            found = net._run(torch.zeros(shape, dtype=torch.float32))
         values, slices = {}, {}
         for name, concatenation in found.items():
             begin = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -45,7 +46,11 @@ def run_tensors(body: Body, values: dict[str, Tensor]) -> None:
     if len(results) != len(body.outputs):
         raise ValueError(f"{body.name}: expected {len(body.outputs)} results, got {len(results)}")
     for piece, result in zip(body.outputs, results, strict=True):
-        part, result = view_tensor(values, piece), torch.as_tensor(result)
+        part = view_tensor(values, piece)
+        if not isinstance(result, (Tensor, np.ndarray)):
+            wanted = f"{part.dtype} {tuple(part.shape)}"
+            raise TypeError(f"{body.name}: expected to return {wanted}, got {type(result).__name__}")
+        result = torch.as_tensor(result)
         if result.shape != part.shape or result.dtype != part.dtype:
             wanted = f"{part.dtype} {tuple(part.shape)}"
             raise ValueError(f"{body.name}: expected to return {wanted}, got {result.dtype} {tuple(result.shape)}")

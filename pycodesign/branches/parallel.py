@@ -6,18 +6,20 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from contextvars import copy_context
 from functools import partial
 from typing import Any, TypeAlias
 
 from pycodesign import _core
-from pycodesign._arguments import Array, from_numpy, to_number, to_numpy
+from pycodesign._arguments import Array, check_array, from_numpy, to_number, to_numpy
 from pycodesign.branches.timed import Team, hold_torch_threads, run_timed
 
 __all__ = ["Modes", "call_in_modes", "find_modes", "run_branches"]
 
 SPIN = 50.0  # microseconds
-Modes: TypeAlias = tuple[bool, bool, bool, Any] | None
+AUTOCAST = ("cpu", "cuda")  # devices
+Modes: TypeAlias = tuple[bool, bool, tuple[tuple[str, Any], ...], Any] | None
 
 
 def run_branches(
@@ -29,17 +31,19 @@ def run_branches(
     other callable needs Python's lock, and runs in parallel as far as it gives that lock up, as torch and NumPy do in
     their functions. All operations of this package, and of torch where it is loaded, run on one thread within a
     branch. Branches beyond the number of cores begin when others have ended. All run on the caller, one after another,
-    within another branch, and while another thread of this process has the team.
+    within another branch, and while another thread of this process has the team. An interrupt by the keyboard ends the
+    caller's own branch, and is raised once the others have returned; with a `timeout` it is raised at once.
 
     Parameters
     ----------
     branches : iterable of Packed, Chain or callable
-        Callables see the caller's context variables, and its torch modes (grad, inference, autocast).
+        Callables see the caller's context variables, and its torch modes (grad, inference, autocast, default device);
+        of CUDA's device and stream each thread has its own.
     *inputs : array
         What each branch is called with.
     timeout : float, optional
-        Seconds. With it each branch runs on a new thread, and the caller only waits: some tenths of a millisecond more.
-        A branch that does not return in time goes on, and keeps its thread until it does.
+        Seconds. With it branches run on new threads, as many as there are cores, and the caller only waits: some tenths
+        of a millisecond more. A branch that does not return in time goes on, and keeps its thread until it does.
     spin : float
         Microseconds for which a thread that waits for another spins before it parks; 0 for machines that are shared.
 
@@ -80,8 +84,11 @@ def run_branches(
     for branch in given:
         body = branch.to_chain() if isinstance(branch, packed_type) else branch
         if timeout is None and isinstance(body, chain_type):
-            bound.append((len(bodies), _Bound(body, inputs)))
+            is_linear = isinstance(branch, packed_type) and branch.kind == "linear"
+            bound.append((len(bodies), (_BoundRows if is_linear else _Bound)(body, inputs)))
             body = bound[-1][1].native
+        elif isinstance(body, chain_type):
+            body = partial(_call_chain, body) if body is branch else branch.to_function()
         elif not callable(body):
             wanted = "callables, chains or packed layers"
             raise TypeError(f"branches: expected {wanted}, got {type(branch).__name__}")
@@ -91,7 +98,8 @@ def run_branches(
         bodies.append(body)
     if timeout is not None:
         results: list[Any] = [None] * len(bodies)
-        run_timed([Team([_Store(results, i, body, inputs)]) for i, body in enumerate(bodies)], timeout)
+        steps = iter([_Store(results, i, body, inputs) for i, body in enumerate(bodies)])  # teams take them in turn
+        run_timed([Team(steps)] * min(len(bodies), _core.available_cores()), timeout)
         return results
     results = _core.run_branches(bodies, inputs, spin)
     for index, call in bound:
@@ -121,6 +129,32 @@ class _Bound:
         return results[0] if len(results) == 1 else results
 
 
+class _BoundRows(_Bound):
+    """A call of a linear layer, on (..., I)."""
+
+    def __init__(self, chain: Any, inputs: Sequence[Array]) -> None:
+        given, rows = [to_numpy("inputs", x) for x in inputs], list(inputs)
+        if len(given) == 1:
+            layer = chain.layers[0]
+            x, width = given[0][0], layer._shape[1]
+            wanted = (layer._options["input_dtype"],)
+            check_array("inputs", x, wanted, f"(..., {width})", x.shape[-1:] == (width,))
+            rows = [from_numpy(x.reshape(math.prod(x.shape[:-1]), width), given[0][1])]
+            self.shape = x.shape[:-1]
+        super().__init__(chain, rows)
+
+    def finish(self) -> Any:
+        y = super().finish()
+        return y.reshape(*self.shape, y.shape[-1])
+
+
+def _call_chain(chain: Any, *inputs: Array) -> Any:
+    given = [to_numpy("inputs", x) for x in inputs]
+    kind = "torch" if any(kind == "torch" for _, kind in given) else "numpy"
+    results = [from_numpy(array, kind) for array in chain(*(array for array, _ in given))]
+    return results[0] if len(results) == 1 else results
+
+
 class _Store:
     """Calls a branch, and keeps its result."""
 
@@ -134,27 +168,36 @@ class _Store:
 
 
 def find_modes() -> Modes:
-    """Return torch's grad, inference and autocast modes, and autocast's dtype; None for those of a new thread."""
+    """Return torch's grad and inference modes, devices and dtypes of autocast, and a default device that somebody set.
+
+    None stands for the modes of a new thread.
+    """
     torch = sys.modules.get("torch")
     is_autocast_enabled = getattr(torch, "is_autocast_enabled", None)
     if torch is None or is_autocast_enabled is None:  # still being imported
         return None
-    grad, inference, autocast = (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        is_autocast_enabled("cpu"),
-    )
-    if grad and not inference and not autocast:
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    autocast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in AUTOCAST if is_autocast_enabled(kind))
+    device = torch.get_default_device() if torch._C._len_torch_function_stack() else None
+    if grad and not inference and not autocast and device is None:
         return None
-    return grad, inference, autocast, torch.get_autocast_dtype("cpu")
+    return grad, inference, autocast, device
 
 
 def call_in_modes(modes: Modes, function: Callable[..., Any], *arguments: Any) -> Any:
     """Call a function in the modes that another thread had."""
     if modes is None:
         return function(*arguments)
-    torch, (grad, inference, autocast, dtype) = sys.modules["torch"], modes
-    with torch.inference_mode(inference), torch.set_grad_enabled(grad), torch.autocast("cpu", dtype, autocast):
+    torch, (grad, inference, autocast, device) = sys.modules["torch"], modes
+    wanted = dict(autocast)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(inference))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        for kind in AUTOCAST:
+            if kind in wanted or torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, wanted.get(kind), kind in wanted))
+        if device is not None:
+            stack.enter_context(device)
         return function(*arguments)
 
 

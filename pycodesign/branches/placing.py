@@ -91,11 +91,18 @@ def place(
         to_integer("workers", count, 1)
     graph = net.to_graph(native=True) if hasattr(net, "to_graph") else to_graph(net)
     begin = time.perf_counter()
-    problem = make_problem(graph, table, threads).slowed()
+    given = make_problem(graph, table, threads)
+    problem = given.slowed()
+    found: list[tuple[tuple[int, ...], ...]] = []
     bound = None
-    if method == "exact":
+    if not graph.bodies:
+        pass
+    elif method == "exact":
         solution = solve(problem, limit=limit, keep=best)
         found, bound = [teams for _, teams in solution.others], solution.bound
+        if problem.costs != given.costs:  # a body may also run alone, and is faster then
+            left = max(0.0, limit - (time.perf_counter() - begin))
+            bound = solve(replace(given, slowdown=()), limit=left).bound
     elif method == "list":
         found = [tuple(map(tuple, place_by_rank(problem)))]
     else:

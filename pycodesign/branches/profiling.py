@@ -128,6 +128,14 @@ def profile(
         if not 1 <= to_integer("threads", count) <= cores:
             raise ValueError(f"threads: expected 1 to {cores}, the cores of this process, got {count}")
     to_integer("rounds", rounds, 1)
+    with torch.random.fork_rng(devices=[]):
+        return _measure(space, workers, threads, rounds, calibration, spin)
+
+
+def _measure(
+    space: Space | Graph, workers: int, threads: Sequence[int], rounds: int, calibration: int, spin: float | None
+) -> LatencyTable:
+    cores = pycodesign.show_config()["cores"]
     probes: Mapping[str, Probe | BodyProbe]
     probes = list_probes(space, workers) if isinstance(space, Space) else list_body_probes(space, workers)
     timed = _open(probes, workers, dict.fromkeys((1, *threads)), cores, spin)
@@ -294,7 +302,7 @@ class BodyProbe:
 def list_body_probes(graph: Graph, workers: int) -> dict[str, Probe | BodyProbe]:
     """Return what is timed of a graph: its bodies, and waits for values as large as its largest."""
     largest = max(value.bytes for value in graph.values.values())
-    found: dict[str, Probe | BodyProbe] = {name: BodyProbe(graph, name) for name in graph.bodies}
+    found: dict[str, Probe | BodyProbe] = {f"body {name}": BodyProbe(graph, name) for name in graph.bodies}
     return found | dict(list_waits((1, max(1, largest // 4), 1, 1), workers))
 
 
@@ -342,8 +350,8 @@ def make_table(space: Space | Graph, seconds: Mapping[str, Mapping[str, float]],
     run = subtract(seconds["one"], entries[BODY])
     for key, row in seconds.items():
         if isinstance(space, Graph):
-            if key in space.bodies:
-                entries[key] = subtract(row, run)
+            if key.startswith("body "):
+                entries[key.removeprefix("body ")] = subtract(row, run)
             continue
         if key.split(" ")[0].split("/")[0].removesuffix("@torch") in helpers:
             continue
@@ -361,7 +369,7 @@ def make_table(space: Space | Graph, seconds: Mapping[str, Mapping[str, float]],
         sync = max(0.0, seconds["turns"]["solo/1"] - alone) / (LENGTH - 1)
         more = seconds["large turns"]["solo/1"] - seconds["large line"]["solo/1"] - (LENGTH - 1) * sync
         if isinstance(space, Graph):
-            size = max(value.bytes for value in space.values.values()) // 4 * 4
+            size = max(4, max(value.bytes for value in space.values.values()) // 4 * 4)
         else:
             size = Value((space.batch, *space.shape(0))).bytes
         transfer = max(0.0, more) / (LENGTH - 1) / size

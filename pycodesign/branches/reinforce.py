@@ -30,9 +30,9 @@ class _Policy(nn.Module):
     def forward(self, bodies: Tensor, samples: int) -> tuple[Tensor, Tensor]:
         """Return devices (samples, bodies), and their log probabilities (samples,)."""
         encoded, _ = self.encoder(bodies)
-        previous = torch.zeros(samples, self.devices + 1)
+        previous = bodies.new_zeros(samples, self.devices + 1)
         previous[:, -1] = 1
-        state, total, chosen = None, torch.zeros(samples), []
+        state, total, chosen = None, bodies.new_zeros(samples), []
         for row in encoded:
             state = self.decoder(torch.cat([row.expand(samples, -1), previous], 1), state)
             distribution = torch.distributions.Categorical(logits=self.output(state[0]))
@@ -69,19 +69,24 @@ def place_by_policy(
     Mirhoseini et al., Device Placement Optimization with Reinforcement Learning (ICML 2017); the third phase of
     ColocNAS (Fu et al., IEEE Micro 2020) does so for branches.
     """
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's modes are
+        return _place(problem, updates, samples, rate, seed)
+
+
+def _place(problem: Problem, updates: int, samples: int, rate: float, seed: int) -> list[list[int]]:
     n, devices = len(problem.names), problem.devices
     scale = sum(min(row) for row in problem.costs) or 1.0
-    adjacency = torch.zeros(n, n)
+    adjacency = torch.zeros(n, n, dtype=torch.float32)
     for body, row in enumerate(problem.before):
         for other, delay in row:
             adjacency[body, other] = 1 + delay / scale
-    costs = torch.tensor(problem.costs) / scale
-    bodies = torch.cat([costs, adjacency, adjacency.T, torch.eye(n)], 1)
+    costs = torch.tensor(problem.costs, dtype=torch.float32) / scale
+    bodies = torch.cat([costs, adjacency, adjacency.T, torch.eye(n, dtype=torch.float32)], 1)
     best: tuple[float, list[list[int]]] = (math.inf, [])
     known: dict[tuple[int, ...], float] = {}
     with torch.random.fork_rng(devices=[]), hold_torch_threads(1):  # for tensors of this size
         torch.manual_seed(seed)
-        policy = _Policy(bodies.shape[1], devices)
+        policy = _Policy(bodies.shape[1], devices).float()
         optimizer = torch.optim.Adam(policy.parameters(), rate)
         baseline = None
         for _ in range(updates):
@@ -94,7 +99,7 @@ def place_by_policy(
                     known[key] = simulate(problem, teams)
                 rewards.append(-math.sqrt(known[key] / scale))
                 best = min(best, (known[key], teams))
-            reward = torch.tensor(rewards)
+            reward = torch.tensor(rewards, dtype=torch.float32)
             baseline = reward.mean() if baseline is None else 0.9 * baseline + 0.1 * reward.mean()
             loss = -((reward - baseline) * log_probability).mean()
             optimizer.zero_grad()

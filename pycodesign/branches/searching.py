@@ -137,7 +137,6 @@ def search(
     Akiba et al., Optuna (KDD 2019).
     """
     check_search(space, table, method, latency)
-    data = to_data(data)
     target = to_number("target_ms", target_ms) / 1e3
     if not 0 < target < math.inf:
         raise ValueError(f"target_ms: expected a positive number, got {target_ms}")
@@ -145,7 +144,13 @@ def search(
         to_integer(name, value, 1)
     to_integer("batch", batch, 2)
     to_integer("finalists", finalists, 1)
+    if candidates is not None:
+        to_integer("candidates", candidates, 1)
+    for name, number in (("budget", 0.0 if budget is None else budget), ("strength", strength)):
+        if not 0 <= to_number(name, number) < math.inf:
+            raise ValueError(f"{name}: expected a finite number, 0 or more, got {number}")
     model = LatencyModel(space, table, workers)
+    data = to_data(data, space.input_shape()[1:], space.classes)
     begin = time.process_time()
     weights_data, choices_data = split_data(data, 0.8, seed)
     trainer = _Trainer(space, model, weights_data, choices_data, train_steps, batch, warm_start, seed)

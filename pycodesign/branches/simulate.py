@@ -69,9 +69,13 @@ def predict(graph: Graph, place: Placement, table: LatencyTable) -> float:
 
     Raises
     ------
+    TypeError
+        If `table` is no latency table.
     ValueError
         If the placement does not fit the graph, or the table lacks an entry.
     """
+    if not isinstance(table, LatencyTable):
+        raise TypeError(f"table: expected a LatencyTable, got {type(table).__name__}")
     place.check(graph)
     problem = make_problem(graph, table, place.threads)
     index = {name: i for i, name in enumerate(problem.names)}

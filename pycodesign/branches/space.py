@@ -291,5 +291,5 @@ class Architecture:
             found = json.loads(text)
             operators = tuple(tuple(tuple(map(str, b)) for b in segment) for segment in found["operators"])
             return cls(operators, tuple(tuple(map(str, g)) for g in found["gates"]), str(found["stem"]))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"text: expected an architecture in JSON, got {text[:60]!r} ({error})") from None

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pycodesign
+from pycodesign._arguments import to_integer, to_number
 from pycodesign.branches.graph import Body
 
 __all__ = ["LatencyTable", "describe_machine"]
 
 SCHEMA = "pycodesign latency table 1"
 NUMBERS = ("sync", "transfer")
-LARGEST = sys.float_info.max
+LARGEST = 1e9  # seconds: sums of them are finite, too
 
 
 def describe_machine() -> dict[str, Any]:
@@ -45,6 +45,11 @@ class LatencyTable:
     teams : int
         How many worked together.
 
+    Raises
+    ------
+    TypeError, ValueError
+        For seconds that are no numbers from 0 to 1e9.
+
     Examples
     --------
     >>> from pycodesign.branches import LatencyTable
@@ -59,6 +64,19 @@ class LatencyTable:
     sync: float = 0.0
     transfer: float = 0.0
     teams: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("machine", "entries", "run"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise TypeError(f"{name}: expected a mapping, got {type(getattr(self, name)).__name__}")
+        to_integer("teams", self.teams, 1)
+        for name in NUMBERS:
+            _check_seconds(name, getattr(self, name))
+        for key, row in [*self.entries.items(), ("run", self.run)]:
+            if not isinstance(row, Mapping):
+                raise TypeError(f"entries: expected seconds by threads for {key!r}, got {type(row).__name__}")
+            for column, number in row.items():
+                _check_seconds(f"{key}, {column}", number)
 
     def cost(self, key: str, threads: int = 1, together: bool = False) -> float:
         """Return the seconds of a layer or gate.
@@ -145,3 +163,9 @@ class LatencyTable:
                     f"table: expected one measured on this machine ({name} {value}), got {self.machine.get(name)}; "
                     "measure anew with branches.profile"
                 )
+
+
+def _check_seconds(name: str, value: Any) -> None:
+    number = to_number(name, value)
+    if not 0 <= number <= LARGEST:
+        raise ValueError(f"{name}: expected seconds from 0 to {LARGEST:g}, got {number}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,6 +81,8 @@ class Runner:
             (bound.set_input, body.inputs, found.input_shapes),
             (bound.set_output, body.outputs, bound.output_shapes),
         ):
+            if len(pieces) != len(shapes):
+                raise ValueError(f"{body.name}: expected {len(pieces)} results, got a chain of {len(shapes)}")
             for i, (piece, shape) in enumerate(zip(pieces, shapes, strict=True)):
                 self._bind(bind, i, piece, tuple(shape))
                 if piece.value in self._lent:
@@ -115,17 +118,18 @@ class Runner:
                     if name in self._copied or name in made:
                         state.arrays[name][...] = x
                     else:
-                        state.arrays[name] = x
+                        state.arrays[name] = x if x.flags.aligned else x.copy()
                 for free in self._free:
                     self._bind(*free)
-                state.modes = find_modes()
+                state.modes, state.context = find_modes(), copy_context()
                 self._native.run(self._spin, PATIENCE, self._pin)
             finally:
                 self._release()
         return [made[name] for name in graph.outputs]
 
     def _release(self) -> None:
-        """Let go the arrays of the caller."""
+        """Let go what is the caller's."""
+        self._state.context = Context()
         for bind, index, *_ in self._free:
             bind(index, None)
         for name in self._lent:
@@ -134,7 +138,7 @@ class Runner:
     def _run_timed(self, given: Arrays, timeout: float) -> list[NDArray[Any]]:
         """On arrays of its own, as bodies that come too late still write."""
         graph = self._graph
-        state = State(graph.allocate(), self._torch_threads, find_modes())
+        state = State(graph.allocate(), self._torch_threads, find_modes(), copy_context())
         for name, x in given.items():
             state.arrays[name][...] = x
         teams = [
@@ -161,6 +165,8 @@ class State:
         Of torch's operations.
     modes : tuple, optional
         The caller's, of torch.
+    context : contextvars.Context
+        The caller's; each body has a copy of its own.
     inside : set of int
         Threads that are in a body.
     """
@@ -168,6 +174,7 @@ class State:
     arrays: Arrays
     threads: int
     modes: Modes = None
+    context: Context = field(default_factory=Context)
     inside: set[int] = field(default_factory=set)
 
 
@@ -183,7 +190,7 @@ class PythonBody:
         state.inside.add(thread)
         try:
             with hold_torch_threads(state.threads):
-                call_in_modes(state.modes, run_body, body, inputs, outputs)
+                state.context.copy().run(call_in_modes, state.modes, run_body, body, inputs, outputs)
         finally:
             state.inside.discard(thread)
 

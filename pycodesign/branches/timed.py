@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,20 +30,23 @@ class Team:
 
     Parameters
     ----------
-    steps : sequence of Step
+    steps : iterable of Step
+        Teams that share an iterator take its steps in turn.
     before : sequence of sequence of str, optional
         For each step the names of those that it waits for.
     threads : int
         Of the operations of this package within a step; how many torch's take is up to the step.
     """
 
-    steps: Sequence[Step]
+    steps: Iterable[Step]
     before: Sequence[Sequence[str]] = ()
     threads: int = 1
 
 
 def run_timed(teams: Sequence[Team], timeout: float) -> None:
     """Run every team on a new thread, and return when all have finished.
+
+    Teams begin no further step once the caller stops waiting, or is refused a thread.
 
     Raises
     ------
@@ -60,7 +64,7 @@ def run_timed(teams: Sequence[Team], timeout: float) -> None:
     def run(index: int, team: Team) -> None:
         nonlocal active
         try:
-            for step, before in zip(team.steps, team.before or [()] * len(team.steps), strict=True):
+            for step, before in zip(team.steps, team.before or itertools.repeat(()), strict=False):
                 with changed:
                     while not errors and not done.issuperset(before):
                         changed.wait()
@@ -81,17 +85,25 @@ def run_timed(teams: Sequence[Team], timeout: float) -> None:
                 active -= 1
                 changed.notify_all()
 
-    end = time.monotonic() + timeout
-    for index, team in enumerate(teams):
-        threading.Thread(target=run, args=(index, team), name=f"team {index}", daemon=True).start()
-    with changed:
-        in_time = changed.wait_for(lambda: active == 0, max(0.0, end - time.monotonic()))
-        if not in_time:
-            names = ", ".join(running[index] for index in sorted(running)) or "nothing"
-            late = TimeoutError(f"timeout: expected to finish within {timeout:g} s, still running: {names}")
-            late.__cause__ = errors[0] if errors else None
-            errors.insert(0, late)
+    end = time.monotonic() + min(timeout, threading.TIMEOUT_MAX)
+    try:
+        for index, team in enumerate(teams):
+            threading.Thread(target=run, args=(index, team), name=f"team {index}", daemon=True).start()
+        with changed:
+            in_time = changed.wait_for(
+                lambda: active == 0, min(max(0.0, end - time.monotonic()), threading.TIMEOUT_MAX)
+            )
+            if not in_time:
+                names = ", ".join(running[index] for index in sorted(running)) or "nothing"
+                late = TimeoutError(f"timeout: expected to finish within {timeout:g} s, still running: {names}")
+                late.__cause__ = errors[0] if errors else None
+                errors.insert(0, late)
+                changed.notify_all()
+    except BaseException as error:
+        with changed:
+            errors.append(error)
             changed.notify_all()
+        raise
     if errors:
         raise errors[0]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,13 +33,20 @@ class Data:
                 yield self.images[chosen], self.labels[chosen]
 
 
-def to_data(data: Any) -> Data:
+def to_data(data: Any, shape: Sequence[int], classes: int) -> Data:
     """Check images and labels.
+
+    Parameters
+    ----------
+    data : (Tensor (n, C, H, W), Tensor (n,))
+    shape : sequence of int
+        (C, H, W).
+    classes : int
 
     Raises
     ------
     TypeError, ValueError
-        Unless they are float32 (n, C, H, W) and int64 (n,).
+        Unless they are float32 images of the shape and int64 classes.
     """
     try:
         images, labels = data
@@ -51,6 +58,11 @@ def to_data(data: Any) -> Data:
     if images.ndim != 4 or labels.shape != images.shape[:1] or len(labels) < 10:
         shapes = f"{tuple(images.shape)} and {tuple(labels.shape)}"
         raise ValueError(f"data: expected images (n, C, H, W) and labels (n,), n >= 10, got {shapes}")
+    if images.shape[1:] != tuple(shape):
+        raise ValueError(f"data: expected images (n, {', '.join(map(str, shape))}), got {tuple(images.shape)}")
+    wrong = labels[(labels < 0) | (labels >= classes)]
+    if len(wrong):
+        raise ValueError(f"data: expected labels from 0 to {classes - 1}, got {int(wrong[0])}")
     return Data(images, labels)
 
 

@@ -88,6 +88,18 @@ class Chain:
         self._bound: dict[tuple[Any, ...], list[_core.BoundChain]] = {}
         self.layers: list[Packed] = []  # in the order of their steps; what they are and cost, their `explain` tells
 
+    def __copy__(self) -> Chain:
+        return self.__deepcopy__({})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Chain:
+        """Return the chain itself, which does not change once it has outputs."""
+        if self._outputs is None:
+            raise TypeError("chain: expected outputs before it is copied, got a chain without")
+        return self
+
+    def __reduce__(self) -> Any:
+        raise TypeError("chain: expected to be made anew from its layers in another process, which pickle cannot do")
+
     def input(self, dtype: str = "float32", scale: float = 1.0, zero_point: int = 0) -> Value:
         """Add an input: an array (N, C, H, W), or (N, I).
 

@@ -369,6 +369,110 @@ def test_what_is_no_part_of_the_checkpoint_stays(small: Path) -> None:
     assert (small / "link").is_symlink()
 
 
+def test_files_that_look_like_weights_stay(small: Path) -> None:
+    kept = ("training_args.bin", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors", "model_ema.pt")
+    replaced = (
+        "optimizer.pt",
+        "pytorch_model.fp16.bin",
+        "tf_model.h5",
+        "consolidated.00.pth",
+        "model.safetensors.index.json",
+    )
+    for name in (*kept, *replaced):
+        (small / name).write_text(name)
+    with pytest.warns(RuntimeWarning, match="optimizer.pt: left out"):
+        growth.grow_checkpoint(small, small, target_config=LARGER, overwrite=True)
+    assert {name: (small / name).read_text() for name in kept} == {name: name for name in kept}
+    assert not any((small / name).exists() for name in replaced)
+
+
+def test_permissions_stay(small: Path) -> None:
+    modes = {small: 0o750, small / "model.safetensors": 0o640, small / "tokenizer.json": 0o600}
+    for path, mode in modes.items():
+        path.chmod(mode)
+    growth.grow_checkpoint(small, small, target_config=LARGER, overwrite=True)
+    assert {path: path.stat().st_mode & 0o777 for path in modes} == modes
+
+
+def test_a_destination_made_in_the_meantime(small: Path, tmp_path: Path) -> None:
+    target = tmp_path / "large"
+
+    def make(done: int, total: int) -> None:
+        target.mkdir(exist_ok=True)
+        (target / "precious").touch()
+
+    with pytest.raises(FileExistsError, match=r"dst: expected a new directory, .*, made in the meantime"):
+        growth.grow_checkpoint(small, target, target_config=LARGER, progress=make)
+    assert list(list_files(target)) == ["precious"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["large", "small"]
+
+
+def test_a_swap_that_fails_halfway_is_undone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    for path in (one, other):
+        path.mkdir()
+        (path / path.name).touch()
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self == one:
+            raise OSError(errno.EIO, "no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(staging.ctypes, "CDLL", lambda *_, **__: None)
+    with pytest.raises(OSError, match="no"):
+        staging._exchange(one, other)
+    assert sorted(list_files(tmp_path)) == ["one/one", "other/other"]
+
+
+def test_tied_layers_of_configs_that_name_no_class(small: Path, tmp_path: Path) -> None:
+    edit_config(small, architectures=None)
+    text = "source_config: expected a class of transformers in architectures, .* false, got None"
+    with pytest.raises(ValueError, match=text):
+        growth.grow_checkpoint(small, tmp_path / "large", target_config=DOUBLE)
+    build().transformer.save_pretrained(tmp_path / "features")
+    tensors = safetensors.numpy.load_file(small / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
+    safetensors.numpy.save_file(tensors, small / "model.safetensors", {"format": "pt"})
+    config = {**json.loads((small / "config.json").read_text()), "architectures": ["GPT2LMHeadModel"]}
+    growth.grow_checkpoint(small, tmp_path / "large", target_config=DOUBLE)
+    grown = json.loads((tmp_path / "large" / "config.json").read_text())
+    models = [
+        transformers.GPT2LMHeadModel.from_pretrained(path, config=transformers.GPT2Config.from_dict(values)).eval()
+        for path, values in ((small, config), (tmp_path / "large", grown))
+    ]
+    x = torch.arange(16)[None]
+    torch.testing.assert_close(models[1](x).logits, models[0](x).logits)
+    growth.grow_checkpoint(tmp_path / "features", tmp_path / "larger", target_config=DOUBLE, verify=True)
+
+
+def test_models_without_blocks_stay_so(small: Path, tmp_path: Path) -> None:
+    build(n_layer=0).save_pretrained(tmp_path / "empty")
+    with pytest.raises(growth.Inexact, match="n_layer: 0 -> 4 blocks, none of which can be copied; exact would be 0"):
+        growth.grow_checkpoint(tmp_path / "empty", tmp_path / "large", target_config={"n_layer": 4})
+    edit_config(tmp_path / "empty", n_layer=2)
+    with pytest.raises(ValueError, match=r"expected blocks h\.\* in a model of 2 layers, got none"):
+        growth.grow_checkpoint(tmp_path / "empty", tmp_path / "large", target_config={"n_layer": 4})
+
+
+@pytest.mark.parametrize("eps", [None, "1e-5"])
+def test_eps_that_is_no_number(small: Path, eps: str | None) -> None:
+    edit_config(small, layer_norm_epsilon=eps)
+    text = f"^source_config: expected a number for 'layer_norm_epsilon', got {eps!r}$"
+    with pytest.raises(ValueError, match=text):
+        growth.grow_checkpoint(small, small.parent / "large", target_config=LARGER)
+
+
+def test_metadata_that_is_null(small: Path) -> None:
+    edit_header(lambda header: header.update(__metadata__=None))(small)
+    names = safetensors.numpy.load_file(small / "model.safetensors")
+    (small / "model.safetensors").rename(small / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(names, "model-00001-of-00001.safetensors")}
+    (small / "model.safetensors.index.json").write_text(json.dumps(index))
+    growth.grow_checkpoint(small, small.parent / "large", target_config=LARGER, dry_run=True)
+
+
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -640,6 +744,69 @@ def test_optimizer_files(tmp_path: Path) -> None:
         growth.load_optimizer(other, torch.optim.AdamW(other.parameters()), tmp_path)
     with pytest.raises(ValueError, match="optimizer: expected parameters of the model alone, got others"):
         growth.save_optimizer(other, optimizer, tmp_path)
+
+
+def test_optimizer_files_that_do_not_fit(tmp_path: Path) -> None:
+    model, wider = torch.nn.Linear(2, 2), torch.nn.Linear(3, 2)
+    adam, other = (torch.optim.AdamW(m.parameters(), lr=lr) for m, lr in ((model, 0.5), (wider, 0.25)))
+    model(torch.ones(1, 2)).sum().backward()
+    adam.step()
+    growth.save_optimizer(model, adam, tmp_path)
+
+    def check(text: str) -> None:
+        groups = [*other.param_groups]
+        with pytest.raises(ValueError, match=text):
+            growth.load_optimizer(wider, other, tmp_path)
+        assert other.param_groups[0] is groups[0] and other.param_groups[0]["lr"] == 0.25 and not other.state
+
+    check(r"model: expected exp_avg\w* of weight of shape \(2, 3\), got \(2, 2\)")
+    file = tmp_path / "optimizer.safetensors"
+    tensors = safetensors.numpy.load_file(file)
+    whole = file.read_bytes()
+    group = {**{k: v for k, v in adam.param_groups[0].items() if k != "params"}, "params": ["bias"]}
+    settings = json.dumps({"class": "AdamW", "param_groups": [group]})
+    safetensors.numpy.save_file(tensors, file, {"optimizer": settings})
+    check("directory: expected states of parameters in groups, got one of weight")
+    file.write_bytes(whole[:-4])
+    check("directory: expected a safetensors file, got a damaged one")
+    file.unlink()
+    (tmp_path / "optimizer.safetensors.index.json").write_text("{}")
+    check("directory: expected an index with a weight_map, got a damaged one")
+
+
+def test_optimizers_of_wrapped_models(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    adam = torch.optim.AdamW(model.named_parameters(), lr=0.5)
+    growth.save_optimizer(torch.nn.DataParallel(model), adam, tmp_path)
+    with safe_open(tmp_path / "optimizer.safetensors", "np") as file:
+        groups = json.loads(file.metadata()["optimizer"])["param_groups"]
+    assert groups[0]["params"] == groups[0]["param_names"] == ["0.weight", "0.bias"]
+    other = torch.optim.AdamW(model.parameters())
+    growth.load_optimizer(torch.nn.DataParallel(model), other, tmp_path)
+    assert other.param_groups[0]["lr"] == 0.5
+
+
+def record_syncs(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    names: set[str] = set()
+    sync = os.fsync
+
+    def record(descriptor: int) -> None:
+        names.add(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    return names
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="needs /proc to see which files are synced")
+def test_all_that_is_written_is_on_the_disk(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = record_syncs(monkeypatch)
+    growth.grow_checkpoint(small, tmp_path / "large", target_config=LARGER, max_shard_bytes=50_000)
+    assert set(list_files(tmp_path / "large")) <= names
+    names.clear()
+    model = torch.nn.Linear(2, 2)
+    growth.save_optimizer(model, torch.optim.AdamW(model.parameters()), tmp_path)
+    assert tmp_path.name in names and any(name.startswith(".optimizer.safetensors.") for name in names)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------

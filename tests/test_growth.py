@@ -377,3 +377,16 @@ def test_native_module_checks_what_it_is_given() -> None:
             _core.expand(arguments[0], "float32", *arguments[1:], None, None, None)
     with pytest.raises(TypeError, match="in_scale: expected float32"):
         _core.expand(W, "float32", I2, None, np.ones(4), None, None)
+
+
+@pytest.mark.parametrize("scale", [-1.0, -0.0])
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+def test_missing_elements_are_positive_zeros(dtype: str, rows: int, scale: float) -> None:
+    w, index = np.ones((rows, 3), dtype), np.array([0, -1, 2, -1, -1] * 9)
+    kind = np.float64 if dtype == "float64" else np.float32
+    scales = np.full(rows, scale, kind), np.full(len(index), scale, kind)
+    for out_scale, in_scale in ((None, scales[1]), (scales[0], None), scales):
+        result = ops.expand(w, np.arange(rows), index, out_scale=out_scale, in_scale=in_scale)
+        missing = result[:, index < 0]
+        assert not missing.any() and not np.signbit(missing).any()

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <stdexcept>
@@ -238,7 +239,11 @@ template <class E> class Expander {
     const int64_t inner = x.shape[2] * x.shape[3], size = sizeof(Stored), bytes = outputs_ * size * x.rows;
     const auto* in_scale = static_cast<const Value*>(x.in_scale);
     if constexpr (std::is_floating_point_v<Value>)
-      for (int64_t i = 0; i < outputs_; ++i) scale_.push_back(in_scale ? in_scale[i / inner] : Value(1));
+      for (int64_t i = 0; i < outputs_; ++i) {
+        const bool is_missing = columns.sources[static_cast<size_t>(i)] == columns.inputs;
+        scale_.push_back(in_scale && !is_missing ? in_scale[i / inner] : Value(1));
+        if (is_missing) missing_.push_back(i);
+      }
     is_contiguous_ = x.stride[3] == size && x.stride[2] == size * x.shape[3] && x.stride[1] == size * inner;
     const auto runs = static_cast<int64_t>(columns.runs.size());
     by_runs_ = x.rows < lanes || runs * shortest_run <= outputs_;
@@ -331,7 +336,9 @@ template <class E> class Expander {
       if constexpr (std::is_floating_point_v<Value>)
         if (x_.out_scale) {
           const Value scale = static_cast<const Value*>(x_.out_scale)[row(r).output];
-          store(values + lane, count, scale, streams_ ? stored : reinterpret_cast<Stored*>(to));
+          Stored* line = streams_ ? stored : reinterpret_cast<Stored*>(to);
+          store(values + lane, count, scale, line);
+          if (std::signbit(scale)) clear_missing(column, count, line);
           if (streams_) write(stored, count, to);
           continue;
         }
@@ -345,6 +352,12 @@ template <class E> class Expander {
     } else {
       E::loops().scale(values, scale, n, to);
     }
+  }
+
+  // Elements without a source are +0 whatever the sign of the scale.
+  void clear_missing(int64_t column, int64_t count, Stored* line) const {
+    auto at = std::lower_bound(missing_.begin(), missing_.end(), column);
+    for (; at != missing_.end() && *at < column + count; ++at) std::memset(line + (*at - column), 0, sizeof(Stored));
   }
 
   void write(const void* stored, int64_t count, char* to) const {
@@ -361,6 +374,7 @@ template <class E> class Expander {
   const std::vector<Row>& rows_;
   int64_t outputs_, block_;  // columns, and how many are gathered at once
   std::vector<Value> scale_;
+  std::vector<int64_t> missing_;  // columns without a source, ascending
   bool is_contiguous_, by_runs_, is_identity_, streams_;
 };
 

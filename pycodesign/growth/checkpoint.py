@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -31,6 +32,10 @@ MODEL, OPTIMIZER, CONFIG = "model", "optimizer", "config.json"
 MARKS = (CONFIG, f"{MODEL}.safetensors", f"{MODEL}.safetensors.index.json")  # of a checkpoint
 SHARD_BYTES = 5_000_000_000
 WRITTEN = ("architectures", "dtype", "torch_dtype")  # may be null in a config made for its sizes
+REPLACED = re.compile(  # what overwriting removes: the weights in any format, the optimizer's state
+    r"(model|pytorch_model|tf_model|flax_model|consolidated|optimizer)([-.].+)?"
+    r"\.(safetensors|bin|pt|pth|h5|msgpack)(\.index\.json)?"
+)
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".h5", ".msgpack")
 FLOATS = ("F16", "BF16", "F32", "F64")
 TOLERANCES = {"F16": 2.0**-7, "BF16": 2.0**-4}  # of rounded weights; 1e-5 for others
@@ -238,7 +243,7 @@ def grow_checkpoint(
         bytes_written = sum(tensor.nbytes for part in parts for tensor in part.list_targets())
         return CheckpointReport(plan, new_config, [], bytes_read, bytes_written)
     _check_room(target, source, parts)
-    with stage_directory(target) as staging:
+    with stage_directory(target, replace=overwrite) as staging:
         files, bytes_written = _write_parts(staging, parts, max_shard_bytes, progress)
         (staging / CONFIG).write_text(json.dumps(new_config, indent=2, sort_keys=True) + "\n")
         for file in _list_others(source):
@@ -247,7 +252,7 @@ def grow_checkpoint(
         difference = None
         if cls is not None:
             difference = _verify(cls, source, old_config, staging, new_config, tolerance)
-        if target.exists():
+        if overwrite and target.exists():
             _keep_others(target, staging)
     return CheckpointReport(plan, new_config, files, bytes_read, bytes_written, difference)
 
@@ -309,7 +314,7 @@ def _make_plan(
         spec,
         heads=(read_heads(old_sizes), read_heads(new_sizes)),
         mode=mode,
-        tied=is_tied(spec, old_config),
+        tied=is_tied(spec, old_config, shapes),
         noise=noise,
         seed=seed,
     )
@@ -325,6 +330,8 @@ def _check_blocks(names: Mapping[str, object], source: Path, spec: Spec, layers:
     for name in names:
         if split := spec.split_block(name):
             found.setdefault(split[0], set()).add(split[2])
+    if spec.blocks and layers and not found:
+        raise ValueError(f"{source}: expected blocks {', '.join(spec.blocks)} in a model of {layers} layers, got none")
     for before, endings in found.items():
         for number in range(layers):
             for ending in sorted(endings):
@@ -337,6 +344,9 @@ def _check_blocks(names: Mapping[str, object], source: Path, spec: Spec, layers:
 
 def _scale_eps(old: Mapping[str, Any], changes: Mapping[str, Any], new: dict[str, Any], plan: Plan) -> None:
     key = plan.spec.config.get("eps", "")
+    for name, config in (("source_config", old), ("target_config", changes)):
+        if key in config and (not isinstance(config[key], (int, float)) or isinstance(config[key], bool)):
+            raise ValueError(f"{name}: expected a number for {key!r}, got {config[key]!r}")
     if key in old:
         new[key] = old[key] * plan.eps_factor
         if not any(math.isclose(changes.get(key, new[key]), eps) for eps in (old[key], new[key])):
@@ -403,7 +413,7 @@ def _grow_groups(optimizer: dict[str, Any], rules: Mapping[str, list[tuple[str, 
     """Name the new parameters in an optimizer's groups; in mode ``"exact"`` one group for each way to scale."""
     groups = []
     for group in optimizer["param_groups"]:
-        by_scale: dict[tuple[float, float], list[str]] = {}
+        by_scale: dict[tuple[float, float], list[str]] = {} if group["params"] else {(1.0, 1.0): []}
         for parameter in group["params"]:
             if parameter not in rules:
                 raise ValueError(f"optimizer: expected groups of the model's parameters, got {parameter}")
@@ -412,7 +422,8 @@ def _grow_groups(optimizer: dict[str, Any], rules: Mapping[str, list[tuple[str, 
                 key = (rule.scale or 1.0, rule.gradient or 1.0) if exact else (1.0, 1.0)
                 by_scale.setdefault(key, []).append(name)
         for (scale, gradient), names in by_scale.items():
-            groups.append({**scale_settings(optimizer["class"], group, scale, gradient), "params": names})
+            lists = {key: names for key in ("params", "param_names") if key in group}
+            groups.append({**scale_settings(optimizer["class"], group, scale, gradient), **lists})
     return {**optimizer, "param_groups": groups}
 
 
@@ -473,15 +484,21 @@ def _check_room(target: Path, source: Path, parts: list[Part]) -> None:
 
 
 def _keep_others(target: Path, staging: Path) -> None:
-    """Take over what is no part of the checkpoint that is replaced, without a copy where the disk can do so."""
+    """Take over what is no part of the checkpoint that is replaced, without a copy where the disk can do so.
+
+    What replaces a file has its permissions, and so has the directory.
+    """
     for entry in target.iterdir():
         new = staging / entry.name
-        if new.exists() or (entry.is_file() and entry.name.endswith(WEIGHTS)):
+        if new.is_file() and entry.is_file():
+            shutil.copymode(entry, new)
+        if new.exists() or (entry.is_file() and REPLACED.fullmatch(entry.name)):
             continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.copytree(entry, new, symlinks=True, copy_function=_link)
         else:
             _link(entry, new)
+    shutil.copymode(target, staging)
 
 
 def _link(old: str | Path, new: str | Path) -> None:

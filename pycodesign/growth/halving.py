@@ -187,12 +187,23 @@ def _grow_candidate(
     spec: Spec | str,
     seed: int,
 ) -> _Candidate:
-    if optimizer is None:
-        grow(source, target, spec=spec, seed=seed)
-        return _Candidate(target, build_optimizer(target.parameters()))
-    new = copy_optimizer(source, target, optimizer, spec)
-    grow(source, target, spec=spec, seed=seed, optimizer=optimizer, target_optimizer=new)
+    new = _build_optimizer(source, target, optimizer, build_optimizer, spec)
+    states: dict[str, Any] = {} if optimizer is None else {"optimizer": optimizer, "target_optimizer": new}
+    grow(source, target, spec=spec, seed=seed, **states)
     return _Candidate(target, new)
+
+
+def _build_optimizer(
+    source: nn.Module,
+    target: nn.Module,
+    optimizer: Optimizer | None,
+    build_optimizer: Callable[[Any], Optimizer],
+    spec: Spec | str,
+) -> Optimizer:
+    """Build one without states, with the settings of the source's where there is one."""
+    if optimizer is None:
+        return build_optimizer(target.parameters())
+    return copy_optimizer(source, target, optimizer, spec)
 
 
 def compare_proxies(
@@ -260,7 +271,7 @@ def compare_proxies(
         for name, build in progress.track(candidates.items(), description="candidates"):
             scores["grown"].append(run(_grow_candidate(source, build(), optimizer, build_optimizer, spec, seed)))
             model = build()
-            candidate = _Candidate(model, build_optimizer(model.parameters()))
+            candidate = _Candidate(model, _build_optimizer(source, model, optimizer, build_optimizer, spec))
             scores["scratch"].append(run(candidate))
             train(model, candidate.optimizer, steps[-1], final_steps)
             final[name] = (final_score or score)(model)

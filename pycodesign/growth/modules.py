@@ -19,11 +19,11 @@ from torch.optim.swa_utils import AveragedModel
 
 from pycodesign.growth.indices import Heads, Inexact
 from pycodesign.growth.optimizers import OptimizerGrowth
-from pycodesign.growth.plan import Plan, make_plan
+from pycodesign.growth.plan import Plan, find_roles, make_plan
 from pycodesign.growth.rules import Rule
 from pycodesign.growth.sequential import is_sequential, make_sequential_spec
 from pycodesign.growth.sizes import FREE, check_configs, read_heads, read_sizes
-from pycodesign.growth.spec import Spec
+from pycodesign.growth.spec import Role, Spec
 from pycodesign.growth.specs import find_spec, find_timm_spec
 
 __all__ = ["Report", "grow", "plan_modules"]
@@ -34,10 +34,12 @@ SIZES = (  # attributes of torch's and timm's modules in which the larger may di
     *("normalized_shape", "groups", "num_parameters", "unflattened_size"),
     *("eps", "momentum", "padding_idx", "inplace", "training"),
     *("embed_dim", "head_hidden_size", "num_heads", "head_dim", "attn_dim", "scale", "channels", "fused_attn"),
+    *("kdim", "vdim"),
     *("drop_rate", "drop_prob", "scale_by_keep", "init_values", "weight_init_mode", "fix_init", "grad_checkpointing"),
 )
 LIBRARIES = ("torch.nn.modules", "timm.")
 WRAPPERS = (DistributedDataParallel, nn.DataParallel, AveragedModel)  # and torch.compile's
+EPS = ("eps", "variance_epsilon", "epsilon", "norm_eps")  # what norms call theirs
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -103,7 +105,7 @@ def grow(
     seed : int
         Of the noise.
     inputs : Tensor, tuple or dict, optional
-        Arguments to call both models with, to compare what they return: the source before anything is written.
+        Arguments to call both models with, to compare what they return. Both are called before anything is written.
     noise : float
         How different copies are, relative to the weights.
     ema, target_ema : torch.nn.Module, optional
@@ -123,7 +125,8 @@ def grow(
     ValueError
         Before anything is written: if the target is smaller or differs in more than size (an activation, a stride, a
         key of its config), if the change cannot be exact (`Inexact`; the message says what would be), if no rule covers
-        a parameter, or if the source returns nothing for `inputs` that could be compared.
+        a parameter, if the source returns nothing for `inputs` that could be compared, or if in mode ``"exact"`` the
+        learning rates of the target's optimizer have a schedule, which knows the old groups.
 
     Notes
     -----
@@ -163,7 +166,7 @@ def grow(
     if (optimizer is None) != (target_optimizer is None):
         raise ValueError("optimizer, target_optimizer: expected both or none, got one")
     if optimizer is not None and target_optimizer is not None:
-        olds = dict(source.state_dict(keep_vars=True))
+        olds = list_names(source)
         optimizers = OptimizerGrowth(plan, olds, list_tensors(target), optimizer, target_optimizer)
     pairs = [(source, target)]
     if (ema is None) != (target_ema is None):
@@ -172,12 +175,18 @@ def grow(
         pairs.append((unwrap(ema), unwrap(target_ema)))
         for name, pair in (("ema", (source, pairs[1][0])), ("target_ema", (target, pairs[1][1]))):
             _check_same_shapes(name, *pair)
+        if "n_averaged" in target_ema._buffers and "n_averaged" not in ema._buffers:
+            kinds = name_types(ema, target_ema)
+            raise ValueError(f"target_ema: expected a {kinds[0]} as ema, which counts no updates, got {kinds[1]}")
     if dry_run:
         return Report(plan)
-    outputs = None if inputs is None else compute_outputs(source, inputs)
+    outputs = None
+    if inputs is not None:
+        outputs = compute_outputs(source, inputs)
+        compare(outputs, compute_outputs(target, inputs))  # raises what it would once all is written
     for old, new in pairs:
         _write(plan, old, new)
-    if ema is not None and target_ema is not None and "n_averaged" in ema._buffers:
+    if ema is not None and target_ema is not None and "n_averaged" in target_ema._buffers:
         target_ema.get_buffer("n_averaged").copy_(ema.get_buffer("n_averaged"))
     if optimizers is not None:
         optimizers.write()
@@ -197,6 +206,8 @@ def plan_modules(
     if type(source) is not type(target):
         kinds = name_types(source, target)
         raise TypeError(f"target: expected {kinds[0]} as the source, got {kinds[1]}")
+    if _read_config(source) is not None and source.config is target.config:
+        raise ValueError("target: expected a config of its own, which holds its sizes, got the source's")
     if not isinstance(spec, Spec):
         spec = _find_spec(source, target, spec)
     _check_config(source, target, spec)
@@ -211,14 +222,18 @@ def plan_modules(
             raise Inexact(
                 "mode: expected an output layer tied to the embedding as the source's for 'exact', got its own"
             )
-        olds = dict(source.state_dict(keep_vars=True))
+        shared = list_aliases(target)
+        olds = {name: tensor for name, tensor in list_names(source).items() if name not in shared}
     heads = None
     if (old_heads := _read_heads(source, spec)) and (new_heads := _read_heads(target, spec)):
         heads = old_heads, new_heads
     old_shapes, new_shapes = ({name: tuple(t.shape) for name, t in tensors.items()} for tensors in (olds, news))
     plan = make_plan(old_shapes, new_shapes, spec, heads=heads, mode=mode, tied=tied, noise=noise, seed=seed)
+    _check_shared(plan, source, target, tied)
     _check_groups(plan, source, target)
     _check_settings(plan, source, target)
+    _check_buffers(plan, source, target)
+    _check_eps(plan, target)
     _check_tensors(plan, source, target)
     return plan
 
@@ -238,11 +253,36 @@ def list_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Return parameters and persistent buffers by name, each once."""
     tensors: dict[str, Tensor] = {}
     seen = set()
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and id(tensor) not in seen:
+    for name, tensor in list_names(model).items():
+        if id(tensor) not in seen:
             seen.add(id(tensor))
             tensors[name] = tensor
     return tensors
+
+
+def list_names(model: nn.Module) -> dict[str, Tensor]:
+    """Return parameters and persistent buffers by all of their names."""
+    return {k: v for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
+
+
+def list_aliases(model: nn.Module) -> dict[str, str]:
+    """Return further names of parameters and buffers: the first of each."""
+    names = list_names(model)
+    firsts = {id(tensor): name for name, tensor in list_tensors(model).items()}
+    return {name: firsts[id(tensor)] for name, tensor in names.items() if firsts[id(tensor)] != name}
+
+
+def pair_modules(plan: Plan, source: nn.Module, target: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module]]:
+    """Yield the target's modules with their names and, between the two, what each continues in the source."""
+    olds, blocks = dict(source.named_modules()), {}
+    for rule in plan:
+        if (new := plan.spec.split_block(rule.name)) and (old := plan.spec.split_block(rule.source)):
+            blocks[f"{new[0]}{new[1]}"] = f"{old[0]}{old[1]}"
+    for name, module in target.named_modules():
+        split = plan.spec.split_block(f"{name}.")
+        block = f"{split[0]}{split[1]}" if split else ""
+        if (old_module := olds.get(blocks.get(block, block) + name[len(block) :])) is not None:
+            yield name, old_module, module
 
 
 def _find_spec(source: nn.Module, target: nn.Module, name: str) -> Spec:
@@ -270,15 +310,8 @@ def _check_config(source: nn.Module, target: nn.Module, spec: Spec) -> None:
 
 def _check_settings(plan: Plan, source: nn.Module, target: nn.Module) -> None:
     """Refuse modules that differ in more than size: in an activation, a stride, a slope."""
-    olds, blocks = dict(source.named_modules()), {}
-    for rule in plan:
-        if (new := plan.spec.split_block(rule.name)) and (old := plan.spec.split_block(rule.source)):
-            blocks[f"{new[0]}{new[1]}"] = f"{old[0]}{old[1]}"
-    for name, module in target.named_modules():
-        split = plan.spec.split_block(name)
-        block = f"{split[0]}{split[1]}" if split else ""
-        old_module = olds.get(blocks.get(block, block) + name[len(block) :])
-        if old_module is None or (type(old_module).__name__ in IDLE and type(module).__name__ in IDLE):
+    for name, old_module, module in pair_modules(plan, source, target):
+        if type(old_module).__name__ in IDLE and type(module).__name__ in IDLE:
             continue
         if type(old_module) is not type(module):
             kinds = name_types(old_module, module)
@@ -301,6 +334,7 @@ def _read_settings(module: nn.Module) -> dict[str, Any]:
     """Return the numbers and strings of one of torch's or timm's own modules that are no sizes."""
     own = any(c.__module__.startswith(LIBRARIES) and c is not nn.Module for c in type(module).__mro__)
     plain = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in SIZES}
+    plain |= {k: tuple(v) for k, v in plain.items() if type(v) is list and all(isinstance(i, (int, float)) for i in v)}
     return {k: v for k, v in plain.items() if isinstance(v, (int, float, str, tuple))} if own else {}
 
 
@@ -315,15 +349,60 @@ def _read_heads(model: nn.Module, spec: Spec) -> Heads | None:
 
 
 def _has_tied(model: nn.Module, spec: Spec) -> bool:
-    listed = list_tensors(model)
-    return any(spec.find(name)[0] in spec.tied for name in model.state_dict() if spec.tied and name not in listed)
+    """Whether an output layer shares the weight of another layer, whichever comes first."""
+    for pair in list_aliases(model).items() if spec.tied else ():
+        reading = [p in spec.tied and "read" in [role.kind for role in roles] for p, roles in map(spec.find, pair)]
+        if reading[0] != reading[1]:
+            return True
+    return False
+
+
+def _check_shared(plan: Plan, source: nn.Module, target: nn.Module, tied: bool) -> None:
+    """Refuse parameters with several names of which one would have to grow otherwise."""
+    spec = plan.spec
+    blocks: list[set[tuple[str, str]]] = []
+    for pairs in (list_aliases(model).items() for model in (source, target)):
+        splits = {pair: [spec.split_block(name) for name in pair] for pair in pairs}
+        blocks.append({pair for pair, (one, other) in splits.items() if one and other and one[:2] != other[:2]})
+    if blocks[0] != blocks[1]:
+        alias, first = min(blocks[0] ^ blocks[1])
+        raise ValueError(f"target: expected blocks that share what the source's do, got others: {alias} and {first}")
+    rules = {rule.name: rule for rule in plan}
+    for alias, first in list_aliases(target).items():
+        for position in rules[first].axes:
+            roles = [find_roles(spec, name, tied)[1] for name in (first, alias)]
+            kinds = [each[position] if position < len(each) else Role("keep") for each in roles]
+            if kinds[0] != kinds[1]:
+                text = f"{first} and {alias}, which are one, to mean the same, or to be tied"
+                ways = [" ".join(kind).strip() for kind in kinds]
+                raise ValueError(f"spec: expected {text}, got {ways[0]!r} and {ways[1]!r} for axis {position}")
+
+
+def _check_buffers(plan: Plan, source: nn.Module, target: nn.Module) -> None:
+    """Refuse buffers that depend on a size and lie in no state."""
+    for name, old, new in pair_modules(plan, source, target):
+        for key in sorted(new._non_persistent_buffers_set & old._buffers.keys()):
+            one, other = old._buffers[key], new._buffers.get(key)
+            if one is not None and other is not None and one.shape != other.shape:
+                text = f"{name}.{key}".lstrip(".")
+                shapes = f"{tuple(one.shape)} -> {tuple(other.shape)}"
+                raise ValueError(f"target: expected buffers outside its state as the source's, got {text}, {shapes}")
+
+
+def _check_eps(plan: Plan, target: nn.Module) -> None:
+    for name, factor in plan.eps.items():
+        if factor != 1 and not any(_has_eps(target.get_submodule(name), key) for key in EPS):
+            text = f"one of the attributes {', '.join(EPS)} in {name}"
+            raise ValueError(f"target: expected {text}, which follows the width by {factor:.4g}, got none")
 
 
 def _check_groups(plan: Plan, source: nn.Module, target: nn.Module) -> None:
-    changed = {rule.name: rule.source for rule in plan if rule.axes}
-    for name, new in target.named_modules():
-        if isinstance(new, nn.modules.conv._ConvNd) and new.groups > 1 and f"{name}.weight" in changed:
-            old: Any = source.get_submodule(changed[f"{name}.weight"].removesuffix(".weight"))
+    changed = {rule.name for rule in plan if rule.axes}
+    for name, old, new in pair_modules(plan, source, target):
+        if not isinstance(new, nn.modules.conv._ConvNd) or not isinstance(old, nn.modules.conv._ConvNd):
+            continue
+        same = (old.groups, old.in_channels, old.out_channels) == (new.groups, new.in_channels, new.out_channels)
+        if max(old.groups, new.groups) > 1 and (not same or f"{name}.weight" in changed):
             depthwise = all(conv.groups == conv.in_channels for conv in (old, new))
             if not depthwise or old.out_channels * new.in_channels != new.out_channels * old.in_channels:
                 text = f"{name}: a convolution of {old.groups} -> {new.groups} groups"
@@ -332,7 +411,7 @@ def _check_groups(plan: Plan, source: nn.Module, target: nn.Module) -> None:
 
 def _check_tensors(plan: Plan, source: nn.Module, target: nn.Module) -> None:
     """Refuse tensors that cannot be read or written, before the first is."""
-    olds, news = dict(source.state_dict(keep_vars=True)), list_tensors(target)
+    olds, news = list_names(source), list_tensors(target)
     for name, tensors in (("source", olds), ("target", news)):
         for key, tensor in tensors.items():
             if tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter):
@@ -356,7 +435,7 @@ def _check_same_shapes(name: str, model: nn.Module, average: nn.Module) -> None:
 
 @torch.no_grad()
 def _write(plan: Plan, source: nn.Module, target: nn.Module) -> None:
-    olds, news = dict(source.state_dict(keep_vars=True)), list_tensors(target)
+    olds, news = list_names(source), list_tensors(target)
     for rule in plan:
         _write_tensor(rule, olds, news[rule.name])
     write_eps(plan, source, target)
@@ -364,12 +443,8 @@ def _write(plan: Plan, source: nn.Module, target: nn.Module) -> None:
 
 def write_eps(plan: Plan, source: nn.Module, target: nn.Module) -> None:
     """Write what no tensor holds: the eps of norms, in modules and config."""
-    olds, news = dict(source.named_modules()), dict(target.named_modules())
-    for rule in plan:
-        path = rule.name.rpartition(".")[0]
-        old, new = olds.get(rule.source.rpartition(".")[0]), news.get(path)
-        if old is not None and new is not None:
-            _scale_eps(old, new, plan.eps.get(path, 1.0))
+    for name, old, new in pair_modules(plan, source, target):
+        _scale_eps(old, new, plan.eps.get(name, 1.0))
     key = plan.spec.config.get("eps", "")
     if hasattr(source, "config") and hasattr(target, "config") and hasattr(source.config, key):
         setattr(target.config, key, getattr(source.config, key) * plan.eps_factor)
@@ -387,12 +462,18 @@ def _write_tensor(rule: Rule, olds: Mapping[str, Tensor], new: Tensor) -> None:
 
 
 def _scale_eps(old: nn.Module, new: nn.Module, factor: float) -> None:
-    for name in ("eps", "variance_epsilon"):
-        if hasattr(old, name) and hasattr(new, name):
+    for name in EPS:
+        if _has_eps(old, name) and _has_eps(new, name):
             eps = getattr(old, name)
             if eps is None and factor != 1:  # the default of torch.nn.RMSNorm
                 eps = torch.finfo(next(old.parameters()).dtype).eps
-            setattr(new, name, eps if eps is None else eps * factor)
+            eps = eps if eps is None or factor == 1 else eps * factor
+            if getattr(new, name) != eps:
+                setattr(new, name, eps)
+
+
+def _has_eps(module: nn.Module, name: str) -> bool:
+    return isinstance(getattr(module, name, ""), (int, float, type(None)))
 
 
 def compare_outputs(source: nn.Module, target: nn.Module, inputs: Any) -> float:

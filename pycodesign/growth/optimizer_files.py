@@ -13,12 +13,18 @@ try:
 except ImportError as error:
     raise ImportError("pycodesign.growth.save_optimizer needs torch: `pip install 'pycodesign[torch]'`") from error
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.optim import Optimizer
 
+from pycodesign.growth.modules import unwrap
+from pycodesign.growth.rules import POWERS
+from pycodesign.growth.staging import sync
+
 __all__ = ["load_optimizer", "save_optimizer"]
+
+LISTS = ("params", "param_names")  # of a group
 
 
 def save_optimizer(model: nn.Module, optimizer: Optimizer, directory: str | os.PathLike[str]) -> None:
@@ -29,6 +35,7 @@ def save_optimizer(model: nn.Module, optimizer: Optimizer, directory: str | os.P
     Parameters
     ----------
     model : torch.nn.Module
+        May be in DistributedDataParallel or torch.compile: names are those of the module inside.
     optimizer : torch.optim.Optimizer
         Of the model's parameters.
     directory : path
@@ -52,13 +59,14 @@ def save_optimizer(model: nn.Module, optimizer: Optimizer, directory: str | os.P
     >>> other.param_groups[0]["lr"]
     0.5
     """
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(parameter): name for name, parameter in unwrap(model).named_parameters()}
     tensors, groups = {}, []
     for group in optimizer.param_groups:
         if not all(id(parameter) in names for parameter in group["params"]):
             raise ValueError("optimizer: expected parameters of the model alone, got others")
-        settings = {key: _to_plain(value) for key, value in group.items() if key != "params"}
-        groups.append({**settings, "params": [names[id(parameter)] for parameter in group["params"]]})
+        settings: dict[str, Any] = {key: _to_plain(value) for key, value in group.items() if key != "params"}
+        listed = [names[id(parameter)] for parameter in group["params"]]
+        groups.append({**settings, **{key: listed for key in LISTS if key in group}})
         for parameter in group["params"]:
             for key, value in optimizer.state.get(parameter, {}).items():
                 if value is not None:
@@ -72,7 +80,9 @@ def save_optimizer(model: nn.Module, optimizer: Optimizer, directory: str | os.P
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
         save_file(tensors, temporary, metadata)
+        sync(temporary)
         os.replace(temporary, target)
+        sync(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -92,17 +102,21 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, directory: str | os.P
     OSError
         If there is no such file.
     ValueError
-        If it is another class's, or has other parameters than the model. Nothing is changed then.
+        If it is damaged, another class's, or has other parameters than the model, or states of other shapes. Nothing
+        is changed then.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(unwrap(model).named_parameters())
     states: dict[str, dict[str, Any]] = {}
     metadata: dict[str, str] = {}
     for file in _list_files(Path(directory)):
-        with safe_open(file, "pt") as tensors:
-            metadata |= tensors.metadata() or {}
-            for name in tensors.keys():
-                parameter, _, key = name.removeprefix("state.").rpartition(".")
-                states.setdefault(parameter, {})[key] = tensors.get_tensor(name)
+        try:
+            with safe_open(file, "pt") as tensors:
+                metadata |= tensors.metadata() or {}
+                for name in tensors.keys():
+                    parameter, _, key = name.removeprefix("state.").rpartition(".")
+                    states.setdefault(parameter, {})[key] = tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"directory: expected a safetensors file, got a damaged one, {file}: {error}") from None
     try:
         saved = json.loads(metadata["optimizer"])
         kind, unknown = saved["class"], {name for group in saved["param_groups"] for name in group["params"]}
@@ -116,17 +130,29 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, directory: str | os.P
             f"model: expected the parameter {min(unknown | (states.keys() - parameters.keys()))}, got none"
         )
     order = {name: number for number, name in enumerate(n for g in saved["param_groups"] for n in g["params"])}
+    if ungrouped := states.keys() - order.keys():
+        raise ValueError(f"directory: expected states of parameters in groups, got one of {min(ungrouped)}")
+    for name, state in states.items():
+        for key in state.keys() & POWERS.keys():
+            if state[key].shape != parameters[name].shape:
+                shapes = tuple(parameters[name].shape), tuple(state[key].shape)
+                raise ValueError(f"model: expected {key} of {name} of shape {shapes[0]}, got {shapes[1]}")
+    before = [*optimizer.param_groups]
     optimizer.param_groups[:] = [
         {**group, "params": [parameters[name] for name in group["params"]]} for group in saved["param_groups"]
     ]
-    optimizer.load_state_dict(
-        {
-            "state": {order[name]: state for name, state in states.items()},
-            "param_groups": [
-                {**group, "params": [order[name] for name in group["params"]]} for group in saved["param_groups"]
-            ],
-        }
-    )
+    try:
+        optimizer.load_state_dict(
+            {
+                "state": {order[name]: state for name, state in states.items()},
+                "param_groups": [
+                    {**group, "params": [order[name] for name in group["params"]]} for group in saved["param_groups"]
+                ],
+            }
+        )
+    except (ValueError, KeyError) as error:
+        optimizer.param_groups[:] = before
+        raise ValueError(f"directory: expected a state of {kind}, got another: {error}") from error
 
 
 def _to_plain(value: Any) -> Any:
@@ -136,5 +162,8 @@ def _to_plain(value: Any) -> Any:
 def _list_files(directory: Path) -> list[Path]:
     index = directory / "optimizer.safetensors.index.json"
     if index.is_file() and not (directory / "optimizer.safetensors").is_file():
-        return [directory / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        try:
+            return [directory / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ValueError(f"directory: expected an index with a weight_map, got a damaged one, {index}") from None
     return [directory / "optimizer.safetensors"]

@@ -45,6 +45,9 @@ class OptimizerGrowth:
             raise TypeError(f"target_optimizer: expected {kinds[0]} as the source's, got {kinds[1]}")
         self.old_groups = _find_groups("optimizer", self.old, olds)
         self.new_groups = _find_groups("target_optimizer", self.new, news)
+        if plan.mode == "exact" and any("initial_lr" in group for group in self.new.param_groups):
+            text = "'break_symmetry' with a schedule of learning rates, which knows the old groups"
+            raise ValueError(f"mode: expected {text}, got 'exact'")
         self.rules = {rule.name: rule for rule in plan}
         for name in self.new_groups:
             if self.rules[name].source not in self.old_groups:
@@ -97,8 +100,13 @@ class OptimizerGrowth:
                 settings |= {k: v for k, v in self.new.param_groups[number].items() if k in IMPLEMENTATION}
                 kind = type(self.new).__name__
                 groups[key] = {"params": [], **scale_settings(kind, settings, rule.scale, rule.gradient)}
+                if "param_names" in settings:
+                    groups[key]["param_names"] = []
             groups[key]["params"].append(self.news[name])
-        self.new.param_groups[:] = groups.values()
+            if "param_names" in groups[key]:
+                groups[key]["param_names"].append(name)
+        empty = [{**group, "params": []} for group in self.old.param_groups if not group["params"]]
+        self.new.param_groups[:] = [*groups.values(), *empty]
 
 
 def _unwrap(name: str, optimizer: Any) -> Optimizer:

@@ -139,18 +139,21 @@ def make_plan(
     """
     check_options(mode, noise, seed)
     origins = _map_names(source, target, spec)
+    continued = {name: source[origin] for name, (origin, _) in origins.items() if origin in source}
+    sizes = _find_sizes(continued, spec, tied), _find_sizes(target, spec, tied)
     rules = []
     silenced: dict[tuple[str, str], set[str]] = {}  # by new block: its number, its pattern
     for name, shape in target.items():
         origin, copied = origins[name]
-        pattern, roles = _find_roles(spec, name, tied)
+        pattern, roles = find_roles(spec, name, tied)
         if origin not in source:
             if "*" in pattern and spec.split_block(name) is None:
                 text = f"{name}: no block of {spec.name} can be an identity"
                 raise Inexact(f"{text}; exact would be the source's depth")
             raise ValueError(f"target: expected the source's parameters, got {name} as well")
         old_shape = tuple(source[origin])
-        growths = _grow_axes(name, roles, old_shape, tuple(shape), spec, heads, tied and pattern in spec.tied.values())
+        divided = tied and pattern in spec.tied.values()
+        growths = _grow_axes(name, roles, old_shape, tuple(shape), spec, heads, sizes, divided)
         if mode == "exact":
             _check_exact(name, roles, old_shape, tuple(shape), copied, growths)
         ending = name.rpartition(".")[2]
@@ -229,11 +232,22 @@ def _map_names(source: Shapes, target: Shapes, spec: Spec) -> dict[str, tuple[st
     return origins
 
 
-def _find_roles(spec: Spec, name: str, tied: bool) -> tuple[str, tuple[Role, ...]]:
+def find_roles(spec: Spec, name: str, tied: bool) -> tuple[str, tuple[Role, ...]]:
+    """Return the pattern of a parameter's layer and the roles of its axes; a tied output layer is the embedding."""
     pattern, roles = spec.find(name)
     if tied and pattern in spec.tied and roles:  # the embedding's own weight
         roles = tuple(Role("write", role.space) if role.kind == "read" else role for role in roles)
     return pattern, roles
+
+
+def _find_sizes(shapes: Shapes, spec: Spec, tied: bool) -> dict[str, int]:
+    """Return the sizes of spaces that have an axis of their own, and one size everywhere."""
+    found: dict[str, set[int]] = {}
+    for name, shape in shapes.items():
+        for size, role in zip(shape, find_roles(spec, name, tied)[1], strict=False):
+            if role.space:
+                found.setdefault(role.space, set()).add(size)
+    return {space: min(sizes) for space, sizes in found.items() if len(sizes) == 1}
 
 
 def _grow_axes(
@@ -243,6 +257,7 @@ def _grow_axes(
     shape: tuple[int, ...],
     spec: Spec,
     heads: tuple[Heads, Heads] | None,
+    sizes: tuple[Mapping[str, int], Mapping[str, int]],
     tied: bool,
 ) -> dict[int, Axis]:
     if len(shape) != len(old_shape):
@@ -255,7 +270,7 @@ def _grow_axes(
                 raise ValueError(f"{name}: expected {old} in axis {position} as in the source, got {new}")
             continue
         try:
-            axis = _grow_axis(role, old, new, spec, heads, tied)
+            axis = _grow_axis(role, old, new, spec, heads, sizes, tied)
         except Inexact as error:
             raise Inexact(f"{name}: {role.space} {error}") from None
         except ValueError as error:
@@ -267,31 +282,63 @@ def _grow_axes(
     return axes
 
 
-def _grow_axis(role: Role, old: int, new: int, spec: Spec, heads: tuple[Heads, Heads] | None, tied: bool) -> Axis:
+def _grow_axis(
+    role: Role,
+    old: int,
+    new: int,
+    spec: Spec,
+    heads: tuple[Heads, Heads] | None,
+    sizes: tuple[Mapping[str, int], Mapping[str, int]],
+    tied: bool,
+) -> Axis:
     if new < old:
         raise ValueError(f"expected at least {old} features of {role.space}, got {new}")
     spaces = role.space.split("+")
-    if spaces[0] in ATTENTION:
-        if heads is None:
-            raise ValueError("expected the number of heads, got None")
-        (old_sizes, old_dim), (_, new_dim) = (
-            _split_heads(spaces, each, size) for each, size in zip(heads, (old, new), strict=True)
-        )
-        parts = [grow_heads(s, (heads[0], old_dim), (heads[1], new_dim), spec.rotary) for s in spaces]
-        return join_axes(parts, old_sizes)
-    kind = spec.spaces.get(spaces[0], "cycle")
-    old, new = old // len(spaces), new // len(spaces)
-    axis = grow_cycle(role.kind, old, new) if kind == "cycle" else grow_stream(role.kind, kind, old, new, tied)
-    return axis if len(spaces) == 1 else join_axes([axis] * len(spaces), [old] * len(spaces))
+    if heads is None and set(spaces) & {*ATTENTION}:
+        raise ValueError("expected the number of heads, got None")
+    (olds, old_dim), (news, new_dim) = (
+        _split_spaces(spaces, size, each, known)
+        for size, each, known in zip((old, new), heads or (None, None), sizes, strict=True)
+    )
+    parts = []
+    for space, before, after in zip(spaces, olds, news, strict=True):
+        kind = spec.spaces.get(space, "cycle")
+        if space in ATTENTION and heads is not None:
+            parts.append(grow_heads(space, (heads[0], old_dim), (heads[1], new_dim), spec.rotary))
+        elif after < before:
+            raise ValueError(f"expected at least {before} features of {space}, got {after}")
+        elif kind == "cycle":
+            parts.append(grow_cycle(role.kind, before, after))
+        else:
+            parts.append(grow_stream(role.kind, kind, before, after, tied))
+    if len(parts) == 1:
+        return parts[0]
+    axis = join_axes(parts, olds)
+    if (axis.index < 0).any():
+        raise Inexact(f"{old} -> {new}, of spaces one after the other; exact would be integer multiples")
+    return axis
 
 
-def _split_heads(spaces: list[str], heads: Heads, size: int) -> tuple[list[int], int]:
-    """Return the size of each space that lie one after the other, and of one head."""
-    counts = [heads.kv if space in ("k", "v") else heads.q for space in spaces]
-    dim, rest = divmod(size, sum(counts))
-    if rest:
-        raise ValueError(f"expected a multiple of {sum(counts)} heads, got {size}")
-    return [count * dim for count in counts], dim
+def _split_spaces(spaces: list[str], size: int, heads: Heads | None, known: Mapping[str, int]) -> tuple[list[int], int]:
+    """Return the sizes of spaces that lie one after the other, and of one head.
+
+    Spaces of one name are equally large, queries, keys and values follow from the heads, others from the axes that they
+    have alone: all, or all but one of a name.
+    """
+    counts = {"k": heads.kv, "v": heads.kv, "q": heads.q, "o": heads.q} if heads is not None else {}
+    others = {space for space in spaces if space not in ATTENTION}
+    total = sum(counts[space] for space in spaces if space in ATTENTION)
+    unknown = {space for space in others if space not in known} if len({*spaces}) > 1 or total else others
+    if len(unknown) + (total > 0) > 1:
+        raise ValueError(f"expected axes that show the size of {min(unknown)}, apart from {'+'.join(spaces)}, got none")
+    rest = size - sum(known[space] for space in spaces if space in others - unknown)
+    of = total or sum(space in unknown for space in spaces)
+    each, left = divmod(rest, of) if of else (0, rest)
+    if left or each < 0 or (of and each == 0 and size):
+        text = f"a multiple of {of} {'heads' if total else 'parts'}" if of else f"{size - rest} features"
+        raise ValueError(f"expected {text}{f' beside {size - rest}' if of and size != rest else ''}, got {size}")
+    dim = each if total else 0
+    return [counts[s] * dim if s in ATTENTION else each if s in unknown else known[s] for s in spaces], dim
 
 
 def _check_exact(

@@ -57,6 +57,12 @@ class Rule:
     seed: int = 0
     what: str = ""
 
+    def __post_init__(self) -> None:
+        positions = sorted(self.axes)
+        alone = len(positions) < 2 or (len(positions) == 2 and positions[1] == positions[0] + 1)
+        if not alone or (len(positions) == 2 and math.prod(self.shape[: positions[0]]) != 1):
+            raise ValueError(f"{self.name}: expected one axis, or the first two, to grow, got {positions}")
+
     @property
     def scale(self) -> float | None:
         """Factor s of the values; None if it is not the same for all."""
@@ -178,8 +184,6 @@ class Rule:
         before = math.prod(self.shape[: positions[0]])
         if len(positions) == 1:
             return axes if before == 1 else [keep_axis(before), *axes]
-        if before != 1 or len(positions) > 2 or positions[1] != positions[0] + 1:
-            raise ValueError(f"{self.name}: expected one or two neighboring axes to grow, got {positions}")
         return axes
 
     def _fold(self, array: Array) -> Array:

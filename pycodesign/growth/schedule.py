@@ -7,12 +7,12 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from pycodesign.growth.modules import Report, grow, list_tensors, plan_modules, unwrap, write_eps
-from pycodesign.growth.plan import check_options
+from pycodesign.growth.modules import Report, grow, list_tensors, pair_modules, plan_modules, unwrap, write_eps
+from pycodesign.growth.plan import Plan, check_options
 from pycodesign.growth.spec import Spec
 
 __all__ = ["Schedule", "copy_optimizer"]
@@ -119,7 +119,8 @@ class Schedule:
         Returns
         -------
         tuple of torch.nn.Module and Optimizer
-            The model is the same or a larger one, without its wrapper; the optimizer is always the same object, then of
+            The model is the same or a larger one, without its wrapper, with the dtypes, the modes (train, eval) and
+            the frozen parameters of what it continues; the optimizer is always the same object, then of
             the larger model's parameters, so that a schedule of its learning rates goes on.
 
         Raises
@@ -131,10 +132,12 @@ class Schedule:
         if isinstance(model, DistributedDataParallel):
             text = "one that is not wrapped; grow its .module, and wrap what comes back anew"
             raise ValueError(f"model: expected {text}, got DistributedDataParallel")
-        stage, larger = self.stage, optimizer
+        stage, larger, average = self.stage, optimizer, None if ema is None else unwrap(ema)
         while stage < len(self.steps) and self.steps[stage] <= step:
-            model, larger = self._grow(stage, model, larger, None if ema is None else unwrap(ema))
+            model, larger, average = self._grow(stage, model, larger, average)
             stage += 1
+        if ema is not None and average is not None and average is not unwrap(ema):
+            unwrap(ema).__dict__ = average.__dict__
         self.stage = stage
         if optimizer is not None and larger is not None and larger is not optimizer:
             inner = getattr(optimizer, "optimizer", optimizer)
@@ -144,21 +147,20 @@ class Schedule:
 
     def _grow(
         self, stage: int, model: nn.Module, optimizer: Optimizer | None, ema: nn.Module | None
-    ) -> tuple[nn.Module, Optimizer | None]:
+    ) -> tuple[nn.Module, Optimizer | None, nn.Module | None]:
         source, target = unwrap(model), self.builds[stage]()
         like = next(source.parameters())
         target.to(like.device, like.dtype).train(source.training)
-        options = {**self._options, "seed": self._seed + stage}
-        new = None if optimizer is None else copy_optimizer(source, target, optimizer, self._options["spec"])
-        if new is not None and options["mode"] == "exact" and any("initial_lr" in g for g in new.param_groups):
-            text = "'break_symmetry' with a schedule of learning rates, which knows the old groups"
-            raise ValueError(f"mode: expected {text}, got 'exact'")
+        plan = plan_modules(source, target, spec=self._options["spec"])
         average = None if ema is None else copy.deepcopy(target).to(next(ema.parameters())).train(ema.training)
+        for old, new in ((source, target), (ema, average)):
+            if old is not None and new is not None:
+                _match_state(plan, old, new)
+        options = {**self._options, "seed": self._seed + stage}
+        larger = None if optimizer is None else copy_optimizer(source, target, optimizer, self._options["spec"])
         options |= {"ema": ema, "target_ema": average}
-        self.report = grow(source, target, optimizer=optimizer, target_optimizer=new, **options)
-        if ema is not None and average is not None:
-            ema.__dict__ = average.__dict__
-        return target, new
+        self.report = grow(source, target, optimizer=optimizer, target_optimizer=larger, **options)
+        return target, larger, average
 
     def build(self, steps: int, first: Build) -> nn.Module:
         """Build the model that a checkpoint made after so many training steps holds, and go to its stage.
@@ -271,16 +273,32 @@ def check_alone() -> None:
         raise ValueError(f"model: expected {text}, got {distributed.get_world_size()}")
 
 
+def _match_state(plan: Plan, source: nn.Module, target: nn.Module) -> None:
+    """Give a larger model the dtypes, the modes and the frozen parameters of what it continues."""
+    for _, old, new in pair_modules(plan, source, target):
+        new.training = old.training
+        olds, news = ({**module._parameters, **module._buffers} for module in (old, new))
+        for key, tensor in news.items():
+            like = olds.get(key)
+            if isinstance(tensor, Tensor) and isinstance(like, Tensor) and tensor.is_floating_point():
+                tensor.data = tensor.data.to(like.dtype)
+                if isinstance(tensor, nn.Parameter):
+                    tensor.requires_grad_(like.requires_grad)
+
+
 def copy_optimizer(source: nn.Module, target: nn.Module, optimizer: Any, spec: Spec | str = "auto") -> Optimizer:
     """Build an optimizer for the target with the source's settings and groups, without states."""
     inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
     tensors = source.state_dict(keep_vars=True)
     numbers = {id(p): number for number, group in enumerate(inner.param_groups) for p in group["params"]}
-    groups: list[dict[str, Any]] = [{**group, "params": []} for group in inner.param_groups]
+    lists = ("params", "param_names")
+    groups = [{**group, **{key: [] for key in lists if key in group}} for group in inner.param_groups]
     sources = {rule.name: rule.source for rule in plan_modules(source, target, spec=spec)}
     for name, parameter in target.named_parameters():
         number = numbers.get(id(tensors[sources[name]]))
         if number is not None:
             groups[number]["params"].append(parameter)
+            if "param_names" in groups[number]:
+                groups[number]["param_names"].append(name)
     known = inspect.signature(type(inner)).parameters
     return type(inner)(groups, **{key: value for key, value in inner.defaults.items() if key in known})

@@ -149,7 +149,7 @@ def _read_header(file: Path) -> Checkpoint:
         text = stream.read(length)
     try:
         entries = json.loads(text)
-        metadata = entries.pop("__metadata__", {})
+        metadata = dict(entries.pop("__metadata__", None) or {})
         tensors = {name: _parse_entry(file, name, entry, 8 + length) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: expected a safetensors file, got a damaged one: {error}") from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pycodesign.growth.indices import Heads, Inexact
@@ -10,7 +10,8 @@ from pycodesign.growth.spec import Spec
 
 __all__ = ["SAME", "check_configs", "compute_shapes", "is_tied", "read_heads", "read_sizes"]
 
-OUTPUT_HEADS = ("LMHead", "ForCausalLM", "ForMaskedLM", "ForPreTraining")  # in names of classes with an output layer
+OUTPUT_HEADS = ("LMHead", "ForCausalLM", "ForMaskedLM", "ForPreTraining", "DoubleHeads")  # in names of classes with one
+NO_OUTPUT_HEAD = ("Model", "Classification", "QuestionAnswering", "MultipleChoice", "Prediction")
 UNSCALED, BY_LAYER = "scale_attn_weights", "scale_attn_by_inverse_layer_idx"  # GPT-2's: false, true
 SAME = (  # what must agree where a spec does not say which keys are sizes
     *("hidden_act", "activation_function", "rope_parameters", "rope_theta", "position_embedding_type"),
@@ -133,10 +134,33 @@ def read_heads(sizes: Mapping[str, int]) -> Heads:
     return Heads(sizes["heads"], sizes["kv_heads"])
 
 
-def is_tied(spec: Spec, config: Mapping[str, Any]) -> bool:
-    """Whether the output layer shares the embedding's weight."""
-    has_output = any(part in name for name in config.get("architectures") or [] for part in OUTPUT_HEADS)
-    return bool(spec.tied) and has_output and bool(config.get("tie_word_embeddings", spec.tied_by_default))
+def is_tied(spec: Spec, config: Mapping[str, Any], names: Iterable[str] = ()) -> bool:
+    """Whether the output layer shares the embedding's weight.
+
+    Parameters
+    ----------
+    spec : Spec
+    config : mapping
+        As in ``config.json``.
+    names : iterable of str
+        Of the parameters in the files: a tied layer need not be among them.
+
+    Raises
+    ------
+    ValueError
+        If neither the files nor the config's ``architectures`` show whether there is an output layer.
+    """
+    if not spec.tied or not config.get("tie_word_embeddings", spec.tied_by_default):
+        return False
+    if any(spec.find(name)[0] in spec.tied for name in names):
+        return True
+    classes = config.get("architectures") or []
+    if any(part in name for name in classes for part in OUTPUT_HEADS):
+        return True
+    if not classes or not all(name.endswith(NO_OUTPUT_HEAD) for name in classes):
+        ways = "a class of transformers in architectures, the output layer in the files, or tie_word_embeddings false"
+        raise ValueError(f"source_config: expected {ways}, got {config.get('architectures')!r}")
+    return False
 
 
 def compute_shapes(
@@ -164,6 +188,9 @@ def compute_shapes(
     if not spec.blocks and source["layers"] != target["layers"]:
         text = f"{spec.config['layers']}: {source['layers']} -> {target['layers']}, but no block of {spec.name}"
         raise Inexact(f"{text} can be an identity; exact would be {source['layers']}")
+    if spec.blocks and source["layers"] == 0 != target["layers"]:
+        text = f"{spec.config['layers']}: 0 -> {target['layers']} blocks, none of which can be copied"
+        raise Inexact(f"{text}; exact would be 0")
     grown = {}
     for name, shape in shapes.items():
         _, roles = spec.find(name)

@@ -38,7 +38,8 @@ class Role(NamedTuple):
 
     `kind` is ``"write"`` (the parameter produces the features), ``"read"`` (it sums over them), ``"gamma"`` or
     ``"beta"`` (of a norm over them), ``"factor"`` (it multiplies what the preceding layer writes) or ``"keep"`` (not
-    features: tokens, positions, classes). `space` names the features; ``"q+k+v"`` are spaces one after the other.
+    features: tokens, positions, classes). `space` names the features; ``"q+k+v"`` are spaces one after the
+    other: those that are not made of heads have the sizes that they have alone, in other layers.
     """
 
     kind: str

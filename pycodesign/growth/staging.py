@@ -12,14 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["stage_directory"]
+__all__ = ["stage_directory", "sync"]
 
 
 @contextmanager
-def stage_directory(target: Path) -> Iterator[Path]:
+def stage_directory(target: Path, *, replace: bool = True) -> Iterator[Path]:
     """Make a directory beside `target` that becomes it if all goes well.
 
     A lock tells it from one that a process which was killed has left behind; those of the same target are removed.
+    Unless `replace`, it is an error if the target exists by the time.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(target)
@@ -30,12 +31,14 @@ def stage_directory(target: Path) -> Iterator[Path]:
     unlocked.rename(staging)
     try:
         yield staging
-        _sync(staging)
-        if target.exists():
+        _sync_tree(staging)
+        if replace and target.exists():
             _exchange(staging, target)
+        elif target.exists():
+            raise FileExistsError(f"dst: expected a new directory, or overwrite, got {target}, made in the meantime")
         else:
-            staging.rename(target)
-        _sync(target.parent)
+            staging.rename(target)  # fails if it has come to be, unless it is empty
+        sync(target.parent)
     finally:
         if lock is not None:
             os.close(lock)
@@ -62,8 +65,20 @@ def _remove_stale(target: Path) -> None:
                 shutil.rmtree(directory, ignore_errors=True)
 
 
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+def _sync_tree(directory: Path) -> None:
+    """Wait until all that is in a directory is on the disk."""
+    for folder, _, files in os.walk(directory):
+        for file in files:
+            path = Path(folder, file)
+            if path.is_file() and not path.is_symlink():
+                with suppress(PermissionError):  # linked from what was there
+                    sync(path)
+        sync(Path(folder))
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -78,5 +93,9 @@ def _exchange(one: Path, other: Path) -> None:
         return
     aside = one.with_name(f"{one.name}.old")
     other.rename(aside)
-    one.rename(other)
+    try:
+        one.rename(other)
+    except OSError:
+        aside.rename(other)
+        raise
     aside.rename(one)

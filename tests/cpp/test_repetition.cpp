@@ -331,7 +331,7 @@ void test_errors() {
   for (float& level : huge.levels) level *= 8388608.0f;
   std::fill(huge.codes.begin(), huge.codes.end(), uint8_t{2});
   CHECK_THROWS(PackedConv2d(many.weights, g, {}, Algorithm::tables), std::invalid_argument, "at most 16");
-  CHECK_THROWS(PackedConv2d(five.weights, g, {}, Algorithm::packed), std::invalid_argument, "'tables' or 'dense'");
+  CHECK_THROWS(PackedConv2d(five.weights, g, {}, Algorithm::packed), std::invalid_argument, "'dense' or 'codebook'");
   CHECK_THROWS(PackedLinear(five.weights, {}, Algorithm::packed), std::invalid_argument, "at most 4");
   CHECK_THROWS(PackedLinear(five.weights, {}, Algorithm::tables), std::invalid_argument, "'dense' or 'packed'");
   CHECK_THROWS(PackedConv2d(huge.weights, g, {DType::u8}, Algorithm::tables), std::invalid_argument, "fit 32 bits");

@@ -115,7 +115,16 @@ def widen_by_an_attribute(m, x):
     return m.b(F.silu(y))
 
 
-@pytest.mark.parametrize("forward", [scale_data, scale_transposed, widen, widen_by_a_method, widen_by_an_attribute])
+def widen_by_a_new_value(m, x):
+    y = m.a(x)
+    y += torch.ones_like(x, dtype=torch.float64)
+    return m.b(F.silu(y))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [scale_data, scale_transposed, widen, widen_by_a_method, widen_by_an_attribute, widen_by_a_new_value],
+)
 def test_writes_that_no_new_value_replaces(forward):
     model = randomize(function(forward, a=same(3, 3), b=same(3, 3)))
     model.register_buffer("window", torch.rand(5))

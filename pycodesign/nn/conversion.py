@@ -247,9 +247,8 @@ def _fold_norms(
         name = str(before.target)
         norm, conv = traced.get_submodule(str(node.target)), traced.get_submodule(name)
         plain = type(norm) is nn.BatchNorm2d and type(conv) is nn.Conv2d and is_plain(norm) and is_plain(conv)
-        if not plain or norm.running_mean is None or {name} & {*layers, *read}:
-            continue
-        if rows[name].why in (SKIPPED, UNNAMED):
+        kept = name in layers or name in read or (name in rows and rows[name].why in (SKIPPED, UNNAMED))
+        if not plain or norm.running_mean is None or kept:
             continue
         finite = all(np.isfinite(array).all() for array in read_norm(norm))
         if finite and called.count(name) == 1 and len(before.users) == 1:

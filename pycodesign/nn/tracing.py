@@ -12,8 +12,10 @@ from torch import Tensor, fx, nn
 
 from pycodesign.nn.graph import KEEPS, bind, call_name, find_rank, is_plain
 
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-IDENTITIES = (nn.Identity, *DROPOUTS)
+IDENTITIES = (
+    *(nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
 IN_PLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor", "lshift", "rshift")
 DRAWS = ("normal_", "bernoulli_", "random_")  # what torch has under their names does something else
 CASTS = ("to", "type", "type_as", "double", "half", "bfloat16", "int", "long", "short", "char", "byte", "bool")
@@ -322,8 +324,9 @@ def _check_dtypes(traced: fx.GraphModule, node: fx.Node) -> None:
         operand = left.pop()
         constant = operator.attrgetter(str(operand.target))(traced) if operand.op == "get_attr" else None
         other = isinstance(constant, Tensor) and constant.dtype != torch.float32
-        casts = call_name(operand) in CASTS or any(isinstance(a, torch.dtype) for a in (*operand.args, *operand.kwargs))
-        if other or (casts and torch.float32 not in (*operand.args, *operand.kwargs.values())):
+        given = (*operand.args, *operand.kwargs.values())
+        casts = call_name(operand) in CASTS or any(isinstance(argument, torch.dtype) for argument in given)
+        if other or (casts and torch.float32 not in given):
             raise ValueError(f"{node.name} writes a value into one that may have another dtype")
         module = traced.get_submodule(str(operand.target)) if operand.op == "call_module" else None
         weighs = module is not None and next(module.parameters(), None) is not None

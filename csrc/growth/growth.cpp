@@ -33,9 +33,10 @@ const Kernels& kernels() {
 
 namespace {
 
-constexpr int64_t lanes = 4;            // source rows that are gathered from at once
-constexpr int64_t shortest_run = 28;    // elements on average, from which copying run by run is faster
-constexpr int64_t block_columns = 512;  // gathered at once: they stay in the first cache until they are written
+constexpr int64_t lanes = 4;               // source rows that are gathered from at once
+constexpr int64_t shortest_run = 28;       // elements on average, from which copying run by run is faster
+constexpr int64_t block_columns = 256;     // gathered at once: they stay in the first cache until they are written
+constexpr int64_t most_cached = 16 << 20;  // of the result: a virtual machine sees the cache of cores that others use
 constexpr int64_t chunks_per_thread = 8;
 constexpr int64_t chunk_bytes = 64 << 10;  // of the result; less is not worth another thread
 
@@ -248,7 +249,7 @@ template <class E> class Expander {
     const auto runs = static_cast<int64_t>(columns.runs.size());
     by_runs_ = x.rows < lanes || runs * shortest_run <= outputs_;
     is_identity_ = is_same && is_contiguous_ && !in_scale && runs == 1 && columns.runs[0].from == 0;
-    streams_ = bytes > static_cast<int64_t>(core::cache_sizes().l3 / 2);
+    streams_ = bytes > std::min(most_cached, static_cast<int64_t>(core::cache_sizes().l3 / 2));
     const bool shares_lines = streams_ && (reinterpret_cast<uintptr_t>(x.out) % 64 || x.row_stride % 64);
     block_ = by_runs_ || shares_lines ? outputs_ : std::min(outputs_, block_columns);
   }

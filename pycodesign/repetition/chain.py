@@ -445,7 +445,7 @@ def _index(value: Value | None) -> int:
 
 
 def _describe(dtype: str, scale: float, zero_point: int) -> str:
-    return dtype if dtype == "float32" else f"{dtype} of scale {scale:g} and zero point {zero_point}"
+    return dtype if dtype == "float32" else f"{dtype} of scale {scale!r} and zero point {zero_point}"
 
 
 def _windows(kernel: tuple[int, int], stride: Pair | None, padding: Pair) -> Windows:

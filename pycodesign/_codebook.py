@@ -99,7 +99,12 @@ def kernel_codebook(
     _, exponent = np.frexp(np.abs(w).max())  # a fit near 1, where no square overflows or vanishes
     index, sign, found, scale = _fit(np.ldexp(patterns, -exponent), kernels, values, codebooks, rounds)
     shape = (codebooks, kernels, pattern_channels, *filter_size)
-    return KernelCodebook(index.astype(np.uint8), sign, found.reshape(shape), np.ldexp(scale, exponent))
+    largest = np.float32(
+        np.finfo(np.float32).max / max(1.0, float(np.abs(found).max())) * (1 - 2.0**-22)
+    )  # times which all is finite
+    with np.errstate(over="ignore"):
+        scale = np.minimum(np.ldexp(scale, exponent), largest)
+    return KernelCodebook(index.astype(np.uint8), sign, found.reshape(shape), scale)
 
 
 def _fit(

@@ -23,7 +23,7 @@ import pycodesign
 COMPETITORS = ("torch", "onnxruntime", "openvino")
 OPTIONAL = ("mlxtend", "matplotlib", "onnx", "egglog", "highspy", "cupy-cuda12x", "cupy-cuda13x")
 METHODS = ("pair", "saturate", "summerge", "patterns", "unique")
-VARIABLES = ("PYCODESIGN_ISA", "PYCODESIGN_NUM_THREADS")
+VARIABLES = ("PYCODESIGN_ISA", "PYCODESIGN_NUM_THREADS", "PYCODESIGN_JIT")
 PICTURE = click.Path(path_type=Path, dir_okay=False)
 THREADS = click.IntRange(min=1, max=4096)  # as set_num_threads takes
 

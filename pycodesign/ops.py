@@ -7,6 +7,7 @@ CuPy arrays and torch tensors on a CUDA device, too: they run there, on the curr
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -119,6 +120,12 @@ class Packed:
         self._seconds = time.perf_counter() - start
         self._chain: Any = None
 
+    def __repr__(self) -> str:
+        return f"Packed(kind={self.kind!r}, shape={self._shape}, algorithm={self.algorithm!r})"
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a packed layer cannot be copied or pickled: save it, and load_packed the file")
+
     def _pack(self, q: QuantizedTensor | KernelCodebook, algorithm: str) -> Native:
         if self.device is not None:
             return self._place(q, algorithm, self.device)
@@ -187,7 +194,8 @@ class Packed:
         -------
         Explanation
             ``kind``, ``algorithm``, ``why``; ``adds`` and ``multiplies`` as executed and ``dense_ops`` = O (2 I - 1),
-            all per output pixel or row; ``share_removed``; ``bytes`` of the packed weights beside ``float32_bytes``,
+            all per output pixel or row; ``share_removed``, negative where a small ``packed`` layer counts what it pads;
+            ``bytes`` of the packed weights beside ``float32_bytes``,
             and ``code_bytes`` of the machine code made from them;
             ``seconds`` it took to pack; ``isa`` and ``threads`` in force, or on a GPU ``device`` and ``blocks``: how
             the last sizes of x were cut.
@@ -250,9 +258,13 @@ class Packed:
         try:
             temporary.write_bytes(data)
             os.replace(temporary, target)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        except OSError as error:
+            if error.filename is None:
+                raise
+            raise type(error)(error.errno, error.strerror, os.fspath(path)) from None
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
     def to_chain(self) -> Any:
         """Return the layer, without an epilogue, as a `repetition.chain.Chain`; one to be tuned, as a function."""
@@ -477,7 +489,8 @@ def conv2d(
         y = clamp(y);  integer outputs: saturate(rint(y / out_scale) + out_zero_point)
 
     Float inputs give the same in float arithmetic, within ``8 eps sqrt(K) sum |w| |x|`` for K weights per output, the
-    same bits from run to run. Outputs of 16 bits are y, rounded once more.
+    same bits from run to run; ``dense`` on AMX takes what is below 2^-126 in its sums, or the last digits of an element
+    of `x` below 2^-103, as zero. No gradients are recorded; the modules of `pycodesign.nn` do that. Outputs of 16 bits are y, rounded once more.
 
     Parameters
     ----------

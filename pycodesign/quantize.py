@@ -275,10 +275,13 @@ def _divide_by_scale(w: Floats, scale: NDArray[Any]) -> QuantizedTensor | None:
         exact = (integers / divisors * (steps * divisors) == grouped).all(axis=(1, 2), keepdims=True)
     divisors = np.where(exact, divisors, np.float32(1))
     rows = (integers / divisors).reshape(w.shape[0], -1)
-    distinct = _distinct_values(rows)
-    levels, positions = _collect_levels(distinct, rows.any(axis=1))
+    distinct, live = _distinct_values(rows), rows.any(axis=1)
+    levels, positions = _collect_levels(distinct, live)
     codes = _look_up(rows, distinct, positions).reshape(w.shape)
-    return QuantizedTensor(codes, levels, (steps * divisors).reshape(scale.shape))
+    scales = (steps * divisors).reshape(scale.shape)
+    if levels.all():
+        scales[~live] = 0
+    return QuantizedTensor(codes, levels, scales)
 
 
 def _common_divisors(integers: Floats) -> Floats:

@@ -72,6 +72,12 @@ def test_larger_integers_become_levels():
     assert np.array_equal(q.dequantize(), codebook.dequantize())
 
 
+def test_the_largest_weights_stay_finite():
+    w = np.random.default_rng(0).choice([-1, 1], (24, 40)).astype(np.float32) * np.float32(3.4e38)
+    for values in VALUES:
+        assert np.isfinite(quantize.kernel_codebook(w, kernels=4, values=values).dequantize()).all()
+
+
 def test_real_kernels_have_no_levels():
     with pytest.raises(ValueError, match=r"kernels: expected integers, which levels are to be, got \d\.\d+"):
         make(values="real").to_quantized()

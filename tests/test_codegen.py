@@ -492,6 +492,15 @@ print(*(w.message for w in caught), sep="\\n")
     assert re.fullmatch(r"algorithm: 'codegen' asked for, 'tables' runs: .*PYCODESIGN_JIT.*", warning)
 
 
+@pytest.mark.parametrize(
+    ("value", "is_on"), [("1", True), ("True", True), ("", True), ("OFF", False), ("False", False)]
+)
+def test_only_a_plain_yes_turns_it_on(value: str, is_on: bool, tmp_path: Path) -> None:
+    body = "from pycodesign import _core; print(_core.generates_code())"
+    said = run_child(tmp_path, body, PYCODESIGN_JIT=value, PYCODESIGN_ISA=ISAS[-1])
+    assert said.strip() == str(is_on and "avx2" in ISAS)
+
+
 FORBIDDEN = """
 import ctypes, warnings
 assert ctypes.CDLL(None).prctl(65, 1, 0, 0, 0) == 0, "no PR_SET_MDWE"  # nothing becomes executable from here on

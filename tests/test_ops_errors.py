@@ -454,11 +454,11 @@ RUNNING: dict[str, tuple[Any, Any, dict[str, Any], type[Exception], str]] = {
     ),
     "negative out_scale": (
         X, FLOAT, {"out_dtype": "uint8", "out_scale": -1}, ValueError,
-        "out_scale: expected a positive finite number, got -1.000000",
+        "out_scale: expected a positive finite float32, got -1.000000",
     ),
     "infinite out_scale": (
         X, FLOAT, {"out_dtype": "uint8", "out_scale": float("inf")}, ValueError,
-        "out_scale: expected a positive finite number, got inf",
+        "out_scale: expected a positive finite float32, got inf",
     ),
     "out_zero_point": (
         X, FLOAT, {"out_dtype": "int8", "out_scale": 1, "out_zero_point": 128}, ValueError,

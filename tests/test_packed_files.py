@@ -5,8 +5,10 @@ Files are hostile here: cut, with flipped bits, or written by hand, a valid chec
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import re
 import stat
 import struct
@@ -161,6 +163,18 @@ def test_a_failed_save_leaves_the_old_file(path: Path, contents: bytes, monkeypa
                 ops.prepack_linear(layer((7, 13))).save(path)
         assert path.read_bytes() == contents
         assert os.listdir(path.parent) == [path.name]
+
+
+def test_layers_are_saved_not_pickled(tmp_path: Path) -> None:
+    packed = ops.prepack_linear(quantize.ternary(np.eye(4, 6, dtype=np.float32)))
+    assert repr(packed) == f"Packed(kind='linear', shape=(4, 6), algorithm={packed.algorithm!r})"
+    for fails in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="a packed layer cannot be copied or pickled: save it"):
+            fails(packed)
+    missing = tmp_path / "missing" / "layer.safetensors"
+    with pytest.raises(FileNotFoundError) as raised:
+        packed.save(missing)
+    assert raised.value.filename == str(missing)
 
 
 def test_saving_replaces(path: Path, contents: bytes) -> None:

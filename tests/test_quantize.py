@@ -518,6 +518,14 @@ def test_a_common_divisor_stays_where_dividing_would_round():
     np.testing.assert_array_equal(q.levels, [0, 3, 9])
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_outputs_of_zeros_stay_so_with_a_given_scale(groups):
+    w = np.array([[0.1, -0.1, 0.1, 0.1], [0, 0, 0, 0], [-0.1, 0.1, 0.1, -0.1]], F32)
+    q = quantize.from_fake_quantized(w, scale=np.full((3, groups), 0.1, F32)[:, :: 1 if groups > 1 else 2].squeeze())
+    assert np.array_equal(q.levels, [-1, 1])
+    assert np.array_equal(q.dequantize(), w)
+
+
 def test_a_given_scale_that_does_not_fit_is_not_used():
     w = np.array([[0.5, -1.0], [1.5, 0.75]], F32)
     for scale in (np.array([0.5, 0.5], F32), np.array([0, 0.75], F32)):

@@ -31,7 +31,7 @@ inline repetition::Epilogue parse_epilogue(repetition::DType input_dtype, bool h
                               ? "out_scale: expected a positive number for out_dtype '" + out_dtype + "', got None"
                               : "out_scale: expected None for out_dtype '" + out_dtype + "', got a number");
   if (quantized && !(*out_scale > 0 && *out_scale < std::numeric_limits<float>::infinity()))
-    throw py::value_error("out_scale: expected a positive finite number, got " + std::to_string(*out_scale));
+    throw py::value_error("out_scale: expected a positive finite float32, got " + std::to_string(*out_scale));
   const int lowest = epilogue.out_dtype == DType::i8 ? -128 : 0;
   if (quantized ? out_zero_point < lowest || out_zero_point > lowest + 255 : out_zero_point != 0)
     throw py::value_error("out_zero_point: expected a value of " + out_dtype + (quantized ? "" : ": 0") + ", got " +

@@ -1,5 +1,7 @@
 #include "core/executable_memory.h"
 
+#include <algorithm>
+#include <array>
 #include <bit>
 #include <cerrno>
 #include <cstdlib>
@@ -10,6 +12,7 @@
 #include "core/aligned_buffer.h"
 
 #if defined(__x86_64__) && defined(__linux__)
+#include <strings.h>
 #include <sys/mman.h>
 #endif
 
@@ -50,8 +53,9 @@ ExecutableMemory::~ExecutableMemory() { munmap(data_, mapped_); }
 bool ExecutableMemory::available() {
   static const bool decided = [] {
     if (const char* text = std::getenv("PYCODESIGN_JIT"))
-      for (const char* off : {"0", "off", "false", "no"})
-        if (std::strcmp(text, off) == 0) return false;
+      if (std::ranges::none_of(std::array{"", "1", "on", "true", "yes"},
+                               [&](const char* on) { return strcasecmp(text, on) == 0; }))
+        return false;
     constexpr uint8_t ret[] = {0xc3};
     try {
       const ExecutableMemory memory(ret);

@@ -18,7 +18,7 @@ class ExecutableMemory {
   ExecutableMemory& operator=(const ExecutableMemory&) = delete;
 
   // Whether this process may execute what it writes; false on other systems than x86-64 Linux and when the environment
-  // has PYCODESIGN_JIT=0. Decided once.
+  // has PYCODESIGN_JIT=0, or anything but 1, on, true and yes. Decided once.
   static bool available();
 
   const char* data() const { return data_; }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, SupportsFloat
 
 import torch
 import torch.nn.functional as F
@@ -230,7 +230,7 @@ def anneal_codebooks(model: nn.Module, share: float) -> None:
     >>> for step in range(101):
     ...     pycodesign.nn.anneal_codebooks(model, min(1.0, step / 50))    # then a step of the optimizer
     """
-    if not 0 <= share <= 1:
+    if not isinstance(share, SupportsFloat) or not 0 <= float(share) <= 1:
         raise ValueError(f"share: expected a number from 0 to 1, got {share!r}")
     for module in model.modules():
         if isinstance(module, Codebook):

@@ -111,7 +111,8 @@ def factor(q, method="pair", *, groups=1, **options):
 def prepare(q, groups):
     """Check the arguments of `factor`; return codes (O, I) and levels (O, Q), int64 where all are integers."""
     if not isinstance(q, QuantizedTensor):
-        raise TypeError(f"q: expected a QuantizedTensor, got {type(q).__name__}")
+        hint = "; its to_quantized() is one" if hasattr(q, "to_quantized") else ""
+        raise TypeError(f"q: expected a QuantizedTensor, got {type(q).__name__}{hint}")
     if q.levels.shape[-1] > MAX_LEVELS:
         raise ValueError(f"q: expected at most {MAX_LEVELS} levels, got {q.levels.shape[-1]}")
     if not isinstance(groups, (int, np.integer)):

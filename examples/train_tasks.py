@@ -444,15 +444,8 @@ def main(
     print_summary(summary, sharing.read_encoder(body).count_parameters())
     if json_path:
         versions = {name: package_version(name) for name in ("transformers", "peft")}
-        options = {
-            "labeled": LABELED,
-            "unlabeled": UNLABELED,
-            "length": LENGTH,
-            "batch": BATCH,
-            "epochs": EPOCHS,
-            "steps": STEPS,
-        }
-        options |= {"deltas": DELTAS, "packages": versions, "summary": summary}
+        options = {"labeled": LABELED, "unlabeled": UNLABELED, "length": LENGTH, "batch": BATCH, "epochs": EPOCHS}
+        options |= {"steps": STEPS, "deltas": DELTAS, "packages": versions, "summary": summary}
         result = {"schema": SCHEMA, "suite": "train_tasks", "facts": gather_facts(), "options": options, "rows": rows}
         json_path.write_text(format_result(result))
     if plot:

@@ -99,11 +99,9 @@ def kernel_codebook(
     _, exponent = np.frexp(np.abs(w).max())  # a fit near 1, where no square overflows or vanishes
     index, sign, found, scale = _fit(np.ldexp(patterns, -exponent), kernels, values, codebooks, rounds)
     shape = (codebooks, kernels, pattern_channels, *filter_size)
-    largest = np.float32(
-        np.finfo(np.float32).max / max(1.0, float(np.abs(found).max())) * (1 - 2.0**-22)
-    )  # times which all is finite
+    largest = float(np.finfo(np.float32).max) * (1 - 2.0**-22) / max(1.0, float(np.abs(found).max()))
     with np.errstate(over="ignore"):
-        scale = np.minimum(np.ldexp(scale, exponent), largest)
+        scale = np.minimum(np.ldexp(scale, exponent), np.float32(largest))  # times any kernel all is finite
     return KernelCodebook(index.astype(np.uint8), sign, found.reshape(shape), scale)
 
 

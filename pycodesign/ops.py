@@ -490,7 +490,8 @@ def conv2d(
 
     Float inputs give the same in float arithmetic, within ``8 eps sqrt(K) sum |w| |x|`` for K weights per output, the
     same bits from run to run; ``dense`` on AMX takes what is below 2^-126 in its sums, or the last digits of an element
-    of `x` below 2^-103, as zero. No gradients are recorded; the modules of `pycodesign.nn` do that. Outputs of 16 bits are y, rounded once more.
+    of `x` below 2^-103, as zero. Outputs of 16 bits are y, rounded once more. No gradients are recorded: the modules of
+    `pycodesign.nn` do that.
 
     Parameters
     ----------

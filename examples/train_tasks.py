@@ -50,8 +50,7 @@ TEACHERS = 3  # seeds of full fine-tuning whose mean `shared` learns
 RATE = {"full": 2e-4, "lora": 2e-3, "heads": 1e-3, "shared": 4e-3, "labels": 1e-3}
 OTHER_RATES = {("full", "reviews"): 1e-4, ("full", "tweets"): 1e-4, ("heads", "newsgroups"): 3e-3}
 HEAD_RATE = {"full": 1e-3, "lora": 1e-3, "shared": 2e-3, "labels": 1e-3}
-EPOCHS = {"full": 2, "lora": 2, "heads": 30, "labels": 4}
-STEPS = 2250  # of `shared`, at least, however many texts there are: 6 epochs of 12,000
+EPOCHS = {"full": 2, "lora": 2, "heads": 30, "shared": 6, "labels": 4}
 DELTAS: dict[str, Any] = {
     "delta": {"up": "rows", "down": "low_rank"},
     "density": 0.068,
@@ -288,8 +287,7 @@ def train_shared(
         tasks.select_mask(name, batches, lambda logits, y: F.cross_entropy(logits.float(), y), scope="matrix")
     groups = [{"params": list(task.deltas.parameters()), "lr": RATE[method]}, {"params": last, "lr": HEAD_RATE[method]}]
     tasks.train()
-    epochs = EPOCHS[method] if method in EPOCHS else math.ceil(STEPS / math.ceil(len(lengths) / BATCH))
-    fit(run, target, groups, lengths, epochs, seed)
+    fit(run, target, groups, lengths, EPOCHS[method], seed)
     tasks.eval()
     score = {
         part: measure_accuracy(lambda k, part=part: tasks.run(name, cached.take(part, k)), ids, split.labels)
@@ -445,7 +443,7 @@ def main(
     if json_path:
         versions = {name: package_version(name) for name in ("transformers", "peft")}
         options = {"labeled": LABELED, "unlabeled": UNLABELED, "length": LENGTH, "batch": BATCH, "epochs": EPOCHS}
-        options |= {"steps": STEPS, "deltas": DELTAS, "packages": versions, "summary": summary}
+        options |= {"deltas": DELTAS, "packages": versions, "summary": summary}
         result = {"schema": SCHEMA, "suite": "train_tasks", "facts": gather_facts(), "options": options, "rows": rows}
         json_path.write_text(format_result(result))
     if plot:

@@ -1,0 +1,136 @@
+"""What `grow` refuses because it could not keep the function, and what a `Schedule` keeps."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from growing import build_gpt2, randomize
+from test_grow_hidden import build_mlp, check_refused
+from torch import nn
+
+from pycodesign import growth
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+    transformers.logging.set_verbosity_error()
+
+
+X = {"input_ids": torch.arange(12).reshape(2, 6)}
+
+
+WIDER = {"D": 32, "H": 8}
+
+
+class Renamed(transformers.GPT2LMHeadModel):
+    """Nothing but a name of its own."""
+
+
+class Doubled(transformers.GPT2LMHeadModel):
+    def forward(self, **inputs):
+        return 2 * super().forward(**inputs).logits
+
+
+class Classifier(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.config = transformers.ViTConfig(
+            hidden_size=width,
+            num_hidden_layers=1,
+            num_attention_heads=width // 4,
+            intermediate_size=40,
+            image_size=16,
+            patch_size=8,
+        )
+        self.vit, self.classifier = transformers.ViTModel(self.config), nn.Linear(width, 3)
+
+    def forward(self, x):
+        return self.classifier(self.vit(x).last_hidden_state.square().mean(1))
+
+
+def build_as(cls, **sizes):
+    return cls(build_gpt2(**sizes).config).double()
+
+
+def replace_norms(model):
+    for block in model.transformer.h:
+        block.ln_1 = nn.RMSNorm(model.config.n_embd).double()
+    return model
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "text"),
+    [
+        (lambda: Classifier(24), lambda: Classifier(32), "'vit', or a Spec, got Classifier as the model"),
+        (lambda: build_as(Doubled), lambda: build_as(Doubled, **WIDER), "'gpt2', or a Spec, got Doubled as the model"),
+        (
+            lambda: replace_norms(build_gpt2()),
+            lambda: replace_norms(build_gpt2(**WIDER)),
+            "'gpt2', or a Spec, got RMSNorm as transformer.h.0.ln_1",
+        ),
+    ],
+)
+def test_modules_that_transformers_does_not_make(source, target, text):
+    check_refused(source(), target(), f"spec: expected the modules that transformers makes for {text}")
+
+
+def test_a_class_of_transformers_may_have_another_name():
+    before = torch.get_rng_state()
+    source, target = randomize(build_as(Renamed)), build_as(Renamed, **WIDER)
+    state = torch.get_rng_state()
+    assert growth.grow(source, target, inputs=X).difference <= 1e-12
+    assert torch.equal(state, torch.get_rng_state()) and not torch.equal(before, state)
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_are_no_part_of_a_known_model(register):
+    source = build_mlp(8)
+    getattr(source[2], register)(lambda *arguments: arguments[-1])
+    text = "source: expected modules without forward hooks, or a Spec that holds with them, got one of 2"
+    check_refused(source, build_mlp(16), text)
+    check_refused(build_mlp(8), source, "target: expected modules without forward hooks")
+    spec = growth.Spec("mlp", {"0": growth.linear(None, "hidden"), "3": growth.linear("hidden", None)})
+    growth.grow(source, build_mlp(16), spec=spec)
+
+
+def test_outputs_of_each_layer_are_not_compared():
+    source, target = build_gpt2().double(), build_gpt2(**WIDER, L=3).double()
+    inputs = {**X, "output_hidden_states": True}
+    check_refused(source, target, "inputs: expected outputs that both models", inputs={**inputs, "return_dict": False})
+    assert growth.grow(source, target, inputs=inputs).difference <= 1e-12
+
+
+def test_heads_that_no_attribute_holds():
+    spec = growth.Spec("headed", {"0": growth.linear(None, "q")}, heads="0.num_heads")
+    text = "spec: expected heads to name an attribute of Sequential that holds their number, got '0.num_heads'"
+    check_refused(nn.Sequential(nn.Linear(4, 4)), nn.Sequential(nn.Linear(4, 8)), text, spec=spec)
+
+
+def test_tensors_that_cannot_be_written():
+    with torch.inference_mode():
+        target = build_mlp(16)
+    text = "target: expected tensors that can be written, got one of inference mode for 0.weight"
+    check_refused(build_mlp(8), target, text)
+    average = copy.deepcopy(build_mlp(16))
+    with torch.inference_mode():
+        average[0].weight = nn.Parameter(average[0].weight.clone())
+    check_refused(build_mlp(8), build_mlp(16), "target_ema: expected tensors", ema=build_mlp(8), target_ema=average)
+
+
+def test_lazy_modules():
+    source = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 4))
+    text = "source: expected initialized parameters, got 0.weight of a lazy module; call it first"
+    with pytest.raises(ValueError, match=text):
+        growth.grow(source, copy.deepcopy(source))
+
+
+def test_parametrized_modules_are_named():
+    def build(width):
+        return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, width)), nn.Linear(width, 4))
+
+    text = "spec: expected modules without parametrizations, or a Spec, got ParametrizedLinear as 0"
+    check_refused(build(8), build(16), text)
+    text = "target: expected ReLU as 1, as the source's, got Tanh as 1"
+    check_refused(*(nn.Sequential(nn.Linear(8, 8), act()) for act in (nn.ReLU, nn.Tanh)), text)

@@ -14,6 +14,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +239,7 @@ def test_layer_scale_vectors_are_read_once(tmp_path: Path, monkeypatch: pytest.M
         tmp_path / "large",
         source_config={"width": 4, "hidden": 6, "heads": 1, "layers": 2, "eps": 1e-5},
         target_config={"width": 6, "layers": 4},
-        spec=growth.Spec(**{**vars(spec), "config": spec.config | {"eps": "eps"}}),
+        spec=replace(spec, config=spec.config | {"eps": "eps"}),
     )
     assert sorted(reads) == sorted(old)
     new = read_all(tmp_path / "large")

@@ -134,3 +134,80 @@ def test_parametrized_modules_are_named():
     check_refused(build(8), build(16), text)
     text = "target: expected ReLU as 1, as the source's, got Tanh as 1"
     check_refused(*(nn.Sequential(nn.Linear(8, 8), act()) for act in (nn.ReLU, nn.Tanh)), text)
+
+
+class Depthwise(nn.Module):
+    def __init__(self, width, norm=False):
+        super().__init__()
+        self.embed = nn.Conv2d(3, width, 1)
+        self.mix = nn.BatchNorm2d(width) if norm else nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 4)
+
+    def forward(self, x):
+        return self.head(self.norm(self.mix(self.embed(x)).movedim(1, -1)))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_features_that_are_mapped_one_by_one_hold_no_means(norm):
+    spec = growth.Spec(
+        "mixer",
+        {
+            "embed": growth.convolution(None, "stream"),
+            "mix": growth.batch_norm("stream") if norm else growth.depthwise("stream"),
+            "norm": growth.layer_norm("stream"),
+            "head": growth.linear("stream", None),
+        },
+        spaces={"stream": "mean"},
+    )
+    source = randomize(Depthwise(8, norm).double())
+    x = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    assert growth.grow(source, Depthwise(16, norm).double(), spec=spec, inputs=x).difference <= 1e-12
+    with pytest.raises(growth.Inexact, match=r"mix.weight: stream 8 -> 12; exact would be 16"):
+        growth.grow(source, Depthwise(12, norm).double(), spec=spec)
+
+
+NAMES = {
+    "embed": growth.linear(None, "stream"),
+    "blocks.*.fc": growth.linear("stream", "stream", factor="blocks.*.ls.gamma"),
+    "blocks.*.ls": growth.layer_scale("stream"),
+    "norm": growth.layer_norm("stream"),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "text"),
+    [
+        ({"blocks.*.fc": growth.linear("stream", "stream", factor="blocks.*.ls.gama")}, {}, "factor: expected a param"),
+        (
+            {"blocks.*.fc": growth.linear("stream", "stream")},
+            {},
+            "layers: expected a layer whose factor is that",
+        ),
+        ({}, {"blocks": {"block.*": 0}}, r"blocks: expected beginnings .* one '\*', .*, got 'block\.\*'"),
+        ({}, {"blocks": {"*.*": 0}}, r"blocks: expected beginnings"),
+        ({"stages.*.blocks.*.fc": growth.keep()}, {"blocks": {"stages.0.blocks.*": 0}}, "blocks: expected beginnings"),
+        ({"stages.*.blocks.*.fc": growth.keep()}, {"blocks": {"stages.*.blocks.*": 0}}, "blocks: expected beginnings"),
+        (
+            {"a.0.b.*.fc": growth.keep(), "a.*.b.*.fc": growth.keep()},
+            {"blocks": {"a.0.b.*": 0}},
+            r"layers: expected patterns that begin as those of blocks do, 'a\.0\.b\.\*', got 'a\.\*\.b\.\*\.fc'",
+        ),
+        ({}, {"spaces": {"stream": "mean", "steam": "zero"}}, "spaces: expected names that layers use, got 'steam'"),
+    ],
+)
+def test_names_in_specs(change, options, text):
+    growth.Spec("named", NAMES, spaces={"stream": "mean"}, blocks={"blocks.*": 0})
+    with pytest.raises(ValueError, match=text):
+        growth.Spec("named", {**NAMES, **change}, **{"spaces": {"stream": "mean"}, **options})
+
+
+def test_uneven_copies_are_no_fault_of_keys():
+    source, target = build_gpt2(), build_gpt2(**WIDER)
+    check_refused(source, target, "expected integer multiples of width and heads for 'exact', got", mode="exact")
+    plan = {"attn.weight": (3 * 24, 24)}, {"attn.weight": (3 * 32, 24)}
+    spec = growth.Spec("fused", {"attn": growth.linear(None, "q+k+v")})
+    with pytest.raises(growth.Inexact, match="expected integer multiples of width and heads"):
+        growth.make_plan(*plan, spec, heads=(growth.Heads(6, 6), growth.Heads(8, 8)), mode="exact")
+    plan = {"attn.weight": (3 * 24, 24)}, {"attn.weight": (3 * 48, 24)}
+    with pytest.raises(growth.Inexact, match="expected heads of the same dimensions"):
+        growth.make_plan(*plan, spec, heads=(growth.Heads(6, 6), growth.Heads(6, 6)), mode="exact")

@@ -2,10 +2,11 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import transformers
-from growing import build_gpt2, randomize
+from growing import TOKENS, build_gpt2, randomize
 from test_grow_hidden import build_mlp, check_refused
 from torch import nn
 
@@ -211,3 +212,117 @@ def test_uneven_copies_are_no_fault_of_keys():
     plan = {"attn.weight": (3 * 24, 24)}, {"attn.weight": (3 * 48, 24)}
     with pytest.raises(growth.Inexact, match="expected heads of the same dimensions"):
         growth.make_plan(*plan, spec, heads=(growth.Heads(6, 6), growth.Heads(6, 6)), mode="exact")
+
+
+def test_exact_growth_of_some_parameters():
+    source, target = build_mlp(8), build_mlp(16)
+    adam, larger = torch.optim.AdamW(source.parameters()), torch.optim.AdamW(target[0].parameters())
+    text = "target_optimizer: expected 3.weight, as the source's has 3.weight, got it without"
+    check_refused(source, target, text, optimizer=adam, target_optimizer=larger, mode="exact")
+
+
+def freeze(model):
+    model.transformer.wpe.weight.requires_grad_(False)
+    return model
+
+
+def make_stages():
+    return growth.Schedule([(0, lambda: build_gpt2(**WIDER)), (3, lambda: build_gpt2(**WIDER, L=3))])
+
+
+def build_first():
+    torch.manual_seed(3)
+    return build_gpt2()
+
+
+def test_a_schedule_resumes_with_what_is_frozen_and_dtypes():
+    schedule = make_stages()
+    model = freeze(build_first())
+    model.transformer.ln_f.to(torch.float32)
+    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    model, optimizer = schedule.grow(3, model, optimizer)
+    checkpoint = schedule.save(4, model, optimizer)
+    for first in (build_first, lambda: freeze(build_first())):
+        resumed, _, _ = make_stages().load(checkpoint, first, torch.optim.AdamW)
+        for expected, got in zip(model.parameters(), resumed.parameters(), strict=True):
+            assert torch.equal(expected, got)
+            assert (expected.dtype, expected.requires_grad) == (got.dtype, got.requires_grad)
+    built = make_stages().build(4, lambda: freeze(build_first()))
+    assert [p.requires_grad for p in built.parameters()] == [p.requires_grad for p in model.parameters()]
+
+
+def test_checkpoints_of_another_optimizer():
+    model, other = build_mlp(8), build_mlp(8)
+    schedule = growth.Schedule([(0, lambda: build_mlp(16))])
+    checkpoint = schedule.save(0, model, torch.optim.AdamW(model.parameters()))
+    with pytest.raises(ValueError, match="build_optimizer: expected AdamW as was saved, got SGD"):
+        schedule.load(checkpoint, lambda: build_mlp(8), torch.optim.SGD)
+    with pytest.raises(ValueError, match="optimizer: expected parameters of the model alone, got others"):
+        schedule.save(0, model, torch.optim.AdamW(other.parameters()))
+
+
+def test_stages_are_pairs_of_a_step_and_a_function():
+    model, _ = growth.Schedule([(np.int64(0), lambda: build_mlp(16))]).grow(0, build_mlp(8))
+    assert model[0].out_features == 16
+    with pytest.raises(TypeError, match="stages: expected pairs of a step and a function, got 3"):
+        growth.Schedule([3])
+    text = "stages: expected a function that builds a torch.nn.Module for step 0, got one that returns NoneType"
+    with pytest.raises(TypeError, match=text):
+        growth.Schedule([(0, lambda: None)]).grow(0, build_mlp(8))
+
+
+@pytest.mark.parametrize("candidates", [[build_mlp], {"wide": 5}])
+def test_candidates_are_functions_by_name(candidates):
+    for run in (
+        lambda: growth.search(build_mlp(8), candidates, None, None, steps=1),
+        lambda: growth.compare_proxies(build_mlp(8), candidates, None, None, steps=[1], final_steps=1),
+    ):
+        with pytest.raises(TypeError, match="candidates: expected a"):
+            run()
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+def test_gradient_checkpointing_goes_on():
+    model = build_gpt2()
+    model.gradient_checkpointing_enable()
+    model, _ = make_stages().grow(3, model)
+    assert [block.gradient_checkpointing for block in model.transformer.h] == [True] * 3
+    model.train()(**X, labels=X["input_ids"]).loss.backward()
+
+
+class Texts(torch.utils.data.Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, row):
+        tokens = torch.randint(TOKENS, (6,), generator=torch.Generator().manual_seed(row))
+        return {"input_ids": tokens, "labels": tokens}
+
+
+def make_trainer(model, schedule, folder, **options):
+    plain = {"lr_scheduler_type": "constant", "report_to": [], "disable_tqdm": True, "use_cpu": True}
+    arguments = transformers.TrainingArguments(
+        folder, max_steps=5, save_steps=1, per_device_train_batch_size=4, **plain, **options
+    )
+    data = {"train_dataset": Texts(), "eval_dataset": Texts()}
+    return transformers.Trainer(model, arguments, callbacks=[schedule.callback()], **data)
+
+
+@pytest.mark.filterwarnings("ignore")  # Trainer's own
+def test_a_trainer_resumes_with_what_is_frozen(tmp_path):
+    trainer = make_trainer(freeze(build_first()), make_stages(), tmp_path)
+    trainer.train()
+    schedule = make_stages()
+    resumed = make_trainer(schedule.build(4, lambda: freeze(build_first())), schedule, tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert not resumed.model.transformer.wpe.weight.requires_grad
+    for expected, got in zip(trainer.model.parameters(), resumed.model.parameters(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_best_model_may_be_a_smaller_one(tmp_path):
+    options = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1}
+    text = "load_best_model_at_end: expected False where the model grows during training"
+    with pytest.raises(ValueError, match=text):
+        make_trainer(build_first(), make_stages(), tmp_path, **options).train()

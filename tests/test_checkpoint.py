@@ -14,6 +14,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +239,7 @@ def test_layer_scale_vectors_are_read_once(tmp_path: Path, monkeypatch: pytest.M
         tmp_path / "large",
         source_config={"width": 4, "hidden": 6, "heads": 1, "layers": 2, "eps": 1e-5},
         target_config={"width": 6, "layers": 4},
-        spec=growth.Spec(**{**vars(spec), "config": spec.config | {"eps": "eps"}}),
+        spec=replace(spec, config=spec.config | {"eps": "eps"}),
     )
     assert sorted(reads) == sorted(old)
     new = read_all(tmp_path / "large")
@@ -628,9 +629,9 @@ REQUESTS: dict[str, tuple[dict[str, Any], str]] = {
         {"activation_function": "relu"},
         "target_config: expected activation_function 'gelu_new' as the source's, got 'relu'",
     ),
-    "no number": ({"n_embd": "48"}, "config: expected an integer of at least 1 for 'n_embd', got '48'"),
-    "no heads": ({"n_head": 0}, "config: expected an integer of at least 1 for 'n_head', got 0"),
-    "heads": ({"n_head": 7}, "config: expected a width that 7 heads divide, got 24"),
+    "no number": ({"n_embd": "48"}, "target_config: expected an integer of at least 1 for 'n_embd', got '48'"),
+    "no heads": ({"n_head": 0}, "target_config: expected an integer of at least 1 for 'n_head', got 0"),
+    "heads": ({"n_head": 7}, "target_config: expected a width that 7 heads divide, got 24"),
     "attention": (
         {"scale_attn_by_inverse_layer_idx": True},
         "target_config: expected scale_attn_by_inverse_layer_idx False as the source's, got True",
@@ -711,7 +712,7 @@ def test_destinations(small: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="dst: expected a directory, got the file"):
         growth.grow_checkpoint(small, tmp_path / "file", target_config=LARGER, overwrite=True)
-    with pytest.raises(ValueError, match="max_shard_bytes: expected at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_shard_bytes: expected an integer of at least 1, got 0"):
         growth.grow_checkpoint(small, tmp_path / "large", target_config=LARGER, max_shard_bytes=0)
     (small / "optimizer.pt").touch()
     with pytest.warns(RuntimeWarning, match=r"optimizer.pt: left out; growth.save_optimizer writes"):

@@ -465,7 +465,10 @@ def test_sequentials_are_read_with_care(build_one, change, exact):
         ),
         (lambda wide: [nn.Conv2d(3, 4, 3, padding=1 - wide), nn.Conv2d(4, 2, 1)], "padding="),
         (lambda wide: [nn.Linear(3, 4), nn.LeakyReLU(0.1 + wide), nn.Linear(4, 2)], "negative_slope=0.1 in 1"),
-        (lambda wide: [nn.Linear(3, 4), nn.ReLU() if wide else nn.GELU(), nn.Linear(4, 2)], "modules, larger"),
+        (
+            lambda wide: [nn.Linear(3, 4), nn.ReLU() if wide else nn.GELU(), nn.Linear(4, 2)],
+            "expected GELU as 1, .* got ReLU as 1",
+        ),
         (lambda wide: [nn.Linear(3, 4), *[nn.ReLU(), nn.Linear(4, 4)] * wide, nn.Linear(4, 2)], "exact would be 2"),
     ],
 )
@@ -892,10 +895,10 @@ def test_refused_models_and_optimizers():
         growth.grow(source, target, ema=target, target_ema=target)
     source.extra = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"expected all of the source's parameters, got none for extra"):
-        growth.grow(source, target)
+        growth.grow(source, target, spec=growth.GPT2)
     target.extra = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"extra.bias: expected a parameter that the spec 'gpt2' knows|extra.weight"):
-        growth.grow(source, target)
+        growth.grow(source, target, spec=growth.GPT2)
     assert all(torch.equal(before[key], target.state_dict()[key]) for key in before)
 
 

@@ -13,12 +13,13 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from pycodesign.growth.plan import Plan, make_plan
 from pycodesign.growth.rules import OPTIMIZERS, POWERS, Rule, scale_settings
-from pycodesign.growth.shards import Array, Checkpoint, Tensor, Writer, read_checkpoint
+from pycodesign.growth.shards import NUMPY, TORCH, Array, Checkpoint, Tensor, Writer, read_checkpoint
 from pycodesign.growth.sizes import DEFAULTS, FREE, check_configs, compute_shapes, is_tied, read_heads, read_sizes
 from pycodesign.growth.spec import Spec
 from pycodesign.growth.specs import find_spec
@@ -26,7 +27,7 @@ from pycodesign.growth.staging import stage_directory
 
 __all__ = ["CheckpointReport", "grow_checkpoint"]
 
-Config: TypeAlias = Mapping[str, Any] | str | os.PathLike[str]
+Config: TypeAlias = Any  # a mapping, a path, or a config of transformers
 
 MODEL, OPTIMIZER, CONFIG = "model", "optimizer", "config.json"
 MARKS = (CONFIG, f"{MODEL}.safetensors", f"{MODEL}.safetensors.index.json")  # of a checkpoint
@@ -120,7 +121,7 @@ def grow_checkpoint(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
     *,
-    source_config: Config | None = None,
+    source_config: Config = None,
     target_config: Config,
     spec: Spec | str = "auto",
     mode: str = "break_symmetry",
@@ -144,12 +145,13 @@ def grow_checkpoint(
     src : path
         A directory in Hugging Face's layout: ``config.json`` and ``model.safetensors``, or shards and
         ``model.safetensors.index.json``. An ``optimizer.safetensors`` (or shards) beside it, as
-        `growth.save_optimizer` writes it, is grown, too; small files, such as a tokenizer's, are copied.
+        `growth.save_optimizer` writes it, is grown, too; small files, such as a tokenizer's, are copied, folders in it
+        are not: what they hold may depend on the width.
     dst : path
         A directory that does not exist, unless `overwrite`; may be `src` then.
-    source_config : mapping or path, optional
+    source_config : mapping, path or transformers.PreTrainedConfig, optional
         In place of the ``config.json`` of `src`.
-    target_config : mapping or path
+    target_config : mapping, path or transformers.PreTrainedConfig
         Sizes of the larger model, as in its ``config.json``; what it leaves out stays as it is. A norm's eps follows
         the width. All other keys must agree, but for dropout and what only loading and generation read.
     spec : Spec or str
@@ -208,8 +210,10 @@ def grow_checkpoint(
            [0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]], dtype=float32)
     """
     source, target = Path(src), Path(os.path.realpath(dst))
-    if max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes: expected at least 1, got {max_shard_bytes}")
+    if not isinstance(max_shard_bytes, Integral) or max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes: expected an integer of at least 1, got {max_shard_bytes!r}")
+    if source.is_file():
+        raise ValueError(f"src: expected a directory, got the file {source}")
     if target.exists() and not overwrite:
         raise ValueError(f"dst: expected a new directory, or overwrite, got {target}, which exists")
     if target.exists() and not target.is_dir():
@@ -230,7 +234,8 @@ def grow_checkpoint(
     if not checkpoint.tensors:
         raise ValueError(f"src: expected tensors in {source}, got none")
     _check_keys(old_config, changes, spec)
-    _check_configs(old_config, new_config, spec)
+    said = _find_dtype(checkpoint, old_config)
+    _check_configs({**old_config, **said}, {**old_config, **said, **changes}, spec)
     plan = _make_plan(checkpoint, source, old_config, new_config, spec, mode, noise, seed)
     _scale_eps(old_config, changes, new_config, plan)
     parts = [_plan_model(checkpoint, plan)]
@@ -258,8 +263,12 @@ def grow_checkpoint(
 
 
 def _read_config(name: str, config: Config) -> dict[str, Any]:
+    if hasattr(config, "to_dict"):
+        config = config.to_dict()
     if isinstance(config, Mapping):
         return dict(config)
+    if not isinstance(config, (str, os.PathLike)):
+        raise TypeError(f"{name}: expected a mapping, a path or a config of transformers, got {type(config).__name__}")
     path = Path(config)
     try:
         read = json.loads(path.read_text())
@@ -286,9 +295,17 @@ def _check_keys(old: Mapping[str, Any], changes: Mapping[str, Any], spec: Spec) 
             )
 
 
+def _find_dtype(checkpoint: Checkpoint, config: Mapping[str, Any]) -> dict[str, str]:
+    """Say what the files hold where a config does not."""
+    dtypes = {tensor.dtype for tensor in checkpoint.tensors.values()} & {*FLOATS}
+    if len(dtypes) != 1 or config.get("dtype") or config.get("torch_dtype"):
+        return {}
+    return {"dtype": {**NUMPY, **TORCH}[dtypes.pop()]}
+
+
 def _check_configs(old: Mapping[str, Any], new: Mapping[str, Any], spec: Spec) -> None:
     check_configs("target_config", spec, old, new, [key for key in FREE if key not in WRITTEN])
-    before, after = read_sizes(spec, old), read_sizes(spec, new)
+    before, after = read_sizes(spec, old, "source_config"), read_sizes(spec, new, "target_config")
     for size, count in before.items():
         if after[size] < count:
             key = spec.config.get(size, size)
@@ -528,18 +545,19 @@ def _verify(
 
     from pycodesign.growth.modules import compare_outputs
 
-    config = cls.config_class
     small, large = (
-        cls.from_pretrained(directory, config=config.from_dict(dict(values)), dtype=torch.float32)
+        cls.from_pretrained(directory, config=cls.config_class.from_dict(dict(values)), dtype=torch.float32)
         for directory, values in ((source, old), (staging, new))
     )
-    generator = torch.Generator().manual_seed(0)
-    if "image_size" in old:
-        sizes = old["image_size"] if isinstance(old["image_size"], list) else [old["image_size"]] * 2
-        inputs = {"pixel_values": torch.randn(2, old.get("num_channels", 3), *sizes, generator=generator)}
+    config, generator = small.config, torch.Generator().manual_seed(0)
+    inputs: dict[str, Any] = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
+    if hasattr(config, "image_size"):
+        sizes = [config.image_size] * 2 if isinstance(config.image_size, int) else config.image_size
+        inputs["pixel_values"] = torch.randn(2, config.num_channels, *sizes, generator=generator)
     else:
-        positions = min(16, old.get("n_positions", 16), old.get("max_position_embeddings", 16))
-        inputs = {"input_ids": torch.randint(old["vocab_size"], (2, positions), generator=generator)}
+        choices = (1,) if "MultipleChoice" in cls.__name__ else ()
+        shape = (2, *choices, min(16, config.max_position_embeddings))
+        inputs["input_ids"] = torch.randint(config.vocab_size, shape, generator=generator)
     difference = compare_outputs(small, large, inputs)
     if not difference <= tolerance:
         text = f"outputs within {tolerance:.1g} of the largest"

@@ -135,6 +135,7 @@ def search(
     >>> [(steps, len(scores)) for steps, scores in found.rungs]
     [(10, 3), (20, 2)]
     """
+    _check_candidates(candidates)
     if not candidates:
         raise ValueError("candidates: expected one or more, got none")
     for name, number in (("steps", steps), ("rungs", 1 if rungs is None else rungs)):
@@ -167,6 +168,14 @@ def search(
                 break
     best = ranked[0]
     return Search(best, racing[best].model, racing[best].optimizer, found)
+
+
+def _check_candidates(candidates: Mapping[str, Build]) -> None:
+    if not isinstance(candidates, Mapping):
+        raise TypeError(f"candidates: expected a mapping of names to functions, got {type(candidates).__name__}")
+    for name, build in candidates.items():
+        if not callable(build):
+            raise TypeError(f"candidates: expected a function that builds {name!r}, got {type(build).__name__}")
 
 
 def _sort_scores(scores: Mapping[str, float]) -> list[tuple[str, float]]:
@@ -248,6 +257,7 @@ def compare_proxies(
     ImportError
         Without scipy.
     """
+    _check_candidates(candidates)
     if len(candidates) < 2:
         raise ValueError(f"candidates: expected two or more, got {len(candidates)}")
     marks = [0, *steps]

@@ -89,14 +89,14 @@ def grow_stream(role: str, kind: str, old: int, new: int, tied: bool) -> Axis:
     the embedding's weights, which are not divided among copies: there the norm before it is.
     """
     copies, padding = divmod(new, old)
-    if kind == "repeat" and padding:
+    if padding and (kind == "repeat" or (kind == "mean" and role == "map")):
         below, above = copies * old, (copies + 1) * old
         raise Inexact(f"{old} -> {new}; exact would be {f'{below} or ' if copies > 1 else ''}{above}")
     repeated = np.arange(new) % old
     padded = np.where(np.arange(new) < copies * old, repeated, {"mean": MEAN, "zero": ZERO, "repeat": 0}[kind])
     ones, alone = np.ones(new), np.full(new, -1)
     share = ones / copies
-    if role == "write":
+    if role in ("write", "map"):
         return Axis(padded, ones, share, alone)
     if role == "read":
         return Axis(repeated, share, ones, np.where(padded == repeated, repeated, -1))

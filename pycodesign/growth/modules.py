@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ except ImportError as error:
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
@@ -21,7 +23,7 @@ from pycodesign.growth.indices import Heads, Inexact
 from pycodesign.growth.optimizers import OptimizerGrowth
 from pycodesign.growth.plan import Plan, find_roles, make_plan
 from pycodesign.growth.rules import Rule
-from pycodesign.growth.sequential import is_sequential, make_sequential_spec
+from pycodesign.growth.sequential import is_sequential, make_sequential_spec, name_types
 from pycodesign.growth.sizes import FREE, check_configs, read_heads, read_sizes
 from pycodesign.growth.spec import Role, Spec
 from pycodesign.growth.specs import find_spec, find_timm_spec
@@ -40,6 +42,7 @@ SIZES = (  # attributes of torch's and timm's modules in which the larger may di
 LIBRARIES = ("torch.nn.modules", "timm.")
 WRAPPERS = (DistributedDataParallel, nn.DataParallel, AveragedModel)  # and torch.compile's
 EPS = ("eps", "variance_epsilon", "epsilon", "norm_eps")  # what norms call theirs
+BY_LAYER = ("past_key_values", "hidden_states", "attentions", "cross_attentions")  # in outputs of transformers
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -93,7 +96,8 @@ def grow(
         its config, too.
     spec : Spec or str
         What the axes of the parameters mean. ``"auto"`` knows Hugging Face's GPT-2, Llama, ViT, DeiT and BERT, timm's
-        ViT, DeiT and ResNet, and `torch.nn.Sequential`, by the exact types of their modules.
+        ViT, DeiT and ResNet, and `torch.nn.Sequential`, by the exact types of their modules; a subclass of one of
+        Hugging Face's may have another name, but no forward of its own. Modules with forward hooks need a Spec.
     mode : {"break_symmetry", "exact"}
         ``"break_symmetry"`` gives copies different weights where only their sum matters, moves the optimizer's states
         as well as can be, and leaves learning rates and weight decay alone. ``"exact"`` copies evenly, and gives the
@@ -175,6 +179,7 @@ def grow(
         pairs.append((unwrap(ema), unwrap(target_ema)))
         for name, pair in (("ema", (source, pairs[1][0])), ("target_ema", (target, pairs[1][1]))):
             _check_same_shapes(name, *pair)
+        _check_tensors(plan, *pairs[1], ("ema", "target_ema"))
         if "n_averaged" in target_ema._buffers and "n_averaged" not in ema._buffers:
             kinds = name_types(ema, target_ema)
             raise ValueError(f"target_ema: expected a {kinds[0]} as ema, which counts no updates, got {kinds[1]}")
@@ -208,6 +213,7 @@ def plan_modules(
         raise TypeError(f"target: expected {kinds[0]} as the source, got {kinds[1]}")
     if _read_config(source) is not None and source.config is target.config:
         raise ValueError("target: expected a config of its own, which holds its sizes, got the source's")
+    _check_initialized(source, target)
     if not isinstance(spec, Spec):
         spec = _find_spec(source, target, spec)
     _check_config(source, target, spec)
@@ -288,13 +294,41 @@ def pair_modules(plan: Plan, source: nn.Module, target: nn.Module) -> Iterator[t
 def _find_spec(source: nn.Module, target: nn.Module, name: str) -> Spec:
     if name != "auto":
         return find_spec({"model_type": name})
+    for argument, model in (("source", source), ("target", target)):
+        _check_hooks(argument, model)
     if is_sequential(source) and is_sequential(target):
         return make_sequential_spec(source, target)
     if (config := _read_config(source)) is not None and "model_type" in config:
-        return find_spec(config)
+        known = find_spec(config)
+        for model in (source, target):
+            _check_own(model, config["model_type"])
+        return known
     if (spec := find_timm_spec(dict(source.named_modules()))) is not None:
         return spec
     raise ValueError(f"spec: expected a Spec for {type(source).__name__}, which 'auto' does not know, got 'auto'")
+
+
+def _check_hooks(argument: str, model: nn.Module) -> None:
+    """Refuse hooks, which may change what a module returns; those of transformers do not, evaluated."""
+    for name, module in model.named_modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            if not (getattr(hook, "__module__", None) or "").startswith("transformers."):
+                text = "modules without forward hooks, or a Spec that holds with them"
+                raise ValueError(f"{argument}: expected {text}, got one of {name or 'the model'}")
+
+
+def _check_own(model: nn.Module, kind: str) -> None:
+    """Refuse other modules than those that transformers makes by the model's config."""
+    own: Any = next((c for c in type(model).__mro__ if c.__module__.startswith(f"transformers.models.{kind}.")), None)
+    expected: dict[str, Any] = {}
+    if own is not None and type(model).forward is own.forward:
+        with torch.device("meta"):
+            expected = dict(own(copy.deepcopy(model.config)).named_modules())
+    for name, module in model.named_modules():
+        like = expected.get(name)
+        if like is None or type(module).forward is not type(like).forward:
+            text = f"the modules that transformers makes for {kind!r}, or a Spec"
+            raise ValueError(f"spec: expected {text}, got {type(module).__name__} as {name or 'the model'}")
 
 
 def _read_config(model: nn.Module) -> Mapping[str, Any] | None:
@@ -323,13 +357,6 @@ def _check_settings(plan: Plan, source: nn.Module, target: nn.Module) -> None:
                 raise ValueError(f"target: expected {wanted}, got {got.get(key)!r}")
 
 
-def name_types(one: object, other: object) -> list[str]:
-    """Name the types of two objects, with their modules where the names alone are the same."""
-    kinds = [type(one), type(other)]
-    names = [kind.__name__ for kind in kinds]
-    return names if names[0] != names[1] else [f"{kind.__module__}.{kind.__qualname__}" for kind in kinds]
-
-
 def _read_settings(module: nn.Module) -> dict[str, Any]:
     """Return the numbers and strings of one of torch's or timm's own modules that are no sizes."""
     own = any(c.__module__.startswith(LIBRARIES) and c is not nn.Module for c in type(module).__mro__)
@@ -342,7 +369,11 @@ def _read_heads(model: nn.Module, spec: Spec) -> Heads | None:
     config = _read_config(model)
     if spec.heads:
         path, _, name = spec.heads.rpartition(".")
-        return Heads(*[int(getattr(model.get_submodule(path), name))] * 2)
+        try:
+            return Heads(*[int(getattr(model.get_submodule(path), name))] * 2)
+        except (AttributeError, TypeError, ValueError):
+            text = f"heads to name an attribute of {type(model).__name__} that holds their number"
+            raise ValueError(f"spec: expected {text}, got {spec.heads!r}") from None
     if spec.config and config is not None:
         return read_heads(read_sizes(spec, config))
     return None
@@ -409,21 +440,34 @@ def _check_groups(plan: Plan, source: nn.Module, target: nn.Module) -> None:
                 raise Inexact(f"{text}; exact would be its source's shape, or as many groups as channels")
 
 
-def _check_tensors(plan: Plan, source: nn.Module, target: nn.Module) -> None:
+def _check_initialized(source: nn.Module, target: nn.Module) -> None:
+    """Refuse parameters of lazy modules, which have no shape before the first call."""
+    for name, model in (("source", source), ("target", target)):
+        for key, tensor in list_names(model).items():
+            if is_lazy(tensor):
+                raise ValueError(f"{name}: expected initialized parameters, got {key} of a lazy module; call it first")
+
+
+def _check_tensors(
+    plan: Plan, source: nn.Module, target: nn.Module, names: tuple[str, str] = ("source", "target")
+) -> None:
     """Refuse tensors that cannot be read or written, before the first is."""
     olds, news = list_names(source), list_tensors(target)
-    for name, tensors in (("source", olds), ("target", news)):
+    for key, tensor in news.items():
+        if tensor.is_inference() and not torch.is_inference_mode_enabled():
+            raise ValueError(f"{names[1]}: expected tensors that can be written, got one of inference mode for {key}")
+    for name, tensors in zip(names, (olds, news), strict=True):
         for key, tensor in tensors.items():
             if tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter):
                 kind = "one on the meta device" if tensor.is_meta else type(tensor).__name__
                 raise ValueError(f"{name}: expected plain tensors in memory, got {kind} for {key}")
     if {id(tensor) for tensor in olds.values()} & {id(tensor) for tensor in news.values()}:
-        raise ValueError("target: expected parameters of its own, got the source's")
+        raise ValueError(f"{names[1]}: expected parameters of its own, got the {names[0]}'s")
     for rule in plan:
         old, new = olds[rule.source], news[rule.name]
         if old.is_floating_point() != new.is_floating_point() or (rule.axes and old.dtype not in FLOATS):
             expected = f"{rule.name} of floating-point numbers of 16 bits or more"
-            raise ValueError(f"target: expected {expected}, got {old.dtype} -> {new.dtype}")
+            raise ValueError(f"{names[1]}: expected {expected}, got {old.dtype} -> {new.dtype}")
 
 
 def _check_same_shapes(name: str, model: nn.Module, average: nn.Module) -> None:
@@ -500,6 +544,9 @@ def compute_outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
 
 
 def compare(olds: list[Tensor], news: list[Tensor]) -> float:
+    if len(olds) != len(news):
+        text = "outputs that both models have, without those of each layer"
+        raise ValueError(f"inputs: expected {text}, got {len(olds)} and {len(news)} tensors")
     worst = []
     for old, new in zip(olds, news, strict=True):
         new = new[tuple(slice(size) for size in old.shape)].to(old.device)
@@ -518,13 +565,13 @@ def _call(model: nn.Module, inputs: Any) -> Any:
 
 
 def _flatten(output: Any) -> Iterator[Tensor]:
-    """Yield the floating-point tensors of an output; caches of keys and values are none of it."""
+    """Yield the floating-point tensors of an output; what there is of each layer is none of it."""
     if isinstance(output, Tensor):
         if output.is_floating_point():
             yield output
     elif isinstance(output, Mapping):
         for key, value in output.items():
-            if key != "past_key_values":
+            if key not in BY_LAYER:
                 yield from _flatten(value)
     elif isinstance(output, (tuple, list)):
         for value in output:

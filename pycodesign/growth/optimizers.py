@@ -49,6 +49,11 @@ class OptimizerGrowth:
             text = "'break_symmetry' with a schedule of learning rates, which knows the old groups"
             raise ValueError(f"mode: expected {text}, got 'exact'")
         self.rules = {rule.name: rule for rule in plan}
+        if plan.mode == "exact":
+            for name, rule in self.rules.items():
+                if rule.source in self.old_groups and name not in self.new_groups:
+                    text = f"{name}, as the source's has {rule.source}"
+                    raise ValueError(f"target_optimizer: expected {text}, got it without")
         for name in self.new_groups:
             if self.rules[name].source not in self.old_groups:
                 source = self.rules[name].source

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import TypeAlias
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
@@ -354,7 +355,9 @@ def _check_exact(
     for position, axis in axes.items():
         if (axis.index < 0).any() or (axis.scale != axis.scale[0]).any() or (axis.gradient != axis.gradient[0]).any():
             old = old_shape[position]
-            if "k" in roles[position].space.split("+")[1:]:
+            copies = np.bincount(axis.index[axis.index >= 0])
+            even = (axis.index >= 0).all() and (copies == copies[0]).all()
+            if even and "k" in roles[position].space.split("+")[1:]:
                 text = "heads of the same dimensions for 'exact', or a layer of its own for keys"
                 raise Inexact(f"mode: expected {text}, got {name} with {old} -> {shape[position]} in axis {position}")
             text = f"{name} with {old} -> {shape[position]} in axis {position}, unevenly copied"
@@ -376,7 +379,14 @@ def _scale_eps(old: int, new: int) -> float:
 
 
 def _describe(role: Role, axis: Axis) -> str:
-    verbs = {"write": "writes", "read": "reads", "gamma": "scales", "beta": "shifts", "factor": "multiplies"}
+    verbs = {
+        "write": "writes",
+        "map": "maps",
+        "read": "reads",
+        "gamma": "scales",
+        "beta": "shifts",
+        "factor": "multiplies",
+    }
     parts = [f"{verbs[role.kind]} {role.space}"]
     for code, what in ((MEAN, "means"), (ZERO, "zeros"), (ONE, "ones")):
         if count := int((axis.index == code).sum()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, TypeAlias
 
 from torch import Tensor, distributed, nn
@@ -19,6 +20,7 @@ __all__ = ["Schedule", "copy_optimizer"]
 
 Build: TypeAlias = Callable[[], nn.Module]
 
+CHECKPOINTING = ("gradient_checkpointing", "_gradient_checkpointing_func", "grad_checkpointing")  # of a module
 KEPT = ("forward", "_original_forward")  # attributes by which Accelerate wraps a model
 
 
@@ -72,7 +74,8 @@ class Schedule:
 
     With Hugging Face's Trainer, ``callbacks=[schedule.callback()]``; to resume, the model to begin with is
     ``schedule.build(steps, build_first)``, `steps` being the checkpoint's, and the rest is as ever:
-    ``trainer.train(resume_from_checkpoint=...)``. That is for one process; where several train, by
+    ``trainer.train(resume_from_checkpoint=...)``. The best model of a training in which it grows cannot be loaded at
+    the end (``load_best_model_at_end``), as it may be a smaller one. That is for one process; where several train, by
     DistributedDataParallel, end a Trainer at each growth and begin another, or grow in a loop of your own:
     ``inner, optimizer = schedule.grow(step, model.module, optimizer)``, and where `inner` is another module than
     before, ``model = DistributedDataParallel(inner)``.
@@ -87,9 +90,12 @@ class Schedule:
         seed: int = 0,
         noise: float = 0.1,
     ) -> None:
+        for stage in stages:
+            if not isinstance(stage, Sequence) or len(stage) != 2:
+                raise TypeError(f"stages: expected pairs of a step and a function, got {stage!r}")
         self.steps = [step for step, _ in stages]
         self.builds = [build for _, build in stages]
-        ascending = all(isinstance(step, int) for step in self.steps) and self.steps == sorted({*self.steps})
+        ascending = all(isinstance(step, Integral) for step in self.steps) and self.steps == sorted({*self.steps})
         if not stages or not ascending or self.steps[0] < 0:
             raise ValueError(f"stages: expected ascending steps from 0, got {self.steps}")
         if not all(callable(build) for build in self.builds):
@@ -119,9 +125,9 @@ class Schedule:
         Returns
         -------
         tuple of torch.nn.Module and Optimizer
-            The model is the same or a larger one, without its wrapper, with the dtypes, the modes (train, eval) and
-            the frozen parameters of what it continues; the optimizer is always the same object, then of
-            the larger model's parameters, so that a schedule of its learning rates goes on.
+            The model is the same or a larger one, without its wrapper, with the dtypes, the modes (train, eval), the
+            frozen parameters and the gradient checkpointing of what it continues; the optimizer is always the same
+            object, then of the larger model's parameters, so that a schedule of its learning rates goes on.
 
         Raises
         ------
@@ -148,7 +154,7 @@ class Schedule:
     def _grow(
         self, stage: int, model: nn.Module, optimizer: Optimizer | None, ema: nn.Module | None
     ) -> tuple[nn.Module, Optimizer | None, nn.Module | None]:
-        source, target = unwrap(model), self.builds[stage]()
+        source, target = unwrap(model), self._build_stage(stage)
         like = next(source.parameters())
         target.to(like.device, like.dtype).train(source.training)
         plan = plan_modules(source, target, spec=self._options["spec"])
@@ -161,6 +167,13 @@ class Schedule:
         options |= {"ema": ema, "target_ema": average}
         self.report = grow(source, target, optimizer=optimizer, target_optimizer=larger, **options)
         return target, larger, average
+
+    def _build_stage(self, stage: int) -> nn.Module:
+        model = self.builds[stage]()
+        if not isinstance(model, nn.Module):
+            text = f"a function that builds a torch.nn.Module for step {self.steps[stage]}"
+            raise TypeError(f"stages: expected {text}, got one that returns {type(model).__name__}")
+        return model
 
     def build(self, steps: int, first: Build) -> nn.Module:
         """Build the model that a checkpoint made after so many training steps holds, and go to its stage.
@@ -177,22 +190,34 @@ class Schedule:
     def _build(self, stage: int, first: Build) -> nn.Module:
         self.stage = stage
         model = first()
-        for build in self.builds[:stage]:
-            larger = build()
-            write_eps(plan_modules(model, larger, spec=self._options["spec"]), model, larger)
+        for number in range(stage):
+            larger = self._build_stage(number)
+            plan = plan_modules(model, larger, spec=self._options["spec"])
+            _match_state(plan, model, larger)
+            write_eps(plan, model, larger)
             model = larger
         return model
 
     def save(self, steps: int, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        """Return a checkpoint, to be written with `torch.save`, after so many training steps."""
-        names = {id(tensor): name for name, tensor in list_tensors(unwrap(model)).items()}
-        groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+        """Return a checkpoint, to be written with `torch.save`, after so many training steps.
+
+        Raises
+        ------
+        ValueError
+            If the optimizer has other parameters than the model's.
+        """
+        model = unwrap(model)
+        names = {id(tensor): name for name, tensor in list_tensors(model).items()}
+        if not all(id(p) in names for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError("optimizer: expected parameters of the model alone, got others")
         return {
             "steps": steps,
             "stage": self.stage,
-            "model": unwrap(model).state_dict(),
+            "model": model.state_dict(),
+            "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+            "class": type(getattr(optimizer, "optimizer", optimizer)).__name__,
             "optimizer": optimizer.state_dict(),
-            "groups": groups,
+            "groups": [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups],
         }
 
     def load(
@@ -212,12 +237,25 @@ class Schedule:
         Returns
         -------
         tuple of torch.nn.Module, Optimizer and int
-            The int is the number of training steps done.
+            The model has the dtypes and the frozen parameters of the one that was saved; the int is the number of
+            training steps done.
+
+        Raises
+        ------
+        ValueError
+            If the optimizer is of another class than the one that was saved.
         """
         model = self._build(checkpoint["stage"], first)
-        dtype = next(tensor.dtype for tensor in checkpoint["model"].values() if tensor.is_floating_point())
-        model.to(dtype).load_state_dict(checkpoint["model"])
+        for name, tensor in list_tensors(model).items():
+            if name in checkpoint["model"]:
+                tensor.data = tensor.data.to(checkpoint["model"][name].dtype)
+        model.load_state_dict(checkpoint["model"])
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name not in checkpoint["frozen"])
         optimizer = build_optimizer(model.parameters())
+        if type(optimizer).__name__ != checkpoint["class"]:
+            kinds = checkpoint["class"], type(optimizer).__name__
+            raise ValueError(f"build_optimizer: expected {kinds[0]} as was saved, got {kinds[1]}")
         tensors = list_tensors(model)
         settings = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
         optimizer.param_groups[:] = [{**settings, "params": [tensors[n] for n in g]} for g in checkpoint["groups"]]
@@ -244,6 +282,9 @@ class Schedule:
         class Grow(TrainerCallback):
             def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 check_alone()
+                if args.load_best_model_at_end and schedule.steps[-1] > 0:
+                    text = "False where the model grows during training, as the best may be a smaller one"
+                    raise ValueError(f"load_best_model_at_end: expected {text}, got True")
 
             def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 schedule.grow_in_place(state.global_step, kwargs["model"], kwargs["optimizer"])
@@ -274,9 +315,12 @@ def check_alone() -> None:
 
 
 def _match_state(plan: Plan, source: nn.Module, target: nn.Module) -> None:
-    """Give a larger model the dtypes, the modes and the frozen parameters of what it continues."""
+    """Give a larger model the dtypes, the modes, the frozen parameters and the checkpointing of what it continues."""
     for _, old, new in pair_modules(plan, source, target):
         new.training = old.training
+        for name in CHECKPOINTING:
+            if name in vars(old):
+                setattr(new, name, getattr(old, name))
         olds, news = ({**module._parameters, **module._buffers} for module in (old, new))
         for key, tensor in news.items():
             like = olds.get(key)

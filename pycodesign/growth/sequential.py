@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias, TypeGuard
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from pycodesign.growth.indices import Inexact
 from pycodesign.growth.spec import (
@@ -19,7 +20,7 @@ from pycodesign.growth.spec import (
     linear,
 )
 
-__all__ = ["is_sequential", "make_sequential_spec"]
+__all__ = ["is_sequential", "make_sequential_spec", "name_types"]
 
 Modules: TypeAlias = tuple[type[nn.Module], ...]
 
@@ -78,8 +79,13 @@ def make_sequential_spec(source: nn.Sequential, target: nn.Sequential) -> Spec:
     if len(modules) != len(others):
         text = f"{len(modules)} -> {len(others)} modules, of which none is known to be an identity"
         raise Inexact(f"target: {text}; exact would be {len(modules)}, larger")
-    if [(name, type(module)) for name, module in modules] != [(name, type(module)) for name, module in others]:
-        raise ValueError("target: expected the source's modules, larger, got others")
+    for (name, module), (other_name, other) in zip(modules, others, strict=True):
+        if parametrized := [m for m in (module, other) if is_parametrized(m)]:
+            kind = type(parametrized[0]).__name__
+            raise ValueError(f"spec: expected modules without parametrizations, or a Spec, got {kind} as {name}")
+        if (name, type(module)) != (other_name, type(other)):
+            kinds = name_types(module, other)
+            raise ValueError(f"target: expected {kinds[0]} as {name}, as the source's, got {kinds[1]} as {other_name}")
     _check_parameters(modules, others)
     layers: dict[str, Layer] = {}
     spaces: dict[str, str] = {}
@@ -165,6 +171,13 @@ def _list_leaves(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.M
             yield from _list_leaves(module, f"{prefix}{name}.")
         elif module is not None:
             yield prefix + name, module
+
+
+def name_types(one: object, other: object) -> list[str]:
+    """Name the types of two objects, with their modules where the names alone are the same."""
+    kinds = [type(one), type(other)]
+    names = [kind.__name__ for kind in kinds]
+    return names if names[0] != names[1] else [f"{kind.__module__}.{kind.__qualname__}" for kind in kinds]
 
 
 def _check_parameters(modules: list[tuple[str, nn.Module]], others: list[tuple[str, nn.Module]]) -> None:

@@ -36,11 +36,12 @@ DEFAULTS = {  # where a config does not say
     "mlp_bias": False,
     "chunk_size_feed_forward": 0,
     "return_dict": True,
+    "encoder_stride": 16,
 }
 FOURFOLD = "n_inner"  # may be null: four times the width
 
 
-def read_sizes(spec: Spec, config: Mapping[str, Any]) -> dict[str, int]:
+def read_sizes(spec: Spec, config: Mapping[str, Any], name: str = "config") -> dict[str, int]:
     """Read the sizes that a config holds.
 
     Parameters
@@ -49,6 +50,8 @@ def read_sizes(spec: Spec, config: Mapping[str, Any]) -> dict[str, int]:
         Its `config` names the keys.
     config : mapping
         As in ``config.json``.
+    name : str
+        Of the argument, for messages.
 
     Returns
     -------
@@ -74,13 +77,13 @@ def read_sizes(spec: Spec, config: Mapping[str, Any]) -> dict[str, int]:
         if size != "eps" and value is not None:
             least = 0 if size == "layers" else 1
             if type(value) is not int or value < least:
-                raise ValueError(f"config: expected an integer of at least {least} for {key!r}, got {value!r}")
+                raise ValueError(f"{name}: expected an integer of at least {least} for {key!r}, got {value!r}")
             sizes[size] = value
     for size in ("stream", "heads", "layers"):
         if size in spec.config and size not in sizes:
-            raise ValueError(f"config: expected {spec.config[size]!r}, got none")
+            raise ValueError(f"{name}: expected {spec.config[size]!r}, got none")
     if "hidden" not in sizes and spec.config.get("hidden", FOURFOLD) != FOURFOLD:
-        raise ValueError(f"config: expected {spec.config['hidden']!r}, got none")
+        raise ValueError(f"{name}: expected {spec.config['hidden']!r}, got none")
     heads = sizes.setdefault("heads", 1)
     sizes.setdefault("kv_heads", heads)
     sizes.setdefault("layers", 0)
@@ -88,7 +91,7 @@ def read_sizes(spec: Spec, config: Mapping[str, Any]) -> dict[str, int]:
         sizes.setdefault("hidden", 4 * sizes["stream"])
         sizes.setdefault("pooled", sizes["stream"])
         if "head_dim" not in sizes and sizes["stream"] % heads:
-            raise ValueError(f"config: expected a width that {heads} heads divide, got {sizes['stream']}")
+            raise ValueError(f"{name}: expected a width that {heads} heads divide, got {sizes['stream']}")
         sizes.setdefault("head_dim", sizes["stream"] // heads)
     return sizes
 
@@ -101,7 +104,7 @@ def check_configs(
     Parameters
     ----------
     name : str
-        Of the argument, for the message.
+        Of the argument with the new one, for the message.
     spec : Spec
         Its `config` names the keys of sizes; all others must agree, but for `free` ones and dropout.
     old, new : mapping
@@ -114,20 +117,50 @@ def check_configs(
     ValueError
         If a key does not agree, or the change cannot be exact (`Inexact`).
     """
-    keys = sorted((old.keys() | new.keys()) - {*free, *spec.config.values()}) if spec.config else SAME
-    for key in keys:
-        expected, got = (config.get(key, DEFAULTS.get(key)) for config in (old, new))
-        if key in LABELS:
-            expected, got = (2 if labels is None else len(labels) for labels in (expected, got))
-        if "drop" not in key and (None if expected is False else expected) != (None if got is False else got):
-            raise ValueError(f"{name}: expected {key} {expected!r} as the source's, got {got!r}")
+    found = _find_difference(spec, old, new, free)
+    if found and old.get("model_type") == new.get("model_type"):
+        found = _find_difference(spec, _fill(old), _fill(new), free)
+    if found:
+        key, expected, got = found
+        raise ValueError(f"{name}: expected {key} {expected!r} as the source's, got {got!r}")
     if not spec.config:
         return
-    before, after = read_sizes(spec, old), read_sizes(spec, new)
+    before, after = read_sizes(spec, old, name.replace("target", "source")), read_sizes(spec, new, name)
     if old.get(BY_LAYER) and before["layers"] != after["layers"]:
         raise Inexact(f"{name}: {BY_LAYER} scales each layer by its number; exact would be {before['layers']} layers")
     if old.get(UNSCALED) is False and before["head_dim"] != after["head_dim"]:
         raise Inexact(f"{name}: without {UNSCALED} exact would be heads of {before['head_dim']} dimensions")
+
+
+def _find_difference(
+    spec: Spec, old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str]
+) -> tuple[str, Any, Any] | None:
+    """Return the first key that does not agree, and its two values."""
+    defaults = {**DEFAULTS, "tie_word_embeddings": spec.tied_by_default}
+    keys = sorted((old.keys() | new.keys()) - {*free, *spec.config.values()}) if spec.config else SAME
+    for key in keys:
+        expected, got = (config.get(key, defaults.get(key)) for config in (old, new))
+        if key in LABELS:
+            expected, got = (2 if labels is None else len(labels) for labels in (expected, got))
+        if "drop" not in key and (None if expected is False else expected) != (None if got is False else got):
+            return key, expected, got
+    return None
+
+
+def _fill(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Fill in what a config leaves out, and translate old keys, as transformers does where it knows the model."""
+    try:
+        from transformers import CONFIG_MAPPING
+    except ImportError:
+        return config
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        return config
+    try:
+        filled: Mapping[str, Any] = CONFIG_MAPPING[kind].from_dict(dict(config)).to_dict()
+    except Exception:  # of many kinds, for values that the class refuses
+        return config
+    return filled
 
 
 def read_heads(sizes: Mapping[str, int]) -> Heads:

@@ -30,13 +30,13 @@ __all__ = [
 
 ATTENTION = ("q", "k", "v", "o")  # spaces made of heads: queries, keys, values, and what the output projection reads
 KINDS = ("cycle", "mean", "zero", "repeat")
-ROLES = ("keep", "write", "read", "gamma", "beta", "factor")
 
 
 class Role(NamedTuple):
     """What one axis of a parameter is.
 
-    `kind` is ``"write"`` (the parameter produces the features), ``"read"`` (it sums over them), ``"gamma"`` or
+    `kind` is ``"write"`` (the parameter produces the features), ``"map"`` (it works on each of them alone, in a way of
+    its own: a mean of features is none of the result), ``"read"`` (it sums over them), ``"gamma"`` or
     ``"beta"`` (of a norm over them), ``"factor"`` (it multiplies what the preceding layer writes) or ``"keep"`` (not
     features: tokens, positions, classes). `space` names the features; ``"q+k+v"`` are spaces one after the
     other: those that are not made of heads have the sizes that they have alone, in other layers.
@@ -73,7 +73,7 @@ convolution = linear
 
 def depthwise(space: str) -> Layer:
     """A convolution (C, 1, ...) of as many groups as channels."""
-    return Layer({"weight": (Role("write", space),), "bias": (Role("write", space),)})
+    return Layer({"weight": (Role("map", space),), "bias": (Role("map", space),)})
 
 
 def embedding(writes: str) -> Layer:
@@ -100,7 +100,7 @@ def rms_norm(space: str) -> Layer:
 def batch_norm(space: str) -> Layer:
     """A BatchNorm with its running statistics."""
     names = ("weight", "bias", "running_mean", "running_var")
-    return Layer({**dict.fromkeys(names, (Role("write", space),)), "num_batches_tracked": ()})
+    return Layer({**dict.fromkeys(names, (Role("map", space),)), "num_batches_tracked": ()})
 
 
 def layer_scale(space: str, name: str = "gamma") -> Layer:
@@ -136,7 +136,8 @@ class Spec:
         The spaces q, k, v and o are made of heads and need no entry.
     blocks : mapping from str to int
         Pattern of the blocks that can be repeated, such as ``{"h.*": 0}``, and how many at its beginning cannot be
-        copied. Empty: the depth cannot grow.
+        copied. Empty: the depth cannot grow. Its ``*`` is the block's number: stages have patterns, and layers, of
+        their own, ``"stages.0.*"``, ``"stages.1.*"``.
     silence : sequence of str
         Layers whose parameters are zero in a new block, which makes it an identity.
     prefixes : sequence of str
@@ -241,6 +242,36 @@ class Spec:
             for pattern in named:
                 if pattern not in patterns:
                     raise ValueError(f"{name}: expected patterns of layers, got {pattern!r}")
+        roles = [role for layer in self.layers.values() for each in layer.roles.values() for role in each]
+        used = {space for role in roles for space in role.space.split("+")}
+        for space in self.spaces:
+            if space not in used:
+                raise ValueError(f"spaces: expected names that layers use, got {space!r}")
+        self._check_blocks()
+        self._check_factors()
+
+    def _check_blocks(self) -> None:
+        for block in self.blocks:
+            alone = block.find("*") == len(block) - 1
+            if not alone or not any(pattern.startswith(f"{block}.") for pattern in self.layers):
+                text = "beginnings of layers' patterns that end with their one '*', the block's number"
+                raise ValueError(f"blocks: expected {text}, got {block!r}")
+        for pattern in self.layers:
+            inside = self.split_block(f"{pattern.replace('*', '0')}.") is not None
+            if inside and not any(pattern.startswith(f"{block}.") for block in self.blocks):
+                text = f"patterns that begin as those of blocks do, {', '.join(map(repr, self.blocks))}"
+                raise ValueError(f"layers: expected {text}, got {pattern!r}")
+
+    def _check_factors(self) -> None:
+        """Every vector of kind ``"factor"`` is the factor of a layer, and the other way round."""
+        factors = {layer.factor: layer.factor.replace("*", "0") for layer in self.layers.values() if layer.factor}
+        vectors = [(name, pattern) for name, pattern, roles in self._patterns if roles and roles[0].kind == "factor"]
+        for factor, name in factors.items():
+            if not any(compiled.fullmatch(name) for compiled, _ in vectors):
+                raise ValueError(f"factor: expected a parameter of a layer_scale, got {factor!r}")
+        for compiled, pattern in vectors:
+            if not any(compiled.fullmatch(name) for name in factors.values()):
+                raise ValueError(f"layers: expected a layer whose factor is that of {pattern}, got none")
 
     @cached_property
     def _patterns(self) -> list[tuple[re.Pattern[str], str, tuple[Role, ...]]]:

@@ -180,7 +180,7 @@ def search(
         raise ValueError(f"costs: expected a table with {', '.join(kinds)}, got none of {missing[0]}")
     with masks.restore_on_failure(task):
         places = [f"{n}.{p}" for n in range(len(tasks.encoder.layers)) for p in PROJECTIONS]
-        task.spec = replace(task.spec, deltas=dict.fromkeys(places, "sparse"))
+        task.spec = replace(task.spec, deltas=dict.fromkeys(places, "sparse"), asked={})
         task.deltas = nn.ModuleDict()
         read = [(item if isinstance(item, Features) else tasks.read(name, item), labels) for item, labels in batches]
         choices = _make_choices(tasks, task, read, loss, costs, kinds)
@@ -190,7 +190,7 @@ def search(
         chosen = _fit_target(choices, target)
         kept = {place: choices[place].take(index) for place, index in chosen.items() if index}
         task.deltas = nn.ModuleDict({place.replace(".", "_"): delta for place, delta in kept.items()})
-        task.spec = replace(task.spec, deltas={place: delta.kind for place, delta in kept.items()})
+        task.spec = replace(task.spec, deltas={place: delta.kind for place, delta in kept.items()}, asked={})
     return Search(
         name,
         {place: choices[place].names[index] for place, index in chosen.items()},

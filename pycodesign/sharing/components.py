@@ -50,6 +50,9 @@ class TaskSpec:
         more than it takes for that.
     deltas : dict
         For each ``"LAYER.PROJECTION"`` with a difference of weights its kind.
+    asked : dict
+        Of these and of those that a selection of entries left empty: what the next one chooses from. `deltas` if none
+        are given.
     rank : int or None
         Of those that are low-rank; None: as many parameters as `density` of the matrix has.
     density : float
@@ -65,9 +68,11 @@ class TaskSpec:
     rank: int | None = None
     density: float = 0.014
     aggregator: str = "attention"
+    asked: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "deltas", dict(self.deltas))
+        object.__setattr__(self, "asked", dict(self.asked or self.deltas))
         if isinstance(self.labels, bool) or not isinstance(self.labels, int) or self.labels < 1:
             raise ValueError(f"labels: expected at least 1, got {self.labels!r}")
         if self.kind not in LABELS:
@@ -376,7 +381,7 @@ class Task(nn.Module):
             if delta.shape != shape:
                 raise ValueError(f"task: expected a delta {shape} of {place}, got {delta.shape}")
         own = self._encoder
-        if own is None or own is encoder or own.list_versions() == encoder.list_versions():
+        if own is None or own == encoder:  # the same modules
             return
         wanted, got = encoder.compute_hash(), own.compute_hash()
         if got != wanted:

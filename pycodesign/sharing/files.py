@@ -22,7 +22,7 @@ from pycodesign.sharing.masks import find_rank
 __all__ = ["describe", "encode_task", "list_tensors", "make_task", "read_task", "read_tensors", "write_file"]
 
 FORMAT = "pycodesign.sharing"
-VERSION = "1"
+VERSION = "2"
 
 
 def encode_task(name: str, task: Task, backbone: str) -> bytes:
@@ -111,12 +111,15 @@ def read_spec(text: str, layers: int) -> TaskSpec:
         raise ValueError("spec: expected JSON, got other text") from None
     if not isinstance(fields, dict) or set(fields) != set(TaskSpec.__dataclass_fields__):
         raise ValueError(f"spec: expected the fields {', '.join(TaskSpec.__dataclass_fields__)}, got others")
-    deltas = fields["deltas"]
+    deltas, asked = fields["deltas"], fields["asked"]
     places = {f"{layer}.{projection}" for layer in range(layers) for projection in PROJECTIONS}
-    if not isinstance(deltas, dict) or not places.issuperset(deltas):
-        raise ValueError(f"spec: expected deltas of projections in {layers} layers, got {deltas!r:.200}")
-    if any(kind not in KINDS for kind in deltas.values()):
-        raise ValueError(f"spec: expected kinds of deltas {', '.join(KINDS)}, got {deltas!r:.200}")
+    for own in (deltas, asked):
+        if not isinstance(own, dict) or not places.issuperset(own):
+            raise ValueError(f"spec: expected deltas of projections in {layers} layers, got {own!r:.200}")
+        if any(kind not in KINDS for kind in own.values()):
+            raise ValueError(f"spec: expected kinds of deltas {', '.join(KINDS)}, got {own!r:.200}")
+    if not deltas.items() <= asked.items():
+        raise ValueError(f"spec: expected deltas among those that were asked for, got {deltas!r:.200}")
     return TaskSpec(**fields)
 
 

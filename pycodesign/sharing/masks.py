@@ -47,9 +47,10 @@ def select_mask(
     for name, value, known in (("method", method, METHODS), ("scope", scope, SCOPES)):
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-    places = {place: kind for place, kind in task.spec.deltas.items() if kind in MASKED}
+    places = {place: kind for place, kind in task.spec.asked.items() if kind in MASKED}
     if not places:
-        raise ValueError(f"name: expected a task with sparse deltas or rows, got {dict(task.spec.deltas)}")
+        raise ValueError(f"name: expected a task with sparse deltas or rows, got {dict(task.spec.asked)}")
+    task.spec = replace(task.spec, deltas=task.spec.asked)  # which batches are read for
     kept = {key: delta for key, delta in task.deltas.items() if key.replace("_", ".") not in places}
     probes = {place: DenseDelta(_find_shape(encoder, place)).to(task.head.weight.device) for place in places}
     task.deltas = nn.ModuleDict(kept | {place.replace(".", "_"): probe for place, probe in probes.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -180,11 +181,16 @@ class Encoder:
         digest = hashlib.sha256()
         for layer in self.layers:
             norms = [_list_settings(norm) for norm in (layer.attention_norm, layer.mlp_norm)]
-            digest.update(f"{layer.heads} {layer.pre_norm} {name_activation(layer.activation)} {norms};".encode())
+            digest.update(f"{layer.heads} {layer.pre_norm} {norms};".encode())
+            for norm in (layer.attention_norm, layer.mlp_norm):
+                digest.update(_sample(norm, self.width))
+            digest.update(_sample(layer.activation, len(layer.projections["up"].weight)))
         for name, module in sorted(self.modules.items()):
             digest.update(f"{name} {_list_settings(module)};".encode())
+        if self.norm is not None:
+            digest.update(_sample(self.norm, self.width))
         if self.owner is not None:
-            digest.update(f"{_list_settings(self.owner)};".encode())
+            digest.update(f"{_list_numbers(self.owner)};".encode())
         for name, tensor in self._list_tensors():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
             digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
@@ -238,11 +244,34 @@ def _list_settings(module: nn.Module) -> list[tuple[Any, Any]]:
     return [pair for pair in settings if pair != (None, None)]
 
 
-def name_activation(activation: Callable[[Tensor], Tensor]) -> str:
-    """Name a function or a module, with its options, of torch or transformers."""
-    if isinstance(activation, nn.Module):
-        return repr(activation)
-    return getattr(activation, "__name__", type(activation).__name__)
+def _list_numbers(owner: nn.Module) -> list[tuple[str, str, Any]]:
+    """Return the numbers that a module, and those in it beside its encoder, have as plain attributes."""
+    return [
+        (name, key, value)
+        for name, module in owner.named_modules()
+        if name.partition(".")[0] != "encoder" and not isinstance(module, nn.modules.dropout._DropoutNd)
+        for key, value in sorted(vars(module).items())
+        if isinstance(value, bool | int | float) and not key.startswith("_") and key != "training"
+    ]
+
+
+@torch.no_grad()
+def _sample(function: Callable[[Tensor], Tensor], width: int) -> bytes:
+    """Return values of an activation function or a norm, which no name or attribute tells for sure.
+
+    In float64, and rounded, they are the same on every machine.
+    """
+    numbers = torch.arange(-20, 21, dtype=torch.float64)
+    numbers = numbers * numbers.abs() / 8  # denser at 0
+    x = numbers[(torch.arange(41)[:, None] + torch.arange(width)) % 41]  # each feature has them all
+    own = copy.deepcopy(function).eval().cpu().double() if isinstance(function, nn.Module) else function
+    try:
+        y = own(x[None])
+    except (RuntimeError, TypeError) as error:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise ValueError(f"backbone: expected functions that take float64, too, got {name}: {error}") from None
+    values: bytes = (y.round(decimals=6) + 0.0).numpy().tobytes()  # no -0.0
+    return values
 
 
 def read_encoder(backbone: nn.Module) -> Encoder:

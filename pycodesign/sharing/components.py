@@ -166,7 +166,7 @@ def check_count(name: str, value: Any) -> int:
 
 def check_dropout(dropout: Any) -> None:
     """Refuse what is no share."""
-    if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0 <= dropout <= 1:
+    if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0 <= float(dropout) <= 1:
         raise ValueError(f"dropout: expected a share in [0, 1], got {dropout!r}")
 
 

@@ -28,6 +28,7 @@ from pycodesign import sharing
 from pycodesign.bench.harness import SCHEMA, format_result, gather_facts
 
 TARGETS = (0.02, 0.05, 0.1, 0.2)
+PLOTS = (".pdf", ".png", ".svg")
 DENSITY, RATE, HEAD_RATE, BATCH = 0.014, 1e-3, 1e-2, 32
 
 
@@ -117,6 +118,11 @@ def main(
     json_path: Path | None,
 ) -> None:
     """Search for a task's differences; FOLDER holds the packages' files."""
+    for path in (costs, plot, json_path):
+        if path and not path.parent.is_dir():
+            raise click.BadParameter(f"{path}: expected a folder that there is, got {path.parent}")
+    if plot and plot.suffix not in PLOTS:
+        raise click.BadParameter(f"expected {', '.join(PLOTS)}, got {plot.name}", param_hint="--plot")
     torch.set_num_threads(threads)
     pycodesign.set_num_threads(threads)
     body, _ = read_model(find_model(folder))
@@ -134,8 +140,8 @@ def main(
         shown.add_row(*cells, f"{row['accuracy']:.1%}")
     Console().print(shown)
     if json_path:
-        options = {"task": name, "texts": texts, "epochs": epochs, "tokens": tokens, "threads": threads}
-        options |= {"density": DENSITY, "costs": table.seconds, "backbone": table.backbone}
+        options = {"task": name, "texts": texts, "epochs": epochs, "threads": threads, "density": DENSITY}
+        options |= {"tokens": table.tokens, "costs": table.seconds, "backbone": table.backbone}
         result = {"schema": SCHEMA, "suite": "search_tasks", "facts": gather_facts(), "options": options, "rows": rows}
         json_path.write_text(format_result(result))
     if plot:

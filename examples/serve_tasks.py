@@ -44,6 +44,10 @@ class Server(ThreadingHTTPServer):
         names = request.get("tasks")
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise ValueError(f"tasks: expected a list of names, got {names!r}")
+        try:
+            request["text"].encode()
+        except UnicodeEncodeError:  # JSON may hold half of a surrogate pair
+            raise ValueError("text: expected Unicode, got a lone surrogate") from None
         ids = torch.tensor([self.tokenizer.encode(request["text"]).ids])
         logits = self.engine(ids, tasks=names)
         return {name: (own if own.shape[-1] == 1 else own.softmax(-1))[0].tolist() for name, own in logits.items()}

@@ -71,7 +71,7 @@ class PackedDeltas:
         IndexError, ValueError
             For a task that there is not, or none at all.
         """
-        chosen = _to_indices("tasks", tasks, len(self))
+        chosen = to_indices("tasks", tasks, len(self))
         if not chosen:
             raise ValueError("tasks: expected at least one, got none")
         return PackedDeltas([self._deltas[n] for n in chosen])
@@ -234,7 +234,7 @@ def delta_linear(
         raise TypeError(f"packed: expected PackedDeltas, got {type(packed).__name__}")
     deltas = packed._deltas
     if tasks is not None:
-        deltas = [deltas[n] for n in _to_indices("tasks", tasks, len(deltas))]
+        deltas = [deltas[n] for n in to_indices("tasks", tasks, len(deltas))]
     outputs, inputs = packed.shape
     device = find_device(x=x, base=base, out=out)
     if device is not None:
@@ -250,7 +250,7 @@ def delta_linear(
         if added.ndim == 1:
             added = np.broadcast_to(added, (tokens, outputs))
     if positions is not None:
-        chosen = _to_indices("positions", positions, tokens)
+        chosen = to_indices("positions", positions, tokens)
         tokens = len(chosen)
         given = given[..., chosen, :]
         added = None if added is None else added[..., chosen, :]
@@ -283,7 +283,7 @@ def _delta_linear_on(
         _check_floats(device, "base", base, f"({outputs},), {_choice(tasks, tokens, outputs)}", fits)
     chosen = None
     if positions is not None:
-        chosen = device.upload("positions", np.array(_to_indices("positions", positions, tokens), np.int64))
+        chosen = device.upload("positions", np.array(to_indices("positions", positions, tokens), np.int64))
         tokens = chosen.shape[0]
     shape = (tasks, tokens, outputs)
     if out is None:
@@ -397,12 +397,15 @@ def _check_finite(name: str, array: NDArray[Any], dtype: str = "float32") -> NDA
     return array
 
 
-def _to_indices(name: str, values: Sequence[int], size: int) -> list[int]:
+def to_indices(name: str, values: Sequence[int], size: int) -> list[int]:
     """Return indices from 0 to `size` - 1 as plain integers."""
     try:
-        indices = [operator.index(value) for value in values]
+        given = list(values)
+        if any(isinstance(value, bool) or str(getattr(value, "dtype", "")) == "torch.bool" for value in given):
+            raise TypeError
+        indices = [operator.index(value) for value in given]
     except TypeError:
-        raise TypeError(f"{name}: expected a sequence of integers, got {values!r}") from None
+        raise TypeError(f"{name}: expected a sequence of integers, got {values!r:.200}") from None
     for index in indices:
         if not 0 <= index < size:
             raise IndexError(f"{name}: expected indices from 0 to {size - 1}, got {index}")

@@ -34,6 +34,7 @@ from transformers import (
 
 from pycodesign import ops, set_num_threads, sharing
 from pycodesign.sharing.components import TaskSpec
+from pycodesign.sharing.files import compute_digest
 
 KINDS = ("sparse", "rows", "low_rank", "dense", {"up": "rows", "down": "sparse", "value": "low_rank"})
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
@@ -517,6 +518,7 @@ def damage(path, change_tensors=None, change_metadata=None):
         change_tensors(tensors)
     if change_metadata:
         change_metadata(metadata)
+    metadata["digest"] = compute_digest(tensors, metadata["spec"])
     save_file(tensors, path, metadata)
 
 
@@ -657,13 +659,13 @@ def test_wrong_calls(backbone, texts, tmp_path):
         (lambda: tasks(ids + VOCABULARY), ValueError, "input_ids: expected numbers from 0 to 49"),
         (lambda: serve(token_type_ids=ids + 1), ValueError, "token_type_ids: expected numbers from 0 to 1"),
         (lambda: serve(position_ids=ids - 1), ValueError, "position_ids: expected numbers from 0 to 19, got -1"),
-        (lambda: serve(position_ids=ids * 0.5), ValueError, "position_ids: expected integers, got torch.float32"),
+        (lambda: serve(position_ids=ids * 0.5), ValueError, "position_ids: expected int32 or int64, got torch.float32"),
         (lambda: tasks(texts, ids > 0), ValueError, "attention_mask: expected one, got one among"),
         (lambda: tasks(ids, torch.zeros(3, 9)), ValueError, "attention_mask: expected at least one token"),
         (lambda: tasks(ids, torch.ones(3, 8)), ValueError, r"attention_mask: expected \(3, 9\), got \(3, 8\)"),
         (lambda: tasks(ids[:, :0]), ValueError, "inputs: expected at least one text and one token"),
         (lambda: tasks.save_pretrained(tmp_path), ValueError, "tone: expected a mask chosen by select_mask"),
-        (lambda: tasks.build_engine(), ValueError, "task: expected a mask chosen by select_mask"),
+        (lambda: tasks.build_engine(), ValueError, "tone: expected a mask chosen by select_mask"),
         (lambda: tasks.select_mask("tone", [], F.cross_entropy), ValueError, "batches: expected at least one"),
         (lambda: tasks.select_mask("tone", [(texts, 0)], lambda y, _: 0 * y.sum()), ValueError, "not all zero"),
         (lambda: sharing.MultiTask(nn.Linear(2, 2), {}), TypeError, "backbone: expected a bare BERT"),

@@ -177,7 +177,7 @@ def serve(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert ask("POST", content={"text": text, "tasks": ["tweets"]})[0] == 400
         assert ask("PUT", "/tweets") == (200, {"tasks": ["reviews", "tweets"]})
         assert ask("POST", content={"text": text})[1] == both
-        for content in ({}, [], {"text": ""}, {"text": "a", "tasks": "reviews"}, b"{"):
+        for content in ({}, [], {"text": ""}, {"text": "a", "tasks": "reviews"}, b"{", {"text": "\ud800"}):
             status, answer = ask("POST", content=content)
             assert status == 400 and answer["error"]
         for path in ("/../rows", "/none", "/a%2Fb"):
@@ -232,6 +232,15 @@ def test_search_tasks(folder, monkeypatch):
     assert all(row["cost"] <= row["target"] for row in rows)
     assert "of the projections are shared" in output
     assert (folder / "search.svg").read_text().startswith("<?xml")
+    options = ("--texts", 64, "--target", 0.5, "--costs", folder / "costs.json")
+    run(example, folder, *options, "--tokens", 8, "--json", folder / "first.json")
+    run(example, folder, *options, "--tokens", 4, "--json", folder / "search.json")
+    options = (json.loads((folder / name).read_text())["options"] for name in ("first.json", "search.json"))
+    assert [own["tokens"] for own in options] == [8, 8]  # that the costs are for
+    monkeypatch.setattr(example, "read_model", None)  # nothing is read, and nothing trained
+    for wrong in ("none/search.svg", "search.doc", "search"):
+        done = CliRunner().invoke(example.main, [str(folder), "--plot", str(folder / wrong)])
+        assert done.exit_code == 2 and "expected" in done.output
 
 
 def test_train_with_trainer(folder, monkeypatch):

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from pycodesign.sharing import files
@@ -43,7 +42,7 @@ def export_adapter(tasks: MultiTask, name: str, path: str | os.PathLike[str]) ->
     Raises
     ------
     KeyError, ValueError
-        For an unknown task, one with other deltas, or a backbone whose projections are not modules of their own.
+        For an unknown task, one with other deltas, or deltas of projections that are no modules of their own.
 
     Examples
     --------
@@ -64,7 +63,7 @@ def export_adapter(tasks: MultiTask, name: str, path: str | os.PathLike[str]) ->
     if not deltas or not all(isinstance(delta, LowRankDelta) for delta in deltas.values()):
         kinds = ", ".join(sorted(set(task.spec.deltas.values()))) or "none"
         raise ValueError(f"name: expected a task whose deltas are all low-rank, got {kinds}")
-    paths = _find_paths(tasks)
+    paths = _find_paths(tasks, deltas)
     ranks = {paths[place]: delta.up.shape[1] for place, delta in deltas.items() if isinstance(delta, LowRankDelta)}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {module: own for module, own in ranks.items() if own != rank}
@@ -89,9 +88,13 @@ def export_adapter(tasks: MultiTask, name: str, path: str | os.PathLike[str]) ->
         weights[f"{PREFIX}{paths[place]}.lora_B.weight"] = rest.pop(f"{key}.up")
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(rest, folder / OTHERS, {**files.describe(task, tasks.hash), "factors": _compute_digest(weights)})
-    save_file(weights, folder / WEIGHTS, {"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    metadata = {**files.describe(task, tasks.hash, rest), "factors": files.compute_digest(weights)}
+    contents = {
+        OTHERS: save(rest, metadata),
+        WEIGHTS: save(weights, {"format": "pt"}),
+        CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
+    }
+    files.write_files({folder / file: content for file, content in contents.items()})
 
 
 def import_adapter(tasks: MultiTask, path: str | os.PathLike[str], name: str) -> None:
@@ -116,13 +119,15 @@ def import_adapter(tasks: MultiTask, path: str | os.PathLike[str], name: str) ->
     tensors, spec = files.read_tensors(folder / OTHERS, tasks.encoder, tasks.hash)
     if set(spec.deltas.values()) != {"low_rank"}:
         raise ValueError(f"{folder / OTHERS}: expected low-rank deltas alone, got {dict(spec.deltas)}")
-    paths, digest = _find_paths(tasks), _compute_digest(weights)
+    paths, digest = _find_paths(tasks, spec.deltas), files.compute_digest(weights)
     for place in spec.deltas:
         module, key = paths[place], f"deltas.{place.replace('.', '_')}"
         pair = [weights.pop(f"{PREFIX}{module}.lora_{part}.weight", None) for part in "AB"]
         if pair[0] is None or pair[1] is None:
             raise ValueError(f"{folder / WEIGHTS}: expected lora_A and lora_B of {module}, got none")
         rank = _find_number(config, "r", "rank_pattern", module)
+        if len(pair[0]) != rank:
+            raise ValueError(f"{folder / CONFIG}: expected r={len(pair[0])} of {module}, as its factors, got {rank:g}")
         alpha = _find_number(config, "lora_alpha", "alpha_pattern", module)
         scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
         tensors[f"{key}.down"] = pair[0]
@@ -137,15 +142,6 @@ def import_adapter(tasks: MultiTask, path: str | os.PathLike[str], name: str) ->
         if file.metadata().get("factors") != digest:
             raise ValueError(f"{folder / WEIGHTS}: expected the factors that were exported, got others. {ONE_PASS}")
     tasks.insert_task(name, task)
-
-
-def _compute_digest(factors: dict[str, Tensor]) -> str:
-    """Return a SHA-256 over names and values."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(factors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _check_config(config: Any) -> None:
@@ -189,14 +185,14 @@ def _find_number(config: Any, key: str, pattern: str, module: str) -> float:
     return float(config[key])
 
 
-def _find_paths(tasks: MultiTask) -> dict[str, str]:
+def _find_paths(tasks: MultiTask, places: Iterable[str]) -> dict[str, str]:
     """Return the backbone's module for each ``"LAYER.PROJECTION"``."""
     modules = {m.weight.data_ptr(): name for name, m in tasks.backbone.named_modules() if isinstance(m, nn.Linear)}
     paths = {}
-    for number, layer in enumerate(tasks.encoder.layers):
-        for name, linear in layer.projections.items():
-            module = modules.get(linear.weight.data_ptr())
-            if module is None:
-                raise ValueError(f"tasks: expected a module for each projection, got none for {number}.{name}")
-            paths[f"{number}.{name}"] = module
+    for place in places:
+        layer, _, projection = place.partition(".")
+        module = modules.get(tasks.encoder.layers[int(layer)].projections[projection].weight.data_ptr())
+        if module is None:
+            raise ValueError(f"tasks: expected a module for each projection with a delta, got none for {place}")
+        paths[place] = module.removesuffix(".base_layer")  # into which peft has put an adapter
     return paths

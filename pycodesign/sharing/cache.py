@@ -7,13 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pycodesign._deltas import to_indices
 from pycodesign.sharing.components import Features, Frozen
 
 __all__ = ["FeatureCache"]
 
 
 class FeatureCache:
-    """What one task reads of the backbone for many texts, made by `MultiTask.cache`; ``cache[indices]`` is a batch.
+    """What one task reads of the backbone for many texts, made by `MultiTask.cache`.
+
+    ``cache[[2, 0]]`` is a batch of two texts, ``cache[:8]`` one of the first eight.
 
     Texts are kept without padding; of token labels, whose places must not shift, without what follows the last token.
 
@@ -52,14 +55,16 @@ class FeatureCache:
             own = {n: self._keep_layer(frozen, row, tokens) for n, frozen in features.layers.items()}
             self._layers.append(own)
 
-    def __getitem__(self, indices: Sequence[int]) -> Features:
-        if not len(indices):
+    def __getitem__(self, indices: Sequence[int] | slice) -> Features:
+        count = len(self)
+        chosen = range(count)[indices] if isinstance(indices, slice) else to_indices("indices", indices, count)
+        if not chosen:
             raise ValueError("indices: expected at least one, got none")
-        mask = nn.utils.rnn.pad_sequence([self._masks[index] for index in indices], batch_first=True)
-        slots = _stack([self._slots[index] for index in indices]).transpose(0, 1)
+        mask = nn.utils.rnn.pad_sequence([self._masks[index] for index in chosen], batch_first=True)
+        slots = _stack([self._slots[index] for index in chosen]).transpose(0, 1)
         layers = {}
-        for number in self._layers[indices[0]]:
-            columns = zip(*(self._layers[index][number] for index in indices), strict=True)
+        for number in self._layers[chosen[0]]:
+            columns = zip(*(self._layers[index][number] for index in chosen), strict=True)
             layers[number] = Frozen(*(None if part[0] is None else _stack(list(part)) for part in columns))
         return Features(mask, slots, layers)
 

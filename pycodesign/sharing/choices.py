@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pycodesign.sharing import masks
-from pycodesign.sharing.components import Features, Task
+from pycodesign.sharing.components import Features, Task, check_count
 from pycodesign.sharing.costs import CostTable
 from pycodesign.sharing.deltas import Delta, DenseDelta, LowRankDelta
 from pycodesign.sharing.encoders import PROJECTIONS
@@ -32,10 +32,10 @@ class ChoiceDelta(Delta):
         self.shape = shape
         self.names = [REUSE, *candidates]
         self.candidates = nn.ModuleList(candidates.values())
-        self.logits = nn.Parameter(torch.zeros(len(self.names)))
-        self.costs = torch.tensor([0.0, *(costs[name] for name in candidates)])
+        self.logits = nn.Parameter(torch.zeros(len(self.names), dtype=torch.float32))
+        self.costs = torch.tensor([0.0, *(costs[name] for name in candidates)], dtype=torch.float32)
         self.weights = torch.softmax(self.logits.detach(), 0)
-        self.bias = nn.Parameter(torch.zeros(shape[0]))
+        self.bias = nn.Parameter(torch.zeros(shape[0], dtype=torch.float32))
 
     def draw(self, temperature: float, generator: torch.Generator) -> None:
         """Draw the weights of candidates: a Gumbel softmax."""
@@ -132,7 +132,7 @@ def search(
     loss : callable
         Of logits and labels.
     costs : CostTable
-        Of all `kinds`; see `measure_costs`.
+        Of all `kinds` at the task's positions, for texts about as long as the batches'; see `measure_costs`.
     target : float
         What the task may cost, in passes of the backbone.
     kinds : sequence of str
@@ -151,6 +151,11 @@ def search(
     -------
     Search
         Prints as a table of what is shared.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        For an unknown task; naming the argument, what was expected and what came. The task is then as it was.
 
     References
     ----------
@@ -173,6 +178,18 @@ def search(
         raise ValueError("batches: expected at least one batch, got none")
     if not (isinstance(target, int | float) and target > 0):
         raise ValueError(f"target: expected a positive number of passes, got {target!r}")
+    check_count("epochs", epochs)
+    if not isinstance(temperatures, Sequence) or len(temperatures) != 2:
+        raise ValueError(f"temperatures: expected one at the start and one at the end, got {temperatures!r}")
+    rates = {"lr": lr, "choice_lr": choice_lr, "temperatures": min(temperatures)}
+    for option, value in rates.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{option}: expected positive numbers, got {value!r}")
+    if not 0 <= pressure < math.inf:
+        raise ValueError(f"pressure: expected at least 0, got {pressure!r}")
+    if costs.positions != task.spec.positions:
+        wanted = f"a table for positions {task.spec.positions!r}, as the task's"
+        raise ValueError(f"costs: expected {wanted}, got one for {costs.positions!r}")
     if not kinds or set(kinds) - {"sparse", "low_rank", "dense"}:
         raise ValueError(f"kinds: expected some of sparse, low_rank, dense, got {', '.join(kinds) or 'none'}")
     missing = [kind for kind in kinds if any(kind not in row for row in costs.seconds.values())]
@@ -180,9 +197,9 @@ def search(
         raise ValueError(f"costs: expected a table with {', '.join(kinds)}, got none of {missing[0]}")
     with masks.restore_on_failure(task):
         places = [f"{n}.{p}" for n in range(len(tasks.encoder.layers)) for p in PROJECTIONS]
-        task.spec = replace(task.spec, deltas=dict.fromkeys(places, "sparse"))
+        task.spec = replace(task.spec, deltas=dict.fromkeys(places, "sparse"), asked={})
         task.deltas = nn.ModuleDict()
-        read = [(item if isinstance(item, Features) else tasks.read(name, item), labels) for item, labels in batches]
+        read = list(tasks.read_batches(name, batches))
         choices = _make_choices(tasks, task, read, loss, costs, kinds)
         task.deltas = nn.ModuleDict({place.replace(".", "_"): choice for place, choice in choices.items()})
         own = list(choices.values())
@@ -190,7 +207,7 @@ def search(
         chosen = _fit_target(choices, target)
         kept = {place: choices[place].take(index) for place, index in chosen.items() if index}
         task.deltas = nn.ModuleDict({place.replace(".", "_"): delta for place, delta in kept.items()})
-        task.spec = replace(task.spec, deltas={place: delta.kind for place, delta in kept.items()})
+        task.spec = replace(task.spec, deltas={place: delta.kind for place, delta in kept.items()}, asked={})
     return Search(
         name,
         {place: choices[place].names[index] for place, index in chosen.items()},

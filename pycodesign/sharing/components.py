@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,11 @@ __all__ = [
     "Frozen",
     "Task",
     "TaskSpec",
+    "check_count",
+    "check_dropout",
     "check_names",
+    "check_task",
+    "is_integer",
     "pool",
     "read_features",
     "run_component",
@@ -50,6 +55,9 @@ class TaskSpec:
         more than it takes for that.
     deltas : dict
         For each ``"LAYER.PROJECTION"`` with a difference of weights its kind.
+    asked : dict
+        Of these and of those that a selection of entries left empty: what the next one chooses from. `deltas` if none
+        are given.
     rank : int or None
         Of those that are low-rank; None: as many parameters as `density` of the matrix has.
     density : float
@@ -65,11 +73,12 @@ class TaskSpec:
     rank: int | None = None
     density: float = 0.014
     aggregator: str = "attention"
+    asked: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "deltas", dict(self.deltas))
-        if isinstance(self.labels, bool) or not isinstance(self.labels, int) or self.labels < 1:
-            raise ValueError(f"labels: expected at least 1, got {self.labels!r}")
+        object.__setattr__(self, "asked", dict(self.asked or self.deltas))
+        object.__setattr__(self, "labels", check_count("labels", self.labels))
         if self.kind not in LABELS:
             raise ValueError(f"kind: expected one of {', '.join(LABELS)}, got {self.kind!r}")
         if self.positions not in POSITIONS:
@@ -78,10 +87,11 @@ class TaskSpec:
             raise ValueError(f"positions: expected 'all' for labels of tokens and no others, got {self.positions!r}")
         if self.aggregator not in AGGREGATORS:
             raise ValueError(f"aggregator: expected one of {', '.join(AGGREGATORS)}, got {self.aggregator!r}")
-        if isinstance(self.density, bool) or not isinstance(self.density, int | float) or not 0 < self.density <= 1:
+        if isinstance(self.density, bool) or not isinstance(self.density, Real) or not 0 < self.density <= 1:
             raise ValueError(f"density: expected a share in (0, 1], got {self.density!r}")
-        if self.rank is not None and (isinstance(self.rank, bool) or not isinstance(self.rank, int) or self.rank < 1):
-            raise ValueError(f"rank: expected at least 1, got {self.rank!r}")
+        object.__setattr__(self, "density", float(self.density))
+        if self.rank is not None:
+            object.__setattr__(self, "rank", check_count("rank", self.rank))
 
     @property
     def layers(self) -> list[int]:
@@ -140,6 +150,24 @@ class Features(NamedTuple):
         """Return the features in a dtype."""
         layers = {n: Frozen(*(None if t is None else t.to(dtype) for t in own)) for n, own in self.layers.items()}
         return Features(self.mask, self.slots.to(dtype), layers)
+
+
+def is_integer(value: Any) -> bool:
+    """Return whether a value is an integer, of NumPy's too, and no bool."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_count(name: str, value: Any) -> int:
+    """Return a number of something, of which there has to be one."""
+    if not is_integer(value) or value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value!r}")
+    return int(value)
+
+
+def check_dropout(dropout: Any) -> None:
+    """Refuse what is no share."""
+    if isinstance(dropout, bool) or not isinstance(dropout, Real) or not 0 <= float(dropout) <= 1:
+        raise ValueError(f"dropout: expected a share in [0, 1], got {dropout!r}")
 
 
 def check_names(tasks: Sequence[str]) -> list[str]:
@@ -278,8 +306,8 @@ class Aggregator(nn.Module):
 
     def __init__(self, slots: int, width: int, groups: int) -> None:
         super().__init__()
-        self.query = nn.Parameter(torch.zeros(groups, width // groups))
-        self.bias = nn.Parameter(torch.zeros(slots, groups, width // groups))
+        self.query = nn.Parameter(torch.zeros(groups, width // groups, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(slots, groups, width // groups, dtype=torch.float32))
         with torch.no_grad():
             self.bias[-1] = torch.tensor(float(slots - 1)).log()
 
@@ -305,7 +333,7 @@ class Concatenation(nn.Module):
 
     def __init__(self, slots: int, width: int) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(slots * width, affine=False)
+        self.norm = nn.BatchNorm1d(slots * width, affine=False, dtype=torch.float32)
 
     def forward(self, slots: Tensor) -> Tensor:
         """Join (S, B, P, D) to (B, P, S * D)."""
@@ -338,7 +366,8 @@ class Task(nn.Module):
             else Aggregator(self.slots, self.width, encoder.layers[0].heads)
         )
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(self.slots * self.width if concat else self.width, spec.labels)
+        width = self.slots * self.width if concat else self.width
+        self.head = nn.Linear(width, spec.labels, dtype=torch.float32)
         weight = encoder.layers[0].projections["query"].weight
         self.to(device=weight.device)
         self._encoder: Encoder | None = encoder  # that it was made for
@@ -376,7 +405,7 @@ class Task(nn.Module):
             if delta.shape != shape:
                 raise ValueError(f"task: expected a delta {shape} of {place}, got {delta.shape}")
         own = self._encoder
-        if own is None or own is encoder or own.list_versions() == encoder.list_versions():
+        if own is None or own == encoder:  # the same modules
             return
         wanted, got = encoder.compute_hash(), own.compute_hash()
         if got != wanted:
@@ -389,7 +418,13 @@ class Task(nn.Module):
         """Return logits (B, labels), of token labels (B, T, labels); deltas without a mask add nothing yet.
 
         Components compute in the backbone's dtype, aggregator and head in their own.
+
+        Raises
+        ------
+        ValueError
+            For features that were read for another task, which lack what this one reads.
         """
+        self._check_features(features)
         features = features.to(encoder.layers[0].projections["query"].weight.dtype)
         slots = list(features.slots)
         for number in sorted({int(key.partition("_")[0]) for key in self.deltas}):
@@ -397,6 +432,19 @@ class Task(nn.Module):
             added = run_component(layer, own, features.layers[number], features.mask, self.spec.positions)
             slots[number + 1] = slots[number + 1] + added
         return self.finish(torch.stack(slots))
+
+    def _check_features(self, features: Features) -> None:
+        """Refuse features that were read for a task with fewer deltas, or for other positions."""
+        pooled, tokens = features.slots.shape[2], features.mask.shape[1]
+        if len(features.slots) != self.slots or pooled != (tokens if self.spec.positions == "all" else 1):
+            wanted = f"{self.slots} outputs at positions {self.spec.positions!r}"
+            raise ValueError(f"features: expected {wanted}, got {tuple(features.slots.shape)} of {tokens} tokens")
+        for key in self.deltas:
+            layer, _, projection = key.partition("_")
+            own = features.layers.get(int(layer))
+            if own is None or (own.x if projection in ATTENTION else own.a) is None:
+                wanted = f"what {layer}.{projection} reads"
+                raise ValueError(f"features: expected {wanted}, got none: they were read for another task")
 
     def finish(self, slots: Tensor) -> Tensor:
         """Return logits of the layers' pooled outputs (S, B, P, D)."""
@@ -410,3 +458,9 @@ class Task(nn.Module):
         """
         head = self.spec.labels * (self.width + 1)
         return {"components": sum(parameter.numel() for parameter in self.parameters()) - head, "head": head}
+
+
+def check_task(task: Any) -> None:
+    """Refuse what is no task."""
+    if not isinstance(task, Task):
+        raise TypeError(f"task: expected one that get_task returns, got {type(task).__name__}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pycodesign.sharing import masks
-from pycodesign.sharing.components import Task, TaskSpec
+from pycodesign.sharing.components import POSITIONS, Task, TaskSpec, check_count
 from pycodesign.sharing.deltas import KINDS, DenseDelta, LowRankDelta, RowDelta, SparseDelta
 from pycodesign.sharing.encoders import PROJECTIONS, Encoder
 from pycodesign.sharing.engine import Engine, Served
@@ -77,6 +78,19 @@ class CostTable:
     tokens: int
     positions: str
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.seconds, dict) or set(self.seconds) != set(PROJECTIONS):
+            raise ValueError(f"seconds: expected rows for {', '.join(PROJECTIONS)}, got {self.seconds!r:.200}")
+        kinds = {tuple(row) if isinstance(row, dict) else () for row in self.seconds.values()}
+        if len(kinds) > 1 or not all(kinds) or not set(KINDS).issuperset(*kinds):
+            raise ValueError(f"seconds: expected the same of {', '.join(KINDS)} in each row, got {self.seconds!r:.200}")
+        for value in (cost for row in self.seconds.values() for cost in row.values()):
+            if not _is_number(value) or value < 0:
+                raise ValueError(f"seconds: expected finite numbers of at least 0, got {value!r}")
+        if not _is_number(self.backbone) or self.backbone <= 0:
+            raise ValueError(f"backbone: expected a positive number of seconds, got {self.backbone!r}")
+        _check_asked(self.tokens, self.positions)
+
     def compute_share(self, deltas: dict[str, str]) -> float:
         """Return what deltas, kinds by ``"LAYER.PROJECTION"``, cost in passes of the backbone."""
         return sum(self.seconds[place.partition(".")[2]][kind] for place, kind in deltas.items()) / self.backbone
@@ -87,8 +101,11 @@ class CostTable:
 
     @classmethod
     def from_json(cls, text: str) -> CostTable:
-        """Read what `to_json` wrote."""
-        fields: Any = json.loads(text)
+        """Read what `to_json` wrote, after checking it."""
+        try:
+            fields: Any = json.loads(text)
+        except (ValueError, RecursionError):
+            raise ValueError("text: expected JSON, got other text") from None
         if not isinstance(fields, dict) or set(fields) != set(cls.__dataclass_fields__):
             raise ValueError(f"text: expected the fields {', '.join(cls.__dataclass_fields__)}, got others")
         return cls(**fields)
@@ -99,6 +116,16 @@ class CostTable:
         for projection, row in self.seconds.items():
             lines.append(f"{projection:<20}" + "".join(f"{100 * row[kind] / self.backbone:>10.3f}" for kind in kinds))
         return "\n".join(lines)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_asked(tokens: int, positions: str) -> None:
+    check_count("tokens", tokens)
+    if positions not in POSITIONS:
+        raise ValueError(f"positions: expected one of {', '.join(POSITIONS)}, got {positions!r}")
 
 
 @torch.inference_mode()
@@ -127,13 +154,20 @@ def measure_costs(
     kinds : sequence of str
     rounds : int
         Turns of each.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Naming the argument, what was expected and what came.
     """
+    _check_asked(tokens, positions)
+    check_count("rounds", rounds)
     unknown = set(kinds) - set(KINDS)
     if unknown or not kinds:
         raise ValueError(f"kinds: expected some of {', '.join(KINDS)}, got {', '.join(kinds) or 'none'}")
     kind = "tokens" if positions == "all" else "classification"
     generator = torch.Generator().manual_seed(0)
-    h = torch.randn(1, tokens, encoder.width, generator=generator)
+    h = torch.randn(1, tokens, encoder.width, generator=generator, dtype=torch.float32)
     mask = torch.ones(1, tokens, dtype=torch.bool)
     engine = Engine(encoder, lambda *_: ({}, None))
     _, layers = replace(encoder, embed=lambda _: h).run({})

@@ -71,8 +71,8 @@ class SparseDelta(Delta):
         super().__init__()
         self.shape = shape
         self.register_buffer("index", index)
-        self.values = nn.Parameter(torch.zeros(len(index)))
-        self.bias = nn.Parameter(torch.zeros(shape[0]))
+        self.values = nn.Parameter(torch.zeros(len(index), dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(shape[0], dtype=torch.float32))
 
     def add_to(self, weight: Tensor) -> Tensor:
         return weight.flatten().index_add(0, self.index, self.values.to(weight.dtype)).view_as(weight)
@@ -101,8 +101,8 @@ class RowDelta(Delta):
         super().__init__()
         self.shape = shape
         self.register_buffer("rows", rows)
-        self.values = nn.Parameter(torch.zeros(len(rows), shape[1]))
-        self.bias = nn.Parameter(torch.zeros(len(rows)))
+        self.values = nn.Parameter(torch.zeros(len(rows), shape[1], dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(len(rows), dtype=torch.float32))
 
     @property
     def outputs(self) -> Tensor:
@@ -126,10 +126,10 @@ class LowRankDelta(Delta):
     def __init__(self, shape: tuple[int, int], rank: int) -> None:
         super().__init__()
         self.shape = shape
-        self.up = nn.Parameter(torch.zeros(shape[0], rank))
-        self.down = nn.Parameter(torch.empty(rank, shape[1]))
+        self.up = nn.Parameter(torch.zeros(shape[0], rank, dtype=torch.float32))
+        self.down = nn.Parameter(torch.empty(rank, shape[1], dtype=torch.float32))
         nn.init.kaiming_uniform_(self.down, a=5**0.5)
-        self.bias = nn.Parameter(torch.zeros(shape[0]))
+        self.bias = nn.Parameter(torch.zeros(shape[0], dtype=torch.float32))
 
     def add_to(self, weight: Tensor) -> Tensor:
         return weight + (self.up @ self.down).to(weight.dtype)
@@ -149,8 +149,8 @@ class DenseDelta(Delta):
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__()
         self.shape = shape
-        self.values = nn.Parameter(torch.zeros(shape))
-        self.bias = nn.Parameter(torch.zeros(shape[0]))
+        self.values = nn.Parameter(torch.zeros(shape, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(shape[0], dtype=torch.float32))
 
     def add_to(self, weight: Tensor) -> Tensor:
         return weight + self.values.to(weight.dtype)

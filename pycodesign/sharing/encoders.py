@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
@@ -26,6 +28,8 @@ TEXT = (*OFFSET, "bert", "bert-generation", "electra", "ernie", "splinter")
 IMAGES = ("deit", "ijepa", "vit", "vit_msn")
 
 Inputs: TypeAlias = Mapping[str, Tensor]
+
+_probing = threading.Lock()  # which changes modes, and a switch of the whole process, for a while
 
 
 @dataclass(frozen=True)
@@ -150,11 +154,19 @@ class Encoder:
     longest: int | None
     modules: dict[str, nn.Module]  # with parameters beside the layers': embeddings, final norm
     owner: nn.Module | None = None  # of `embed`, which may read all of its state
+    padding: int | None = None  # id of tokens that take no position
 
     @property
     def width(self) -> int:
         """Features of a token, D."""
         return self.layers[0].projections["query"].weight.shape[1]
+
+    def count_positions(self, inputs: Inputs) -> int:
+        """Return how many positions the longest of the texts takes."""
+        ids = inputs.get("input_ids")
+        if ids is None or self.padding is None or "position_ids" in inputs:
+            return int(inputs["inputs_embeds" if ids is None else "input_ids"].shape[1])
+        return int((ids != self.padding).sum(1).max())
 
     def run(self, inputs: Inputs, mask: Tensor | None = None) -> tuple[Tensor, list[Activations]]:
         """Return the embedded inputs (B, T, D), and all layers' activations."""
@@ -179,12 +191,15 @@ class Encoder:
         """Return a SHA-256 over the values, shapes and order of all weights, and what else fixes the function."""
         digest = hashlib.sha256()
         for layer in self.layers:
-            norms = [_list_settings(norm) for norm in (layer.attention_norm, layer.mlp_norm)]
-            digest.update(f"{layer.heads} {layer.pre_norm} {name_activation(layer.activation)} {norms};".encode())
+            norms = [(type(norm).__name__, _list_options(norm)) for norm in (layer.attention_norm, layer.mlp_norm)]
+            digest.update(f"{layer.heads} {layer.pre_norm} {norms};".encode())
+            digest.update(_sample(layer.activation, len(layer.projections["up"].weight)))
         for name, module in sorted(self.modules.items()):
             digest.update(f"{name} {_list_settings(module)};".encode())
+        if self.norm is not None:
+            digest.update(f"{type(self.norm).__name__} {_list_options(self.norm)};".encode())
         if self.owner is not None:
-            digest.update(f"{_list_settings(self.owner)};".encode())
+            digest.update(f"{_list_options(self.owner)};".encode())
         for name, tensor in self._list_tensors():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
             digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes())
@@ -238,11 +253,41 @@ def _list_settings(module: nn.Module) -> list[tuple[Any, Any]]:
     return [pair for pair in settings if pair != (None, None)]
 
 
-def name_activation(activation: Callable[[Tensor], Tensor]) -> str:
-    """Name a function or a module, with its options, of torch or transformers."""
-    if isinstance(activation, nn.Module):
-        return repr(activation)
-    return getattr(activation, "__name__", type(activation).__name__)
+def _list_options(module: nn.Module) -> list[tuple[Any, ...]]:
+    """Return the plain attributes of a module, and of what there is in it beside an encoder."""
+    options: list[tuple[Any, ...]] = []
+    for name, own in module.named_modules():
+        if name.partition(".")[0] == "encoder" or isinstance(own, nn.modules.dropout._DropoutNd):
+            continue
+        public = {key: value for key, value in vars(own).items() if not key.startswith("_") and key != "training"}
+        told = [(key, public[key]) for key in sorted(public) if _is_plain(public[key])]
+        options.append((name, name and type(own).__name__, told))
+    return options
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_plain(part) for part in value)
+    return isinstance(value, bool | int | float | str)
+
+
+@torch.no_grad()
+def _sample(function: Callable[[Tensor], Tensor], width: int) -> bytes:
+    """Return values of an activation function, which no name or attribute tells for sure.
+
+    In float64, and rounded, they are the same on every machine.
+    """
+    place = torch.arange(41, device="cpu")[:, None] + torch.arange(width, device="cpu")
+    x = (place % 41 - 20).double()  # each feature has all of -20 to 20
+    x = x * x.abs() / 8  # denser at 0
+    own = copy.deepcopy(function).eval().cpu().double() if isinstance(function, nn.Module) else function
+    try:
+        y = own(x[None])
+    except (RuntimeError, TypeError) as error:
+        name = getattr(function, "__name__", type(function).__name__)
+        raise ValueError(f"backbone: expected an activation function of float64, too, got {name}: {error}") from None
+    values: bytes = (y.round(decimals=6) + 0.0).numpy().tobytes()  # no -0.0
+    return values
 
 
 def read_encoder(backbone: nn.Module) -> Encoder:
@@ -254,14 +299,17 @@ def read_encoder(backbone: nn.Module) -> Encoder:
         Hugging Face's BERT, RoBERTa or ELECTRA, ViT or DeiT, or one built like them (CamemBERT, XLM-RoBERTa,
         Data2VecText, ERNIE, Splinter, BertGeneration, ViTMSN, I-JEPA), the bare model without a head; a
         `torch.nn.TransformerEncoder`, whose input is (B, T, D); or a module of your own with such an encoder as its
-        ``encoder`` and a method ``embed`` that takes the inputs by name and returns (B, T, D).
+        ``encoder`` and a method ``embed`` that takes the inputs by name and returns (B, T, D). Files of tasks are bound
+        to its parameters, its buffers and its attributes that are numbers, strings or tuples of these: nothing else may
+        change what it gives.
 
     Raises
     ------
     TypeError
         For any other module, those that attend within a window on long texts alone among them.
     ValueError
-        If the backbone computes something else than its layers, read so, do.
+        If the backbone computes something else than its layers, read so, do, or computes weights of others, as
+        parametrizations do.
     """
     if isinstance(backbone, nn.TransformerEncoder):
         encoder = _read_torch(backbone, None)
@@ -271,13 +319,20 @@ def read_encoder(backbone: nn.Module) -> Encoder:
         encoder = _read_torch(backbone.encoder, backbone)  # type: ignore[arg-type]
     else:
         encoder = _read_transformers(backbone)
-    modes = [(module, module.training) for module in backbone.modules()]
-    backbone.eval()
-    try:
-        _probe(backbone, encoder)
-    finally:
-        for module, training in modes:
-            module.training = training
+    for number, layer in enumerate(encoder.layers):
+        for name, linear in layer.projections.items():
+            weight = getattr(linear.module, linear.weight_name)
+            if not isinstance(weight, nn.Parameter):
+                wanted = "a parameter as each weight (see torch.nn.utils.parametrize.remove_parametrizations)"
+                raise ValueError(f"backbone: expected {wanted}, got one that is computed for {number}.{name}")
+    with _probing:
+        modes = [(module, module.training) for module in backbone.modules()]
+        backbone.eval()
+        try:
+            _probe(backbone, encoder)
+        finally:
+            for module, training in modes:
+                module.training = training
     return encoder
 
 
@@ -337,10 +392,11 @@ def _read_transformers(backbone: nn.Module) -> Encoder:
     norm = getattr(backbone, "layernorm", None) if layers[0].pre_norm else None
     if norm is not None:
         modules["norm"] = norm
-    longest = getattr(config, "max_position_embeddings", None)
+    longest, padding = getattr(config, "max_position_embeddings", None), None
     if longest is not None and config.model_type in OFFSET:
-        longest -= config.pad_token_id + 1
-    return Encoder(layers, Embedding(embeddings, "__call__"), norm, longest, modules)
+        padding = config.pad_token_id
+        longest -= padding + 1
+    return Encoder(layers, Embedding(embeddings, "__call__"), norm, longest, modules, padding=padding)
 
 
 def _read_block(block: Any, config: Any) -> Layer:

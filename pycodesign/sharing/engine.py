@@ -26,6 +26,7 @@ from pycodesign.sharing.components import (
     Task,
     TaskSpec,
     check_names,
+    check_task,
     pool,
     read_frozen,
     take_first,
@@ -63,8 +64,6 @@ class Served:
     """A task, packed; its parameters are copies."""
 
     def __init__(self, task: Task, encoder: Encoder) -> None:
-        if not task.is_selected:
-            raise ValueError("task: expected a mask chosen by select_mask, got deltas without entries")
         task.check_fits(encoder)
         self.spec: TaskSpec = task.spec
         self.parts = {n: Part(encoder.layers[n], task.find_deltas(n)) for n in task.spec.layers}
@@ -75,7 +74,8 @@ class Served:
 class Engine:
     """A frozen encoder and tasks on it, made by `MultiTask.build_engine`; float32, in host memory, autocast or not.
 
-    It has copies of weights: once the backbone's are others, calls raise RuntimeError.
+    It has copies of weights: once the backbone's are others, calls raise RuntimeError. They look at addresses and
+    versions, not at values: whoever writes through ``weight.data``, which no version tells, builds another engine.
 
     Calls may run at the same time from several threads, while tasks are added and removed: a call serves the tasks that
     there are when it starts.
@@ -102,12 +102,15 @@ class Engine:
 
         Raises
         ------
-        ValueError
-            If its mask is not selected, or it was made for another backbone.
+        TypeError, ValueError
+            If it is no task, its mask is not selected, or it was made for another backbone.
         RuntimeError
             If the backbone's weights are others than when the engine was built.
         """
         self._check_backbone()
+        check_task(task)
+        if not task.is_selected:
+            raise ValueError(f"{name}: expected a mask chosen by select_mask, got deltas without entries")
         served = Served(task, self.encoder)
         with self._lock:
             self._tasks = {**self._tasks, name: served}
@@ -120,13 +123,17 @@ class Engine:
             self._tasks = {key: task for key, task in self._tasks.items() if key != name}
 
     def __call__(
-        self, inputs: Tensor | Inputs, attention_mask: Tensor | None = None, tasks: Sequence[str] | None = None
+        self,
+        inputs: Tensor | Inputs | None = None,
+        attention_mask: Tensor | None = None,
+        tasks: Sequence[str] | None = None,
+        **named: Tensor | None,
     ) -> dict[str, Tensor]:
         """Run the backbone once, and return logits by task.
 
         Parameters
         ----------
-        inputs, attention_mask
+        inputs, attention_mask, **named
             As for `MultiTask.forward`.
         tasks : sequence of str, optional
             All by default.
@@ -147,10 +154,11 @@ class Engine:
             if name not in served:
                 raise KeyError(f"tasks: expected some of {', '.join(served) or 'no task at all'}, got {name!r}")
         with torch.inference_mode(), torch.autocast("cpu", enabled=False):
-            named, mask = self._check_inputs(inputs, attention_mask)
-            first, layers = self.encoder.run(named, mask)
+            checked, mask = self._check_inputs(inputs, attention_mask, **named)
+            first, layers = self.encoder.run(checked, mask)
             mask = torch.ones(first.shape[:2], dtype=torch.bool) if mask is None else mask
-            return dict(zip(names, self.run_tasks([served[name] for name in names], first, layers, mask), strict=True))
+            logits = self.run_tasks([served[name] for name in names], first, layers, mask)
+        return {name: own.clone() for name, own in zip(names, logits, strict=True)}  # which autograd takes, too
 
     def run_tasks(
         self, tasks: Sequence[Served], first: Tensor, layers: Sequence[Activations], mask: Tensor
@@ -312,7 +320,8 @@ def _join(packed: Any) -> PackedDeltas:
 def _pack(delta: Delta) -> PackedDeltas:
     bias: Tensor = delta.bias
     if delta.outputs is not None:
-        bias = torch.zeros(delta.shape[0]).index_copy(0, delta.outputs.cpu(), bias.detach().cpu())
+        bias = bias.detach().cpu()
+        bias = bias.new_zeros(delta.shape[0]).index_copy(0, delta.outputs.cpu(), bias)
     return ops.prepack_deltas([delta.pack()], bias=[to_array(bias)])
 
 

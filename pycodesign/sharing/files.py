@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import uuid
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,19 @@ from pycodesign.sharing.deltas import KINDS, describe_tensor, load_checked, make
 from pycodesign.sharing.encoders import PROJECTIONS, Encoder
 from pycodesign.sharing.masks import find_rank
 
-__all__ = ["describe", "encode_task", "list_tensors", "make_task", "read_task", "read_tensors", "write_file"]
+__all__ = [
+    "compute_digest",
+    "describe",
+    "encode_task",
+    "list_tensors",
+    "make_task",
+    "read_task",
+    "read_tensors",
+    "write_files",
+]
 
 FORMAT = "pycodesign.sharing"
-VERSION = "1"
+VERSION = "2"
 
 
 def encode_task(name: str, task: Task, backbone: str) -> bytes:
@@ -35,7 +46,8 @@ def encode_task(name: str, task: Task, backbone: str) -> bytes:
     """
     if not task.is_selected:
         raise ValueError(f"{name}: expected a mask chosen by select_mask, got deltas without entries")
-    return save(list_tensors(name, task), describe(task, backbone))
+    tensors = list_tensors(name, task)
+    return save(tensors, describe(task, backbone, tensors))
 
 
 def list_tensors(name: str, task: Task) -> dict[str, Tensor]:
@@ -49,20 +61,36 @@ def list_tensors(name: str, task: Task) -> dict[str, Tensor]:
     return tensors
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file, which appears whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+def write_files(contents: Mapping[Path, bytes]) -> None:
+    """Write files, which appear whole, and all of them or none."""
+    for path in contents:
+        if path.is_dir():
+            raise IsADirectoryError(f"path: expected to write the file {path}, got a folder there")
+    temporaries = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex}") for path in contents}
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        for path, content in contents.items():
+            temporaries[path].write_bytes(content)
+        for path, temporary in temporaries.items():
+            os.replace(temporary, path)
+    finally:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
 
 
-def describe(task: Task, backbone: str) -> dict[str, str]:
-    """Return the metadata of a task's file."""
-    return {"format": FORMAT, "version": VERSION, "backbone": backbone, "spec": json.dumps(asdict(task.spec))}
+def describe(task: Task, backbone: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the metadata of a task's file of these tensors."""
+    spec = json.dumps(asdict(task.spec))
+    digest = compute_digest(tensors, spec)
+    return {"format": FORMAT, "version": VERSION, "backbone": backbone, "spec": spec, "digest": digest}
+
+
+def compute_digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """Return a SHA-256 over names and values, after a text."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_task(path: Path, encoder: Encoder, backbone: str, dropout: float) -> Task:
@@ -97,6 +125,8 @@ def read_tensors(path: Path, encoder: Encoder, backbone: str) -> tuple[dict[str,
     if metadata.get("backbone") != backbone:
         wanted = f"a task of the backbone {backbone[:12]}..."
         raise ValueError(f"{path}: expected {wanted}, got one of {str(metadata.get('backbone'))[:12]}...")
+    if metadata.get("digest") != compute_digest(tensors, metadata.get("spec", "")):
+        raise ValueError(f"{path}: expected the values that were written, got others: a damaged file")
     try:
         return tensors, read_spec(metadata.get("spec", ""), len(encoder.layers))
     except ValueError as error:
@@ -111,12 +141,15 @@ def read_spec(text: str, layers: int) -> TaskSpec:
         raise ValueError("spec: expected JSON, got other text") from None
     if not isinstance(fields, dict) or set(fields) != set(TaskSpec.__dataclass_fields__):
         raise ValueError(f"spec: expected the fields {', '.join(TaskSpec.__dataclass_fields__)}, got others")
-    deltas = fields["deltas"]
+    deltas, asked = fields["deltas"], fields["asked"]
     places = {f"{layer}.{projection}" for layer in range(layers) for projection in PROJECTIONS}
-    if not isinstance(deltas, dict) or not places.issuperset(deltas):
-        raise ValueError(f"spec: expected deltas of projections in {layers} layers, got {deltas!r:.200}")
-    if any(kind not in KINDS for kind in deltas.values()):
-        raise ValueError(f"spec: expected kinds of deltas {', '.join(KINDS)}, got {deltas!r:.200}")
+    for own in (deltas, asked):
+        if not isinstance(own, dict) or not places.issuperset(own):
+            raise ValueError(f"spec: expected deltas of projections in {layers} layers, got {own!r:.200}")
+        if any(kind not in KINDS for kind in own.values()):
+            raise ValueError(f"spec: expected kinds of deltas {', '.join(KINDS)}, got {own!r:.200}")
+    if not deltas.items() <= asked.items():
+        raise ValueError(f"spec: expected deltas among those that were asked for, got {deltas!r:.200}")
     return TaskSpec(**fields)
 
 

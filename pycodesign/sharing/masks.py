@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pycodesign.sharing.components import Features, Task
-from pycodesign.sharing.deltas import DenseDelta, RowDelta, SparseDelta
+from pycodesign.sharing.deltas import DenseDelta, RowDelta, SparseDelta, describe_tensor
 from pycodesign.sharing.encoders import Encoder
 
 __all__ = ["METHODS", "SCOPES", "find_rank", "restore_on_failure", "select_mask"]
@@ -47,9 +47,10 @@ def select_mask(
     for name, value, known in (("method", method, METHODS), ("scope", scope, SCOPES)):
         if value not in known:
             raise ValueError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
-    places = {place: kind for place, kind in task.spec.deltas.items() if kind in MASKED}
+    places = {place: kind for place, kind in task.spec.asked.items() if kind in MASKED}
     if not places:
-        raise ValueError(f"name: expected a task with sparse deltas or rows, got {dict(task.spec.deltas)}")
+        raise ValueError(f"name: expected a task with sparse deltas or rows, got {dict(task.spec.asked)}")
+    task.spec = replace(task.spec, deltas=task.spec.asked)  # which batches are read for
     kept = {key: delta for key, delta in task.deltas.items() if key.replace("_", ".") not in places}
     probes = {place: DenseDelta(_find_shape(encoder, place)).to(task.head.weight.device) for place in places}
     task.deltas = nn.ModuleDict(kept | {place.replace(".", "_"): probe for place, probe in probes.items()})
@@ -95,7 +96,12 @@ def _score(
     optimizer = torch.optim.Adam(values, lr=lr)
     seen = 0
     for features, labels in batches:
-        gradients = torch.autograd.grad(loss(task(encoder, features), labels), values)
+        own = loss(task(encoder, features), labels)
+        if not isinstance(own, Tensor) or own.numel() != 1 or not own.requires_grad:
+            got = describe_tensor(own) if isinstance(own, Tensor) else type(own).__name__
+            detached = isinstance(own, Tensor) and not own.requires_grad
+            raise ValueError(f"loss: expected one number with a gradient, got {got}{', detached' if detached else ''}")
+        gradients = torch.autograd.grad(own, values)
         seen += 1
         if method == "gradient":
             for score, gradient in zip(scores, gradients, strict=True):

@@ -13,9 +13,19 @@ from torch import Tensor, nn
 
 from pycodesign.sharing import files, masks
 from pycodesign.sharing.cache import FeatureCache
-from pycodesign.sharing.components import Features, Task, TaskSpec, check_names, read_features
+from pycodesign.sharing.components import (
+    Features,
+    Task,
+    TaskSpec,
+    check_dropout,
+    check_names,
+    check_task,
+    is_integer,
+    read_features,
+)
 from pycodesign.sharing.deltas import KINDS, DenseDelta, LowRankDelta
 from pycodesign.sharing.encoders import PROJECTIONS, Inputs, read_encoder
+from pycodesign.sharing.inputs import check_inputs
 from pycodesign.sharing.task_model import TaskModel
 
 if TYPE_CHECKING:
@@ -26,8 +36,6 @@ __all__ = ["MultiTask"]
 
 Labels: TypeAlias = int | str | tuple[str, int]
 NAME = re.compile(r"[A-Za-z0-9_-]+")
-RANGES = {"input_ids": "vocab_size", "token_type_ids": "type_vocab_size", "position_ids": "max_position_embeddings"}
-TENSORS = (*RANGES, "inputs_embeds", "pixel_values")
 
 
 class MultiTask(nn.Module):
@@ -100,11 +108,14 @@ class MultiTask(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
+        if not isinstance(tasks, Mapping):
+            raise TypeError(f"tasks: expected labels by name, got {type(tasks).__name__}")
         self.encoder = read_encoder(backbone)
         self.backbone = backbone
         self.tasks = nn.ModuleDict()
         options = {"delta": delta, "density": density, "rank": rank, "positions": positions}
         self._options: dict[str, Any] = {**options, "layers": layers, "aggregator": aggregator, "dropout": dropout}
+        self._make_spec(("tokens", 1) if positions == "all" else 1, self._options)  # checks them
         for name, labels in tasks.items():
             self.add_task(name, labels)
         backbone.requires_grad_(False).eval()
@@ -129,16 +140,7 @@ class MultiTask(nn.Module):
         if unknown:
             raise TypeError(f"{min(unknown)}: expected one of {', '.join(self._options)}, got another option")
         chosen = {**self._options, **options}
-        count, kind = _read_labels(labels)
-        spec = TaskSpec(
-            labels=count,
-            kind=kind,
-            positions="all" if kind == "tokens" else chosen["positions"],
-            deltas=_list_places(chosen["delta"], chosen["layers"], len(self.encoder.layers)),
-            rank=chosen["rank"],
-            density=chosen["density"],
-            aggregator=chosen["aggregator"],
-        )
+        spec = self._make_spec(labels, chosen)
         task = Task(spec, self.encoder, chosen["dropout"])
         for place, what in spec.deltas.items():
             layer, _, projection = place.partition(".")
@@ -150,6 +152,19 @@ class MultiTask(nn.Module):
             elif what == "dense":
                 task.deltas[f"{layer}_{projection}"] = DenseDelta(shape).to(weight.device)
         self.tasks[name] = task.train(self.training)
+
+    def _make_spec(self, labels: Labels, options: Mapping[str, Any]) -> TaskSpec:
+        count, kind = _read_labels(labels)
+        check_dropout(options["dropout"])
+        return TaskSpec(
+            labels=count,
+            kind=kind,
+            positions="all" if kind == "tokens" else options["positions"],
+            deltas=_list_places(options["delta"], options["layers"], len(self.encoder.layers)),
+            rank=options["rank"],
+            density=options["density"],
+            aggregator=options["aggregator"],
+        )
 
     def remove_task(self, name: str) -> None:
         """Remove a task."""
@@ -175,7 +190,11 @@ class MultiTask(nn.Module):
         return self.get_task(name).parameters()
 
     def forward(
-        self, inputs: Tensor | Inputs, attention_mask: Tensor | None = None, tasks: Sequence[str] | None = None
+        self,
+        inputs: Tensor | Inputs | None = None,
+        attention_mask: Tensor | None = None,
+        tasks: Sequence[str] | None = None,
+        **named: Tensor | None,
     ) -> dict[str, Tensor]:
         """Return logits by task: (B, labels), or (B, T, labels) of token labels. Gradients reach tasks alone.
 
@@ -188,6 +207,8 @@ class MultiTask(nn.Module):
             1 where a token is.
         tasks : sequence of str, optional
             All by default.
+        **named
+            The backbone's arguments, as a tokenizer gives them: ``tasks(**tokenizer(texts, return_tensors="pt"))``.
 
         Raises
         ------
@@ -199,8 +220,8 @@ class MultiTask(nn.Module):
         names = list(self.tasks) if tasks is None else check_names(tasks)
         chosen = {name: self.get_task(name) for name in names}
         with torch.no_grad():
-            named, mask = self.check_inputs(inputs, attention_mask)
-            first, layers = self.encoder.run(named, mask)
+            checked, mask = self.check_inputs(inputs, attention_mask, **named)
+            first, layers = self.encoder.run(checked, mask)
             mask = torch.ones(first.shape[:2], dtype=torch.bool, device=first.device) if mask is None else mask
         logits = {}
         for name, task in chosen.items():
@@ -287,9 +308,16 @@ class MultiTask(nn.Module):
             task is then as it was.
         """
         task = self.get_task(name)
-        read = ((item if isinstance(item, Features) else self.read(name, item), labels) for item, labels in batches)
         with masks.restore_on_failure(task):
-            return masks.select_mask(task, self.encoder, read, loss, method, scope, lr)
+            return masks.select_mask(task, self.encoder, self.read_batches(name, batches), loss, method, scope, lr)
+
+    def read_batches(self, name: str, batches: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Features, Any]]:
+        """Read each batch's inputs, unless they are features already, when it is asked for."""
+        for batch in batches:
+            if not isinstance(batch, Sequence) or isinstance(batch, str | Features) or len(batch) != 2:
+                raise TypeError(f"batches: expected pairs of inputs and labels, got {type(batch).__name__}")
+            inputs, labels = batch
+            yield inputs if isinstance(inputs, Features) else self.read(name, inputs), labels
 
     def search(
         self, name: str, batches: Sequence[tuple[Any, Any]], loss: Callable[[Tensor, Any], Tensor], **options: Any
@@ -315,8 +343,9 @@ class MultiTask(nn.Module):
         Raises
         ------
         KeyError, ValueError
-            For an unknown task, one whose mask is not selected yet, or one with values that are not finite. Nothing is
-            written then.
+            For an unknown task, one whose mask is not selected yet, or one with values that are not finite.
+        OSError
+            If a file cannot be written. Either way nothing is.
         """
         folder = Path(path)
         names = list(self.tasks) if tasks is None else check_names(tasks)
@@ -324,9 +353,9 @@ class MultiTask(nn.Module):
         backbone = self.hash
         contents = {name: files.encode_task(name, task, backbone) for name, task in chosen.items()}
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in contents.items():
-            files.write_file(folder / f"{name}.safetensors", content)
-        return [folder / f"{name}.safetensors" for name in names]
+        paths = {name: folder / f"{name}.safetensors" for name in contents}
+        files.write_files({paths[name]: content for name, content in contents.items()})
+        return [paths[name] for name in names]
 
     def load_task(self, path: str | os.PathLike[str], name: str | None = None) -> str:
         """Add a task from its file, which is checked as a whole before; return its name.
@@ -354,10 +383,11 @@ class MultiTask(nn.Module):
 
         Raises
         ------
-        ValueError
-            For a name that `add_task` refuses, or a task that was made for another backbone.
+        TypeError, ValueError
+            For a name that `add_task` refuses, what is no task, or one that was made for another backbone.
         """
         self._check_name(name)
+        check_task(task)
         task.check_fits(self.encoder)
         self.tasks[name] = task.train(self.training)
 
@@ -388,60 +418,13 @@ class MultiTask(nn.Module):
         return engine
 
     def check_inputs(
-        self, inputs: Tensor | Inputs, attention_mask: Tensor | None = None
+        self, inputs: Tensor | Inputs | None = None, attention_mask: Tensor | None = None, **others: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return inputs by name, and the mask (B, T) of bool; None if there is none, or it hides nothing."""
         if any(module.training for module in self.backbone.modules()):
             self.backbone.eval()
-        if isinstance(inputs, Tensor):
-            kinds = {2: "input_ids", 3: "inputs_embeds", 4: "pixel_values"}
-            if inputs.ndim not in kinds:
-                raise ValueError(f"inputs: expected input_ids (B, T), got {tuple(inputs.shape)}")
-            named = {kinds[inputs.ndim]: inputs}
-        elif not isinstance(inputs, Mapping):
-            raise TypeError(f"inputs: expected a tensor, or tensors by name, got {type(inputs).__name__}")
-        else:
-            named = {name: value for name, value in inputs.items() if value is not None}
-            own = named.pop("attention_mask", None)
-            if own is not None and attention_mask is not None:
-                raise ValueError("attention_mask: expected one, got one among the inputs and another beside them")
-            attention_mask = attention_mask if own is None else own
-        if not named:
-            raise ValueError("inputs: expected input_ids, pixel_values or inputs_embeds, got none")
-        for name in TENSORS:
-            _check_tensor(name, named.get(name))
-        first = next((value for value in named.values() if isinstance(value, Tensor)), None)
-        if first is not None and not first.numel():
-            raise ValueError(f"inputs: expected at least one text and one token, got {tuple(first.shape)}")
-        ids = named.get("input_ids")
-        tokens = None
-        if ids is not None:
-            if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-                raise ValueError(f"input_ids: expected integers (B, T), got {ids.dtype} {tuple(ids.shape)}")
-            tokens = tuple(ids.shape)
-        elif "inputs_embeds" in named:
-            tokens = tuple(named["inputs_embeds"].shape[:2])
-        for name, size in RANGES.items():
-            count, numbers = getattr(getattr(self.backbone, "config", None), size, None), named.get(name)
-            if numbers is None or count is None:
-                continue
-            if numbers.is_floating_point() or not numbers.numel():
-                raise ValueError(f"{name}: expected integers, got {numbers.dtype} {tuple(numbers.shape)}")
-            low, high = int(numbers.min()), int(numbers.max())
-            if low < 0 or high >= count:
-                wrong = low if low < 0 else high
-                raise ValueError(f"{name}: expected numbers from 0 to {count - 1}, got {wrong}")
-        if tokens is not None and self.encoder.longest is not None and tokens[1] > self.encoder.longest:
-            raise ValueError(f"inputs: expected at most {self.encoder.longest} tokens, got {tokens[1]}")
-        if attention_mask is None:
-            return named, None
-        _check_tensor("attention_mask", attention_mask)
-        if tokens is None or tuple(attention_mask.shape) != tokens:
-            raise ValueError(f"attention_mask: expected {tokens}, got {tuple(attention_mask.shape)}")
-        mask = attention_mask != 0
-        if not bool(mask.any(1).all()):
-            raise ValueError("attention_mask: expected at least one token in each text, got a text of padding")
-        return named, None if bool(mask.all()) else mask
+        config = getattr(self.backbone, "config", None)
+        return check_inputs(self.encoder, config, inputs, attention_mask, others)
 
     def train(self, mode: bool = True) -> MultiTask:
         """Set the mode of tasks; the backbone stays in evaluation mode."""
@@ -458,23 +441,22 @@ class MultiTask(nn.Module):
             raise ValueError(f"name: expected one that torch.nn.ModuleDict takes, got {name!r}, its attribute")
 
 
-def _check_tensor(name: str, value: Any) -> None:
-    if value is not None and not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
-
-
 def _read_labels(labels: Labels) -> tuple[int, str]:
     if labels == "regression":
         return 1, "regression"
-    if isinstance(labels, tuple) and len(labels) == 2 and labels[0] == "tokens" and isinstance(labels[1], int):
+    if isinstance(labels, tuple) and len(labels) == 2 and labels[0] == "tokens" and is_integer(labels[1]):
         return labels[1], "tokens"
-    if isinstance(labels, int) and not isinstance(labels, bool):
-        return labels, "classification"
+    if is_integer(labels):
+        return labels, "classification"  # type: ignore[return-value]
     raise TypeError(f"labels: expected a number of classes, 'regression' or ('tokens', classes), got {labels!r}")
 
 
 def _list_places(delta: str | Mapping[str, str], layers: Sequence[int] | None, count: int) -> dict[str, str]:
     """Return kinds by ``"LAYER.PROJECTION"``."""
+    if not isinstance(delta, str | Mapping):
+        raise TypeError(f"delta: expected a kind, or kinds by projection, got {delta!r}")
+    if layers is not None and not (isinstance(layers, Iterable) and all(is_integer(layer) for layer in layers)):
+        raise TypeError(f"layers: expected a sequence of integers, got {layers!r}")
     kinds = dict.fromkeys(PROJECTIONS, delta) if isinstance(delta, str) else dict(delta)
     for projection, kind in kinds.items():
         if projection not in PROJECTIONS:

@@ -51,15 +51,18 @@ class TaskModel(nn.Module):
 
 
 def compute_loss(spec: TaskSpec, logits: Tensor, labels: Tensor) -> Tensor:
-    """Return cross entropy, or the mean squared error of a regression, whose labels are (B,) or (B, 1).
+    """Return cross entropy, or the mean squared error of a regression.
+
+    Labels are (B,) or (B, 1), of tokens (B, T).
 
     Raises
     ------
     ValueError
-        For labels of a regression in another shape.
+        For labels in another shape.
     """
+    one = logits.shape[:-1]
+    if labels.shape not in (one, (*one, 1), logits.shape if spec.kind == "regression" else one):
+        raise ValueError(f"labels: expected {tuple(one)}, got {tuple(labels.shape)}")
     if spec.kind == "regression":
-        if labels.shape not in (logits.shape, logits.shape[:-1]):
-            raise ValueError(f"labels: expected {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}")
         return F.mse_loss(logits, labels.to(logits.dtype).reshape(logits.shape))
     return F.cross_entropy(logits.flatten(0, -2), labels.flatten())

@@ -1,0 +1,156 @@
+"""What else goes wrong unseen: layers that chains do not have, modes of a thread, names that meet, exits and forks."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.flop_counter import FlopCounterMode
+
+from pycodesign import _core, ops
+from pycodesign import quantize as to_levels
+from pycodesign.branches import (
+    Architecture,
+    Body,
+    Executor,
+    Graph,
+    LatencyTable,
+    Network,
+    Part,
+    Placement,
+    Slice,
+    Space,
+    Value,
+    build_inception,
+    build_parnet,
+    describe_machine,
+    place,
+    predict,
+    profile,
+    search,
+)
+from pycodesign.branches.distributed import recompute_bodies
+from pycodesign.branches.operators import BranchBody, Concatenate, Ternary, quantize
+from pycodesign.branches.supernet import LatencyModel, Supernet
+from pycodesign.branches.training import to_data
+from pycodesign.repetition.chain import Chain
+
+CORES = _core.available_cores()
+two_cores = pytest.mark.skipif(CORES < 2, reason="one core: nothing runs in parallel")
+both = pytest.mark.parametrize("timeout", [None, 60])
+
+
+def make_graph(run: Any, shape: tuple[int, ...] = (1, 4), arrays: str = "numpy", names: str = "ab") -> Graph:
+    """The same function for each name."""
+    values = {name: Value(shape) for name in f"x{names}"}
+    bodies = [Body(name, run, (Slice("x"),), (Slice(name),), arrays) for name in names]
+    return Graph(values, bodies, ["x"], list(names))
+
+
+def spread(graph: Graph) -> Placement:
+    """A team for each body, where there are as many cores."""
+    return Placement(tuple((name,) for name in graph.bodies)) if CORES > 1 else Placement.sequential(graph)
+
+
+# Layers
+
+
+class Residual(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = x + super().forward(x)
+        return found
+
+
+class Twice(nn.AvgPool2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def conv(**options: Any) -> nn.Module:
+    return quantize(nn.Conv2d(4, 4, 3, **{"padding": 1, **options}), Ternary())
+
+
+def norm(**options: Any) -> nn.BatchNorm2d:
+    found = nn.BatchNorm2d(4, **options)
+    for name, value in found.state_dict().items():
+        if value.ndim:
+            getattr(found, name).data = torch.rand(4) + (0.5 if name.endswith("r") else 0)
+    return found
+
+
+def hooked(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda module, inputs, result: result + 1)
+    return module
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], bool]] = {  # whether they are native
+    "convolution": (conv, True),
+    "dilation": (lambda: conv(dilation=2, padding=2), True),
+    "stride and groups": (lambda: conv(stride=2, groups=2), True),
+    "norm": (lambda: nn.Sequential(conv(), norm(), nn.ReLU()), True),
+    "norm without weights": (lambda: nn.Sequential(conv(), norm(affine=False)), True),
+    "nested": (lambda: nn.Sequential(nn.Sequential(conv(), nn.Identity()), nn.Sequential(norm(), nn.ReLU())), True),
+    "pooling": (lambda: nn.AvgPool2d(3, 1, 1), True),
+    "pooling without padding": (lambda: nn.AvgPool2d(3, 2, 1, count_include_pad=False), True),
+    "rows": (lambda: nn.Sequential(nn.Flatten(), quantize(nn.Linear(144, 3), Ternary()), nn.ReLU()), True),
+    "reflection": (lambda: conv(padding_mode="reflect"), False),
+    "same": (lambda: conv(padding="same"), False),
+    "norm without running means": (lambda: nn.Sequential(conv(), norm(track_running_stats=False)), False),
+    "norm of its batch": (lambda: nn.Sequential(nn.Conv2d(4, 4, 1), norm(track_running_stats=False)), False),
+    "another divisor": (lambda: nn.AvgPool2d(2, divisor_override=1), False),
+    "ceiling": (lambda: nn.AvgPool2d(4, ceil_mode=True), False),
+    "subclass": (lambda: Twice(2), False),
+    "residual": (lambda: Residual(conv(), nn.ReLU()), False),
+    "residual of floats": (lambda: Residual(nn.Conv2d(4, 4, 1), norm()), False),
+    "last dimension": (lambda: quantize(nn.Linear(6, 3), Ternary()), False),
+    "flat at the end": (lambda: nn.Sequential(nn.AvgPool2d(2), nn.Flatten()), False),
+    "flat from elsewhere": (lambda: nn.Sequential(nn.Flatten(2), quantize(nn.Linear(36, 3), Ternary())), False),
+    "weight norm": (lambda: weight_norm(nn.Conv2d(4, 4, 9, padding=4)), False),
+    "weight norm and norm": (lambda: nn.Sequential(weight_norm(nn.Conv2d(4, 4, 9, padding=4)), norm()), False),
+    "hook": (lambda: hooked(conv()), False),
+    "hook within": (lambda: nn.Sequential(conv(), hooked(nn.ReLU())), False),
+    "hook before a norm": (lambda: nn.Sequential(hooked(nn.Conv2d(4, 4, 1)), norm()), False),
+    "hook of all": (lambda: hooked(nn.Sequential(conv(), nn.ReLU())), False),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_native_layers_do_what_torch_does(name: str) -> None:
+    torch.manual_seed(0)
+    make, is_native = LAYERS[name]
+    module, x = make().eval(), torch.randn(2, 4, 6, 6)
+    net = Network([(Part("stem", ("x",), (("y", 0),)), module)], (2, 4, 6, 6)).eval()
+    graph = net.to_graph(native=True)
+    assert isinstance(graph.bodies["stem"].run, Chain) == is_native
+    np.testing.assert_allclose(graph(x)[0], net(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("change", [lambda gate: hooked(gate), lambda gate: hooked(gate.conv), lambda gate: gate])
+def test_gates_with_hooks_are_left_alone(change: Callable[[Any], Any]) -> None:
+    torch.manual_seed(0)
+    gate = Concatenate(4)
+    gate.norm = norm()
+    change(gate)
+    net = Network([(Part("a", ("x", "x"), (("y", 0),)), BranchBody([gate], []))], (2, 4, 6, 6)).eval()
+    x, graph = torch.randn(2, 4, 6, 6), net.to_graph(native=True)
+    assert isinstance(graph.bodies["a"].run, Chain) == (not gate._forward_hooks and not gate.conv._forward_hooks)
+    np.testing.assert_allclose(graph(x)[0], net(x).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_networks_with_unknown_layers_are_placed() -> None:
+    parts: list[tuple[Part, nn.Module]] = [(Part("a", ("x",), (("y", 0),)), weight_norm(nn.Conv2d(4, 4, 9, padding=4)))]
+    table = LatencyTable(describe_machine(), {"a": {"solo/1": 1e-5}})
+    assert place(Network(parts, (1, 4, 6, 6)), table).teams == (("a",),)

@@ -154,3 +154,59 @@ def test_networks_with_unknown_layers_are_placed() -> None:
     parts: list[tuple[Part, nn.Module]] = [(Part("a", ("x",), (("y", 0),)), weight_norm(nn.Conv2d(4, 4, 9, padding=4)))]
     table = LatencyTable(describe_machine(), {"a": {"solo/1": 1e-5}})
     assert place(Network(parts, (1, 4, 6, 6)), table).teams == (("a",),)
+
+
+# Modes of one thread
+
+
+def square(x: Tensor) -> Tensor:
+    return (x * x).sum()
+
+
+def cube(x: Tensor) -> Tensor:
+    return (x * x * x).sum()
+
+
+def run_both(x: Tensor) -> Tensor:
+    first, second = ops.run_branches([square, cube], x)
+    return first + second  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # of torch.func.jvp
+def test_transforms_of_branches() -> None:
+    x = torch.tensor([1.0, 2.0, 3.0])
+    wanted = 2 * x + 3 * x * x
+    assert torch.equal(torch.func.grad(run_both)(x), wanted)
+    value, tangent = torch.func.jvp(run_both, (x,), (torch.ones(3),))
+    assert value == run_both(x) and tangent == wanted.sum()
+    assert torch.equal(torch.func.vmap(run_both)(torch.stack([x, 2 * x])), torch.stack([run_both(x), run_both(2 * x)]))
+    assert torch.equal(torch.func.hessian(run_both)(x), torch.diag(2 + 6 * x))
+
+
+def test_modes_and_hooks_see_all_branches() -> None:
+    x = torch.ones(4, 4, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        ops.run_branches([lambda: x @ x] * 3)
+    assert counter.get_total_flops() == 3 * 2 * 4**3
+    packed: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> int:
+        packed.append(tensor)
+        return len(packed)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda index: packed[index - 1]):
+        ops.run_branches([lambda: x.sin()] * 3)
+    assert len(packed) == 3
+    with FlopCounterMode(display=False), pytest.raises(RuntimeError, match="timeout: expected None where torch has"):
+        ops.run_branches([abs, abs], -1.0, timeout=60)
+
+
+def test_errors_of_a_generator_are_its_own() -> None:
+    def generate() -> Iterator[Any]:
+        yield abs
+        raise TypeError("of the generator")
+
+    with pytest.raises(TypeError, match="of the generator"):
+        ops.run_branches(generate(), 1)
+    with pytest.raises(TypeError, match="branches: expected a sequence of callables, got int"):
+        ops.run_branches(3, 1)  # type: ignore[arg-type]

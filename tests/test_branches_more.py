@@ -210,3 +210,57 @@ def test_errors_of_a_generator_are_its_own() -> None:
         ops.run_branches(generate(), 1)
     with pytest.raises(TypeError, match="branches: expected a sequence of callables, got int"):
         ops.run_branches(3, 1)  # type: ignore[arg-type]
+
+
+# Copies of a stem
+
+
+def make_diamond(stem: str = "s", other: str = "a") -> Graph:
+    """x + 1 in `other`, its double in the stem, which b and c read."""
+    values = {name: Value((1, 4)) for name in ("x", "p", "q", "y", "z")}
+    bodies = [
+        Body(other, lambda x: x + 1, (Slice("x"),), (Slice("p"),), "numpy"),
+        Body(stem, lambda p: 2 * p, (Slice("p"),), (Slice("q"),), "numpy", may_recompute=True),
+        Body("b", lambda q: q + 3, (Slice("q"),), (Slice("y"),), "numpy"),
+        Body("c", lambda q: q + 4, (Slice("q"),), (Slice("z"),), "numpy"),
+    ]
+    return Graph(values, bodies, ["x"], ["y", "z"])
+
+
+@pytest.mark.parametrize("teams", [(("a", "s", "b"), ("c",)), (("c",), ("a", "s", "b")), (("s", "b"), ("a", "c"))])
+def test_copies_come_behind_what_they_read(teams: tuple[tuple[str, ...], ...]) -> None:
+    graph, given = make_diamond(), Placement(teams)
+    table = LatencyTable({}, {name: {"solo/1": 1e-6} for name in (*graph.bodies, "s.0", "s.1")}, sync=1.0)
+    for choice, entries in (("always", None), ("auto", table), ("always", table)):
+        changed, moved = recompute_bodies(graph, given, choice, entries)
+        moved.check(changed)
+        assert set(changed.bodies) == {"a", "s.0", "s.1", "b", "c"}
+        for team, names in enumerate(moved.teams):
+            assert f"s.{team}" in names
+        assert changed(np.ones((1, 4), np.float32))[1].tolist() == [[8] * 4]
+
+
+def test_copies_take_names_that_are_free() -> None:
+    graph = make_diamond("s", "s.0")
+    changed, moved = recompute_bodies(graph, Placement((("s.0", "s", "b"), ("c",))), "always")
+    assert moved.teams == (("s.0", "s.0'", "b"), ("s.1", "c"))
+    assert changed(np.ones((1, 4), np.float32))[0].tolist() == [[7] * 4]
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[None]:
+    if not dist.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_processes_take_inputs_of_any_strides(group: None) -> None:
+    graph = make_graph(np.copy)
+    executor = Executor(graph, Placement.sequential(graph), "distributed")
+    x = np.arange(4, dtype=np.float32).reshape(1, 4)
+    constant = x.copy()
+    constant.flags.writeable = False
+    for given in (x[:, ::-1], constant, x):
+        np.testing.assert_array_equal(executor(given)[0], given)

@@ -264,3 +264,103 @@ def test_processes_take_inputs_of_any_strides(group: None) -> None:
     constant.flags.writeable = False
     for given in (x[:, ::-1], constant, x):
         np.testing.assert_array_equal(executor(given)[0], given)
+
+
+# Threads, exits and forks
+
+
+@both
+def test_a_body_that_reaches_its_own_executor(timeout: float | None) -> None:
+    x, one = np.ones((1, 4), np.float32), None if timeout is None else 60.0
+
+    def call(x: Any) -> Any:
+        return executor(x)[0]
+
+    graph = make_graph(call)
+    ways: list[Callable[[Any], Any]] = [call, lambda x: ops.run_branches([np.copy, call], x, timeout=one)[1]]
+    between = Executor(graph, spread(graph), timeout=60)
+    ways.append(lambda x: between(x)[1])
+    for way in ways:
+        graph = make_graph(way)
+        executor = Executor(graph, spread(graph), timeout=timeout)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="expected a body that does not call the executor that runs it"):
+                executor(x)
+    executor = Executor(make_graph(np.copy), spread(graph))
+    assert between(x)[0].tolist() == [[1] * 4]
+
+
+def run_script(script: str) -> str:
+    """Run lines of Python in a process of its own, and return what they print."""
+    lines = "import os, sys, threading, time\nimport numpy as np\nfrom pycodesign import ops\n"
+    lines += "from pycodesign.branches import Body, Executor, Graph, Placement, Slice, Value\n"
+    lines += "x = np.ones((1, 4), np.float32)\nbegun = threading.Event()\n"
+    lines += "def make(run):\n    values = {name: Value((1, 4)) for name in 'xab'}\n"
+    lines += "    bodies = [Body(name, run, (Slice('x'),), (Slice(name),), 'numpy') for name in 'ab']\n"
+    lines += (
+        f"    return Executor(Graph(values, bodies, ['x'], ['a', 'b']), Placement({spread(make_graph(abs)).teams!r}))\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", lines + script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("call", ["make(wait)(x)", "ops.run_branches([wait] * 2, x)", "make(count)(x)"])
+def test_python_exits_while_a_daemon_is_in_a_body(call: str) -> None:
+    script = "class Last:\n    def __del__(self, sleep=time.sleep):\n        sleep(1)\n"  # in the end of Python
+    script += "last = Last()\ndef wait(x):\n    begun.set()\n    time.sleep(0.3)\n    return x\n"
+    script += "def count(x):\n    begun.set()\n    while True:\n        pass\n"
+    script += f"threading.Thread(target=lambda: {call}, daemon=True).start()\nbegun.wait()\nprint('end')\n"
+    assert run_script(script) == "end\n"
+
+
+def test_forks_while_another_thread_is_in_an_executor() -> None:
+    script = "def wait(x):\n    begun.set()\n    time.sleep(0 if forked else 1)\n    return x + 1\n"
+    script += "forked, run = False, make(wait)\nthread = threading.Thread(target=run, args=(x,))\nthread.start()\n"
+    script += "begun.wait()\nchild = os.fork()\nif child == 0:\n    forked = True\n"
+    script += "    os._exit(7 if [y.tolist() for y in run(x) + run(x)] == [[[2] * 4]] * 4 else 8)\n"
+    script += "end = time.monotonic() + 60\n"
+    script += (
+        "while not (found := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < end:\n    time.sleep(0.01)\n"
+    )
+    script += "if not found[0]:\n    os.kill(child, 9)\nprint(os.waitstatus_to_exitcode(found[1]), run(x)[0])\n"
+    assert run_script(script) == "7 [[2. 2. 2. 2.]]\n"
+
+
+def test_timed_branches_within_branches_take_no_more_threads() -> None:
+    lock, threads = threading.Lock(), set[int]()
+
+    def note(x: Any) -> None:
+        with lock:
+            threads.add(threading.get_ident())
+        time.sleep(0.01)
+
+    ops.run_branches([lambda x: ops.run_branches([note] * 4, x)] * CORES, 1, timeout=60)
+    assert len(threads) <= CORES
+
+
+# Packed layers as bodies
+
+
+@pytest.mark.parametrize("options", [{}, {"backend": "threads", "timeout": 60}, {"backend": "distributed"}])
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 5), (1, 2, 1, 5), (2, 5, 4, 4)])
+def test_packed_layers_are_bodies(shape: tuple[int, ...], options: dict[str, Any], group: None) -> None:
+    rng = np.random.default_rng(0)
+    kernel = (3, 3) if shape[1:] == (5, 4, 4) else ()
+    weights = to_levels.ternary(rng.standard_normal((6, 5, *kernel), dtype=np.float32))
+    layer = ops.prepack_conv2d(weights, padding=1) if kernel else ops.prepack_linear(weights)
+    x = rng.standard_normal(shape, dtype=np.float32)
+    wanted = ops.conv2d(x, layer) if kernel else ops.linear(x, layer)
+    values = {"x": Value(shape), "a": Value(wanted.shape)}
+    graph = Graph(values, [Body("a", layer, (Slice("x"),), (Slice("a"),), "torch")], ["x"], ["a"])
+    assert graph.bodies["a"].arrays == "numpy"
+    executor = Executor(graph, Placement.sequential(graph), **options)
+    for found in (graph(x), executor(x), [layer(x)]):
+        np.testing.assert_array_equal(found[0], wanted, strict=True)
+
+
+def test_packed_layers_take_one_input() -> None:
+    layer, x = ops.prepack_linear(to_levels.ternary(np.eye(4, dtype=np.float32))), np.ones((1, 4), np.float32)
+    for timeout in (None, 60):
+        with pytest.raises(TypeError, match="inputs: expected 1 arrays, got 2"):
+            ops.run_branches([layer, layer], x, x, timeout=timeout)

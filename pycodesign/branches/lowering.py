@@ -148,7 +148,7 @@ def _make_repetition(channels: int, times: int) -> QuantizedTensor:
     return QuantizedTensor(codes, np.array([0, 1], np.float32), np.ones(times * channels, np.float32))
 
 
-def _add_concatenation(chain: Chain, gate: Concatenate, x: chains.Value, other: chains.Value) -> chains.Value:
+def _add_concatenation(chain: Chain, gate: Any, x: chains.Value, other: chains.Value) -> chains.Value:
     """Add a 1x1 convolution of two values' channels as two, the second of which adds the first."""
     if (find_class(gate.conv), find_class(gate.norm)) != (nn.Conv2d, nn.BatchNorm2d):
         raise CannotChain(f"gate: expected a convolution and a norm without hooks, got {gate}")
@@ -204,22 +204,24 @@ def _fold(module: nn.Module) -> nn.Module:
         return module
     for name, child in module.named_children():
         setattr(module, name, _fold(child))
-    if isinstance(module, Concatenate) and _can_fuse(module.conv, module.norm):
-        module.conv = nn.utils.fusion.fuse_conv_bn_eval(module.conv, module.norm)
-        module.norm = nn.Identity()
+    if isinstance(module, Concatenate) and (fused := _fuse(module.conv, module.norm)):
+        module.conv, module.norm = fused, nn.Identity()
     if not isinstance(module, nn.Sequential):
         return module
     layers: list[Any] = []
     for layer in module:
-        if layers and _can_fuse(layers[-1], layer):
-            layers[-1] = nn.utils.fusion.fuse_conv_bn_eval(layers[-1], layer)
+        if layers and (fused := _fuse(layers[-1], layer)):
+            layers[-1] = fused
         else:
             layers.append(layer)
     return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
 
 
-def _can_fuse(conv: nn.Module, norm: Any) -> bool:
-    return (find_class(conv), find_class(norm)) == (nn.Conv2d, nn.BatchNorm2d) and norm.running_mean is not None
+def _fuse(conv: Any, norm: Any) -> nn.Module | None:
+    """Return a convolution and the norm behind it as one, if that is what they are."""
+    if (find_class(conv), find_class(norm)) != (nn.Conv2d, nn.BatchNorm2d) or norm.running_mean is None:
+        return None
+    return nn.utils.fusion.fuse_conv_bn_eval(conv, norm)
 
 
 def make_plain(layer: nn.Module, weight: Any) -> nn.Module:

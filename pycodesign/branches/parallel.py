@@ -180,7 +180,7 @@ class _Store:
 
 def has_local_modes() -> bool:
     """Return whether torch has transforms, modes or hooks that other threads neither see nor can take over."""
-    torch = sys.modules.get("torch")
+    torch: Any = sys.modules.get("torch")
     if not hasattr(torch, "is_autocast_enabled"):  # still being imported
         return False
     c: Any = sys.modules["torch._C"]

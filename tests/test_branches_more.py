@@ -364,3 +364,97 @@ def test_packed_layers_take_one_input() -> None:
     for timeout in (None, 60):
         with pytest.raises(TypeError, match="inputs: expected 1 arrays, got 2"):
             ops.run_branches([layer, layer], x, x, timeout=timeout)
+
+
+# Names and tables
+
+
+@pytest.mark.parametrize("name", ["a.b", "a_b", "keys", "training", ""])
+def test_parts_do_not_share_a_module(name: str) -> None:
+    parts = [(Part(n, ("x",), ((n, 0),)), nn.ReLU()) for n in ("a_b", name)]
+    with pytest.raises(ValueError, match=f"parts: expected names that differ in more than '.' and '_', .*{name!r}"):
+        Network(parts, (1, 4))
+
+
+SPACE = Space(branches=2, segments=1, layers=1, width=4, size=8, operators=("conv1x1:ternary", "skip"), gates=("none",))
+
+
+def make_table(space: Space, **options: Any) -> LatencyTable:
+    """A microsecond for everything that networks of a space may do."""
+    architecture = space.sample()
+    keys = {key for body in space.build(architecture).to_graph().bodies.values() for key in body.costs}
+    for operator in space.operators:
+        for segment in range(space.segments):
+            for native in (True, False):
+                keys |= {space.layer_key(operator, segment, 0, native=native), space.means_key(segment, native=native)}
+    return LatencyTable(describe_machine(), {key: {"solo/1": 1e-6} for key in (*keys, "body")}, **options)
+
+
+def test_tables_of_a_space_hold_for_its_size() -> None:
+    net, table = SPACE.build(SPACE.sample()), make_table(SPACE)
+    assert predict(net.to_graph(), Placement.sequential(net.to_graph()), table) > 0
+    for shape in ((64, 1, 8, 8), (1, 1, 32, 32)):
+        graph = net.to_graph(shape)
+        assert isinstance(graph.bodies["branch.0.0"].run, Chain)
+        with pytest.raises(ValueError, match="table: expected an entry for 'stem'"):
+            predict(graph, Placement.sequential(graph), table)
+
+
+def test_tables_of_a_graph_hold_for_its_bodies() -> None:
+    graph = SPACE.build(SPACE.sample()).to_graph()
+    table = profile(graph, 1, rounds=1)
+    assert place(graph, table, 1).latency == pytest.approx(sum(table.cost(name) for name in graph.bodies), abs=1e-3)
+    assert profile(Graph({}, [], [], []), 1, rounds=1).cost("body") >= 0
+
+
+def test_teams_of_other_widths_are_slowed_by_their_own_share() -> None:
+    graph = make_graph(np.copy)
+    row = {"solo/1": 1e-3, "together/1": 2e-3, "solo/2": 6e-4, "together/2": 6e-4}
+    table = LatencyTable(describe_machine(), {"a": row, "b": row})
+    for teams, threads in ((("a",), ("b",)), (1, 2)), ((("b",), ("a",)), (2, 1)):
+        assert predict(graph, Placement(teams, threads), table) == pytest.approx(6e-4 + (1e-3 - 3e-4))
+
+
+def test_the_bound_has_the_cost_of_a_run() -> None:
+    graph = make_graph(np.copy)
+    table = LatencyTable(describe_machine(), {name: {"solo/1": 1e-3} for name in "ab"}, {"solo/1": 1e-4})
+    for workers in (1, 2):
+        found = place(graph, table, workers)
+        assert found.bound == found.latency == pytest.approx(2e-3 / workers + 1e-4)
+
+
+def test_recomputed_stems_wait_for_nobody() -> None:
+    seconds = {}
+    for stem in ("shared", "recomputed"):
+        space = Space(**{**vars(SPACE), "stem": stem})
+        model = LatencyModel(space, make_table(space, sync=1e-3), 2)
+        seconds[stem] = model.seconds(space.sample())
+        graph = space.build(space.sample()).to_graph()
+        teams = [[name for name, body in graph.bodies.items() if max(body.branch, 0) == branch] for branch in (0, 1)]
+        assert seconds[stem] == pytest.approx(
+            predict(graph, Placement(tuple(map(tuple, teams))), model.table), abs=1e-5
+        )
+        other = Architecture(space.sample().operators, (), "recomputed" if stem == "shared" else "shared")
+        with pytest.raises(ValueError, match=f"architecture: expected a {stem} stem, got '{other.stem}'"):
+            space.check(other)
+    assert seconds["shared"] - seconds["recomputed"] == pytest.approx(1e-3, abs=1e-5)
+
+
+def test_tables_keep_numbers_of_python(tmp_path: Path) -> None:
+    row = MappingProxyType({"solo/1": np.float32(0.5)})
+    table = LatencyTable(
+        MappingProxyType(describe_machine()), MappingProxyType({"a": row}), sync=np.float64(1), teams=np.int64(2)
+    )  # type: ignore[arg-type]
+    table.save(tmp_path / "table.json")
+    assert LatencyTable.load(tmp_path / "table.json") == table and table.entries == {"a": {"solo/1": 0.5}}
+
+
+@pytest.mark.parametrize("dtype", [np.dtype("float32"), np.float32])
+def test_dtypes_of_numpy(dtype: Any, group: None) -> None:
+    values = {name: Value((1, 4), dtype) for name in "xa"}
+    graph = Graph(values, [Body("a", np.copy, (Slice("x"),), (Slice("a"),), "numpy")], ["x"], ["a"])
+    for backend in ("threads", "distributed"):
+        assert Executor(graph, Placement.sequential(graph), backend)(np.ones((1, 4), np.float32))[0].sum() == 4
+    assert profile(graph, 1, rounds=1).cost("a") >= 0
+    with pytest.raises(TypeError, match="dtype: expected 'float32', 'uint8', 'int8' or 'int32', got dtype"):
+        Value((1, 4), torch.float32)  # type: ignore[arg-type]

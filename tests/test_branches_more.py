@@ -458,3 +458,90 @@ def test_dtypes_of_numpy(dtype: Any, group: None) -> None:
     assert profile(graph, 1, rounds=1).cost("a") >= 0
     with pytest.raises(TypeError, match="dtype: expected 'float32', 'uint8', 'int8' or 'int32', got dtype"):
         Value((1, 4), torch.float32)  # type: ignore[arg-type]
+
+
+# Searches
+
+
+def test_supernets_have_their_gates_in_order() -> None:
+    space = Space(branches=2, segments=2, layers=1, width=4, size=8, gates=("pooled", "add", "none", "concatenate"))
+    gates = [name.split("_")[-1] for name in Supernet(space).gates]
+    assert gates == ["pooled", "add", "concatenate"] * 2
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_searches_in_any_mode(mode: Any) -> None:
+    with mode():
+        data = torch.rand(20, 1, 8, 8, requires_grad=mode is torch.enable_grad), torch.arange(20) % 4
+        space = Space(**{**vars(SPACE), "classes": 4})
+        options: dict[str, Any] = {"target_ms": 1e3, "steps": 4, "train_steps": 2, "finalists": 1, "batch": 4}
+        net = search(space, make_table(space), data, **options)
+    assert net.found is not None and all(p.requires_grad for p in net.parameters())
+
+
+def test_images_are_finite() -> None:
+    images = torch.rand(20, 1, 8, 8)
+    images[3, 0, 2, 2] = torch.nan
+    with pytest.raises(ValueError, match="data: expected finite images, got nan"):
+        to_data((images, torch.arange(20) % 4), (1, 8, 8), 4)
+
+
+# Messages
+
+GRAPH = make_graph(np.copy)
+TABLE = LatencyTable(describe_machine(), {"a": {"solo/1": 1e-3}, "b": {"solo/1": 1e-3}})
+SEQUENTIAL = Placement.sequential(GRAPH)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: place(GRAPH, TABLE, 2.5), "workers: expected an integer, got float"),
+        (lambda: place(GRAPH, TABLE, None), "workers: expected an integer, got NoneType"),
+        (lambda: place(GRAPH, TABLE, measure="x"), "measure: expected a bool or a function, got str"),
+        (lambda: place(GRAPH, TABLE, measure=lambda *_: None), "measure: expected a number, got NoneType"),
+        (lambda: place(GRAPH, TABLE, measure=lambda *_: np.nan), "measure: expected a function .*, got nan"),
+        (lambda: profile(SPACE, threads=1), "threads: expected a sequence of integers, got int"),
+        (lambda: profile(SPACE, calibration=1.5), "calibration: expected an integer, got float"),
+        (lambda: Executor(GRAPH, SEQUENTIAL, widths=3), "widths: expected threads by names of bodies, got int"),
+        (lambda: Executor(GRAPH, SEQUENTIAL, widths=["a"]), "widths: expected threads by names of bodies, got list"),
+        (lambda: Executor(GRAPH, SEQUENTIAL, ["threads"]), r"backend: expected .*, got \['threads'\]"),
+        (
+            lambda: Executor(GRAPH, SEQUENTIAL, "distributed", spin=0),
+            "options: expected group, .*'distributed', got 's",
+        ),
+        (lambda: Executor(GRAPH, SEQUENTIAL, table=TABLE), "options: expected spin, pin, widths or timeout .*'table'"),
+        (lambda: Placement(3), "teams: expected names of bodies for each team, got int"),
+        (lambda: Placement(("a", "b")), "teams: expected names of bodies for each team, got str"),
+        (lambda: Graph({"x": 3}, [], [], []), "values: expected a Value, got int as 'x'"),
+        (lambda: Graph(3, [], [], []), "values: expected a mapping of str to Value, got int"),
+        (lambda: Body("a", np.copy, Slice("x"), ()), "inputs: expected a tuple of Slice, got Slice"),
+        (lambda: Body("a", 3, (), ()), "run: expected a callable, a chain or a packed layer, got int"),
+        (lambda: Space(operators=3), "operators: expected a tuple of str, got int"),
+        (lambda: Space(gates="none"), "gates: expected a tuple of str, got str"),
+        (lambda: search(SPACE, TABLE, (), target_ms=1.0, seed="a"), "seed: expected an integer, got str"),
+        (lambda: Architecture.from_json(None), "text: expected a str, got NoneType"),
+        (lambda: build_parnet(streams=0), "streams: expected an integer >= 1, got 0"),
+        (lambda: build_inception(width=0), "width: expected an integer >= 1, got 0"),
+    ],
+)
+def test_what_was_expected_and_what_came(make: Callable[[], Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        make()
+
+
+def test_workers_of_numpy() -> None:
+    assert place(GRAPH, TABLE, np.int64(2)).threads == place(GRAPH, TABLE, np.array([1, 1])).threads == (1, 1)  # type: ignore[arg-type]
+
+
+def test_bodies_without_outputs() -> None:
+    seen: list[Any] = []
+    body = Body("a", lambda x: seen.append(x.sum()) or (), (Slice("x"),), (), "numpy")
+    graph = Graph({"x": Value((1, 4))}, [body], ["x"], ["x"])
+    Executor(graph, Placement.sequential(graph))(np.ones((1, 4), np.float32))
+    assert seen == [4]
+
+
+def test_the_package_is_a_command() -> None:
+    done = subprocess.run([sys.executable, "-P", "-m", "pycodesign", "--version"], capture_output=True, text=True)
+    assert re.match("pycodesign, version ", done.stdout), done.stderr

@@ -221,7 +221,8 @@ def _fuse(conv: Any, norm: Any) -> nn.Module | None:
     """Return a convolution and the norm behind it as one, if that is what they are."""
     if (find_class(conv), find_class(norm)) != (nn.Conv2d, nn.BatchNorm2d) or norm.running_mean is None:
         return None
-    return nn.utils.fusion.fuse_conv_bn_eval(conv, norm)
+    fused: nn.Module = nn.utils.fusion.fuse_conv_bn_eval(conv, norm)
+    return fused
 
 
 def make_plain(layer: nn.Module, weight: Any) -> nn.Module:

@@ -267,9 +267,9 @@ class Packed:
                 temporary.unlink()
 
     def to_chain(self) -> Any:
-        """Return the layer, without an epilogue, as a `repetition.chain.Chain`; one to be tuned, as a function."""
+        """Return the layer, without an epilogue, as a `repetition.chain.Chain`; one to be tuned, as it is."""
         if self._tune_lock is not None:
-            return self.to_function()
+            return self
         if self._chain is None:
             from pycodesign.repetition.chain import Chain
 
@@ -279,9 +279,11 @@ class Packed:
             self._chain = chain
         return self._chain
 
-    def to_function(self) -> Callable[[Array], Array]:
-        """Return the layer, without an epilogue, as `conv2d` or `linear` of it."""
-        return functools.partial(conv2d if self.kind == "conv2d" else linear, packed=self)
+    def __call__(self, *inputs: Array) -> Array:
+        """Run the layer, without an epilogue: `conv2d` or `linear` of it."""
+        if len(inputs) != 1:
+            raise TypeError(f"inputs: expected 1 arrays, got {len(inputs)}")
+        return (conv2d if self.kind == "conv2d" else linear)(*inputs, self)
 
     def _run(self, x: NDArray[Any], call: Callable[[Native], Array]) -> Array:
         """Run, after choosing by time on the first call with something to time where tuning was asked for."""

@@ -61,7 +61,7 @@ def test_the_simulator_by_hand():
     )
     assert simulate(problem, [[0, 1, 2, 3], []]) == 7
     assert simulate(problem, [[0, 1, 3], [2]]) == 6
-    slow = Problem(problem.names, problem.costs, problem.before, (1, 1.5, 2, 1))
+    slow = Problem(problem.names, problem.costs, problem.before, ((1, 1), (1.5, 1.5), (2, 2), (1, 1)))
     # From 2 to 2.5 b is alone; both run then, b at 1 / 1.5 and c at 1 / 2, until c is done at 4.5.
     assert simulate(slow, [[0, 1, 3], [2]]) == pytest.approx(2.5 + 2 + (3 - 0.5 - 2 / 1.5) + 1)
     assert simulate(slow, [[0, 1, 2, 3], []]) == 7

@@ -2,8 +2,10 @@
 // what came.
 #pragma once
 
+#include <cxxabi.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -19,6 +21,21 @@ namespace pycodesign::bindings {
 
 namespace py = pybind11;
 
+// Calls what waits for Python's lock. A thread that does so while Python exits is ended there, its stack unwound: past
+// destructors that need the lock, and up to functions that do not throw, where it would abort the process. It sleeps
+// instead until the process ends.
+template <class F> void sleep_at_exit(F&& call) {
+#ifdef __GLIBCXX__
+  try {
+    call();
+  } catch (abi::__forced_unwind&) {
+    for (;;) pause();
+  }
+#else
+  call();
+#endif
+}
+
 // Not gil_scoped_release: its destructor ends the process when Python exits while a daemon thread computes.
 template <class F> void without_gil(F&& compute) {
   PyThreadState* state = PyEval_SaveThread();
@@ -28,7 +45,7 @@ template <class F> void without_gil(F&& compute) {
   } catch (...) {
     error = std::current_exception();
   }
-  PyEval_RestoreThread(state);
+  sleep_at_exit([&] { PyEval_RestoreThread(state); });
   if (error) std::rethrow_exception(error);
 }
 

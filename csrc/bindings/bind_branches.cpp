@@ -38,8 +38,10 @@ class InPython {
         core::relax_cpu();
     }
     // A thread of a team keeps the state that it gets.
-    if (PyThreadState* state = PyGILState_GetThisThreadState()) PyEval_RestoreThread(state);
-    else PyGILState_Ensure();
+    sleep_at_exit([] {
+      if (PyThreadState* state = PyGILState_GetThisThreadState()) PyEval_RestoreThread(state);
+      else PyGILState_Ensure();
+    });
   }
   ~InPython() {
     PyEval_SaveThread();
@@ -118,7 +120,7 @@ class Runner {
       if (body.chain) return body.chain->chain.run();
       if (body.object.is_none()) return;
       const InPython in(inside);
-      Py_DECREF(call(body, nullptr));
+      sleep_at_exit([&] { Py_DECREF(call(body, nullptr)); });
     };
     without_gil([&] { plan_.run(run_body, options); });
   }
@@ -179,8 +181,10 @@ class Parallel {
     if (body.chain) return body.chain->chain.run();
     if (body.object.is_none()) return;
     const InPython in(inside_);
-    const OneTorchThread one;
-    results_[i] = py::reinterpret_steal<py::object>(call(body, arguments_));
+    sleep_at_exit([&] {
+      const OneTorchThread one;
+      results_[i] = py::reinterpret_steal<py::object>(call(body, arguments_));
+    });
   }
 
   std::vector<Body> bodies_;

@@ -371,6 +371,8 @@ void parallel_for(int64_t chunks, ChunkBody body, void* context, int max_threads
 }
 
 bool run_members(int members, MemberBody body, void* context, Nanoseconds spin) {
+  if (current_crew) members = std::min(members, current_crew->threads);
+  if (members < 2) return false;
   Meeting meeting(members, body, context, spin);
   return run_on_team(meeting, members);
 }

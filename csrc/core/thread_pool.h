@@ -41,7 +41,8 @@ inline constexpr Nanoseconds wakeup{8'000};
 // the same number, below `members`, in every call. Nobody waits for a thread that is slow to come, so a member may not
 // be called at all: the others must be able to do its work. Whoever waits for another spins for `spin`, then parks.
 //
-// False, and nobody is called, inside another parallel region and while another thread uses the team.
+// Where the calling thread has a crew, of no more members than the crew has threads. False, and nobody is called, where
+// that leaves the caller alone, inside another parallel region, and while another thread uses the team.
 bool run_members(int members, MemberBody body, void* context, Nanoseconds spin = default_spin);
 
 // A parallel loop in which other threads may take part.

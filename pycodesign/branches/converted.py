@@ -1,4 +1,4 @@
-"""Bodies that run without Python: chains, and torch modules that do no more than one."""
+"""Bodies that run without Python: chains, packed layers, and torch modules that do no more than one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from pycodesign.branches.graph import Body, Graph, Slice
 
-__all__ = ["Found", "find_chain"]
+__all__ = ["Found", "find_chain", "is_hooked"]
 
 EPILOGUE = ("clamp", "out_dtype", "out_scale", "out_zero_point")
 
@@ -25,10 +25,16 @@ def find_chain(graph: Graph, body: Body) -> Found | None:
     shapes = [_shape(graph, piece) for piece in body.inputs]
     if any(len(shape) not in (2, 4) for shape in shapes):
         return None
+    from pycodesign.ops import Packed
     from pycodesign.repetition.chain import Chain
 
     if isinstance(body.run, Chain):
         return Found(body.run, shapes)
+    if isinstance(body.run, Packed):
+        if len(shapes) != 1 or (body.run.kind == "linear" and len(shapes[0]) != 2):
+            return None
+        chain = body.run.to_chain()
+        return Found(chain, shapes) if isinstance(chain, Chain) else None
     if body.arrays != "torch" or "pycodesign.nn" not in sys.modules:  # nothing was converted
         return None
     chain = _find_in_module(body.run, shapes)
@@ -46,9 +52,9 @@ def _find_in_module(module: Any, shapes: list[tuple[int, ...]]) -> Any:
     from pycodesign.nn.modules import Conv2d, Linear, Segment
     from pycodesign.nn.program import find_chain as chain_of
 
-    if isinstance(module, fx.GraphModule) and not _is_hooked(module):
+    if isinstance(module, fx.GraphModule) and not is_hooked(module):
         module = _find_only_module(module)
-    if type(module) not in (Segment, Conv2d, Linear) or _is_hooked(module):  # a subclass may do something else
+    if type(module) not in (Segment, Conv2d, Linear) or is_hooked(module):  # a subclass may do something else
         return None
     reads_rows = module.rows if isinstance(module, Segment) else module.kind == "linear"
     if reads_rows and any(len(shape) != 2 for shape in shapes):  # a chain would flatten images
@@ -58,7 +64,7 @@ def _find_in_module(module: Any, shapes: list[tuple[int, ...]]) -> Any:
     return _chain_of_layer(module) if len(shapes) == 1 else None  # others add a residual
 
 
-def _is_hooked(module: Any) -> bool:
+def is_hooked(module: Any) -> bool:
     """Return whether a module does more, or something else, than its class says."""
     from torch.nn.modules import module as of_all
 

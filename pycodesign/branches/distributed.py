@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
 
+import numpy as np
+
 try:
     import torch
     import torch.distributed as dist
@@ -19,7 +21,7 @@ except ImportError as error:
 
 from torch import Tensor
 
-from pycodesign._arguments import to_number
+from pycodesign._arguments import to_number, to_numpy
 from pycodesign.branches.graph import Graph, Placement, Slice, overlap
 from pycodesign.branches.on_device import move_body, run_tensors, view_tensor
 from pycodesign.branches.simulate import predict
@@ -134,19 +136,23 @@ class Runner:
 
     def __call__(self, *inputs: Any) -> list[Any]:
         as_torch = self.graph.check_inputs(inputs)
+        given = [
+            x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.array(to_numpy(name, x)[0]))
+            for name, x in zip(self.graph.inputs, inputs, strict=True)
+        ]
         with self._lock:
             if self._failed is not None:
                 raise RuntimeError(f"run: expected all processes, got an executor that failed before ({self._failed})")
             try:
-                made = self._run(inputs)
+                made = self._run(given)
             except BaseException as error:  # what other processes wait for does not come
                 self._failed = str(error) or type(error).__name__
                 raise
         return made if as_torch else [y.cpu().numpy() for y in made]
 
-    def _run(self, inputs: Sequence[Any]) -> list[Tensor]:
+    def _run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
         for name, x in zip(self.graph.inputs, inputs, strict=True):
-            self.values[name].copy_(torch.as_tensor(x).detach())
+            self.values[name].copy_(x)
         pending: dict[int, Any] = {}
         for message in self.messages:  # all of them now: what comes early finds its place
             if message.target == self.rank:
@@ -330,11 +336,15 @@ def recompute_bodies(
         if choice == "auto" and table is None and not {p.value for p in graph.bodies[name].inputs} <= set(graph.inputs):
             continue
         changed = graph.recompute(name, team_of)
-        rows = []
-        for team, bodies in enumerate(place.teams):
-            rest = [other for other in bodies if other != name]
-            rows.append((f"{name}.{team}", *rest) if team in teams else tuple(rest))
-        moved = Placement(tuple(rows), place.threads, method=place.method)
+        rows: list[list[str]] = []
+        for bodies in place.teams:  # each copy comes in front of the first body that reads it
+            rows.append([])
+            for other in bodies:
+                if other != name:
+                    copies = [body for body in changed.before[other] if body not in graph.bodies]
+                    rows[-1] += [*(copy for copy in copies if copy not in rows[-1]), other]
+        moved = Placement(tuple(map(tuple, rows)), place.threads, method=place.method)
+        moved.check(changed)
         if choice == "always" or table is None or predict(changed, moved, table) <= predict(graph, place, table):
             graph, place = changed, moved
     return graph, place

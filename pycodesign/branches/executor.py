@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
 from pycodesign._arguments import join_names
@@ -68,11 +69,15 @@ class Executor:
     def __init__(self, net: Graph | Any, place: Placement, backend: str = "threads", **options: Any) -> None:
         if not isinstance(place, Placement):
             raise TypeError(f"place: expected a Placement, got {type(place).__name__}")
-        if backend not in BACKENDS:
+        if not isinstance(backend, str) or backend not in BACKENDS:
             raise ValueError(f"backend: expected {join_names(map(repr, BACKENDS))}, got {backend!r}")
         self.graph, self.place, self.backend = to_graph(net), place, backend
         place.check(self.graph)
-        self._run = importlib.import_module(BACKENDS[backend]).Runner(self.graph, place, **options)
+        runner = importlib.import_module(BACKENDS[backend]).Runner
+        known = [p.name for p in inspect.signature(runner).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        if unknown := [name for name in options if name not in known]:
+            raise TypeError(f"options: expected {join_names(known)} for backend {backend!r}, got {unknown[0]!r}")
+        self._run = runner(self.graph, place, **options)
 
     def __call__(self, *inputs: Any) -> list[Any]:
         """Run the network.
@@ -94,6 +99,8 @@ class Executor:
         ------
         TypeError, ValueError
             For inputs that do not fit.
+        RuntimeError
+            For a body that calls the executor which runs it, itself or on a thread that has its context variables.
         TimeoutError
             Naming the bodies that have not returned in time.
         Exception

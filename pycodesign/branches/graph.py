@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from pycodesign._arguments import to_integer, to_numpy
+from pycodesign._arguments import join_names, to_integer, to_numpy
 from pycodesign.branches.timed import hold_torch_threads
 
 __all__ = ["Body", "Graph", "Placement", "Slice", "Value", "to_graph"]
@@ -37,11 +37,12 @@ class Value:
     shape : tuple of int
         (N, C, ...): the batch first, then what a `Slice` cuts.
     dtype : {"float32", "uint8", "int8", "int32"}
+        Or NumPy's object for it.
 
     Raises
     ------
     TypeError
-        For a shape that is no sequence of integers.
+        For a shape that is no sequence of integers, and what is no dtype.
     """
 
     shape: tuple[int, ...]
@@ -51,6 +52,12 @@ class Value:
         if not isinstance(self.shape, Iterable):
             raise TypeError(f"shape: expected (N, C, ...), got {type(self.shape).__name__}")
         object.__setattr__(self, "shape", tuple(_to_size("shape", size) for size in self.shape))
+        if not isinstance(self.dtype, str):
+            try:
+                object.__setattr__(self, "dtype", np.dtype(self.dtype).name)
+            except TypeError:
+                wanted, got = join_names(map(repr, DTYPES)), type(self.dtype).__name__
+                raise TypeError(f"dtype: expected {wanted}, got {got}") from None
 
     @property
     def bytes(self) -> int:
@@ -78,13 +85,14 @@ class Body:
     Parameters
     ----------
     name : str
-    run : callable
-        ``run(*inputs)`` returns an array, or a sequence of one for each output. It keeps nothing that a second call at
-        the same time would disturb, and does not overwrite an input that another body reads, too, or that is an output.
+    run : callable, Chain or Packed
+        ``run(*inputs)`` returns an array, or a sequence of one for each output: ``()`` where there is none. It keeps
+        nothing that a second call at the same time would disturb, and does not overwrite an input that another body
+        reads, too, or that is an output.
     inputs, outputs : tuple of Slice
         What it reads and what it writes.
     arrays : {"torch", "numpy"}
-        What `run` takes and returns; a `Chain` always takes NumPy's.
+        What `run` takes and returns; a `Chain` or a packed layer always takes NumPy's.
     branch, segment : int
         Where it stands in a network of branches; -1: stem or head.
     costs : tuple of str
@@ -106,9 +114,17 @@ class Body:
     def __post_init__(self) -> None:
         if self.arrays not in ("torch", "numpy"):
             raise ValueError(f"arrays: expected 'torch' or 'numpy', got {self.arrays!r}")
-        chains = sys.modules.get("pycodesign.repetition.chain")  # None: nobody has made one
-        if chains is not None and isinstance(self.run, chains.Chain):
-            object.__setattr__(self, "arrays", "numpy")
+        if not callable(self.run):
+            raise TypeError(f"run: expected a callable, a chain or a packed layer, got {type(self.run).__name__}")
+        for name, module in (("Chain", "pycodesign.repetition.chain"), ("Packed", "pycodesign.ops")):
+            native = getattr(sys.modules.get(module), name, None)  # None: nobody has made one
+            if native is not None and isinstance(self.run, native):
+                object.__setattr__(self, "arrays", "numpy")
+        for name in ("inputs", "outputs"):
+            pieces = getattr(self, name)
+            if isinstance(pieces, Slice) or not isinstance(pieces, Iterable):
+                raise TypeError(f"{name}: expected a tuple of Slice, got {type(pieces).__name__}")
+            object.__setattr__(self, name, tuple(pieces))
 
 
 class Graph:
@@ -152,8 +168,12 @@ class Graph:
     def __init__(
         self, values: Mapping[str, Value], bodies: Iterable[Body], inputs: Sequence[str], outputs: Sequence[str]
     ) -> None:
+        if not isinstance(values, Mapping):
+            raise TypeError(f"values: expected a mapping of str to Value, got {type(values).__name__}")
         self.values = dict(values)
         for name, value in self.values.items():
+            if not isinstance(value, Value):
+                raise TypeError(f"values: expected a Value, got {type(value).__name__} as {name!r}")
             if value.dtype not in DTYPES or len(value.shape) < 2 or min(value.shape) < 1:
                 raise ValueError(f"values: expected shapes (N, C, ...) of {', '.join(DTYPES)}, got {value} as {name!r}")
         given: dict[str, Body] = {}
@@ -249,7 +269,8 @@ class Graph:
     def recompute(self, body: str, groups: Mapping[str, int] | None = None) -> Graph:
         """Return the graph in which each branch that reads a body's results has its own copy of it.
 
-        The copies are named ``body.branch``, and have values of their own.
+        The copies are named ``body.branch``, with a ``"'"`` behind that where the name is taken, and have values of
+        their own.
 
         Parameters
         ----------
@@ -272,15 +293,17 @@ class Graph:
         groups = {name: other.branch for name, other in self.bodies.items()} if groups is None else groups
         branches = sorted({groups[name] for name in self.bodies if body in self.before[name]})
 
+        copies = {(value, b): _find_free(f"{value}.{b}", self.values) for value in written for b in branches}
+
         def rename(pieces: tuple[Slice, ...], branch: int) -> tuple[Slice, ...]:
-            return tuple(replace(p, value=f"{p.value}.{branch}") if p.value in written else p for p in pieces)
+            return tuple(replace(p, value=copies.get((p.value, branch), p.value)) for p in pieces)
 
         values = {name: value for name, value in self.values.items() if name not in written}
-        values |= {f"{name}.{branch}": self.values[name] for name in written for branch in branches}
-        bodies = [
-            replace(source, name=f"{body}.{branch}", outputs=rename(source.outputs, branch), branch=branch)
-            for branch in branches
-        ]
+        values |= {copy: self.values[name] for (name, _), copy in copies.items()}
+        bodies = []
+        for branch in branches:
+            name = _find_free(f"{body}.{branch}", self.bodies)
+            bodies.append(replace(source, name=name, outputs=rename(source.outputs, branch), branch=branch))
         for name, other in self.bodies.items():
             if name != body:
                 bodies.append(replace(other, inputs=rename(other.inputs, groups.get(name, -1))))
@@ -350,7 +373,7 @@ class Placement:
     seconds : float
         What that took.
     bound : float, optional
-        Seconds of bodies that no placement stays under, where that is known.
+        Seconds that no placement is predicted to stay under, where that is known.
     """
 
     teams: tuple[tuple[str, ...], ...]
@@ -361,6 +384,9 @@ class Placement:
     bound: float | None = None
 
     def __post_init__(self) -> None:
+        for names in (self.teams, *(self.teams if isinstance(self.teams, Iterable) else ())):
+            if not isinstance(names, Iterable) or isinstance(names, str):
+                raise TypeError(f"teams: expected names of bodies for each team, got {type(names).__name__}")
         object.__setattr__(self, "teams", tuple(tuple(team) for team in self.teams))
         threads = tuple(_to_size("threads", count) for count in self.threads)
         object.__setattr__(self, "threads", threads or (1,) * len(self.teams))
@@ -430,6 +456,12 @@ def _to_size(name: str, value: Any) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name}: expected an integer, got {type(value).__name__}") from None
+
+
+def _find_free(name: str, taken: Mapping[str, Any]) -> str:
+    while name in taken:
+        name += "'"
+    return name
 
 
 def overlap(a: Slice, b: Slice) -> int:

@@ -85,8 +85,7 @@ def make_spec(net: Network) -> Spec:
     last = max(part.segment for part in net.parts)
     branches = 1 + max(part.branch for part in net.parts)
     for part in net.parts:
-        name = f"bodies.{part.name.replace('.', '_')}"
-        module = net.bodies[part.name.replace(".", "_")]
+        name, module = f"bodies.{part.key}", net.bodies[part.key]
         if isinstance(module, BranchBody):
             before = _name_space(max(part.segment - 1, 0))
             for index, gate in enumerate(module.gates):

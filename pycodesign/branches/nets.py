@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from pycodesign._arguments import to_integer
 from pycodesign.branches.network import Network, Part
 
 __all__ = ["build_inception", "build_parnet"]
@@ -38,6 +39,11 @@ def build_parnet(
     seed : int
         Of the weights.
 
+    Raises
+    ------
+    TypeError, ValueError
+        For numbers below 1.
+
     References
     ----------
     Goyal et al., Non-deep Networks, 2021.
@@ -48,6 +54,8 @@ def build_parnet(
     >>> list(build_parnet().to_graph().bodies)
     ['stem', 'stream.0', 'stream.1', 'head']
     """
+    for name, value in (("streams", streams), ("depth", depth), ("width", width)):
+        to_integer(name, value, 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         parts: list[tuple[Part, nn.Module]] = [
@@ -88,6 +96,11 @@ def build_inception(
     channels, classes, size, batch, seed
         As `build_parnet` takes them.
 
+    Raises
+    ------
+    TypeError, ValueError
+        For numbers below 1, and another `width`.
+
     References
     ----------
     Szegedy et al., Rethinking the Inception Architecture for Computer Vision, 2016.
@@ -101,7 +114,8 @@ def build_inception(
     >>> [body.outputs[0].begin for body in graph.bodies.values()]
     [0, 0, 32, 64, 96, 0]
     """
-    if width % 4:
+    to_integer("modules", modules, 1)
+    if to_integer("width", width, 1) % 4:
         raise ValueError(f"width: expected a multiple of 4, got {width}")
     quarter = width // 4
     with torch.random.fork_rng(devices=[]):

@@ -42,6 +42,11 @@ class Part:
     costs: tuple[str, ...] = ()
     may_recompute: bool = False
 
+    @property
+    def key(self) -> str:
+        """The name of its module in `Network.bodies`."""
+        return self.name.replace(".", "_")
+
 
 @dataclass
 class _Concatenation:
@@ -60,7 +65,12 @@ class Network(nn.Module):
     parts : sequence of (Part, torch.nn.Module)
         In an order in which they can run.
     shape : tuple of int
-        (N, C, H, W) of the input that `to_graph` takes by default.
+        (N, C, H, W) of the input that `to_graph` takes by default, for which the parts' costs hold.
+
+    Raises
+    ------
+    ValueError
+        For parts whose names are alike, up to ``"."`` and ``"_"``, or those of attributes of `torch.nn.ModuleDict`.
 
     Attributes
     ----------
@@ -73,7 +83,12 @@ class Network(nn.Module):
         self.parts = [part for part, _ in parts]
         self.shape = shape
         self.found: Any = None
-        self.bodies = nn.ModuleDict({part.name.replace(".", "_"): module for part, module in parts})
+        self.bodies = nn.ModuleDict()
+        for part, module in parts:
+            if hasattr(self.bodies, part.key) or not part.key:
+                wanted = "names that differ in more than '.' and '_', and that ModuleDict has no attribute of"
+                raise ValueError(f"parts: expected {wanted}, got {part.name!r}")
+            self.bodies[part.key] = module
 
     def forward(self, x: Tensor) -> Tensor:
         return self._run(x)["y"].whole()
@@ -81,7 +96,7 @@ class Network(nn.Module):
     def _run(self, x: Tensor) -> dict[str, _Concatenation]:
         values = {"x": _Concatenation({0: x})}
         for part in self.parts:
-            results = self.bodies[part.name.replace(".", "_")](*[values[name].whole() for name in part.reads])
+            results = self.bodies[part.key](*[values[name].whole() for name in part.reads])
             results = (results,) if isinstance(results, Tensor) else results
             for (name, place), result in zip(part.writes, results, strict=True):
                 values.setdefault(name, _Concatenation()).pieces[place] = result
@@ -99,7 +114,7 @@ class Network(nn.Module):
         Parameters
         ----------
         shape : tuple of int, optional
-            (N, C, H, W); by default `shape`.
+            (N, C, H, W); by default `shape`. Bodies for another one are known to a latency table by their own names.
         convert : callable, optional
             Makes of each part's module, in evaluation mode, the one that runs: `pycodesign.nn.convert`, for example.
         native : bool, optional
@@ -122,7 +137,7 @@ class Network(nn.Module):
             values[name] = Value(tuple(whole.shape), str(whole.dtype).removeprefix("torch."))
         bodies = []
         for part in net.parts:
-            module = net.bodies[part.name.replace(".", "_")].requires_grad_(False)
+            module = net.bodies[part.key].requires_grad_(False)
             bodies.append(
                 Body(
                     part.name,
@@ -131,12 +146,12 @@ class Network(nn.Module):
                     tuple(slices[written] for written in part.writes),
                     branch=part.branch,
                     segment=part.segment,
-                    costs=part.costs,
+                    costs=part.costs if shape == tuple(self.shape) else (),
                     may_recompute=part.may_recompute,
                 )
             )
         if native:
             from pycodesign.branches.lowering import lower_body
 
-            bodies = [lower_body(body) for body in bodies]
+            bodies = [lower_body(body, values) for body in bodies]
         return Graph(values, bodies, ["x"], ["y"])

@@ -31,7 +31,9 @@ def run_branches(
     other callable needs Python's lock, and runs in parallel as far as it gives that lock up, as torch and NumPy do in
     their functions. All operations of this package, and of torch where it is loaded, run on one thread within a
     branch. Branches beyond the number of cores begin when others have ended. All run on the caller, one after another,
-    within another branch, and while another thread of this process has the team. An interrupt by the keyboard ends the
+    within another branch, within an `Executor`'s body of one thread, while another thread of this process has the team,
+    and where torch has what no other thread can take over: a transform of `torch.func`, a mode such as
+    ``FlopCounterMode`` or ``FakeTensorMode``, hooks of saved tensors. An interrupt by the keyboard ends the
     caller's own branch, and is raised once the others have returned; with a `timeout` it is raised at once.
 
     Parameters
@@ -56,6 +58,8 @@ def run_branches(
     ------
     TypeError, ValueError
         Naming the argument, what was expected and what came.
+    RuntimeError
+        For a `timeout` where torch has what no other thread can take over.
     TimeoutError
         Naming the branches that have not returned.
     Exception
@@ -76,11 +80,15 @@ def run_branches(
     bodies: list[Any] = []
     bound: list[tuple[int, _Bound]] = []
     try:
-        given = list(branches)
+        given = iter(branches)
     except TypeError:
         raise TypeError(f"branches: expected a sequence of callables, got {type(branches).__name__}") from None
     chain_type, packed_type = _native_types()
-    modes = find_modes()
+    is_alone = has_local_modes()
+    if is_alone and timeout is not None:
+        wanted = "None where torch has transforms, modes or hooks of one thread"
+        raise RuntimeError(f"timeout: expected {wanted}, got {timeout:g}")
+    modes = None if is_alone else find_modes()
     for branch in given:
         body = branch.to_chain() if isinstance(branch, packed_type) else branch
         if timeout is None and isinstance(body, chain_type):
@@ -88,7 +96,7 @@ def run_branches(
             bound.append((len(bodies), (_BoundRows if is_linear else _Bound)(body, inputs)))
             body = bound[-1][1].native
         elif isinstance(body, chain_type):
-            body = partial(_call_chain, body) if body is branch else branch.to_function()
+            body = partial(_call_chain, body) if body is branch else branch
         elif not callable(body):
             wanted = "callables, chains or packed layers"
             raise TypeError(f"branches: expected {wanted}, got {type(branch).__name__}")
@@ -101,7 +109,10 @@ def run_branches(
         steps = iter([_Store(results, i, body, inputs) for i, body in enumerate(bodies)])  # teams take them in turn
         run_timed([Team(steps)] * min(len(bodies), _core.available_cores()), timeout)
         return results
-    results = _core.run_branches(bodies, inputs, spin)
+    if is_alone:
+        results = [_core.run_branches([body], inputs, spin)[0] for body in bodies]
+    else:
+        results = _core.run_branches(bodies, inputs, spin)
     for index, call in bound:
         results[index] = call.finish()
     return results
@@ -165,6 +176,20 @@ class _Store:
     def __call__(self) -> None:
         with hold_torch_threads(1):
             self.results[self.index] = self.body(*self.inputs)
+
+
+def has_local_modes() -> bool:
+    """Return whether torch has transforms, modes or hooks that other threads neither see nor can take over."""
+    torch: Any = sys.modules.get("torch")
+    if not hasattr(torch, "is_autocast_enabled"):  # still being imported
+        return False
+    c: Any = sys.modules["torch._C"]
+    if c._functorch.peek_interpreter_stack() is not None or c._len_torch_dispatch_stack():
+        return True
+    if c._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return True
+    stack = (c._get_function_stack_at(i) for i in range(c._len_torch_function_stack()))
+    return any(type(mode) is not torch.utils._device.DeviceContext for mode in stack)
 
 
 def find_modes() -> Modes:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,8 +48,9 @@ def place(
         Number of teams of one thread, or the threads of each team.
     method : {"exact", "list", "reinforce"}
         ``"exact"``: branch and bound over devices and orders, for up to some ten bodies at a time that could run
-        anywhere; ``"list"``: HEFT, for graphs of any size; ``"reinforce"``: a policy learned by REINFORCE, as
-        published, to compare with.
+        anywhere, all of which take as long as beside others: the fastest there is where they take no longer so than
+        alone; else another may be, down to `Placement.bound`. ``"list"``: HEFT, for graphs of any size.
+        ``"reinforce"``: a policy learned by REINFORCE, as published, to compare with.
     limit : float
         Seconds after which ``"exact"`` returns the best so far; `Placement.bound` then is less than its latency.
     measure : bool or callable
@@ -84,11 +86,14 @@ def place(
     to_integer("best", best, 1)
     if not to_number("limit", limit) > 0:
         raise ValueError(f"limit: expected a positive number of seconds, got {limit}")
-    threads = (1,) * to_integer("workers", workers, 1) if isinstance(workers, int) else tuple(workers)
+    if not isinstance(measure, bool) and not callable(measure):
+        raise TypeError(f"measure: expected a bool or a function, got {type(measure).__name__}")
+    if isinstance(workers, Iterable):
+        threads = tuple(to_integer("workers", count, 1) for count in workers)
+    else:
+        threads = (1,) * to_integer("workers", workers, 1)
     if not threads:
         raise ValueError("workers: expected one team or more, got none")
-    for count in threads:
-        to_integer("workers", count, 1)
     graph = net.to_graph(native=True) if hasattr(net, "to_graph") else to_graph(net)
     begin = time.perf_counter()
     given = make_problem(graph, table, threads)
@@ -102,7 +107,9 @@ def place(
         found, bound = [teams for _, teams in solution.others], solution.bound
         if problem.costs != given.costs:  # a body may also run alone, and is faster then
             left = max(0.0, limit - (time.perf_counter() - begin))
-            bound = solve(replace(given, slowdown=()), limit=left).bound
+            alone = solve(replace(given, slowdown=()), limit=left, keep=best)
+            found, bound = [*found, *(teams for _, teams in alone.others)], alone.bound
+        bound += table.run_cost(threads[0], len(threads) > 1)
     elif method == "list":
         found = [tuple(map(tuple, place_by_rank(problem)))]
     else:
@@ -113,15 +120,24 @@ def place(
     placements += [Placement.sequential(graph, count) for count in dict.fromkeys(threads)]
     placements = [replace(p, latency=predict(graph, p, table)) for p in dict.fromkeys(placements)]
     placements.sort(key=lambda p: p.latency or 0.0)
+    if bound is not None:  # or less: one team's run may cost less
+        bound = min(bound, placements[0].latency or 0.0)
     if measure:
         time_it = measure_placement if measure is True else measure
-        placements = [replace(p, latency=time_it(graph, p)) for p in placements[:best]]
+        placements = [replace(p, latency=_to_seconds(time_it(graph, p))) for p in placements[:best]]
         placements.sort(key=lambda p: p.latency or 0.0)
     return replace(placements[0], method=method, seconds=time.perf_counter() - begin, bound=bound)
 
 
 def _to_placement(problem: Problem, teams: Sequence[Sequence[int]], threads: tuple[int, ...]) -> Placement:
     return Placement(tuple(tuple(problem.names[body] for body in team) for team in teams), threads)
+
+
+def _to_seconds(measured: Any) -> float:
+    seconds = to_number("measure", measured)
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"measure: expected a function that returns seconds, got {seconds}")
+    return seconds
 
 
 def measure_placement(graph: Graph, place: Placement, *, rounds: int = 50) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -124,10 +124,14 @@ def profile(
     cores = pycodesign.show_config()["cores"]
     if not 1 <= to_integer("workers", workers) <= cores:
         raise ValueError(f"workers: expected 1 to {cores}, the cores of this process, got {workers}")
+    if not isinstance(threads, Iterable):
+        raise TypeError(f"threads: expected a sequence of integers, got {type(threads).__name__}")
+    threads = tuple(threads)
     for count in threads:
         if not 1 <= to_integer("threads", count) <= cores:
             raise ValueError(f"threads: expected 1 to {cores}, the cores of this process, got {count}")
     to_integer("rounds", rounds, 1)
+    to_integer("calibration", calibration, 0)
     with torch.random.fork_rng(devices=[]):
         return _measure(space, workers, threads, rounds, calibration, spin)
 
@@ -301,7 +305,7 @@ class BodyProbe:
 
 def list_body_probes(graph: Graph, workers: int) -> dict[str, Probe | BodyProbe]:
     """Return what is timed of a graph: its bodies, and waits for values as large as its largest."""
-    largest = max(value.bytes for value in graph.values.values())
+    largest = max((value.bytes for value in graph.values.values()), default=0)
     found: dict[str, Probe | BodyProbe] = {f"body {name}": BodyProbe(graph, name) for name in graph.bodies}
     return found | dict(list_waits((1, max(1, largest // 4), 1, 1), workers))
 
@@ -369,7 +373,7 @@ def make_table(space: Space | Graph, seconds: Mapping[str, Mapping[str, float]],
         sync = max(0.0, seconds["turns"]["solo/1"] - alone) / (LENGTH - 1)
         more = seconds["large turns"]["solo/1"] - seconds["large line"]["solo/1"] - (LENGTH - 1) * sync
         if isinstance(space, Graph):
-            size = max(4, max(value.bytes for value in space.values.values()) // 4 * 4)
+            size = max(4, max((value.bytes for value in space.values.values()), default=0) // 4 * 4)
         else:
             size = Value((space.batch, *space.shape(0))).bytes
         transfer = max(0.0, more) / (LENGTH - 1) / size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -61,6 +62,8 @@ class Found:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
+@torch.inference_mode(False)  # whatever the caller's modes are
+@torch.enable_grad()
 def search(
     space: Space,
     table: LatencyTable,
@@ -149,6 +152,8 @@ def search(
     for name, number in (("budget", 0.0 if budget is None else budget), ("strength", strength)):
         if not 0 <= to_number(name, number) < math.inf:
             raise ValueError(f"{name}: expected a finite number, 0 or more, got {number}")
+    if not isinstance(seed, numbers.Integral):
+        raise TypeError(f"seed: expected an integer, got {type(seed).__name__}")
     model = LatencyModel(space, table, workers)
     data = to_data(data, space.input_shape()[1:], space.classes)
     begin = time.process_time()

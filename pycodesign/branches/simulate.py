@@ -24,14 +24,14 @@ class Problem:
         Seconds of each body on each device.
     before : tuple of tuple of (int, float)
         For each body those whose results it reads, and the seconds until a result is on another device.
-    slowdown : tuple of float, optional
-        For each body how much longer it takes while other devices work, too.
+    slowdown : tuple of tuple of float, optional
+        How much longer each body takes on each device while other devices work, too.
     """
 
     names: tuple[str, ...]
     costs: tuple[tuple[float, ...], ...]
     before: tuple[tuple[tuple[int, float], ...], ...]
-    slowdown: tuple[float, ...] = ()
+    slowdown: tuple[tuple[float, ...], ...] = ()
 
     @property
     def devices(self) -> int:
@@ -41,7 +41,8 @@ class Problem:
         """Return the problem whose bodies always take as long as beside others."""
         if not self.slowdown:
             return self
-        costs = tuple(tuple(c * s for c in row) for row, s in zip(self.costs, self.slowdown, strict=True))
+        rows = zip(self.costs, self.slowdown, strict=True)
+        costs = tuple(tuple(c * s for c, s in zip(*row, strict=True)) for row in rows)
         return replace(self, costs=costs, slowdown=())
 
 
@@ -57,8 +58,8 @@ def make_problem(graph: Graph, table: LatencyTable, threads: Sequence[int] = (1,
     costs, before, slowdown = [], [], []
     for name, body in graph.bodies.items():
         costs.append(tuple(table.body_cost(body, n) for n in threads))
-        together = table.body_cost(body, threads[0], together=True)
-        slowdown.append(max(1.0, together / max(costs[-1][0], 1e-12)))
+        together = (table.body_cost(body, n, together=True) for n in threads)
+        slowdown.append(tuple(max(1.0, t / max(c, 1e-12)) for t, c in zip(together, costs[-1], strict=True)))
         sent = graph.transfers(name)
         before.append(tuple((index[other], table.sync + table.transfer * sent[other]) for other in graph.before[name]))
     return Problem(tuple(graph.bodies), tuple(costs), tuple(before), tuple(slowdown))
@@ -122,7 +123,7 @@ def simulate(problem: Problem, teams: Sequence[Sequence[int]]) -> float:
                     next_event = min(next_event, ready)
         running = [device for device, seconds in enumerate(left) if seconds is not None]
         slow = problem.slowdown and len(running) > 1
-        rates = {d: 1 / problem.slowdown[teams[d][position[d]]] if slow else 1.0 for d in running}
+        rates = {d: 1 / problem.slowdown[teams[d][position[d]]][d] if slow else 1.0 for d in running}
         ends = {device: clock + (left[device] or 0.0) / rates[device] for device in running}
         next_event = min(next_event, *ends.values()) if ends else next_event
         if next_event == math.inf:

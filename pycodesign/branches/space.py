@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from itertools import combinations
 from typing import Any
@@ -76,7 +77,10 @@ class Space:
         if self.branches > 4:
             raise ValueError(f"branches: expected 1 to 4, got {self.branches}")
         for name, known in (("operators", OPERATORS), ("gates", GATES)):
-            chosen = tuple(getattr(self, name))
+            chosen = getattr(self, name)
+            if not isinstance(chosen, Iterable) or isinstance(chosen, str):
+                raise TypeError(f"{name}: expected a tuple of str, got {type(chosen).__name__}")
+            chosen = tuple(chosen)
             object.__setattr__(self, name, chosen)
             unknown = [choice for choice in chosen if choice not in known]
             if unknown or not chosen or len(set(chosen)) < len(chosen):
@@ -232,8 +236,8 @@ class Space:
         for name in (name for gates in architecture.gates for name in gates):
             if name not in self.gates:
                 raise ValueError(f"architecture: expected gates {', '.join(self.gates)}, got {name!r}")
-        if architecture.stem not in STEMS:
-            raise ValueError(f"architecture: expected a stem of {', '.join(STEMS)}, got {architecture.stem!r}")
+        if architecture.stem != self.stem:
+            raise ValueError(f"architecture: expected a {self.stem} stem, got {architecture.stem!r}")
 
     def build(self, architecture: Architecture, seed: int = 0) -> Any:
         """Build the network of an architecture.
@@ -284,9 +288,11 @@ class Architecture:
 
         Raises
         ------
-        ValueError
+        TypeError, ValueError
             If the text is something else.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"text: expected a str, got {type(text).__name__}")
         try:
             found = json.loads(text)
             operators = tuple(tuple(tuple(map(str, b)) for b in segment) for segment in found["operators"])

@@ -59,7 +59,7 @@ class Supernet(nn.Module):
         for segment in range(s - 1):
             for first, second in space.pairs:
                 for branch, other in ((first, second), (second, first)):
-                    for gate in set(space.gates) - {"none"}:
+                    for gate in (gate for gate in space.gates if gate != "none"):
                         name = f"{segment}_{branch}_{other}_{gate}"
                         self.gates[name] = build_gate(gate, space.shape(segment)[0])
         self.head = Head(b * space.shape(s - 1)[0], space.classes)
@@ -105,7 +105,7 @@ class Supernet(nn.Module):
         """Copy the weights of a network's layers and gates to it."""
         space = self.space
         for part in net.parts:
-            module: Any = net.bodies[part.name.replace(".", "_")]
+            module: Any = net.bodies[part.key]
             if part.segment < 0:
                 module.load_state_dict((self.head if part.name == "head" else self.stem).state_dict())
                 continue
@@ -253,8 +253,9 @@ class LatencyModel:
         """
         space, sync = self.space, self.table.sync
         silent = space.gates.index("none") if "none" in space.gates else None
-        ready = [torch.tensor(self.ends[0] + (sync if b else 0.0)) for b in range(space.branches)]
-        work = sum(ready, torch.tensor(0.0)) if space.stem == "recomputed" else ready[0]
+        waits = space.stem == "shared"  # all but the first branch, for the stem
+        ready = [torch.tensor(self.ends[0] + (sync if b and waits else 0.0)) for b in range(space.branches)]
+        work = ready[0] if waits else sum(ready, torch.tensor(0.0))
         for segment in range(space.segments):
             gates = choices.gates[segment - 1] if segment else None
             native = [self._find_native(choices.operators[segment, b], gates, b) for b in range(space.branches)]

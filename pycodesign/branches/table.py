@@ -69,14 +69,12 @@ class LatencyTable:
         for name in ("machine", "entries", "run"):
             if not isinstance(getattr(self, name), Mapping):
                 raise TypeError(f"{name}: expected a mapping, got {type(getattr(self, name)).__name__}")
-        to_integer("teams", self.teams, 1)
-        for name in NUMBERS:
-            _check_seconds(name, getattr(self, name))
-        for key, row in [*self.entries.items(), ("run", self.run)]:
-            if not isinstance(row, Mapping):
-                raise TypeError(f"entries: expected seconds by threads for {key!r}, got {type(row).__name__}")
-            for column, number in row.items():
-                _check_seconds(f"{key}, {column}", number)
+        made: dict[str, Any] = {name: _to_seconds(name, getattr(self, name)) for name in NUMBERS}
+        made |= {"machine": dict(self.machine), "teams": to_integer("teams", self.teams, 1)}
+        made |= {"entries": {key: _to_row(key, row) for key, row in self.entries.items()}}
+        made |= {"run": _to_row("run", self.run)}
+        for name, value in made.items():
+            object.__setattr__(self, name, value)
 
     def cost(self, key: str, threads: int = 1, together: bool = False) -> float:
         """Return the seconds of a layer or gate.
@@ -97,7 +95,9 @@ class LatencyTable:
 
     def body_cost(self, body: Body, threads: int = 1, together: bool = False) -> float:
         """Return the seconds of a body: the sum of what it does, or, where that is not known, its own entry's."""
-        return sum(self.cost(key, threads, together) for key in body.costs or (body.name,))
+        is_known = bool(body.costs) and self.entries.keys() >= set(body.costs)
+        keys = body.costs if is_known or body.name not in self.entries else ()
+        return sum(self.cost(key, threads, together) for key in keys or (body.name,))
 
     def run_cost(self, threads: int = 1, together: bool = False) -> float:
         """Return the seconds that a run takes beside its bodies, of one team or of several."""
@@ -165,7 +165,14 @@ class LatencyTable:
                 )
 
 
-def _check_seconds(name: str, value: Any) -> None:
+def _to_row(key: str, row: Any) -> dict[str, float]:
+    if not isinstance(row, Mapping):
+        raise TypeError(f"entries: expected seconds by threads for {key!r}, got {type(row).__name__}")
+    return {column: _to_seconds(f"{key}, {column}", number) for column, number in row.items()}
+
+
+def _to_seconds(name: str, value: Any) -> float:
     number = to_number(name, value)
     if not 0 <= number <= LARGEST:
         raise ValueError(f"{name}: expected seconds from 0 to {LARGEST:g}, got {number}")
+    return number

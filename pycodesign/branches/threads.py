@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextvars import Context, copy_context
+from contextvars import Context, ContextVar, copy_context
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +26,8 @@ __all__ = ["Runner"]
 PATIENCE = 5.0  # microseconds until a team that waits for one whose thread has not come runs it itself
 
 Arrays = dict[str, NDArray[Any]]
+running: ContextVar[tuple[Runner, ...]] = ContextVar("running", default=())  # those in a body of which this code is
+runners: WeakSet[Runner] = WeakSet()
 
 
 class Runner:
@@ -43,14 +47,16 @@ class Runner:
         if not isinstance(pin, bool):
             raise TypeError(f"pin: expected a bool, got {type(pin).__name__}")
         self._pin, self._graph, self._place = pin, graph, place
-        self._threads = _count_threads(graph, place, dict(widths or {}))
+        self._threads = _count_threads(graph, place, {} if widths is None else widths)
         self._lock = threading.Lock()
+        self._native: Any = None
         # Of torch, so that bits do not depend on which thread runs a body: a team among others has one.
         self._torch_threads = place.threads[0] if len(place.teams) == 1 else 1
         self._state = State({}, self._torch_threads)
         self._free: list[tuple[Callable[..., None], int, Slice, tuple[int, ...]]] = []  # bound anew in every run
         if self._timeout is None:
             self._compile()
+            runners.add(self)
 
     def _compile(self) -> None:
         graph = self._graph
@@ -102,17 +108,19 @@ class Runner:
     def __call__(self, *inputs: Any) -> list[Any]:
         graph = self._graph
         as_torch = graph.check_inputs(inputs)
+        if self in running.get():
+            raise RuntimeError("Executor: expected a body that does not call the executor that runs it")
         given = {name: to_numpy(name, x)[0] for name, x in zip(graph.inputs, inputs, strict=True)}
         found = self._run(given) if self._timeout is None else self._run_timed(given, self._timeout)
         return [sys.modules["torch"].from_numpy(array) for array in found] if as_torch else found
 
     def _run(self, given: Arrays) -> list[NDArray[Any]]:
         graph, state = self._graph, self._state
-        if threading.get_ident() in state.inside:
-            raise RuntimeError("Executor: expected a body that does not call the executor that runs it")
         made = {name: allocate_array(graph.values[name]) for name in graph.outputs}
         with self._lock:
             try:
+                if self._native is None:
+                    self._compile()
                 state.arrays.update(made)
                 for name, x in given.items():
                     if name in self._copied or name in made:
@@ -121,11 +129,23 @@ class Runner:
                         state.arrays[name] = x if x.flags.aligned else x.copy()
                 for free in self._free:
                     self._bind(*free)
-                state.modes, state.context = find_modes(), copy_context()
+                state.modes, state.context = find_modes(), self._make_context()
                 self._native.run(self._spin, PATIENCE, self._pin)
             finally:
                 self._release()
         return [made[name] for name in graph.outputs]
+
+    def _make_context(self) -> Context:
+        """Return the caller's context, in which bodies know who runs them."""
+        context = copy_context()
+        context.run(running.set, (*running.get(), self))
+        return context
+
+    def forget_run(self) -> None:
+        """In the child of a fork: compile anew if another thread, which is not there any more, was in a run."""
+        if self._lock.locked():
+            self._lock, self._native, self._free = threading.Lock(), None, []
+            self._state = State({}, self._torch_threads)
 
     def _release(self) -> None:
         """Let go what is the caller's."""
@@ -138,7 +158,7 @@ class Runner:
     def _run_timed(self, given: Arrays, timeout: float) -> list[NDArray[Any]]:
         """On arrays of its own, as bodies that come too late still write."""
         graph = self._graph
-        state = State(graph.allocate(), self._torch_threads, find_modes(), copy_context())
+        state = State(graph.allocate(), self._torch_threads, find_modes(), self._make_context())
         for name, x in given.items():
             state.arrays[name][...] = x
         teams = [
@@ -167,15 +187,12 @@ class State:
         The caller's, of torch.
     context : contextvars.Context
         The caller's; each body has a copy of its own.
-    inside : set of int
-        Threads that are in a body.
     """
 
     arrays: Arrays
     threads: int
     modes: Modes = None
     context: Context = field(default_factory=Context)
-    inside: set[int] = field(default_factory=set)
 
 
 class PythonBody:
@@ -185,18 +202,16 @@ class PythonBody:
         self.name, self._body, self._state = body.name, body, state
 
     def __call__(self) -> None:
-        body, state, thread = self._body, self._state, threading.get_ident()
+        body, state = self._body, self._state
         inputs, outputs = ([view(state.arrays, piece) for piece in pieces] for pieces in (body.inputs, body.outputs))
-        state.inside.add(thread)
-        try:
-            with hold_torch_threads(state.threads):
-                state.context.copy().run(call_in_modes, state.modes, run_body, body, inputs, outputs)
-        finally:
-            state.inside.discard(thread)
+        with hold_torch_threads(state.threads):
+            state.context.copy().run(call_in_modes, state.modes, run_body, body, inputs, outputs)
 
 
 def _count_threads(graph: Graph, place: Placement, widths: Mapping[str, Any]) -> dict[str, int]:
     """Return the threads of each body, checked against the cores that there are."""
+    if not isinstance(widths, Mapping):
+        raise TypeError(f"widths: expected threads by names of bodies, got {type(widths).__name__}")
     cores, wanted = _core.available_cores(), sum(place.threads)
     if wanted > cores:
         raise ValueError(
@@ -217,3 +232,11 @@ def reshape(array: NDArray[Any], shape: Sequence[int]) -> NDArray[Any]:
     if not np.shares_memory(made, array):
         raise ValueError(f"body: expected a slice that can be viewed as {tuple(shape)}, got {array.shape}")
     return made
+
+
+def _forget_runs() -> None:
+    for runner in list(runners):
+        runner.forget_run()
+
+
+os.register_at_fork(after_in_child=_forget_runs)

@@ -46,13 +46,13 @@ def to_data(data: Any, shape: Sequence[int], classes: int) -> Data:
     Raises
     ------
     TypeError, ValueError
-        Unless they are float32 images of the shape and int64 classes.
+        Unless they are finite float32 images of the shape and int64 classes.
     """
     try:
         images, labels = data
     except (TypeError, ValueError):
         raise TypeError(f"data: expected a pair (images, labels), got {type(data).__name__}") from None
-    images, labels = torch.as_tensor(images), torch.as_tensor(labels)
+    images, labels = torch.as_tensor(images).detach(), torch.as_tensor(labels)
     if images.dtype != torch.float32 or labels.dtype != torch.int64:
         raise TypeError(f"data: expected float32 images and int64 labels, got {images.dtype} and {labels.dtype}")
     if images.ndim != 4 or labels.shape != images.shape[:1] or len(labels) < 10:
@@ -60,6 +60,8 @@ def to_data(data: Any, shape: Sequence[int], classes: int) -> Data:
         raise ValueError(f"data: expected images (n, C, H, W) and labels (n,), n >= 10, got {shapes}")
     if images.shape[1:] != tuple(shape):
         raise ValueError(f"data: expected images (n, {', '.join(map(str, shape))}), got {tuple(images.shape)}")
+    if not images.isfinite().all():
+        raise ValueError(f"data: expected finite images, got {float(images[~images.isfinite()][0])}")
     wrong = labels[(labels < 0) | (labels >= classes)]
     if len(wrong):
         raise ValueError(f"data: expected labels from 0 to {classes - 1}, got {int(wrong[0])}")

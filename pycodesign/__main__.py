@@ -1,0 +1,5 @@
+"""``python -m pycodesign``: the command ``pycodesign``."""
+
+from pycodesign.cli import main
+
+main()

@@ -276,17 +276,20 @@ void test_dispatch() {
   }
 }
 
+// What the thread sanitizer looks for takes several threads, and is the same for all vectors.
 #ifdef __SANITIZE_THREAD__
-constexpr int thread_counts[] = {3};  // what the sanitizer looks for takes several
+constexpr int thread_counts[] = {3};
+std::vector<core::Isa> list_isas() { return {core::supported_isas().front(), core::supported_isas().back()}; }
 #else
 constexpr int thread_counts[] = {1, 3};
+std::vector<core::Isa> list_isas() { return core::supported_isas(); }
 #endif
 
 void test_every_algorithm() {
   constexpr std::pair<DType, DType> dtypes[] = {{DType::f32, DType::f32}, {DType::f32, DType::u8},
                                                 {DType::u8, DType::u8},   {DType::i8, DType::i8},
                                                 {DType::u8, DType::i32},  {DType::i8, DType::f32}};
-  for (const core::Isa isa : core::supported_isas()) {
+  for (const core::Isa isa : list_isas()) {
     core::set_isa(core::isa_name(isa));
     int count = 0;
     for (const int threads : thread_counts) {

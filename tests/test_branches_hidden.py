@@ -19,10 +19,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from branch_graphs import CORES, both, make_graph, spread, two_cores
 from torch import nn
 
 import pycodesign.nn
-from pycodesign import _core, ops, quantize
+from pycodesign import ops, quantize
 from pycodesign.branches import (
     Architecture,
     Body,
@@ -47,28 +48,12 @@ from pycodesign.branches.simulate import Problem
 from pycodesign.branches.training import to_data
 from pycodesign.repetition.chain import Chain
 
-CORES = _core.available_cores()
-two_cores = pytest.mark.skipif(CORES < 2, reason="one core: nothing runs in parallel")
-both = pytest.mark.parametrize("timeout", [None, 60])
-
-
-def make_graph(run: Any, shape: tuple[int, ...] = (1, 4), arrays: str = "numpy", names: str = "ab") -> Graph:
-    """The same function for each name."""
-    values = {name: Value(shape) for name in f"x{names}"}
-    bodies = [Body(name, run, (Slice("x"),), (Slice(name),), arrays) for name in names]
-    return Graph(values, bodies, ["x"], list(names))
-
 
 def make_chain(outputs: int = 1) -> Chain:
     chain = Chain()
     x = chain.input()
     chain.output(*(chain.add(x, x) for _ in range(outputs)))
     return chain
-
-
-def spread(graph: Graph) -> Placement:
-    """A team for each body, where there are as many cores."""
-    return Placement(tuple((name,) for name in graph.bodies)) if CORES > 1 else Placement.sequential(graph)
 
 
 # run_branches

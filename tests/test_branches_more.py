@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from branch_graphs import CORES, both, make_graph, spread
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
-from pycodesign import _core, ops
+from pycodesign import ops
 from pycodesign import quantize as to_levels
 from pycodesign.branches import (
     Architecture,
@@ -47,23 +48,6 @@ from pycodesign.branches.operators import BranchBody, Concatenate, Ternary, quan
 from pycodesign.branches.supernet import LatencyModel, Supernet
 from pycodesign.branches.training import to_data
 from pycodesign.repetition.chain import Chain
-
-CORES = _core.available_cores()
-two_cores = pytest.mark.skipif(CORES < 2, reason="one core: nothing runs in parallel")
-both = pytest.mark.parametrize("timeout", [None, 60])
-
-
-def make_graph(run: Any, shape: tuple[int, ...] = (1, 4), arrays: str = "numpy", names: str = "ab") -> Graph:
-    """The same function for each name."""
-    values = {name: Value(shape) for name in f"x{names}"}
-    bodies = [Body(name, run, (Slice("x"),), (Slice(name),), arrays) for name in names]
-    return Graph(values, bodies, ["x"], list(names))
-
-
-def spread(graph: Graph) -> Placement:
-    """A team for each body, where there are as many cores."""
-    return Placement(tuple((name,) for name in graph.bodies)) if CORES > 1 else Placement.sequential(graph)
-
 
 # Layers
 

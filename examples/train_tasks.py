@@ -50,7 +50,7 @@ TEACHERS = 3  # seeds of full fine-tuning whose mean `shared` learns
 RATE = {"full": 2e-4, "lora": 2e-3, "heads": 1e-3, "shared": 4e-3, "labels": 1e-3}
 OTHER_RATES = {("full", "reviews"): 1e-4, ("full", "tweets"): 1e-4, ("heads", "newsgroups"): 3e-3}
 HEAD_RATE = {"full": 1e-3, "lora": 1e-3, "shared": 2e-3, "labels": 1e-3}
-EPOCHS = {"full": 2, "lora": 2, "heads": 30, "shared": 6, "labels": 4}
+EPOCHS = {"full": 2, "lora": 2, "heads": 30, "shared": 12, "labels": 4}
 DELTAS: dict[str, Any] = {
     "delta": {"up": "rows", "down": "low_rank"},
     "density": 0.068,

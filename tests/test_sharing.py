@@ -33,7 +33,9 @@ from transformers import (
 )
 
 from pycodesign import ops, set_num_threads, sharing
-from pycodesign.sharing.components import TaskSpec
+from pycodesign.sharing.components import TaskSpec, run_difference
+from pycodesign.sharing.deltas import DenseDelta, LowRankDelta, RowDelta, SparseDelta
+from pycodesign.sharing.encoders import Linear
 from pycodesign.sharing.files import compute_digest
 
 KINDS = ("sparse", "rows", "low_rank", "dense", {"up": "rows", "down": "sparse", "value": "low_rank"})
@@ -80,6 +82,31 @@ def train(tasks: sharing.MultiTask, texts, steps: int = 8) -> None:
 
 
 LABELS = {"tone": 2, "topic": 5, "stars": "regression", "names": ("tokens", 3)}
+
+
+@pytest.mark.parametrize("kind", ["sparse", "rows", "low_rank", "dense"])
+def test_delta_is_a_difference_of_weights(kind):
+    index, rows = torch.tensor([0, 7, 8, 22]), torch.tensor([1, 3])
+    made = {"sparse": SparseDelta((4, 6), index), "rows": RowDelta((4, 6), rows)}
+    made |= {"low_rank": LowRankDelta((4, 6), 2), "dense": DenseDelta((4, 6))}
+    delta = made[kind].double()
+    torch.manual_seed(0)
+    for parameter in delta.parameters():
+        nn.init.normal_(parameter)
+    difference, bias = torch.zeros(4, 6).double(), torch.zeros(4).double()
+    if kind == "sparse":
+        difference.view(-1)[index] = delta.values.detach()
+    elif kind == "rows":
+        difference[rows] = delta.values.detach()
+    else:
+        difference = (delta.up @ delta.down if kind == "low_rank" else delta.values).detach()
+    bias[rows if kind == "rows" else slice(4)] = delta.bias.detach()
+    linear, x = nn.Linear(6, 4).double(), torch.randn(2, 3, 6).double()
+    torch.testing.assert_close(run_difference(delta, x), F.linear(x, difference, bias))
+    y = F.linear(x, linear.weight + difference, linear.bias + bias)
+    torch.testing.assert_close(delta.project(Linear(linear), x), y[..., rows] if kind == "rows" else y)
+    run_difference(delta, x).square().sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in delta.parameters())
 
 
 @pytest.mark.parametrize("positions", ["mean", "first"])

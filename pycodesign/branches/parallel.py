@@ -183,13 +183,15 @@ def has_local_modes() -> bool:
     torch: Any = sys.modules.get("torch")
     if not hasattr(torch, "is_autocast_enabled"):  # still being imported
         return False
-    c: Any = sys.modules["torch._C"]
+    c = torch._C
     if c._functorch.peek_interpreter_stack() is not None or c._len_torch_dispatch_stack():
         return True
     if c._autograd._top_saved_tensors_default_hooks(True) is not None:
         return True
-    stack = (c._get_function_stack_at(i) for i in range(c._len_torch_function_stack()))
-    return any(type(mode) is not torch.utils._device.DeviceContext for mode in stack)
+    for i in range(c._len_torch_function_stack()):
+        if type(c._get_function_stack_at(i)) is not torch.utils._device.DeviceContext:
+            return True
+    return False
 
 
 def find_modes() -> Modes:
@@ -197,16 +199,16 @@ def find_modes() -> Modes:
 
     None stands for the modes of a new thread.
     """
-    torch = sys.modules.get("torch")
-    is_autocast_enabled = getattr(torch, "is_autocast_enabled", None)
-    if torch is None or is_autocast_enabled is None:  # still being imported
+    torch: Any = sys.modules.get("torch")
+    if not hasattr(torch, "is_autocast_enabled"):  # still being imported
         return None
-    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    autocast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in AUTOCAST if is_autocast_enabled(kind))
-    device = torch.get_default_device() if torch._C._len_torch_function_stack() else None
-    if grad and not inference and not autocast and device is None:
+    grad, inference, c = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch._C
+    autocasts, has_device = c._is_any_autocast_enabled(), c._len_torch_function_stack()
+    if grad and not inference and not autocasts and not has_device:
         return None
-    return grad, inference, autocast, device
+    kinds = AUTOCAST if autocasts else ()
+    autocast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind))
+    return grad, inference, autocast, torch.get_default_device() if has_device else None
 
 
 def call_in_modes(modes: Modes, function: Callable[..., Any], *arguments: Any) -> Any:

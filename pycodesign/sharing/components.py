@@ -256,7 +256,7 @@ def run_component(layer: Layer, deltas: Mapping[str, Delta], frozen: Frozen, mas
         context = attend(q, k, v, layer.heads, mask)
         added = F.linear(context - frozen.context, project["output"].weight)
         if "output" in deltas:
-            added = added + multiply(deltas["output"], context)
+            added = added + run_difference(deltas["output"], context)
     if any(name in deltas for name in MLP):
         assert frozen.a is not None and frozen.g is not None
         g, rows, weight = frozen.g, None, project["down"].weight
@@ -270,7 +270,7 @@ def run_component(layer: Layer, deltas: Mapping[str, Delta], frozen: Frozen, mas
             else:
                 part, g = F.linear(changed - g[..., rows], weight[:, rows]), g.index_copy(-1, rows, changed)
         if "down" in deltas:
-            own = multiply(deltas["down"], g)
+            own = run_difference(deltas["down"], g)
             part = own if part is None else part + own
         added = part if added is None else added + part  # type: ignore[operator]
     assert added is not None
@@ -284,13 +284,12 @@ def run_delta(delta: Delta, layer: Layer, name: str, x: Tensor) -> Tensor:
     return y if delta.outputs is None else linear(x).index_copy(-1, delta.outputs, y)
 
 
-def multiply(delta: Delta, x: Tensor) -> Tensor:
-    """Return dW x + db (..., O)."""
-    zeros = torch.zeros(delta.shape, dtype=x.dtype, device=x.device)
+def run_difference(delta: Delta, x: Tensor) -> Tensor:
+    """Return dW x + db for all outputs (..., O)."""
+    y = delta.multiply(x)
     if delta.outputs is None:
-        return F.linear(x, delta.add_to(zeros), delta.bias.to(x.dtype))
-    y = F.linear(x, delta.add_to(zeros), delta.bias.to(x.dtype))
-    return torch.zeros((*x.shape[:-1], delta.shape[0]), dtype=x.dtype, device=x.device).index_copy(-1, delta.outputs, y)
+        return y
+    return y.new_zeros((*x.shape[:-1], delta.shape[0])).index_copy(-1, delta.outputs, y)
 
 
 class Aggregator(nn.Module):

@@ -49,6 +49,10 @@ class Delta(nn.Module):
         weight = self.add_to(linear.weight)
         return F.linear(x, weight, bias.to(weight.dtype))
 
+    def multiply(self, x: Tensor) -> Tensor:
+        """Return dW x + db (..., O), or (..., R) with the outputs in `outputs` alone."""
+        return F.linear(x, self.add_to(x.new_zeros(self.shape)), self.bias.to(x.dtype))
+
     def count_parameters(self) -> int:
         """Count what is trained."""
         return sum(parameter.numel() for parameter in self.parameters())
@@ -135,7 +139,10 @@ class LowRankDelta(Delta):
         return weight + (self.up @ self.down).to(weight.dtype)
 
     def project(self, linear: Linear, x: Tensor) -> Tensor:
-        return linear(x) + F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype), self.bias.to(x.dtype))
+        return linear(x) + self.multiply(x)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype), self.bias.to(x.dtype))
 
     def pack(self) -> Any:
         return to_array(self.up), to_array(self.down)

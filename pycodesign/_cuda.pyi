@@ -126,4 +126,6 @@ def delta_linear(
 class Delta(metaclass=_Type):
     """One task's difference of weights and bias, in a GPU's memory."""
 
-    def __init__(self, kind: str, outputs: int, inputs: int, rank: int, arrays: dict[str, _Array]) -> None: ...
+    def __init__(
+        self, kind: str, outputs: int, inputs: int, rank: int, arrays: dict[str, NDArray[Any]], device: int
+    ) -> None: ...

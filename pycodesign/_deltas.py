@@ -23,7 +23,7 @@ VALUE_DTYPES = ("float32", "bfloat16")
 BEYOND_BFLOAT16 = np.float32(float.fromhex("0x1.ffp127"))  # rounds to infinity, as all above it
 GROUP_OCTETS = 2  # a group of 16 rows has two octets that end alike, the longer one first
 
-_uploaded: weakref.WeakKeyDictionary[_core.Delta, dict[Device, Any]] = weakref.WeakKeyDictionary()
+_uploaded: weakref.WeakKeyDictionary[_core.Delta, dict[int, Any]] = weakref.WeakKeyDictionary()
 
 
 class PackedDeltas:
@@ -301,14 +301,14 @@ def _delta_linear_on(
 def _upload(device: Device, native: Any, delta: _core.Delta) -> Any:
     """Return a task on the device, copied there when it is first asked for."""
     places = _uploaded.setdefault(delta, {})
-    if device not in places:
+    if device.index not in places:
+        device.check_upload("packed")
         arrays = delta.arrays()
         if delta.kind == "sparse":
             longest = arrays.pop("count")[::GROUP_OCTETS]
             arrays["begin"] = np.append(0, np.cumsum(longest)).astype(np.int32)
-        held = {name: device.view(device.upload("packed", array, wait=True)) for name, array in arrays.items()}
-        places[device] = native.Delta(delta.kind, delta.outputs, delta.inputs, delta.rank, held)
-    return places[device]
+        places[device.index] = native.Delta(delta.kind, delta.outputs, delta.inputs, delta.rank, arrays, device.index)
+    return places[device.index]
 
 
 def _check_floats(device: Device, name: str, array: Array, shape: str, fits: bool) -> None:

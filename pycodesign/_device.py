@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -40,26 +41,47 @@ class CupyDevice:
     def empty_like(self, array: Array, shape: tuple[int, ...]) -> Array:
         return self.empty(shape, array.dtype)
 
-    def upload(self, name: str, array: NDArray[Any], wait: bool = False) -> Array:
-        """Return a copy on the device, for this stream only; with `wait`, made before the caller goes on, for all."""
+    @property
+    def frees_captured(self) -> bool:
+        """Whether a graph uses what is allocated now after CuPy has given it away: its graphs have no pool."""
+        return bool(sys.modules["cupy"].cuda.get_current_stream(self.index).is_capturing())
+
+    def check_upload(self, name: str) -> None:
+        """Refuse copies from host memory while a graph is captured."""
+        if self.frees_captured:
+            raise _refuse_upload(name, self)
+
+    def upload(self, name: str, array: NDArray[Any]) -> Array:
+        """Return a copy on the device, for this stream only."""
+        self.check_upload(name)
         cupy = sys.modules["cupy"]
         with cupy.cuda.Device(self.index):
-            if cupy.cuda.get_current_stream().is_capturing():
-                raise _refuse_upload(name, self)
-            return cupy.asarray(array, blocking=wait)  # from pinned memory that CuPy keeps until it has been read
+            return cupy.asarray(array)  # from pinned memory that CuPy keeps until it has been read
 
     def to_vector(self, array: Array, dtype: str) -> Array:
         """Return its elements as a dtype, one after another."""
-        cupy = sys.modules["cupy"]
-        with cupy.cuda.Device(self.index):
-            return cupy.ascontiguousarray(array, dtype)
+        if array.flags.c_contiguous and array.dtype == dtype:
+            return array
+        return self._copy(lambda: sys.modules["cupy"].ascontiguousarray(array, dtype))
 
-    @staticmethod
-    def in_rows(array: Array) -> Array:
+    def in_rows(self, array: Array) -> Array:
         """Return the array, or a copy whose elements follow one another within a row."""
         if array.shape[-1] < 2 or array.strides[-1] == array.dtype.itemsize:
             return array
-        return sys.modules["cupy"].ascontiguousarray(array)
+        return self._copy(lambda: sys.modules["cupy"].ascontiguousarray(array))
+
+    def reshape(self, array: Array, shape: tuple[int, ...]) -> Array:
+        """Return the array in a shape, or a copy where its strides do not allow that."""
+        if array.flags.c_contiguous:
+            return array.reshape(shape)
+        return self._copy(lambda: array.reshape(shape))
+
+    def _copy(self, make: Callable[[], Array]) -> Array:
+        if self.frees_captured:
+            wanted = "arrays of contiguous elements, and indices of int64, while CuPy captures a CUDA graph"
+            raise ValueError(f"x, residual, base, index: expected {wanted}, got one that has to be copied")
+        with sys.modules["cupy"].cuda.Device(self.index):
+            return make()
 
     @staticmethod
     def view(array: Array) -> Array:
@@ -97,14 +119,19 @@ class TorchDevice:
     def empty_like(self, array: Array, shape: tuple[int, ...]) -> Array:
         return self.empty(shape, self.dtype_name(array))
 
-    def upload(self, name: str, array: NDArray[Any], wait: bool = False) -> Array:
-        """Return a copy on the device, for this stream only; with `wait`, made before the caller goes on, for all."""
+    frees_captured = False  # graphs have a pool of their own
+
+    def check_upload(self, name: str) -> None:
+        """Refuse copies from host memory while a graph is captured."""
         torch = sys.modules["torch"]
-        if torch.cuda.is_current_stream_capturing():
-            raise _refuse_upload(name, self)
-        tensor = torch.from_numpy(array if array.flags.writeable else array.copy())
-        if wait:
-            return tensor.to(self.name)
+        with torch.cuda.device(self.index):
+            if torch.cuda.is_current_stream_capturing():
+                raise _refuse_upload(name, self)
+
+    def upload(self, name: str, array: NDArray[Any]) -> Array:
+        """Return a copy on the device, for this stream only."""
+        self.check_upload(name)
+        tensor = sys.modules["torch"].from_numpy(array if array.flags.writeable else array.copy())
         return tensor.pin_memory().to(self.name, non_blocking=True)  # torch keeps that memory until it has been read
 
     def to_vector(self, array: Array, dtype: str) -> Array:
@@ -115,6 +142,11 @@ class TorchDevice:
     def in_rows(array: Array) -> Array:
         """Return the tensor, or a copy whose elements follow one another within a row."""
         return array if array.shape[-1] < 2 or array.stride(-1) == 1 else array.detach().contiguous()
+
+    @staticmethod
+    def reshape(array: Array, shape: tuple[int, ...]) -> Array:
+        """Return the tensor in a shape, or a copy where its strides do not allow that."""
+        return array.reshape(shape)
 
     @staticmethod
     def view(array: Array) -> dict[str, Any]:

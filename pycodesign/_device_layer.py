@@ -61,6 +61,7 @@ class DeviceLayer:
         self.q, self.native, self.input_dtype, self.device = q, native, input_dtype, native.device
         self._lock = threading.Lock()
         self._plans: dict[tuple[int, ...], Any] = {}
+        self._captured: list[Array] = []  # workspace of calls that CuPy's graphs repeat
 
     @property
     def algorithm(self) -> str:
@@ -117,6 +118,8 @@ class DeviceLayer:
         y = device.empty(out_shape, epilogue["out_dtype"]) if out is None else out
         bytes_needed = plan["workspace_bytes"]
         workspace = device.empty((bytes_needed,), "uint8") if bytes_needed else None
+        if workspace is not None and device.frees_captured:
+            self._captured.append(workspace)
         flat_x, flat_residual = (_flatten(device, a, s) for a, s in ((x, size), (residual, plan["shape"])))
         self.native.run(
             flat_x,
@@ -170,7 +173,7 @@ def _flatten(device: Device, array: Array | None, shape: tuple[int, ...]) -> Any
     """Return what a native call takes, of a dense copy where leading dimensions do not flatten otherwise."""
     if array is None:
         return None
-    return device.view(array if tuple(array.shape) == tuple(shape) else array.reshape(tuple(shape)))
+    return device.view(array if tuple(array.shape) == tuple(shape) else device.reshape(array, tuple(shape)))
 
 
 def _flatten_out(device: Device, out: Array, shape: tuple[int, ...]) -> Any:

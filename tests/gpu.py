@@ -30,6 +30,7 @@ class EmulatedArray:
     def __init__(self, host: NDArray[Any]) -> None:
         self.host = host
         self.shape, self.dtype, self.ndim, self.strides = host.shape, host.dtype, host.ndim, host.strides
+        self.flags = host.flags
         self.device = types.SimpleNamespace(id=0)
 
     @property
@@ -61,7 +62,8 @@ class EmulatedCupy(types.ModuleType):
         super().__init__("cupy")
         self.ndarray = EmulatedArray
         self.buffers: list[tuple[NDArray[np.uint8], int]] = []
-        stream = types.SimpleNamespace(ptr=0, is_capturing=lambda: False)
+        self.is_capturing = False
+        stream = types.SimpleNamespace(ptr=0, is_capturing=lambda: self.is_capturing)
         self.cuda = types.SimpleNamespace(get_current_stream=lambda device=0: stream, Device=self._enter)
 
     @staticmethod
@@ -78,7 +80,7 @@ class EmulatedCupy(types.ModuleType):
         self.buffers[-1][0][begin : begin + count] = 0xFF
         return EmulatedArray(buffer[begin : begin + count].view(dtype).reshape(shape))
 
-    def asarray(self, array: Any, dtype: Any = None, blocking: bool = False) -> EmulatedArray:
+    def asarray(self, array: Any, dtype: Any = None) -> EmulatedArray:
         host = array.host if isinstance(array, EmulatedArray) else np.asarray(array)
         made = self.empty(host.shape, dtype or host.dtype)
         made.host[...] = host
@@ -98,7 +100,10 @@ class HostTorch(_device.TorchDevice):
     name = "cpu"
     stream = 0
 
-    def upload(self, name: str, array: NDArray[Any], wait: bool = False) -> Any:
+    def check_upload(self, name: str) -> None:
+        pass
+
+    def upload(self, name: str, array: NDArray[Any]) -> Any:
         return torch.from_numpy(array.copy())
 
 

@@ -31,9 +31,9 @@ def run_processes(size, task, store, wait=120):
             process.kill()
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_processes_compute_as_one(size, tmp_path):
-    for out, err, code in run_processes(size, "conform", tmp_path / "store"):
+@pytest.mark.parametrize("task, size", [("conform", 2), ("conform", 3), ("pairs", 3)])
+def test_processes_compute_as_one(task, size, tmp_path):
+    for out, err, code in run_processes(size, task, tmp_path / "store"):
         assert (out, code) == ("fine\n", 0), err
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,7 @@ def test_rows_into_out(gpu: Any) -> None:
         np.testing.assert_array_equal(wide[..., :33], y)
         assert not wide[..., 33:].any()
     with pytest.raises(ValueError, match="out: expected leading dimensions that flatten"):
-        ops.linear(gpu.put(x), packed, out=gpu.put(np.zeros((3, 9, 33), F32)[:, :5]))
+        ops.linear(gpu.put(x), packed, out=gpu.put(np.zeros((3, 9, 33), F32))[:, :5])
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -160,6 +161,39 @@ def test_fractional_levels(gpu: Any, dtype: str) -> None:
         y = run(gpu, packed, x)
         assert (np.abs(y - expect(case, x, out_dtype="float64")) <= bound(case, x)).all()
         assert "weights in 3 terms" in packed.explain()["why"]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rows", [2, 200])
+def test_sums_of_one_sign(gpu: Any, dtype: str, rows: int) -> None:
+    """Where the matrix unit's truncation adds up."""
+    for levels in ((0.3, 0.7), (1.0, 2.0)):
+        case = Case((rows, 1200), (20, 1200), {}, levels, bias=False)
+        packed, x = pack(case, dtype), np.abs(make_input(case.x, dtype))
+        error = np.abs(run(gpu, packed, x) - expect(case, x, out_dtype="float64"))
+        assert (error <= 4e-6 * reference.abs_bound(x, make_weights(case)[0])).all()
+
+
+def test_captures_of_cupy(gpu: Any) -> None:
+    """A graph goes on using what its calls allocated: workspace stays, and nothing else is allocated."""
+    if gpu.kind != "cupy" or not gpu.is_emulated:
+        pytest.skip("needs a CuPy that captures without a graph")
+    packed = pack(Case((1, 40, 9, 9), (33, 40, 3, 3), {"padding": 1}), "float32")
+    x, index = make_input((1, 40, 9, 9), "float32"), np.array([1, 0])
+    expected, cupy = run(gpu, packed, x), sys.modules["cupy"]
+    cupy.is_capturing = True
+    np.testing.assert_array_equal(run(gpu, packed, x), expected)
+    assert len(packed._native._captured) == 1
+    rows = gpu.put(np.ones((3, 5), F32))
+    deltas = ops.prepack_deltas([np.ones((3, 5), F32)])
+    for call, message in [
+        (lambda: ops.expand(rows, gpu.put(index.astype(np.int32))), "expected arrays of contiguous elements"),
+        (lambda: ops.expand(rows, index), "out_index: expected a CuPy array on device 0 while a CUDA graph"),
+        (lambda: ops.delta_linear(rows, None, deltas), "packed: expected a CuPy array on device 0 while a CUDA graph"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=message):
+            call()
+    ops.expand(rows, gpu.put(index))
 
 
 @pytest.mark.parametrize("dtype", SHORT_FLOATS)

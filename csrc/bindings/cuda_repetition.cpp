@@ -24,11 +24,7 @@ struct Placed {
   std::unique_ptr<DeviceLayer> layer;
 
   ~Placed() {
-    try {
-      const core::cuda::DeviceGuard guard(device);
-      layer.reset();
-    } catch (...) {  // CUDA is gone already, as in a forked process
-    }
+    without_gil([&] { layer.reset(); });
   }
 };
 
@@ -43,6 +39,13 @@ std::shared_ptr<Placed> place(const repetition::Weights& w, const repetition::Ge
   auto placed = std::make_shared<Placed>();
   placed->device = device;
   const core::cuda::DeviceGuard guard(device);
+  if (const int compiled = repetition::cuda::compiled_capability();
+      algorithm == Algorithm::dense && compiled < 80 && (in.dtype == DType::f32 || in.dtype == DType::bf16))
+    throw std::runtime_error(
+        "input_dtype: expected 'float16', 'uint8' or 'int8' for 'dense' by kernels that were "
+        "compiled for capability " +
+        std::to_string(compiled / 10) + "." + std::to_string(compiled % 10) + ", got '" + dtype_name(in.dtype) +
+        "'; build with -Ccmake.define.CMAKE_CUDA_ARCHITECTURES=native");
   without_gil([&] {
     if (algorithm == Algorithm::dense)
       placed->layer = std::make_unique<repetition::cuda::DenseLayer>(

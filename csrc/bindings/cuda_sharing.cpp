@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstdlib>
+#include <deque>
 #include <memory>
 
 #include "bindings/arrays.h"
@@ -18,11 +19,15 @@ using sharing::Kind, sharing::Storage, sharing::cuda::Task;
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// A task's Delta on a device, and the arrays that it lies in.
+// A task's Delta on a device, and the memory that it lies in.
 struct DeviceDelta {
   Task task{};
   int64_t outputs, inputs;
-  std::vector<py::object> arrays;
+  std::deque<core::cuda::DeviceBuffer> memory;
+
+  ~DeviceDelta() {
+    without_gil([&] { memory.clear(); });
+  }
 };
 
 Kind parse_kind(const std::string& name) {
@@ -33,41 +38,38 @@ Kind parse_kind(const std::string& name) {
   throw py::value_error("kind: expected 'none', 'sparse', 'low_rank' or 'dense', got '" + name + "'");
 }
 
-// `arrays` as _core.Delta.arrays() names them, on a device.
+// `arrays` as _core.Delta.arrays() names them.
 std::shared_ptr<DeviceDelta> make_delta(const std::string& kind, int64_t outputs, int64_t inputs, int32_t rank,
-                                        const py::dict& arrays) {
+                                        const py::dict& arrays, int device) {
+  const core::cuda::DeviceGuard guard(device);
   auto delta = std::make_shared<DeviceDelta>();
   delta->outputs = outputs;
   delta->inputs = inputs;
   Task& task = delta->task;
   task.kind = parse_kind(kind);
   task.rank = rank;
-  const auto find = [&](const char* name, const std::string& dtype, int64_t size) {
-    const py::object array = arrays[name];
-    const DeviceArray a = view_device_array(array, name);
-    check_device_array(a, name, dtype, {size});
-    check_c_order(a, name);
-    delta->arrays.push_back(array);
-    return a;
+  const auto take = [&](const char* name, int64_t size, auto... dtypes) {
+    const py::array a = py::array::ensure(arrays[name], py::array::c_style);
+    check_array(a, name, "packed", (holds<decltype(dtypes)>(a) || ...), {size}, "values");
+    core::cuda::DeviceBuffer& buffer = delta->memory.emplace_back();
+    without_gil([&] { buffer.fill(a.data(), static_cast<size_t>(a.nbytes())); });
+    return &buffer;
   };
-  const auto find_values = [&](const char* name, int64_t size) {
-    const DeviceArray a = find(name, "", size);
-    if (a.dtype != "float32" && a.dtype != "int16")
-      throw py::type_error(std::string(name) + ": expected float32 or bfloat16 in int16, got " + a.dtype);
-    task.storage = a.dtype == "float32" ? Storage::f32 : Storage::bf16;
-    return a.data;
+  const auto take_values = [&](const char* name, int64_t size) {
+    task.storage = holds<float>(arrays[name].cast<py::array>()) ? Storage::f32 : Storage::bf16;
+    return take(name, size, float(), int16_t())->as<void>();
   };
   const int64_t rows = round_up(outputs, sharing::block_rows);
-  if (arrays.contains("bias")) task.bias = find("bias", "float32", rows).as<float>();
+  if (arrays.contains("bias")) task.bias = take("bias", rows, float())->as<float>();
   if (task.kind == Kind::sparse) {
-    task.begin = find("begin", "int32", rows / sharing::group_rows + 1).as<int32_t>();
-    task.order = find("order", "uint8", rows).as<uint8_t>();
-    const DeviceArray index = find("index", "int16", -1);
-    task.index = index.as<uint16_t>();
-    task.value = find_values("value", index.size());
+    task.begin = take("begin", rows / sharing::group_rows + 1, int32_t())->as<int32_t>();
+    task.order = take("order", rows, uint8_t())->as<uint8_t>();
+    const core::cuda::DeviceBuffer* index = take("index", -1, int16_t());
+    task.index = index->as<uint16_t>();
+    task.value = take_values("value", static_cast<int64_t>(index->bytes() / sizeof(int16_t)));
   } else if (task.kind != Kind::none) {
-    task.value = find_values("up", round_up(outputs, sharing::panel_width) * (rank ? rank : inputs));
-    if (rank) task.down = find_values("down", round_up(rank, sharing::panel_width) * inputs);
+    task.value = take_values("up", round_up(outputs, sharing::panel_width) * (rank ? rank : inputs));
+    if (rank) task.down = take_values("down", round_up(rank, sharing::panel_width) * inputs);
   }
   return delta;
 }
@@ -156,7 +158,7 @@ void delta_linear(const py::object& x_, const py::object& base_,
 void bind_cuda_sharing(py::module_& m) {
   py::class_<DeviceDelta, std::shared_ptr<DeviceDelta>>(m, "Delta")
       .def(py::init(&make_delta), py::arg("kind"), py::arg("outputs"), py::arg("inputs"), py::arg("rank"),
-           py::arg("arrays"));
+           py::arg("arrays"), py::arg("device"));
   m.def("delta_linear", &delta_linear, py::arg("x"), py::arg("base"), py::arg("deltas"), py::arg("positions"),
         py::arg("out"), py::arg("device"), py::arg("stream"));
 }

@@ -1,15 +1,28 @@
 #include "core/cuda.h"
 
-#include <cuda_runtime_api.h>
-
 #include <stdexcept>
+
+#include "core/launch.cuh"
 
 namespace pycodesign::core::cuda {
 namespace {
 
-void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+// Of an error that nobody has to know: the next launch would report it as its own.
+void forget(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
 }
+
+// While it lives, what this thread asks of the runtime disturbs no capture of another thread.
+class BesideCaptures {
+ public:
+  BesideCaptures() { forget(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  ~BesideCaptures() { forget(cudaThreadExchangeStreamCaptureMode(&mode_)); }
+  BesideCaptures(const BesideCaptures&) = delete;
+  BesideCaptures& operator=(const BesideCaptures&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
 
 std::string format_version(int version) {
   return version == 0 ? "none" : std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
@@ -19,12 +32,15 @@ std::string format_version(int version) {
 
 int device_count() {
   int count = 0;
-  return cudaGetDeviceCount(&count) == cudaSuccess ? count : 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  forget(error);
+  return error == cudaSuccess ? count : 0;
 }
 
 std::string absence() {
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
+  forget(error);
   if (error == cudaSuccess && count > 0) return "";
   const std::string cpu = "; the CPU kernels work without it";
   switch (error) {
@@ -74,13 +90,28 @@ DeviceProperties device_properties(int device) {
           properties.sharedMemPerBlockOptin};
 }
 
+DeviceBuffer::~DeviceBuffer() {
+  if (!data_) return;
+  const BesideCaptures here;
+  forget(cudaFree(data_));  // an error, too, where CUDA is gone, as in a forked process
+}
+
+void DeviceBuffer::fill(const void* data, std::size_t bytes) {
+  if (bytes == 0) return;
+  const BesideCaptures here;
+  check(cudaMalloc(&data_, bytes));
+  check(cudaMemcpy(data_, data, bytes, cudaMemcpyHostToDevice));
+  check(cudaStreamSynchronize(nullptr));  // a copy of pageable memory may return before its last bytes are there
+  bytes_ = bytes;
+}
+
 DeviceGuard::DeviceGuard(int device) : device_(device) {
   check(cudaGetDevice(&before_));
   if (device_ != before_) check(cudaSetDevice(device_));
 }
 
 DeviceGuard::~DeviceGuard() {
-  if (device_ != before_) cudaSetDevice(before_);
+  if (device_ != before_) forget(cudaSetDevice(before_));
 }
 
 }  // namespace pycodesign::core::cuda

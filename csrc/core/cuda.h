@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <string>
+#include <vector>
 
 namespace pycodesign::core::cuda {
 
@@ -24,6 +25,24 @@ int current_device();  // of this thread
 
 // Throws std::runtime_error with absence() where there is no device, std::invalid_argument for one that does not exist.
 DeviceProperties device_properties(int device);
+
+// Memory of the device that is current when it is filled, as whole for every stream once it is.
+class DeviceBuffer {
+ public:
+  DeviceBuffer() = default;
+  ~DeviceBuffer();  // waits for kernels that run
+  DeviceBuffer(const DeviceBuffer&) = delete;
+  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
+
+  void fill(const void* data, std::size_t bytes);  // once
+  template <class T> void fill(const std::vector<T>& values) { fill(values.data(), values.size() * sizeof(T)); }
+  template <class T> const T* as() const { return static_cast<const T*>(data_); }
+  std::size_t bytes() const { return bytes_; }
+
+ private:
+  void* data_ = nullptr;
+  std::size_t bytes_ = 0;
+};
 
 // Makes a device the current one of this thread for as long as it lives.
 class DeviceGuard {

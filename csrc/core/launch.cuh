@@ -13,15 +13,28 @@
 namespace pycodesign::core::cuda {
 
 inline void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or the next launch would report it, too
+  std::string text = std::string("CUDA: ") + cudaGetErrorString(error);
+  if (error == cudaErrorNoKernelImageForDevice)
+    text += "; build for this GPU with -Ccmake.define.CMAKE_CUDA_ARCHITECTURES=native";
+  throw std::runtime_error(text);
+}
+
+// Lets blocks of a kernel without other shared memory have as much as there is: the same for every call, since other
+// threads may start the kernel, too.
+template <class Kernel> void allow_shared_memory(Kernel* kernel) {
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device));
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
 }
 
 // Queues kernel(args...) on the stream. More than 48 KiB of shared memory a block are asked for on the way.
 template <class... Parameters, class... Arguments> void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block,
                                                                std::size_t shared_bytes, cudaStream_t stream,
                                                                Arguments... arguments) {
-  if (shared_bytes > 48 << 10)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  if (shared_bytes > 48 << 10) allow_shared_memory(kernel);
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Parameters>(arguments)...);
   check(cudaGetLastError());
 }

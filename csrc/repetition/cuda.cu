@@ -264,7 +264,8 @@ __global__ void __launch_bounds__(2 * warps * warp_size, 4 / warps) multiply_til
     }
     const bool ends = s + 1 == segment_end || s + 1 == last;
     if constexpr (!T::integers) {
-      if (ends || (s - first) % 2) promote<eights>(total, sum, multiplier);  // every 64 inputs
+      // Every 64 inputs, or 32 of several terms: the matrix unit truncates, most where all products have one sign.
+      if (ends || (s - first) % 2 || d.weights.terms > 1) promote<eights>(total, sum, multiplier);
     } else if constexpr (is_segmented) {
       if (ends) promote<eights>(total, sum, d.output, output, segment, outputs);
     }
@@ -370,19 +371,10 @@ void multiply(const Dense& d, const Shape& shape, void* stream) {
   by_codes(d.dtype, d.weights.bits, MultiplyTiles{d, shape, static_cast<cudaStream_t>(stream)});
 }
 
-void* upload(const void* data, std::size_t bytes) {
-  char* to = nullptr;
-  check(cudaMalloc(&to, bytes));
-  check(cudaMemcpy(to, data, bytes, cudaMemcpyHostToDevice));
-  return to;
-}
-
-void release(void* data) { cudaFree(data); }
-
-int multiprocessors(int device) {
-  int count = 0;
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
+int compiled_capability() {
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, stage_chunks_of<float>));
+  return attributes.ptxVersion;
 }
 
 }  // namespace pycodesign::repetition::cuda

@@ -5,31 +5,13 @@
 #include <cstddef>
 #include <string>
 
+#include "core/cuda.h"
 #include "repetition/cuda_kernels.h"
 #include "repetition/repetition.h"
 
 namespace pycodesign::repetition::cuda {
 
-// Memory of one device, filled once.
-class DeviceBuffer {
- public:
-  DeviceBuffer() = default;
-  ~DeviceBuffer() { release(data_); }
-  DeviceBuffer(const DeviceBuffer&) = delete;
-  DeviceBuffer& operator=(const DeviceBuffer&) = delete;
-
-  template <class T> void fill(const std::vector<T>& values) {
-    if (values.empty()) return;
-    bytes_ = values.size() * sizeof(T);
-    data_ = upload(values.data(), bytes_);
-  }
-  template <class T> const T* as() const { return static_cast<const T*>(data_); }
-  std::size_t bytes() const { return bytes_; }
-
- private:
-  void* data_ = nullptr;
-  std::size_t bytes_ = 0;
-};
+using core::cuda::DeviceBuffer;
 
 // Of a device.
 struct Limits {

@@ -138,8 +138,8 @@ void multiply(const Dense&, const Shape&, void* stream);
 void multiply_rows(const Rows&, void* stream);
 void add_patterns(const Factored&, void* stream);
 
-void* upload(const void* data, std::size_t bytes);  // to memory of the current device
-void release(void* data);
-int multiprocessors(int device);
+// Of what runs on the current device, 10 times major and minor: of the GPU that its code, or the code that the driver
+// translated, was compiled for.
+int compiled_capability();
 
 }  // namespace pycodesign::repetition::cuda

@@ -11,7 +11,7 @@ except ImportError as error:
     raise ImportError("backend='cuda' needs torch: `pip install 'pycodesign[torch]'`") from error
 
 from pycodesign.branches.graph import Graph, Placement
-from pycodesign.branches.on_device import move_body, run_tensors
+from pycodesign.branches.on_device import find_device, move_body, run_tensors
 from pycodesign.branches.streams import plan_steps
 
 __all__ = ["Runner"]
@@ -37,7 +37,7 @@ class Runner:
     Raises
     ------
     RuntimeError
-        Where there is no such device.
+        Where there is no such device, and for bodies that cannot be captured.
     ValueError
         For bodies that take NumPy's arrays.
     """
@@ -47,7 +47,7 @@ class Runner:
     ) -> None:
         if not torch.cuda.is_available():
             raise RuntimeError("backend='cuda': torch sees no CUDA device; backend='threads' runs on the CPU")
-        self.device = torch.device(device)
+        self.device = find_device(device)
         self.graph, self._steps = graph, plan_steps(graph, place)
         self._bodies = {name: move_body(body, self.device) for name, body in graph.bodies.items()}
         self._values = {
@@ -55,10 +55,14 @@ class Runner:
             for name, value in graph.values.items()
         }
         self._lock = threading.Lock()
-        self._last: Any = None  # the end of the last call, whose values the next one overwrites
         with torch.cuda.device(self.device):
             self._streams = [torch.cuda.Stream() for _ in place.teams]
             self._captured = self._capture() if capture else None
+            self._last = torch.cuda.current_stream().record_event()  # of the last call: the next overwrites its values
+
+    def __del__(self) -> None:
+        if (last := getattr(self, "_last", None)) is not None:
+            last.synchronize()  # other streams than that of its memory may still use it
 
     def _capture(self) -> Any:
         first = torch.cuda.Stream()
@@ -68,8 +72,12 @@ class Runner:
                 self._start()
         torch.cuda.current_stream().wait_stream(first)
         captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured):
-            self._start()
+        try:
+            with torch.cuda.graph(captured, stream=first, capture_error_mode="thread_local"):
+                self._start()
+        except RuntimeError as error:
+            wanted = "bodies that a CUDA graph can capture, without a wait for the device"
+            raise RuntimeError(f"net: expected {wanted}, or capture=False; got {error.__context__ or error}") from error
         return captured
 
     def _start(self) -> None:
@@ -93,8 +101,7 @@ class Runner:
         as_torch = self.graph.check_inputs(inputs)
         with self._lock, torch.cuda.device(self.device):
             current = torch.cuda.current_stream()
-            if self._last is not None:
-                current.wait_event(self._last)
+            current.wait_event(self._last)
             for name, x in zip(self.graph.inputs, inputs, strict=True):
                 self._values[name].copy_(torch.as_tensor(x))
             self._start() if self._captured is None else self._captured.replay()

@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from pycodesign._arguments import to_number, to_numpy
 from pycodesign.branches.graph import Graph, Placement, Slice, overlap
-from pycodesign.branches.on_device import move_body, run_tensors, view_tensor
+from pycodesign.branches.on_device import find_device, move_body, run_tensors, view_tensor
 from pycodesign.branches.simulate import predict
 from pycodesign.branches.table import LatencyTable
 from pycodesign.branches.timed import hold_torch_threads
@@ -31,6 +32,11 @@ from pycodesign.branches.timed import hold_torch_threads
 __all__ = ["Runner", "recompute_bodies"]
 
 next_tag = 0  # of a message: two runners of a group have none in common
+
+
+def is_nccl(group: Any) -> bool:
+    """Return whether a group's messages are kernels on streams."""
+    return dist.get_backend(group) == "nccl"
 
 
 class Runner:
@@ -46,6 +52,7 @@ class Runner:
     place : Placement
     group : torch.distributed.ProcessGroup, optional
         Of as many processes as there are teams, with gloo on the CPU or nccl on GPUs; by default the default group.
+        With nccl, of all processes there are: pairs that exchange results get groups of their own, for each direction.
     device : str or torch.device
         Where this process computes.
     timeout : float
@@ -56,7 +63,7 @@ class Runner:
     table : LatencyTable, optional
         With the waits and transfers of the links between processes.
     link_delay : float
-        Seconds by which each message is held back, to try what slower links do.
+        Seconds by which each message is held back, to try what slower links do; on the CPU only.
 
     Raises
     ------
@@ -80,23 +87,32 @@ class Runner:
     ) -> None:
         if not dist.is_available() or not dist.is_initialized():
             raise RuntimeError("group: expected torch.distributed.init_process_group to have been called, got no group")
-        self.group, self.device = group, torch.device(device)
+        self.group, self.device = group, find_device(device)
         self.rank, size = dist.get_rank(group), dist.get_world_size(group)
         if size != len(place.teams):
             raise ValueError(f"group: expected {len(place.teams)} processes, one for each team, got {size}")
+        if is_nccl(group) and size != dist.get_world_size():
+            raise ValueError(f"group: expected all {dist.get_world_size()} processes with nccl, got {size} of them")
         self.timeout = to_number("timeout", timeout)
         if not 0 < self.timeout < 1e6:
             raise ValueError(f"timeout: expected a positive number of seconds, got {timeout}")
         self.delay = to_number("link_delay", link_delay)
         if not 0 <= self.delay < self.timeout:
             raise ValueError(f"link_delay: expected seconds, fewer than the timeout, got {link_delay}")
+        if self.delay and self.device.type != "cpu":
+            raise ValueError(f"link_delay: expected 0 on {self.device}, got {link_delay}")
         if table is not None and not isinstance(table, LatencyTable):
             raise TypeError(f"table: expected a LatencyTable, got {type(table).__name__}")
         self.graph, self.place = recompute_bodies(graph, place, recompute, table)
         self._lock = threading.RLock()  # a body that calls its executor fails rather than waits
-        self._first_tag = self._check_peers()
         self._failed: str | None = None
-        self._allocate()
+        self._pairs: dict[tuple[int, int], Any] = {}
+        self._queued: list[tuple[Any, _Message, int]] = []
+        with self._on_device():
+            self._first_tag = self._check_peers()
+            self._allocate()
+            if is_nccl(group):
+                self._connect()
         self._sender = _Sender(self.delay) if self.delay else None
 
     def _check_peers(self) -> int:
@@ -134,13 +150,32 @@ class Runner:
                 for reader in message.readers:
                     self.waits.setdefault(reader, []).append(message)
 
+    def _on_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def _connect(self) -> None:
+        """Make a group for each direction in which two processes exchange results.
+
+        NCCL runs what a pair of processes does in a group one after the other: a receive that is posted early would
+        hold up the sends that the other side waits for. All processes make all groups, in one order, and those of a
+        group connect by their first exchange.
+        """
+        hello = torch.zeros(1, device=self.device)
+        for source, target in sorted({(message.source, message.target) for message in self.messages}):
+            ranks = [self._global(source), self._global(target)]
+            pair = self._pairs[source, target] = dist.new_group(ranks)
+            if self.rank == source:
+                dist.send(hello, ranks[1], group=pair)
+            elif self.rank == target:
+                dist.recv(hello, ranks[0], group=pair)
+
     def __call__(self, *inputs: Any) -> list[Any]:
         as_torch = self.graph.check_inputs(inputs)
         given = [
             x.detach() if isinstance(x, Tensor) else torch.from_numpy(np.array(to_numpy(name, x)[0]))
             for name, x in zip(self.graph.inputs, inputs, strict=True)
         ]
-        with self._lock:
+        with self._lock, self._on_device():
             if self._failed is not None:
                 raise RuntimeError(f"run: expected all processes, got an executor that failed before ({self._failed})")
             try:
@@ -171,6 +206,7 @@ class Runner:
                 self._receive(message, pending)
         for message, work in sent:
             self._wait(work, message, message.target)
+        self._await_queued()
         return [self.values[name].clone() for name in self.graph.outputs]
 
     def _global(self, rank: int) -> int:
@@ -185,7 +221,8 @@ class Runner:
     def _post(self, function: Callable[..., Any], message: _Message, peer: int) -> Any:
         try:
             tag = self._first_tag + message.index
-            return function(message.buffer, self._global(peer), group=self.group, tag=tag)
+            group = self._pairs.get((message.source, message.target), self.group)
+            return function(message.buffer, self._global(peer), group=group, tag=tag)
         except RuntimeError as error:
             raise self._describe(error, message, peer, 0.0) from error
 
@@ -196,10 +233,26 @@ class Runner:
 
     def _wait(self, work: Any, message: _Message, peer: int) -> None:
         begin = time.monotonic()
+        if self._pairs:  # the stream waits, and this process goes on
+            work.wait()
+            self._queued.append((work, message, peer))
+            return
         try:
             work.wait(datetime.timedelta(seconds=self.timeout))
         except RuntimeError as error:
             raise self._describe(error, message, peer, time.monotonic() - begin) from error
+
+    def _await_queued(self) -> None:
+        """Wait for what streams wait for."""
+        begin = time.monotonic()
+        while self._queued:
+            work, message, peer = self._queued[-1]
+            if work.is_completed():
+                self._queued.pop()
+            elif (waited := time.monotonic() - begin) > self.timeout:
+                raise self._describe(RuntimeError("its stream still waits"), message, peer, waited)
+            else:
+                time.sleep(2e-5)
 
     def _describe(self, error: Exception, message: _Message, peer: int, waited: float) -> ConnectionError:
         action = "receive" if peer == message.source else "send"

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from pycodesign.branches.graph import Body, Slice
 
-__all__ = ["move_body", "run_tensors", "view_tensor"]
+__all__ = ["find_device", "move_body", "run_tensors", "view_tensor"]
+
+
+def find_device(device: str | torch.device) -> torch.device:
+    """Return a device with its index: that of "cuda" is the current one's now."""
+    found = torch.device(device)
+    if found.type == "cuda" and found.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return found
 
 
 def view_tensor(values: dict[str, Tensor], piece: Slice) -> Tensor:

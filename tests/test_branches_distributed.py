@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from pycodesign.branches import Executor, LatencyTable, Placement, build_parnet, describe_machine
@@ -73,6 +74,9 @@ def test_what_is_refused(tmp_path):
         ]:
             with pytest.raises(ValueError, match=message):
                 Executor(graph, place, backend="distributed", **options)
+        if not torch.cuda.is_available():
+            with pytest.raises(RuntimeError, match="device: torch sees no CUDA device, got 'cuda'"):
+                Executor(graph, place, backend="distributed", device="cuda")
         with pytest.raises(ValueError, match="group: expected 2 processes, one for each team, got 1"):
             Executor(graph, Placement((*place.teams, ())), backend="distributed")
     finally:

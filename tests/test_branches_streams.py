@@ -108,7 +108,7 @@ def test_no_gpu_is_said() -> None:
     graph = GRAPHS[0]
     if torch.cuda.is_available():
         pytest.skip("a GPU is here: nothing is missing")
-    with pytest.raises(RuntimeError, match=r"^backend='cuda': torch sees no CUDA device; backend='threads' runs"):
+    with pytest.raises(RuntimeError, match=r"^device: torch sees no CUDA device, got 'cuda'; backend='threads' runs"):
         Executor(graph, Placement.by_chains(graph), "cuda")
 
 

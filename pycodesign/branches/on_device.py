@@ -14,8 +14,16 @@ __all__ = ["find_device", "move_body", "run_tensors", "view_tensor"]
 
 
 def find_device(device: str | torch.device) -> torch.device:
-    """Return a device with its index: that of "cuda" is the current one's now."""
+    """Return a device with its index: that of "cuda" is the current one's now.
+
+    Raises
+    ------
+    RuntimeError
+        For a CUDA device where torch sees none.
+    """
     found = torch.device(device)
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"device: torch sees no CUDA device, got {str(device)!r}; backend='threads' runs on the CPU")
     if found.type == "cuda" and found.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return found

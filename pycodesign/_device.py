@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -62,26 +61,29 @@ class CupyDevice:
         """Return its elements as a dtype, one after another."""
         if array.flags.c_contiguous and array.dtype == dtype:
             return array
-        return self._copy(lambda: sys.modules["cupy"].ascontiguousarray(array, dtype))
+        self._check_copy()
+        cupy = sys.modules["cupy"]
+        with cupy.cuda.Device(self.index):
+            return cupy.ascontiguousarray(array, dtype)
 
     def in_rows(self, array: Array) -> Array:
         """Return the array, or a copy whose elements follow one another within a row."""
         if array.shape[-1] < 2 or array.strides[-1] == array.dtype.itemsize:
             return array
-        return self._copy(lambda: sys.modules["cupy"].ascontiguousarray(array))
+        return self.to_vector(array, array.dtype)
 
     def reshape(self, array: Array, shape: tuple[int, ...]) -> Array:
         """Return the array in a shape, or a copy where its strides do not allow that."""
-        if array.flags.c_contiguous:
-            return array.reshape(shape)
-        return self._copy(lambda: array.reshape(shape))
+        with sys.modules["cupy"].cuda.Device(self.index):
+            made = array.reshape(shape)
+        if not array.flags.c_contiguous and made.data.ptr != array.data.ptr:
+            self._check_copy()
+        return made
 
-    def _copy(self, make: Callable[[], Array]) -> Array:
+    def _check_copy(self) -> None:
         if self.frees_captured:
             wanted = "arrays of contiguous elements, and indices of int64, while CuPy captures a CUDA graph"
             raise ValueError(f"x, residual, base, index: expected {wanted}, got one that has to be copied")
-        with sys.modules["cupy"].cuda.Device(self.index):
-            return make()
 
     @staticmethod
     def view(array: Array) -> Array:

@@ -30,7 +30,7 @@ class EmulatedArray:
     def __init__(self, host: NDArray[Any]) -> None:
         self.host = host
         self.shape, self.dtype, self.ndim, self.strides = host.shape, host.dtype, host.ndim, host.strides
-        self.flags = host.flags
+        self.flags, self.data = host.flags, types.SimpleNamespace(ptr=host.ctypes.data)
         self.device = types.SimpleNamespace(id=0)
 
     @property

@@ -184,10 +184,13 @@ def test_captures_of_cupy(gpu: Any) -> None:
     cupy.is_capturing = True
     np.testing.assert_array_equal(run(gpu, packed, x), expected)
     assert len(packed._native._captured) == 1
+    linear = pack(CASES["rows"], "float32")
+    ops.linear(gpu.put(np.zeros((3, 5, 150), F32))[..., :130], linear)
     rows = gpu.put(np.ones((3, 5), F32))
     deltas = ops.prepack_deltas([np.ones((3, 5), F32)])
     for call, message in [
         (lambda: ops.expand(rows, gpu.put(index.astype(np.int32))), "expected arrays of contiguous elements"),
+        (lambda: ops.linear(gpu.put(np.zeros((3, 9, 130), F32))[:, :5], linear), "expected arrays of contiguous"),
         (lambda: ops.expand(rows, index), "out_index: expected a CuPy array on device 0 while a CUDA graph"),
         (lambda: ops.delta_linear(rows, None, deltas), "packed: expected a CuPy array on device 0 while a CUDA graph"),
     ]:

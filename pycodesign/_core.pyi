@@ -440,9 +440,12 @@ class BranchRunner(metaclass=_Type):
         """Run every body; microseconds until a team that waits parks, and until it does the work of an absent one."""
 
 def run_branches(
-    bodies: list[BoundChain | Callable[..., object] | None], arguments: tuple[Any, ...], spin: float
+    bodies: list[BoundChain | Callable[..., object] | None], arguments: tuple[Any, ...], spin: float, alone: bool
 ) -> list[Any]:
-    """Run bodies at the same time; return what the callables return, None for chains."""
+    """Run bodies at the same time; return what the callables return, None for chains.
+
+    Alone: one after the other, on the calling thread.
+    """
 
 def call_with_threads(function: Callable[[], object], threads: int) -> object:
     """Call a function, with so many threads for each operation within it."""

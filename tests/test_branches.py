@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import os
 import subprocess
 import sys
@@ -284,12 +283,6 @@ def test_converted_modules_with_hooks() -> None:
             getattr(hooked, hook)(lambda module, inputs, *result: result[0] + 1 if result else (inputs[0] + 1,))
             graph, place = two_torch_bodies(module, (1, 8, 6, 6), 4)
             assert torch.equal(Executor(graph, place)(x)[1], graph(x)[1])
-
-
-def test_context_variables() -> None:
-    variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable")
-    variable.set(3)
-    assert ops.run_branches([variable.get] * 3) == [3, 3, 3]
 
 
 def test_nested() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import re
 import subprocess
 import sys
@@ -183,6 +184,31 @@ def test_modes_and_hooks_see_all_branches() -> None:
     assert len(packed) == 3
     with FlopCounterMode(display=False), pytest.raises(RuntimeError, match="timeout: expected None where torch has"):
         ops.run_branches([abs, abs], -1.0, timeout=60)
+
+
+def test_context_variables() -> None:
+    variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable")
+    variable.set(3)
+
+    def change(x: int) -> int:
+        before = variable.get()
+        variable.set(before + x)
+        return before
+
+    def fail(x: int) -> None:
+        variable.set(x)
+        raise ArithmeticError
+
+    for timeout in (None, 60):
+        assert ops.run_branches([abs, change, change, change], 4, timeout=timeout) == [4, 3, 3, 3]
+        with pytest.raises(ArithmeticError):
+            ops.run_branches([abs, fail], 4, timeout=timeout)
+        assert variable.get() == 3
+    with FlopCounterMode(display=False):  # all on this thread
+        assert ops.run_branches([abs, change, change], 4) == [4, 3, 3]
+        with pytest.raises(ArithmeticError):
+            ops.run_branches([abs, fail], 4)
+    assert variable.get() == 3
 
 
 def test_errors_of_a_generator_are_its_own() -> None:

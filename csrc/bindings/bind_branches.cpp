@@ -58,26 +58,29 @@ class InPython {
 // Lets torch's operations that begin on this thread run on one thread, where torch is loaded. In Python only.
 class OneTorchThread {
  public:
-  OneTorchThread() {
-    start_torch();
-    before_ = core::swap_runtime_threads({1, 1});
+  OneTorchThread() : is_held_(start_torch()) {
+    if (is_held_) before_ = core::swap_runtime_threads({1, 1});
   }
-  ~OneTorchThread() { core::swap_runtime_threads(before_); }
+  ~OneTorchThread() {
+    if (is_held_) core::swap_runtime_threads(before_);
+  }
   OneTorchThread(const OneTorchThread&) = delete;
   OneTorchThread& operator=(const OneTorchThread&) = delete;
 
  private:
-  // torch's first operation on a thread sets what the thread has.
-  static void start_torch() {
+  // torch's first operation on a thread sets what the thread has. Returns whether torch is loaded.
+  static bool start_torch() {
     thread_local bool has_started = false;
-    if (has_started) return;
-    PyObject* const torch = PyDict_GetItemString(PyImport_GetModuleDict(), "torch");
-    if (!torch || !PyObject_HasAttrString(torch, "get_num_threads")) return;  // or it is still being imported
+    if (has_started) return true;
+    static PyObject* const name = PyUnicode_InternFromString("torch");
+    PyObject* const torch = PyDict_GetItem(PyImport_GetModuleDict(), name);
+    if (!torch || !PyObject_HasAttrString(torch, "get_num_threads")) return false;  // or it is still being imported
     py::handle(torch).attr("get_num_threads")();
-    has_started = true;
+    return has_started = true;
   }
 
-  core::RuntimeThreads before_;
+  bool is_held_;
+  core::RuntimeThreads before_{};
 };
 
 // A body: a chain, which needs no Python, a callable, or None, which is nothing but a place in the order.
@@ -86,11 +89,17 @@ struct Body {
   BoundCall* chain;
 
   explicit Body(py::object body)
-      : object(std::move(body)), chain(py::isinstance<BoundCall>(object) ? object.cast<BoundCall*>() : nullptr) {
+      : object(std::move(body)), chain(is_chain(object) ? object.cast<BoundCall*>() : nullptr) {
     if (chain) chain->check_complete();
     else if (!object.is_none() && !PyCallable_Check(object.ptr()))
       throw py::type_error("bodies: expected chains and callables, got " +
                            py::str(py::type::of(object).attr("__name__")).cast<std::string>());
+  }
+
+ private:
+  static bool is_chain(py::handle object) {
+    static PyTypeObject* const type = reinterpret_cast<PyTypeObject*>(py::type::of<BoundCall>().release().ptr());
+    return PyObject_TypeCheck(object.ptr(), type);  // isinstance() asks the metaclass: half a microsecond
   }
 };
 
@@ -141,17 +150,21 @@ class Runner {
   branches::Plan plan_;
 };
 
-// Bodies without an order, each on a thread of its own as far as there are cores; the caller runs the first.
+// Bodies without an order, each on a thread of its own as far as there are cores; the caller runs the first. Every
+// other callable has a copy of the caller's context variables.
 class Parallel {
  public:
   Parallel(const py::list& bodies, PyObject* arguments) : arguments_(arguments) {
-    for (const py::handle body : bodies) bodies_.emplace_back(py::reinterpret_borrow<py::object>(body));
+    for (const py::handle body : bodies) {
+      bodies_.emplace_back(py::reinterpret_borrow<py::object>(body));
+      contexts_.push_back(bodies_.size() == 1 || bodies_.back().chain ? py::object() : copy_context());
+    }
     results_.resize(bodies_.size());
   }
 
-  py::list run(core::Nanoseconds spin) {
+  py::list run(core::Nanoseconds spin, bool alone) {
     const auto count = static_cast<int>(bodies_.size());
-    const int members = std::min(count, core::available_cores());
+    const int members = alone ? 1 : std::min(count, core::available_cores());
     const auto work_as = [](void* self, int member) { static_cast<Parallel*>(self)->work(member); };
     without_gil([&] {
       if (members < 2 || !core::run_members(members, work_as, this, spin)) work(0);
@@ -183,12 +196,23 @@ class Parallel {
     const InPython in(inside_);
     sleep_at_exit([&] {
       const OneTorchThread one;
-      results_[i] = py::reinterpret_steal<py::object>(call(body, arguments_));
+      PyObject* const context = contexts_[i].ptr();
+      if (context && PyContext_Enter(context) < 0) throw py::error_already_set();
+      results_[i] = py::reinterpret_steal<py::object>(PyObject_CallObject(body.object.ptr(), arguments_));
+      if (context) PyContext_Exit(context);  // also when it raised
+
+      if (!results_[i]) throw py::error_already_set();
     });
   }
 
+  static py::object copy_context() {
+    PyObject* const context = PyContext_CopyCurrent();
+    if (!context) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(context);
+  }
+
   std::vector<Body> bodies_;
-  std::vector<py::object> results_;
+  std::vector<py::object> contexts_, results_;
   PyObject* arguments_;
   std::exception_ptr error_;
   std::atomic<int> next_ = 1;
@@ -215,10 +239,10 @@ void bind_branches(py::module_& m) {
       py::arg("function"), py::arg("threads"));
   m.def(
       "run_branches",
-      [](const py::list& bodies, const py::tuple& arguments, double spin) {
-        return Parallel(bodies, arguments.ptr()).run(parse_time("spin", spin));
+      [](const py::list& bodies, const py::tuple& arguments, double spin, bool alone) {
+        return Parallel(bodies, arguments.ptr()).run(parse_time("spin", spin), alone);
       },
-      py::arg("bodies"), py::arg("arguments"), py::arg("spin"));
+      py::arg("bodies"), py::arg("arguments"), py::arg("spin"), py::arg("alone"));
 }
 
 }  // namespace pycodesign::bindings

@@ -208,6 +208,7 @@ struct OpenMp {
   int (*get_num_threads)() = nullptr;
   int (*set_mkl_threads)(int) = nullptr;  // of the calling thread; returns how many they were; null without MKL
   std::string path;
+  bool is_best = false;  // no library that is loaded later comes first
 };
 
 bool has_prefix(std::string_view name, std::string_view prefix) { return name.substr(0, prefix.size()) == prefix; }
@@ -267,15 +268,19 @@ std::unique_ptr<OpenMp> search_runtime() {
       paths);
   for (int rank : {2, 1})
     for (const std::string& path : paths[rank])
-      if (auto runtime = load_runtime(path)) return runtime;
+      if (auto runtime = load_runtime(path)) {
+        runtime->is_best = rank == 2;
+        return runtime;
+      }
   return nullptr;
 }
 
-// Searches again only after a library was loaded.
+// Searches again only after a library was loaded, until torch's is found.
 const OpenMp* find_runtime() {
   static std::mutex mutex;
   static std::atomic<unsigned long long> searched_at = 0;
   static std::atomic<const OpenMp*> runtime = nullptr;
+  if (const OpenMp* found = runtime.load(std::memory_order_acquire); found && found->is_best) return found;
   if (count_loaded_libraries() != searched_at.load(std::memory_order_acquire)) {
     const std::lock_guard lock(mutex);
     const unsigned long long count = count_loaded_libraries();

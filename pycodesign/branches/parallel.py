@@ -76,7 +76,9 @@ def run_branches(
     >>> ops.run_branches([np.sin, np.cos], np.zeros(2))
     [array([0., 0.]), array([1., 1.])]
     """
-    spin, timeout = check_spin(spin), check_timeout(timeout)
+    if spin is not SPIN:
+        spin = check_spin(spin)
+    timeout = check_timeout(timeout)
     bodies: list[Any] = []
     bound: list[tuple[int, _Bound]] = []
     try:
@@ -100,19 +102,15 @@ def run_branches(
         elif not callable(body):
             wanted = "callables, chains or packed layers"
             raise TypeError(f"branches: expected {wanted}, got {type(branch).__name__}")
-        elif bodies or timeout is not None:  # on another thread
-            run: Any = copy_context().run
-            body = partial(run, body) if modes is None else partial(run, call_in_modes, modes, body)
+        elif modes is not None and (bodies or timeout is not None):  # on another thread
+            body = partial(call_in_modes, modes, body)
         bodies.append(body)
     if timeout is not None:
         results: list[Any] = [None] * len(bodies)
         steps = iter([_Store(results, i, body, inputs) for i, body in enumerate(bodies)])  # teams take them in turn
         run_timed([Team(steps)] * min(len(bodies), _core.available_cores()), timeout)
         return results
-    if is_alone:
-        results = [_core.run_branches([body], inputs, spin)[0] for body in bodies]
-    else:
-        results = _core.run_branches(bodies, inputs, spin)
+    results = _core.run_branches(bodies, inputs, spin, is_alone)
     for index, call in bound:
         results[index] = call.finish()
     return results
@@ -171,26 +169,46 @@ class _Store:
 
     def __init__(self, results: list[Any], index: int, body: Callable[..., Any], inputs: Sequence[Any]) -> None:
         self.results, self.index, self.body, self.inputs = results, index, body, inputs
-        self.name = f"branch {index}"
+        self.name, self.context = f"branch {index}", copy_context()
 
     def __call__(self) -> None:
         with hold_torch_threads(1):
-            self.results[self.index] = self.body(*self.inputs)
+            self.results[self.index] = self.context.run(self.body, *self.inputs)
+
+
+class _Torch:
+    """What tells torch's modes of a thread; to find these functions takes longer than to call them."""
+
+    def __init__(self, torch: Any) -> None:
+        c = torch._C
+        self.has_grad, self.has_inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
+        self.has_autocast, self.count_functions = c._is_any_autocast_enabled, c._len_torch_function_stack
+        self.count_dispatches, self.find_transform = c._len_torch_dispatch_stack, c._functorch.peek_interpreter_stack
+        self.find_hooks = c._autograd._top_saved_tensors_default_hooks
+
+
+_torch: _Torch | None = None
+
+
+def _find_torch() -> _Torch | None:
+    global _torch
+    torch: Any = sys.modules.get("torch")
+    if hasattr(torch, "is_autocast_enabled"):  # or it is still being imported
+        _torch = _Torch(torch)
+    return _torch
 
 
 def has_local_modes() -> bool:
     """Return whether torch has transforms, modes or hooks that other threads neither see nor can take over."""
-    torch: Any = sys.modules.get("torch")
-    if not hasattr(torch, "is_autocast_enabled"):  # still being imported
+    found = _torch or _find_torch()
+    if not found:
         return False
-    c = torch._C
-    if c._functorch.peek_interpreter_stack() is not None or c._len_torch_dispatch_stack():
+    if found.find_transform() is not None or found.count_dispatches() or found.find_hooks(True) is not None:
         return True
-    if c._autograd._top_saved_tensors_default_hooks(True) is not None:
-        return True
-    for i in range(c._len_torch_function_stack()):
-        if type(c._get_function_stack_at(i)) is not torch.utils._device.DeviceContext:
-            return True
+    if count := found.count_functions():
+        torch: Any = sys.modules["torch"]
+        functions = [torch._C._get_function_stack_at(i) for i in range(count)]
+        return any(type(function) is not torch.utils._device.DeviceContext for function in functions)
     return False
 
 
@@ -199,13 +217,14 @@ def find_modes() -> Modes:
 
     None stands for the modes of a new thread.
     """
-    torch: Any = sys.modules.get("torch")
-    if not hasattr(torch, "is_autocast_enabled"):  # still being imported
+    found = _torch or _find_torch()
+    if not found:
         return None
-    grad, inference, c = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch._C
-    autocasts, has_device = c._is_any_autocast_enabled(), c._len_torch_function_stack()
+    grad, inference = found.has_grad(), found.has_inference()
+    autocasts, has_device = found.has_autocast(), found.count_functions()
     if grad and not inference and not autocasts and not has_device:
         return None
+    torch: Any = sys.modules["torch"]
     kinds = AUTOCAST if autocasts else ()
     autocast = tuple((kind, torch.get_autocast_dtype(kind)) for kind in kinds if torch.is_autocast_enabled(kind))
     return grad, inference, autocast, torch.get_default_device() if has_device else None

@@ -136,6 +136,21 @@ class Mlp(nn.Module):
         return self.head(x + self.down(input=F.relu(self.up(x))))
 
 
+class Untraceable(nn.Module):
+    """A branch on values, which tracing cannot follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(4, 8, 3, padding=1), nn.Linear(8, 5)
+        self.plain = nn.Linear(5, 300)
+
+    def forward(self, x):
+        y = self.conv(x)
+        if y.sum() > 0:
+            y = y + 1
+        return self.plain(self.fc(input=y.movedim(1, -1)))
+
+
 NETWORKS = {
     "resnet": (ResNet, (2, 3, 20, 18)),
     "preactivation": (PreActivation, (2, 4, 9, 9)),
@@ -161,6 +176,11 @@ def randomize(model, quantizer=quantize.ternary, skip=()):
                 module.weight.data.uniform_(-1, 2)
                 module.bias.data.normal_()
     return model.eval().requires_grad_(False)
+
+
+def make_resnet():
+    """First and last layer are float."""
+    return randomize(ResNet(), skip=("conv1", "fc"))
 
 
 def same(inputs, outputs, kernel=3, **options):

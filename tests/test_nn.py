@@ -1,9 +1,11 @@
-"""`nn.Conv2d` and `nn.Linear`: packed layers as modules; examples of docstrings."""
+"""`nn.Conv2d` and `nn.Linear`: packed layers as modules; examples of docstrings; an import without torch."""
 
 import copy
 import doctest
 import io
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -133,3 +135,10 @@ def test_docstring_examples(example):
     (found,) = doctest.DocTestFinder(recurse=False).find(example, "example", module=False, globs={})
     assert found.examples
     assert doctest.DocTestRunner().run(found).failed == 0
+
+
+def test_without_torch_one_sentence_says_what_to_install(tmp_path):
+    code = "import sys; sys.modules['torch'] = None; import pycodesign; pycodesign.quantize; pycodesign.nn"
+    python = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    wanted = "ImportError: pycodesign.nn needs torch: `pip install 'pycodesign[torch]'`"
+    assert python.stderr.splitlines()[-1] == wanted

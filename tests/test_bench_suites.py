@@ -1,140 +1,27 @@
-"""The harness times what it says, the contenders compute what they should, results hold what they promise."""
+"""Suites of benchmarks run what they promise; their results are saved, summed up, compared and drawn."""
 
 from __future__ import annotations
 
 import importlib.util
 import io
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 from rich.console import Console
+from tiny_chains import TINY, ExactChain
 
 import pycodesign
-from pycodesign import ops
 from pycodesign.bench import harness, suites
-from pycodesign.bench.cases import ACTIVATION_SCALES, Case, Layer
-from pycodesign.bench.contenders import ENGINES, RIVAL_DTYPES, Chain, PycodesignChain, hold_engine, missing_package
-from pycodesign.bench.harness import CheckError, Evictor, Spread, gather_facts, measure, read_result, write_result
+from pycodesign.bench.cases import Case
+from pycodesign.bench.contenders import Chain
+from pycodesign.bench.harness import gather_facts, measure, read_result, write_result
 from pycodesign.bench.report import add_ratios, compare_choices, print_table, summarize, thread_scaling
 from pycodesign.bench.suites import linear_layers, other_layers, resnet18_layers, run_suite
 
-TINY = {
-    "sequential": Layer("3x3", 2, 16, 16, 6, 3, 1, 1),
-    "parallel": Layer("3x3 /2", 1, 8, 16, 7, 3, 2, 1),
-    "1x1 parallel": Layer("1x1 /2", 1, 16, 32, 8, 1, 2, 0),
-    "linear sequential": Layer("320x320", 2, 320, 320),  # narrower ones openvino fuses into one
-    "linear parallel": Layer("16x32", 1, 32, 16),
-}
-
-
-class FakeMachine:
-    """A clock, and caches that the first run after an eviction fills."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.cached: str | None = None
-        self.log: list[str] = []
-
-    def clock(self) -> float:
-        return self.now
-
-    def evict(self) -> None:
-        self.cached = None
-
-
-class FakeContender:
-    def __init__(self, name: str, machine: FakeMachine, hot: float, cold: float) -> None:
-        self.name, self.machine, self.hot, self.cold = name, machine, hot, cold
-
-    def run(self) -> None:
-        self.machine.now += self.hot if self.machine.cached == self.name else self.cold
-        self.machine.cached = self.name
-        self.machine.log.append(self.name)
-
-
-@pytest.fixture
-def quiet_machine(monkeypatch: pytest.MonkeyPatch) -> FakeMachine:
-    monkeypatch.setattr(harness, "_preemptions", lambda: 0)
-    return FakeMachine()
-
-
-def test_spread_is_robust() -> None:
-    spread = Spread.of([1.0, 2.0, 3.0, 4.0, 100.0])
-    assert spread == Spread(median=3.0, iqr=2.0, mad=1.0, minimum=1.0, count=5, disturbed=0)
-
-
-def test_measure_separates_hot_from_cold(quiet_machine: FakeMachine) -> None:
-    contenders = [FakeContender("a", quiet_machine, 1.0, 3.0), FakeContender("b", quiet_machine, 2.0, 7.0)]
-    timings = measure(contenders, rounds=4, pause=0, evict=quiet_machine.evict, clock=quiet_machine.clock)
-    assert list(timings) == contenders
-    a, b = timings.values()
-    assert (a.hot.median, a.cold.median) == (1.0, 3.0)
-    assert (b.hot.median, b.cold.median) == (2.0, 7.0)
-    assert b.cold.count == 4
-
-
-def test_measure_rotates_the_order(quiet_machine: FakeMachine) -> None:
-    contenders = [FakeContender(name, quiet_machine, 1.0, 1.0) for name in "abc"]
-    measure(contenders, rounds=3, pause=0, evict=quiet_machine.evict, clock=quiet_machine.clock)
-    assert "".join(dict.fromkeys(quiet_machine.log[:9])) == "abc"
-    assert "".join(dict.fromkeys(quiet_machine.log[9:18])) == "bca"
-    assert "".join(dict.fromkeys(quiet_machine.log[18:])) == "cab"
-
-
-def test_measure_repeats_disturbed_timings(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = FakeMachine()
-    monkeypatch.setattr(harness, "_preemptions", lambda: len(machine.log))
-    (timing,) = measure([FakeContender("a", machine, 1.0, 1.0)], rounds=2, pause=0, evict=machine.evict).values()
-    assert timing.hot.disturbed == timing.hot.count == 2
-    assert len(machine.log) == 2 * harness.ATTEMPTS * (2 + 1)  # warm-up and hot, cold
-
-
-def test_measure_checks_its_arguments(quiet_machine: FakeMachine) -> None:
-    with pytest.raises(ValueError, match="rounds: expected at least 1, got 0"):
-        measure([FakeContender("a", quiet_machine, 1.0, 1.0)], rounds=0)
-
-
-def test_evictor_walks_enough_memory_on_every_core() -> None:
-    affinity = os.sched_getaffinity(0)
-    evictor = Evictor()
-    buffers = evictor._buffers
-    assert set(buffers) == affinity
-    evictor()
-    assert os.sched_getaffinity(0) == affinity
-    assert sum(buffer.nbytes for buffer in buffers.values()) >= 64 << 20
-    for value, buffer in enumerate(buffers.values(), start=2):
-        buffer[-1] = value
-        assert evictor() == value
-    evictor.close()
-
-
-def test_facts_fit_json_and_name_the_machine() -> None:
-    facts = json.loads(json.dumps(gather_facts()))
-    assert {"cpu", "flags", "caches", "cores", "packages", "pycodesign", "commit", "load", "date"} <= set(facts)
-    assert facts["packages"]["numpy"] == np.__version__
-    assert facts["cores"] == len(os.sched_getaffinity(0))
-    assert facts["pycodesign"]["team"] and "/" not in facts["pycodesign"]["team"]
-
-
-def test_results_survive_the_file(tmp_path: Path) -> None:
-    rows = [_row("3x3 a", "torch float32", 1.0), _row("3x3 b", "torch float32", 1.0)]
-    result = {"schema": harness.SCHEMA, "suite": "linear", "facts": gather_facts(), "rows": rows, "left_out": []}
-    path = write_result(result, tmp_path / "results")
-    assert path.name.startswith("linear_")
-    assert read_result(path) == result
-    for text in ("{}", "[]", "no JSON"):
-        path.write_text(text)
-        with pytest.raises(ValueError, match="path: expected a benchmark result"):
-            read_result(path)
+# ---- runs
 
 
 def test_suites_hold_the_layers_they_are_named_after() -> None:
@@ -150,109 +37,6 @@ def test_suites_hold_the_layers_they_are_named_after() -> None:
     assert len(others) == len({layer.name for layer in others}) == 12
     assert all(layer.output_size == layer.size for layer in others)
     assert all(4 <= layer.chain_length <= 32 for layer in (*layers, *others, *linear_layers(32)))
-
-
-@pytest.mark.parametrize("weights", ["binary", "ternary", "uniform4", "power_of_two4"])
-def test_cases_hold_exact_weights_and_biases(weights: str) -> None:
-    case = Case.random(TINY["sequential"], weights, length=2)
-    levels, q = case.int8_weights(1), case.weights[1]
-    np.testing.assert_array_equal(levels * q.scale[:, None, None, None], case.float_weights(1))
-    steps = case.biases[1] / (ACTIVATION_SCALES["uint8"] * q.scale)
-    np.testing.assert_allclose(steps, np.rint(steps), atol=1e-4)
-    np.testing.assert_array_equal(case.input("uint8") * ACTIVATION_SCALES["uint8"], case.x)
-    assert not np.array_equal(case.int8_weights(0), levels)
-
-
-def test_cases_reject_unknown_weights() -> None:
-    for weights in ("float16", "QuantizedTensor", "Tern", ""):
-        with pytest.raises(ValueError, match="weights: expected binary, ternary"):
-            Case.random(TINY["sequential"], weights)
-
-
-@pytest.mark.parametrize("name", TINY)
-def test_expected_results_agree_with_plain_loops(name: str) -> None:
-    layer = TINY[name]
-    case = Case.random(layer, length=1)
-    x = case.x.astype(np.float64).reshape(layer.batch, layer.inputs, layer.size or 1, layer.size or 1)
-    w = case.float_weights(0).astype(np.float64).reshape(layer.outputs, layer.inputs, layer.kernel, layer.kernel)
-    p, s, k = layer.padding, layer.stride, layer.kernel
-    padded = np.pad(x, ((0, 0), (0, 0), (p, p), (p, p)))
-    y = np.empty((layer.batch, layer.outputs, layer.output_size, layer.output_size))
-    for row in range(layer.output_size):
-        for column in range(layer.output_size):
-            window = padded[:, :, row * s : row * s + k, column * s : column * s + k]
-            y[:, :, row, column] = np.einsum("ncrs,ocrs->no", window, w) + case.biases[0]
-    relu = np.maximum(y, 0).reshape(layer.output_shape)
-    np.testing.assert_allclose(case.expected("float32")[0], relu, rtol=1e-12, atol=1e-12)
-    codes = np.minimum(np.rint(relu / ACTIVATION_SCALES["uint8"]), 255)
-    assert np.max(np.abs(case.expected("uint8")[0] - codes)) <= 1
-    assert max(case.input("uint4").max(), case.expected("uint4")[0].max()) <= 15
-
-
-class ExactChain(Chain):
-    """Computes the expected results, off by `error`."""
-
-    engine = "exact"
-    error = 0
-
-    def prepare(self) -> None:
-        pass
-
-    def run(self) -> object:
-        return None
-
-    def outputs(self) -> list[np.ndarray[Any, Any]]:
-        return [y + y.dtype.type(self.error) for y in self.case.expected(self.dtype)]
-
-
-@pytest.mark.parametrize("dtype", suites.DTYPES)
-def test_check_finds_what_is_wrong(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    chain = ExactChain(Case.random(TINY["sequential"], length=2), dtype, 1)
-    chain.check()
-    monkeypatch.setattr(ExactChain, "error", 0.01 if dtype == "float32" else 2)
-    with pytest.raises(CheckError, match="expected the reference's results, off by"):
-        chain.check()
-
-
-@pytest.fixture
-def torch_threads() -> Iterator[None]:
-    if missing_package("torch"):
-        yield
-        return
-    torch = importlib.import_module("torch")
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("torch_threads")
-@pytest.mark.parametrize("layer", TINY.values(), ids=TINY.keys())
-@pytest.mark.parametrize("dtype", suites.DTYPES)
-@pytest.mark.parametrize("engine", ENGINES)
-def test_engines_compute_the_layers(engine: str, dtype: str, layer: Layer) -> None:
-    if missing := missing_package(engine):
-        pytest.skip(f"{missing} is not installed (pip install 'pycodesign[bench]')")
-    chain = ENGINES[engine][0](Case.random(layer, length=3), dtype, 1)
-    chain.check()
-    chain.run()
-    assert chain.name == f"{engine} {'float32' if dtype == 'float32' else 'int8'}"
-
-
-@pytest.mark.parametrize("layer", TINY.values(), ids=TINY.keys())
-@pytest.mark.parametrize("dtype", RIVAL_DTYPES)
-@pytest.mark.parametrize("algorithm", ["auto", "dense"])
-def test_ours_computes_the_layers(algorithm: str, dtype: str, layer: Layer) -> None:
-    chain = PycodesignChain(Case.random(layer, length=3), dtype, 1, algorithm)
-    chain.check()
-    assert chain.details["algorithm"] in (ops.CONV2D_ALGORITHMS if layer.is_conv else ops.LINEAR_ALGORITHMS)
-    assert chain.details["bytes"] > 0
-
-
-def test_values_of_uint4_chains_stay_below_16() -> None:
-    case = Case.random(TINY["sequential"], length=2)
-    case = replace(case, biases=[bias + np.float32(3) for bias in case.biases])
-    assert case.expected("uint4")[0].max() == 15
-    PycodesignChain(case, "uint4", 1).check()
 
 
 @pytest.fixture
@@ -375,22 +159,6 @@ def test_run_suite_checks_its_options() -> None:
         run_suite("linear", layers=["4096", "3x3"])
 
 
-def test_engines_are_held_to_an_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    limit = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
-    for name in limit:
-        monkeypatch.setenv(name, "another")
-    monkeypatch.setitem(sys.modules, "torch", None)
-    assert hold_engine("torch", "avx2") == "was imported before it could be held to avx2"
-    assert os.environ["ONEDNN_MAX_CPU_ISA"] == "another"
-    monkeypatch.delitem(sys.modules, "torch")
-    assert hold_engine("torch", "avx2") is None
-    assert limit.items() <= os.environ.items()
-    monkeypatch.setitem(sys.modules, "torch", None)
-    assert hold_engine("torch", "avx2") is None
-    assert hold_engine("torch", "scalar") == "is not held to scalar"
-    assert hold_engine("onnxruntime", "avx2") == "is not held to avx2"
-
-
 @pytest.mark.skipif("avx2" not in pycodesign.show_config()["supported_isas"], reason="this processor has no AVX2")
 @pytest.mark.parametrize("isa", [None, "avx2"])
 def test_run_suite_forces_and_restores_the_instruction_set(isa: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,23 +170,7 @@ def test_run_suite_forces_and_restores_the_instruction_set(isa: str | None, monk
     assert pycodesign.show_config()["isa"] == before
 
 
-@pytest.mark.skipif(
-    missing_package("torch") is not None, reason="torch is not installed (pip install 'pycodesign[bench]')"
-)
-def test_torch_obeys_its_limit(tmp_path: Path) -> None:
-    script = (
-        "from pycodesign.bench.cases import Case, Layer\n"
-        "from pycodesign.bench.contenders import TorchChain, hold_engine\n"
-        "assert hold_engine('torch', 'avx2') is None\n"
-        "for dtype in ('float32', 'uint8'):\n"
-        "    TorchChain(Case.random(Layer('3x3', 1, 16, 16, 6, 3, 1, 1), length=1), dtype, 1).run()\n"
-    )
-    verbose = os.environ | {"ONEDNN_VERBOSE": "1"}
-    run = subprocess.run([sys.executable, "-c", script], env=verbose, cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    kinds = [line.split(",")[6] for line in run.stdout.splitlines() if ",exec,cpu,convolution," in line]
-    assert kinds
-    assert not [kind for kind in kinds if "avx512" in kind]
+# ---- results
 
 
 def _row(layer: str, contender: str, median: float, threads: int = 1) -> dict[str, Any]:
@@ -437,6 +189,18 @@ def _row(layer: str, contender: str, median: float, threads: int = 1) -> dict[st
         "macs": 10**8,
         "ms": {"median": median, "iqr": 0.1},
     }
+
+
+def test_results_survive_the_file(tmp_path: Path) -> None:
+    rows = [_row("3x3 a", "torch float32", 1.0), _row("3x3 b", "torch float32", 1.0)]
+    result = {"schema": harness.SCHEMA, "suite": "linear", "facts": gather_facts(), "rows": rows, "left_out": []}
+    path = write_result(result, tmp_path / "results")
+    assert path.name.startswith("linear_")
+    assert read_result(path) == result
+    for text in ("{}", "[]", "no JSON"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="path: expected a benchmark result"):
+            read_result(path)
 
 
 def test_summary_weighs_by_time() -> None:

@@ -1,15 +1,26 @@
 """Graphs of bodies and placements: what they refuse, and that networks compute as their graphs do."""
 
-import doctest
-import importlib
+from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from branch_graphs import make_graph
 from torch import nn
 
 import pycodesign.nn
-from pycodesign.branches import Body, Graph, Placement, Slice, Value, build_inception, build_parnet, to_graph
+from pycodesign.branches import (
+    Body,
+    Graph,
+    Network,
+    Part,
+    Placement,
+    Slice,
+    Value,
+    build_inception,
+    build_parnet,
+    to_graph,
+)
 from pycodesign.branches.converted import find_chain
 
 VALUES = {"x": Value((1, 2)), "a": Value((1, 2)), "b": Value((1, 2)), "y": Value((1, 4))}
@@ -25,14 +36,6 @@ def diamond():
         body("left", ["x"], (Slice("a"),), lambda x: 2 * x),
         body("right", ["x"], (Slice("b"),), lambda x: -x),
     ]
-
-
-def test_a_layer_with_a_residual_is_no_chain_of_one_input():
-    layer = pycodesign.nn.Linear.from_float(nn.Linear(2, 2), "ternary")
-    one, two = (Body("layer", layer, tuple(map(Slice, names)), (Slice("b"),)) for names in ("x", "xa"))
-    for run, wanted in ((one, True), (two, False)):
-        graph = Graph({**VALUES}, [run], [piece.value for piece in run.inputs], ["b"])
-        assert (find_chain(graph, run) is not None) == wanted
 
 
 def test_bodies_are_sorted_and_run():
@@ -127,6 +130,11 @@ def test_placements_are_checked():
     assert Placement.sequential(graph).teams == (("left", "right", "join"),)
 
 
+def test_shapes_may_be_lists() -> None:
+    graph = make_graph(np.copy, [1, 4])  # type: ignore[arg-type]
+    assert graph(np.ones((1, 4), np.float32))[0].shape == (1, 4)
+
+
 @pytest.mark.parametrize("build", [build_parnet, build_inception])
 def test_a_network_computes_as_its_graph(build):
     net = build(width=8, size=8)
@@ -139,25 +147,21 @@ def test_a_network_computes_as_its_graph(build):
     assert converted(x)[0].shape == (1, 10)
 
 
-def test_a_stem_is_recomputed():
-    net = build_parnet(streams=3, width=8, size=16)
-    graph = net.to_graph().recompute("stem")
-    assert [name for name in graph.bodies if name.startswith("stem")] == ["stem.0", "stem.1", "stem.2"]
-    assert graph.before["stream.2"] == ("stem.2",)
-    x = torch.rand(net.shape)
-    assert torch.equal(graph(x)[0], net.to_graph()(x)[0])
-    with pytest.raises(ValueError, match="may run more than once, got 'head'"):
-        graph.recompute("head")
-    with pytest.raises(ValueError, match="got 'nothing'"):
-        graph.recompute("nothing")
-
-
 def test_only_networks_become_graphs():
     with pytest.raises(TypeError, match="net: expected a Graph or a network of branches, got Linear"):
         to_graph(nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize("name", ["exact", "graph", "growing", "listing", "nets", "placing", "space", "table"])
-def test_examples_of_docstrings(name):
-    found = doctest.testmod(importlib.import_module(f"pycodesign.branches.{name}"))
-    assert found.failed == 0 and found.attempted > 0
+def test_a_layer_with_a_residual_is_no_chain_of_one_input():
+    layer = pycodesign.nn.Linear.from_float(nn.Linear(2, 2), "ternary")
+    one, two = (Body("layer", layer, tuple(map(Slice, names)), (Slice("b"),)) for names in ("x", "xa"))
+    for run, wanted in ((one, True), (two, False)):
+        graph = Graph({**VALUES}, [run], [piece.value for piece in run.inputs], ["b"])
+        assert (find_chain(graph, run) is not None) == wanted
+
+
+@pytest.mark.parametrize("name", ["a.b", "a_b", "keys", "training", ""])
+def test_parts_do_not_share_a_module(name: str) -> None:
+    parts = [(Part(n, ("x",), ((n, 0),)), nn.ReLU()) for n in ("a_b", name)]
+    with pytest.raises(ValueError, match=f"parts: expected names that differ in more than '.' and '_', .*{name!r}"):
+        Network(parts, (1, 4))

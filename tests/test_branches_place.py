@@ -1,13 +1,20 @@
 """Placement: the simulator by hand, the exact search against all placements, the other methods against it."""
 
-import json
+from __future__ import annotations
+
+import inspect
 import random
+import sys
 import time
 
+import numpy as np
 import pytest
+import torch
+from branch_graphs import make_graph
 
 from pycodesign.branches import (
     Body,
+    Executor,
     Graph,
     LatencyTable,
     Placement,
@@ -17,11 +24,12 @@ from pycodesign.branches import (
     build_parnet,
     describe_machine,
     place,
+    predict,
 )
 from pycodesign.branches.exact import enumerate_all, solve
 from pycodesign.branches.listing import place_by_rank
 from pycodesign.branches.reinforce import place_by_policy
-from pycodesign.branches.simulate import Problem, predict, simulate
+from pycodesign.branches.simulate import Problem, simulate
 
 
 def draw_problem(rng, n, devices, density, alike):
@@ -98,6 +106,18 @@ def test_exact_says_when_it_has_not_proved_anything():
     assert [latency for latency, _ in found.others] == sorted(latency for latency, _ in found.others)
 
 
+def test_exact_places_long_graphs() -> None:
+    n, limit = 300, sys.getrecursionlimit()
+    line = ((), *(((i, 10.0),) for i in range(n - 1)))
+    problem = Problem(tuple(map(str, range(n + 3))), ((1.0, 1.0),) * (n + 3), (*line, *[((n - 1, 0.0),)] * 3))
+    sys.setrecursionlimit(len(inspect.stack(0)) + 100)
+    try:
+        found = solve(problem, limit=60)
+    finally:
+        sys.setrecursionlimit(limit)
+    assert found.bound == found.latency == n + 2
+
+
 def test_list_scheduling_of_large_graphs():
     problem = fork(random.Random(0), 16, 4, 12)
     begin = time.process_time()
@@ -113,6 +133,25 @@ def test_reinforce_finds_what_is_near():
     assert sorted(body for team in teams for body in team) == list(range(6))
     assert simulate(problem, teams) <= 1.1 * solve(problem).latency
     assert teams == place_by_policy(problem, updates=30, seed=0)
+
+
+def test_reinforce_in_any_mode() -> None:
+    problem = Problem(("a", "b"), ((2.0, 2.0), (3.0, 3.0)), ((), ()))
+    wanted = place_by_policy(problem, updates=3)
+    with torch.inference_mode():
+        assert place_by_policy(problem, updates=3) == wanted
+    with torch.no_grad():
+        assert place_by_policy(problem, updates=3) == wanted
+
+
+def test_another_default_dtype() -> None:
+    net, problem = build_parnet(width=8, size=8), Problem(("a", "b"), ((2.0, 2.0), (3.0, 3.0)), ((), ()))
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert {value.dtype for value in net.to_graph().values.values()} == {"float32"}
+        assert len(place_by_policy(problem, updates=3)) == 2
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def make_table(graph, seconds, **options):
@@ -154,6 +193,33 @@ def test_the_fastest_of_those_measured_is_taken():
     assert len(measured) == 2 and found.latency == 1 / 2 and found.teams == measured[1].teams
 
 
+def test_no_placement_is_faster_than_the_bound() -> None:
+    graph, rng = build_parnet(streams=3, width=8, size=8).to_graph(), np.random.default_rng(0)
+    for _ in range(20):
+        solo = {name: float(rng.uniform(1e-5, 1e-4)) for name in graph.bodies}
+        entries = {name: {"solo/1": s, "together/1": s * float(rng.uniform(1, 2))} for name, s in solo.items()}
+        table = LatencyTable(describe_machine(), entries, sync=1e-6)
+        found = place(graph, table)
+        assert found.latency is not None and found.bound is not None
+        assert 0 < found.bound <= found.latency * (1 + 1e-9)
+
+
+def test_the_bound_has_the_cost_of_a_run() -> None:
+    graph = make_graph(np.copy)
+    table = LatencyTable(describe_machine(), {name: {"solo/1": 1e-3} for name in "ab"}, {"solo/1": 1e-4})
+    for workers in (1, 2):
+        found = place(graph, table, workers)
+        assert found.bound == found.latency == pytest.approx(2e-3 / workers + 1e-4)
+
+
+@pytest.mark.parametrize("method", ["exact", "list", "reinforce"])
+def test_graphs_without_bodies_are_placed(method: str) -> None:
+    graph = Graph({"x": Value((1, 4))}, [], ["x"], ["x"])
+    found = place(graph, LatencyTable(describe_machine(), {}), method=method)
+    assert found.teams == ((),) and found.latency == 0
+    assert Executor(graph, found)(np.ones((1, 4), np.float32))[0].tolist() == [[1] * 4]
+
+
 def test_what_place_refuses():
     graph = build_parnet(width=8, size=8).to_graph()
     table = make_table(graph, {})
@@ -178,66 +244,3 @@ def test_what_place_refuses():
     ]
     with pytest.raises(ValueError, match="no cycle, got a -> b -> a"):
         place(Graph({"a": Value((1, 1)), "b": Value((1, 1))}, bodies, [], ["b"]), table)
-
-
-def test_tables_are_kept(tmp_path):
-    table = LatencyTable(
-        describe_machine(), {"a": {"solo/1": 1e-5, "together/1": 2e-5}}, {"solo/1": 1e-6}, 2e-7, 1e-10, 2
-    )
-    table.save(tmp_path / "table.json")
-    assert LatencyTable.load(tmp_path / "table.json") == table
-    assert table.run_cost(together=True) == 1e-6
-
-
-GOOD = {
-    "schema": "pycodesign latency table 1",
-    "machine": {},
-    "entries": {"a": {"solo/1": 1e-5}},
-    "run": {},
-    "sync": 0,
-    "transfer": 0,
-    "teams": 2,
-}
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"schema": "other"}, "expected a latency table"),
-        ({"entries": []}, "expected entries and a machine"),
-        *[({"teams": teams}, f"expected a number of teams, got {teams}") for teams in (None, True, -3)],
-        ({"entries": {"a": {}}}, "expected seconds by threads for 'a'"),
-        ({"entries": {"a": {"solo/1": -1}}}, "expected seconds, got -1"),
-        ({"entries": {"a": {"solo/1": "1"}}}, "expected seconds, got '1'"),
-        ({"run": 3}, "expected seconds by threads for 'run'"),
-        ({"sync": True}, "expected seconds, got True"),
-        ({"transfer": float("nan")}, "expected seconds, got nan"),
-        ({"transfer": 10**400}, "expected seconds, got 1000"),
-    ],
-)
-def test_malformed_tables_are_refused(tmp_path, change, message):
-    path = tmp_path / "table.json"
-    path.write_text(json.dumps({**GOOD, **change}))
-    with pytest.raises(ValueError, match=message):
-        LatencyTable.load(path, any_machine=True)
-
-
-def test_files_that_are_no_tables_are_refused(tmp_path):
-    path = tmp_path / "table.json"
-    with pytest.raises(ValueError, match="path: expected a latency table"):
-        LatencyTable.load(tmp_path)
-    for text in ("", "[1]", "{", "[" * 100_000):
-        path.write_text(text)
-        with pytest.raises(ValueError, match="path: expected a latency table"):
-            LatencyTable.load(path)
-    path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match="path: expected a latency table"):
-        LatencyTable.load(path)
-
-
-def test_tables_of_another_machine_are_refused(tmp_path):
-    for name, value in {"cpu": "another", "cores": 999, "isa": "none"}.items():
-        LatencyTable({**describe_machine(), name: value}, {}).save(tmp_path / "table.json")
-        with pytest.raises(ValueError, match=rf"measured on this machine \({name} .*\), got {value}; measure anew"):
-            LatencyTable.load(tmp_path / "table.json")
-        LatencyTable.load(tmp_path / "table.json", any_machine=True)

@@ -1,11 +1,37 @@
-"""Models that grow, their inputs, and steps of training."""
+"""Models that grow, their inputs, steps of training, and what tests of growth ask of them."""
 
+import copy
+import importlib
+
+import pytest
 import timm.models as timm
 import torch
+import torch.nn.functional as F
 import transformers
 from torch import nn
 
+from pycodesign import growth
+
 TOKENS, CLASSES = 50, 5
+
+
+# Fixtures are imported as ``fixed_seed as fixed_seed``, which linters take for used
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+    transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture
+def precise_llama(monkeypatch):
+    """Llama's norm rounds to float32, whatever the model's dtype."""
+    llama = importlib.import_module("transformers.models.llama.modeling_llama")
+    monkeypatch.setattr(
+        llama.LlamaRMSNorm, "forward", lambda self, x: F.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
+    )
+
 
 # Models: D features, L blocks, H heads, F features in MLPs
 
@@ -66,6 +92,14 @@ def build_sequential(D=24, L=None, H=None, F=40):
     )
 
 
+def build_small(width=16):
+    return nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, CLASSES)).double()
+
+
+def build_mlp(width, dtype=torch.float64):
+    return nn.Sequential(nn.Linear(8, width), nn.Dropout(0.1), nn.ReLU(), nn.Linear(width, 4)).to(dtype)
+
+
 BUILDS = {
     "gpt2": build_gpt2,
     "gpt2 untied": lambda **sizes: build_gpt2(**sizes, tie_word_embeddings=False),
@@ -96,6 +130,8 @@ CHANGES = {
     "3x and deeper": {"D": 72, "H": 18, "F": 120, "L": 3},
     "MLP": {"F": 47},
 }
+WIDER = {"D": 32, "H": 8}
+X = {"input_ids": torch.arange(12).reshape(2, 6)}  # for models of texts
 
 
 def build(name, dtype=torch.float64, **sizes):
@@ -142,3 +178,12 @@ def train_steps(model, optimizer, name, steps, average=None):
         optimizer.step()
         if average is not None:
             average.update_parameters(model)
+
+
+def check_refused(source, target, text, error=ValueError, **options):
+    """Refused, and nothing written."""
+    before = copy.deepcopy(target.state_dict())
+    with pytest.raises(error, match=text):
+        growth.grow(source, target, **options)
+    for key, value in target.state_dict().items():
+        assert not isinstance(value, torch.Tensor) or torch.equal(value, before[key])

@@ -1,4 +1,4 @@
-"""Configs of checkpoints as the hub has them, and arguments of other kinds."""
+"""Configs of checkpoints as the hub has them, whole or without their defaults; arguments of other kinds."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import transformers
+from checkpoints import LARGER, build, edit_config
+from checkpoints import quiet as quiet
+from checkpoints import small as small
 from click.testing import CliRunner
 
 from pycodesign import growth
@@ -23,12 +26,6 @@ HUB = {  # what their configs say beside their sizes
     "ViTModel": IMAGES,
     "LlamaForCausalLM": {"vocab_size": 50, "rope_theta": 10000.0},
 }
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def save(directory: Path, name: str, **more: Any) -> tuple[Path, type[Any], dict[str, Any]]:
@@ -59,6 +56,13 @@ def test_a_whole_config_for_one_that_leaves_out_defaults(tmp_path: Path, name: s
         growth.grow_checkpoint(src, tmp_path / "other", target_config={**wanted, **other})
 
 
+def test_a_whole_config_of_the_larger_model(small: Path, tmp_path: Path) -> None:
+    config = build(**LARGER).config
+    for number, whole in enumerate((config.to_dict(), config.to_json_file(tmp_path / "c.json") or tmp_path / "c.json")):
+        report = growth.grow_checkpoint(small, tmp_path / f"{number}", target_config=whole, verify=True)
+        assert report.config["architectures"] == ["GPT2LMHeadModel"] and report.config["dtype"] == "float32"
+
+
 def test_hidden_states_are_not_compared(tmp_path: Path) -> None:
     src, _, _ = save(tmp_path / "small", "GPT2LMHeadModel", output_hidden_states=True)
     report = growth.grow_checkpoint(src, tmp_path / "deep", target_config={"n_layer": 3}, verify=True)
@@ -79,6 +83,23 @@ def test_sizes_say_whose_they_are(tmp_path: Path) -> None:
         growth.grow_checkpoint(src, tmp_path / "large", target_config={"n_embd": "48"})
     with pytest.raises(ValueError, match=r"^source_config: expected 'n_embd', got none"):
         growth.grow_checkpoint(src, tmp_path / "large", source_config={"model_type": "gpt2"}, target_config={})
+
+
+@pytest.mark.parametrize("eps", [None, "1e-5"])
+def test_eps_that_is_no_number(small: Path, eps: str | None) -> None:
+    edit_config(small, layer_norm_epsilon=eps)
+    text = f"^source_config: expected a number for 'layer_norm_epsilon', got {eps!r}$"
+    with pytest.raises(ValueError, match=text):
+        growth.grow_checkpoint(small, small.parent / "large", target_config=LARGER)
+
+
+def test_models_without_blocks_stay_so(small: Path, tmp_path: Path) -> None:
+    build(n_layer=0).save_pretrained(tmp_path / "empty")
+    with pytest.raises(growth.Inexact, match="n_layer: 0 -> 4 blocks, none of which can be copied; exact would be 0"):
+        growth.grow_checkpoint(tmp_path / "empty", tmp_path / "large", target_config={"n_layer": 4})
+    edit_config(tmp_path / "empty", n_layer=2)
+    with pytest.raises(ValueError, match=r"expected blocks h\.\* in a model of 2 layers, got none"):
+        growth.grow_checkpoint(tmp_path / "empty", tmp_path / "large", target_config={"n_layer": 4})
 
 
 def test_arguments_of_other_kinds(tmp_path: Path) -> None:

@@ -1,24 +1,17 @@
-"""`Schedule`, in a plain loop and in a Trainer, and `search`."""
+"""`Schedule`, in a plain loop, in a Trainer and from its checkpoints, and what it refuses."""
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import transformers
-from growing import CHANGES, CLASSES, TOKENS, build, build_gpt2, make_inputs, train_steps
+from growing import CHANGES, CLASSES, TOKENS, build, build_gpt2, build_mlp, build_small, make_inputs, train_steps
+from growing import fixed_seed as fixed_seed
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from pycodesign import growth
-
-
-@pytest.fixture(autouse=True)
-def fixed_seed():
-    torch.manual_seed(0)
-    transformers.logging.set_verbosity_error()
-
-
-def build_small(width=16):
-    return nn.Sequential(nn.Linear(8, width), nn.Tanh(), nn.Linear(width, CLASSES)).double()
 
 
 def run_loop(schedule, model, optimizer, first, last, save_at=()):
@@ -92,16 +85,6 @@ def test_schedule_keeps_groups():
     assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.2, 0.5), (0.1, 0)]
 
 
-@pytest.mark.parametrize("steps", [[], [3, 3], [5, 2], [-1], [1.5], ["a", 2]])
-def test_refused_schedules(steps):
-    with pytest.raises(ValueError, match="stages: expected ascending steps from 0"):
-        growth.Schedule([(step, build_small) for step in steps])
-    with pytest.raises(TypeError, match="stages: expected functions that build models, got"):
-        growth.Schedule([(0, 5)])
-    with pytest.raises(ValueError, match="noise: expected"):
-        growth.Schedule([(0, build_small)], noise=-1)
-
-
 def test_learning_rates_go_on_through_growth():
     model = build_small()
     first = optimizer = torch.optim.AdamW(model.parameters(), lr=1.0)
@@ -149,6 +132,9 @@ def test_growth_in_several_processes(monkeypatch):
             schedule.grow_in_place(0, model, None)
     finally:
         torch.distributed.destroy_process_group()
+
+
+# Trainer
 
 
 class Texts(torch.utils.data.Dataset):
@@ -200,94 +186,45 @@ def test_trainer_grows_and_resumes(tmp_path):
         growth.Schedule([(0, build_gpt2)], mode="exact").callback()
 
 
-def make_task():
-    x = torch.randn(256, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    y = (x[:, :1] * x[:, 1:2]).tanh()
-
-    def loss(model):
-        return (model(x)[:, :1] - y).square().mean()
-
-    def train(model, optimizer, first, last):
-        for _ in range(first, last):
-            optimizer.zero_grad()
-            loss(model).backward()
-            optimizer.step()
-
-    return train, lambda model: -loss(model).item()
+# What is refused
 
 
-def test_search_halves_its_candidates():
-    train, score = make_task()
-    source = build_small(8)
-    adam = torch.optim.AdamW(source.parameters(), lr=1e-2)
-    train(source, adam, 0, 20)
-    trained = []
-
-    def count(model, optimizer, first, last):
-        trained.append((model[0].out_features, first, last))
-        assert first or optimizer.state  # grown with the model
-        train(model, optimizer, first, last)
-
-    candidates = {f"{w}": lambda w=w: build_small(w) for w in (8, 10, 16, 24)}
-    found = growth.search(source, candidates, count, score, steps=5, optimizer=adam)
-    assert [(steps, len(scores)) for steps, scores in found.rungs] == [(5, 4), (10, 2)]
-    assert found.best == max(found.rungs[-1][1], key=found.rungs[-1][1].get)
-    assert found.model[0].out_features == int(found.best)
-    assert [(first, last) for _, first, last in trained] == [(0, 5)] * 4 + [(5, 10)] * 2
-    assert f"best: {found.best}" in str(found)
-    assert score(found.model) == found.rungs[-1][1][found.best]
+@pytest.mark.parametrize("steps", [[], [3, 3], [5, 2], [-1], [1.5], ["a", 2]])
+def test_refused_schedules(steps):
+    with pytest.raises(ValueError, match="stages: expected ascending steps from 0"):
+        growth.Schedule([(step, build_small) for step in steps])
+    with pytest.raises(TypeError, match="stages: expected functions that build models, got"):
+        growth.Schedule([(0, 5)])
+    with pytest.raises(ValueError, match="noise: expected"):
+        growth.Schedule([(0, build_small)], noise=-1)
 
 
-def test_search_checks_before_it_trains():
-    train, score = make_task()
-    source = build_small(8)
-    candidates = {"wide": lambda: build_small(16), "narrow": lambda: build_small(4)}
-    with pytest.raises(ValueError, match="expected at least 8"):
-        growth.search(source, candidates, None, score, steps=5)
-    del candidates["narrow"]
-    bad = {"steps": (0, 1.5), "keep": (0, 1), "rungs": (0, -1, 1.5)}
-    for options, text in (({"steps": 1, name: value}, name) for name, values in bad.items() for value in values):
-        with pytest.raises(ValueError, match=text):
-            growth.search(source, candidates, train, score, **options)
-    with pytest.raises(ValueError, match="candidates"):
-        growth.search(source, {}, train, score, steps=1)
+def test_stages_are_pairs_of_a_step_and_a_function():
+    model, _ = growth.Schedule([(np.int64(0), lambda: build_mlp(16))]).grow(0, build_mlp(8))
+    assert model[0].out_features == 16
+    with pytest.raises(TypeError, match="stages: expected pairs of a step and a function, got 3"):
+        growth.Schedule([3])
+    text = "stages: expected a function that builds a torch.nn.Module for step 0, got one that returns NoneType"
+    with pytest.raises(TypeError, match=text):
+        growth.Schedule([(0, lambda: None)]).grow(0, build_mlp(8))
 
 
-def test_each_rung_drops_a_candidate():
-    train, score = make_task()
-    candidates = {f"{w}": lambda w=w: build_small(w) for w in (8, 10, 16, 24)}
-    found = growth.search(build_small(8), candidates, train, score, steps=1, keep=0.999)
-    assert [(steps, len(scores)) for steps, scores in found.rungs] == [(1, 4), (2, 3), (4, 2)]
+def test_checkpoints_of_another_optimizer():
+    model, other = build_mlp(8), build_mlp(8)
+    schedule = growth.Schedule([(0, lambda: build_mlp(16))])
+    checkpoint = schedule.save(0, model, torch.optim.AdamW(model.parameters()))
+    with pytest.raises(ValueError, match="build_optimizer: expected AdamW as was saved, got SGD"):
+        schedule.load(checkpoint, lambda: build_mlp(8), torch.optim.SGD)
+    with pytest.raises(ValueError, match="optimizer: expected parameters of the model alone, got others"):
+        schedule.save(0, model, torch.optim.AdamW(other.parameters()))
 
 
-@pytest.mark.parametrize(
-    ("count", "steps", "final", "text"),
-    [
-        (1, [2], 4, "candidates: expected two or more, got 1"),
-        (2, [], 4, r"steps: expected ascending ones from 1 to final_steps, 4, got \[\]"),
-        (2, [4, 2], 8, "steps: expected ascending"),
-        (2, [0], 8, "steps: expected ascending"),
-        (2, [2, 10], 8, "steps: expected ascending"),
-    ],
-)
-def test_proxies_are_checked_before_they_are_trained(count, steps, final, text):
-    candidates = {f"{w}": lambda w=w: build_small(w) for w in range(16, 16 + count)}
-    with pytest.raises(ValueError, match=text):
-        growth.compare_proxies(build_small(8), candidates, None, None, steps=steps, final_steps=final)
-
-
-def test_a_diverged_candidate_loses():
-    train, _ = make_task()
-    scores = {8: float("nan"), 10: 0.5}
-    candidates = {f"{w}": lambda w=w: build_small(w) for w in scores}
-    found = growth.search(build_small(8), candidates, train, lambda model: scores[model[0].out_features], steps=1)
-    assert found.best == "10"
-
-
-def test_proxies_are_compared():
-    train, score = make_task()
-    candidates = {f"{w}": lambda w=w: build_small(w) for w in (8, 12, 16)}
-    result = growth.compare_proxies(build_small(8), candidates, train, score, steps=[2, 30], final_steps=30)
-    assert result["scratch"][30] == 1
-    assert all(-1 <= tau <= 1 for tau in result["grown"].values())
-    assert list(result["final"]) == ["8", "12", "16"]
+def test_a_refused_stage_leaves_the_average():
+    model = build_mlp(8)
+    average = AveragedModel(model)
+    before = copy.deepcopy(average.state_dict())
+    schedule = growth.Schedule([(0, lambda: build_mlp(16)), (1, lambda: build_mlp(12))])
+    with pytest.raises(ValueError, match="expected at least 16"):
+        schedule.grow(1, model, ema=average)
+    assert all(torch.equal(value, before[key]) for key, value in average.state_dict().items())
+    assert schedule.stage == 0

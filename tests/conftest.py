@@ -35,7 +35,7 @@ hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
-pytest.register_assert_rewrite("chains", "growing", "layers")
+pytest.register_assert_rewrite("chains", "growing", "layers", "sharing_deltas")
 
 libraries: list[object] = []  # a torch.library.Library declares as long as it lives
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import scipy.sparse
 from numpy.typing import NDArray
-from test_sharing_ops import ISAS, KINDS, assert_bits, assert_near, make_delta, make_deltas, make_floats
+from sharing_deltas import ISAS, KINDS, assert_bits, assert_near, make_delta, make_deltas, make_floats
 
 import pycodesign
 from pycodesign import ops

@@ -1,13 +1,9 @@
-"""`ops.delta_linear` against its reference: kinds of deltas, edge sizes, threads, memory layouts.
-
-And against itself to the bit, whatever else is asked. Bad input writes nothing.
-"""
+"""`ops.delta_linear` against its reference, and itself to the bit: kinds of deltas, edge sizes, threads, layouts."""
 
 from __future__ import annotations
 
 import doctest
 import re
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from typing import Any
@@ -20,67 +16,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from layers import assert_guards_untouched, guarded
-from numpy.typing import NDArray
+from sharing_deltas import ISAS, KINDS, assert_bits, assert_near, make_delta, make_deltas, make_floats
 
 import pycodesign
-from pycodesign import _core, ops
+from pycodesign import ops
 from pycodesign.reference import sharing
 
-Array = NDArray[Any]
-
-ISAS = _core.supported_isas()
-EPS = np.finfo(np.float32).eps
-KINDS = ("sparse", "low_rank", "none", "dense", "sparse", "low_rank", "sparse")
 TOKENS = (1, 2, 3, 15, 16, 17, 32, 33, 49, 64, 65, 130)
 SIZES = ((1, 1), (3, 5), (16, 16), (63, 31), (64, 33), (65, 300), (200, 47), (600, 40))
-
-
-def make_floats(shape: tuple[int, ...], seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def make_delta(kind: str, shape: tuple[int, int], seed: int = 0, density: float = 0.1) -> Any:
-    outputs, inputs = shape
-    if kind == "none":
-        return None
-    if kind == "dense":
-        return make_floats(shape, seed)
-    if kind == "low_rank":
-        rank = 1 + 13 * seed % 40
-        return make_floats((outputs, rank), seed), make_floats((rank, inputs), seed + 1)
-    keep = np.random.default_rng(seed).random(shape) < density
-    return scipy.sparse.csr_array(np.where(keep, make_floats(shape, seed), np.float32(0)))
-
-
-def make_deltas(shape: tuple[int, int], kinds: Sequence[str] = KINDS) -> tuple[list[Any], list[Array | None]]:
-    """Deltas and biases; tasks 1 to 4, of every kind, have one."""
-    deltas = [make_delta(kind, shape, seed) for seed, kind in enumerate(kinds)]
-    return deltas, [make_floats(shape[:1], seed) if 1 <= seed <= 4 else None for seed in range(len(kinds))]
-
-
-def magnitude(delta: Any) -> Any:
-    return tuple(map(abs, delta)) if isinstance(delta, tuple) else None if delta is None else abs(delta)
-
-
-def bound(x: Array, base: Array | None, deltas: list[Any], bias: list[Any], **options: Any) -> Array:
-    """What the docstring promises, with every row as long as the longest."""
-    inputs, ranks = x.shape[-1], [delta[0].shape[1] for delta in deltas if isinstance(delta, tuple)]
-    terms = inputs + max(ranks, default=0) + 2
-    sizes = [magnitude(delta) for delta in deltas], [None if b is None else abs(b) for b in bias]
-    sums = sharing.delta_linear(abs(x), None, sizes[0], bias=sizes[1], **options)
-    with_base = sums if base is None else sharing.delta_linear(abs(x), abs(base), sizes[0], bias=sizes[1], **options)
-    return np.asarray(EPS * (terms * sums + (with_base - sums)))
-
-
-def assert_near(got: Array, x: Array, base: Array | None, deltas: list[Any], bias: list[Any], **options: Any) -> None:
-    expected = sharing.delta_linear(x, base, deltas, bias=bias, **options)
-    assert got.dtype == np.float32 and got.shape == expected.shape
-    assert (abs(got - expected) <= bound(x, base, deltas, bias, **options)).all()
-
-
-def assert_bits(got: Any, expected: Any) -> None:
-    assert got.shape == expected.shape
-    np.testing.assert_array_equal(np.asarray(got).view(np.int32), np.asarray(expected).view(np.int32))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -251,6 +194,17 @@ def test_entries_given_twice_are_added_up_and_zeros_stay() -> None:
     np.testing.assert_array_equal(z, [[[2, 500]]])
 
 
+@pytest.mark.parametrize("kind", ["csr", "csc", "bsr"])
+def test_entries_behind_the_last_row_do_not_count(kind):
+    dense = np.arange(16, dtype=np.float32).reshape(4, 4) * np.array([0, 1, 0, 1], np.float32)
+    matrix = scipy.sparse.coo_array(dense).asformat(kind)
+    matrix.indices = np.append(matrix.indices, np.zeros(50, matrix.indices.dtype))
+    matrix.data = np.append(matrix.data, np.full((50, *matrix.data.shape[1:]), 7, np.float32), axis=0)
+    for _ in range(3):
+        packed = ops.prepack_deltas([matrix])
+        assert np.array_equal(ops.delta_linear(np.eye(4, dtype=np.float32), None, packed)[0], dense.T)
+
+
 def test_a_task_without_entries_is_legal() -> None:
     empty = scipy.sparse.csr_array((70, 40), dtype=np.float32)
     packed = ops.prepack_deltas([empty, None])
@@ -268,6 +222,22 @@ def test_infinity_is_seen_by_who_reads_it() -> None:
         x = np.tile(np.array([np.inf, 5, np.nan], np.float32), (tokens, 1))
         z = ops.delta_linear(x, None, packed)
         np.testing.assert_array_equal(z, np.tile([5, np.nan, 0], (1, tokens, 1)))
+
+
+LARGEST = np.float32(float.fromhex("0x1.fep127"))  # of bfloat16
+BEYOND = np.float32(float.fromhex("0x1.ffp127"))
+
+
+@pytest.mark.parametrize("make", [scipy.sparse.csr_array, np.ascontiguousarray, lambda w: (w, np.eye(2, dtype="f4"))])
+def test_values_beyond_bfloat16(make):
+    for sign in (1, -1):
+        w = np.array([[0, sign * BEYOND], [1, 2]], np.float32)
+        ops.prepack_deltas([make(w)])
+        with pytest.raises(ValueError, match=r"expected values that are finite in bfloat16, too, got -?3\.39"):
+            ops.prepack_deltas([make(w)], dtype="bfloat16")
+        w[0, 1] = sign * np.nextafter(BEYOND, np.float32(0))
+        packed = ops.prepack_deltas([make(w)], dtype="bfloat16")
+        assert ops.delta_linear(np.eye(2, dtype="f4"), None, packed)[0, 1, 0] == sign * LARGEST
 
 
 def test_kinds() -> None:
@@ -320,213 +290,6 @@ def test_calls_from_several_threads() -> None:
                 assert_bits(got, want)
 
 
-def damaged(**changes: Any) -> Any:
-    """A CSR matrix (3, 4) whose arrays are replaced after it was made."""
-    matrix = scipy.sparse.csr_array(np.eye(3, 4, dtype=np.float32))
-    for name, value in changes.items():
-        setattr(matrix, name, np.array(value, getattr(matrix, name).dtype))
-    return matrix
-
-
-F, W = np.float32, np.ones((3, 4), np.float32)
-EYE = scipy.sparse.csr_array(np.eye(3, 4, dtype=np.float32))
-POINTERS = "deltas[0]: expected a valid csr matrix, got pointers or sizes that do not fit"
-PACKING: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
-    "no sequence": (
-        lambda: ops.prepack_deltas(EYE),
-        TypeError,
-        "deltas: expected a sequence, one delta for each task, got csr_array",
-    ),
-    "no task": (lambda: ops.prepack_deltas([]), ValueError, "deltas: expected at least one task, got none"),
-    "no matrix": (
-        lambda: ops.prepack_deltas([None, None]),
-        ValueError,
-        "deltas: expected at least one matrix, which says the sizes, got None for every task",
-    ),
-    "string": (
-        lambda: ops.prepack_deltas(["w"]),
-        TypeError,
-        "deltas[0]: expected a NumPy array or a torch tensor, got str",
-    ),
-    "dtype of a matrix": (
-        lambda: ops.prepack_deltas([W, W.astype("f8")]),
-        TypeError,
-        "deltas[1]: expected float32 (O, I), got float64 (3, 4)",
-    ),
-    "dtype of a sparse matrix": (
-        lambda: ops.prepack_deltas([EYE.astype("f8")]),
-        TypeError,
-        "deltas[0]: expected float32 (O, I), got float64 (3, 4)",
-    ),
-    "vector": (lambda: ops.prepack_deltas([W[0]]), ValueError, "deltas[0]: expected float32 (O, I), got float32 (4,)"),
-    "triple": (
-        lambda: ops.prepack_deltas([(W, W, W)]),
-        ValueError,
-        "deltas[0]: expected a pair (B, A), got 3 elements",
-    ),
-    "ranks": (
-        lambda: ops.prepack_deltas([(W, W)]),
-        ValueError,
-        "deltas[0]: expected (O, r) and (r, I) of one rank r >= 1, got (3, 4) and (3, 4)",
-    ),
-    "rank 0": (
-        lambda: ops.prepack_deltas([(W[:, :0], W[:0])]),
-        ValueError,
-        "deltas[0]: expected (O, r) and (r, I) of one rank r >= 1, got (3, 0) and (0, 4)",
-    ),
-    "dtype of a pair": (
-        lambda: ops.prepack_deltas([(W, W.T.astype("f2"))]),
-        TypeError,
-        "deltas[0][1]: expected float32 (r, I), got float16 (4, 3)",
-    ),
-    "sizes": (
-        lambda: ops.prepack_deltas([W, EYE[:2]]),
-        ValueError,
-        "deltas[1]: expected (3, 4) as before it, got (2, 4)",
-    ),
-    "no output": (
-        lambda: ops.prepack_deltas([W[:0]]),
-        ValueError,
-        "deltas: expected at least one output and one input, got (0, 4)",
-    ),
-    "many inputs": (
-        lambda: ops.prepack_deltas([scipy.sparse.csr_array((2, 65536), dtype=F)]),
-        ValueError,
-        "deltas: expected at most 65535 inputs of a sparse matrix, got 65536",
-    ),
-    "not a number": (
-        lambda: ops.prepack_deltas([EYE * F(np.nan)]),
-        ValueError,
-        "deltas[0]: expected finite values, got nan",
-    ),
-    "infinity": (
-        lambda: ops.prepack_deltas([(W, np.full((4, 4), np.inf, F))]),
-        ValueError,
-        "deltas[0][1]: expected finite values, got inf",
-    ),
-    "index": (
-        lambda: ops.prepack_deltas([damaged(indices=[0, 1, 4])]),
-        ValueError,
-        "deltas[0]: expected indices from 0 to 3, got 4",
-    ),
-    "negative index": (
-        lambda: ops.prepack_deltas([damaged(indices=[0, -1, 2])]),
-        ValueError,
-        "deltas[0]: expected indices from 0 to 3, got -1",
-    ),
-    "pointers that fall": (lambda: ops.prepack_deltas([damaged(indptr=[0, 3, 1, 3])]), ValueError, POINTERS),
-    "pointers beyond": (lambda: ops.prepack_deltas([damaged(indptr=[0, 1, 2, 9])]), ValueError, POINTERS),
-    "few pointers": (lambda: ops.prepack_deltas([damaged(indptr=[0, 1, 3])]), ValueError, POINTERS),
-    "few values": (lambda: ops.prepack_deltas([damaged(data=[1, 2])]), ValueError, POINTERS),
-    "dtype of values": (
-        lambda: ops.prepack_deltas([W], dtype="float16"),
-        ValueError,
-        "dtype: expected 'float32' or 'bfloat16', got 'float16'",
-    ),
-    "biases": (
-        lambda: ops.prepack_deltas([W], bias=[None, None]),
-        ValueError,
-        "bias: expected one or None for each of 1 tasks, got 2",
-    ),
-    "bias": (
-        lambda: ops.prepack_deltas([W, W], bias=[None, np.ones(4, F)]),
-        ValueError,
-        "bias[1]: expected float32 (3,), got float32 (4,)",
-    ),
-    "infinite bias": (
-        lambda: ops.prepack_deltas([W], bias=[np.full(3, np.inf, F)]),
-        ValueError,
-        "bias[0]: expected finite values, got inf",
-    ),
-}
-
-PACKED = ops.prepack_deltas([W, EYE])
-X, BASE = np.ones((5, 4), F), np.ones((5, 3), F)
-CALLS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "packed": ({"packed": [W]}, TypeError, "packed: expected PackedDeltas, got list"),
-    "list": ({"x": [[1.0]]}, TypeError, "x: expected a NumPy array or a torch tensor, got list"),
-    "x dtype": (
-        {"x": X.astype("f8")},
-        TypeError,
-        "x: expected float32 (T, 4) or (2, T, 4), got float64 (5, 4)",
-    ),
-    "x vector": ({"x": X[0]}, ValueError, "x: expected float32 (T, 4) or (2, T, 4), got float32 (4,)"),
-    "x inputs": ({"x": X[:, :3]}, ValueError, "x: expected float32 (T, 4) or (2, T, 4), got float32 (5, 3)"),
-    "x tasks": ({"x": X[None]}, ValueError, "x: expected float32 (T, 4) or (2, T, 4), got float32 (1, 5, 4)"),
-    "base rows": (
-        {"base": BASE[1:]},
-        ValueError,
-        "base: expected float32 (3,), (5, 3) or (2, 5, 3), got float32 (4, 3)",
-    ),
-    "base dtype": (
-        {"base": BASE.astype("f2")},
-        TypeError,
-        "base: expected float32 (3,), (5, 3) or (2, 5, 3), got float16 (5, 3)",
-    ),
-    "task": ({"tasks": [0, 2]}, IndexError, "tasks: expected indices from 0 to 1, got 2"),
-    "negative task": ({"tasks": [-1]}, IndexError, "tasks: expected indices from 0 to 1, got -1"),
-    "task name": ({"tasks": ["a"]}, TypeError, "tasks: expected a sequence of integers, got ['a']"),
-    "position": ({"positions": [5]}, IndexError, "positions: expected indices from 0 to 4, got 5"),
-    "one position": ({"positions": 0}, TypeError, "positions: expected a sequence of integers, got 0"),
-}
-OUTPUTS: dict[str, tuple[Callable[[], Array], type[Exception], str]] = {
-    "shape": (lambda: np.ones((2, 5, 4), F), ValueError, "out: expected float32 (2, 5, 3), got float32 (2, 5, 4)"),
-    "dtype": (lambda: np.ones((2, 5, 3)), TypeError, "out: expected float32 (2, 5, 3), got float64 (2, 5, 3)"),
-    "elements apart": (
-        lambda: np.ones((2, 5, 6), F)[:, :, ::2],
-        ValueError,
-        "out: expected rows whose elements follow one another, got other strides",
-    ),
-    "broadcast": (
-        lambda: np.broadcast_to(np.ones(3, F), (2, 5, 3)),
-        ValueError,
-        "out: expected a writeable array, got a read-only or broadcast one",
-    ),
-    "rows in each other": (
-        lambda: np.lib.stride_tricks.as_strided(np.ones(40, F), (2, 5, 3), (60, 8, 4)),
-        ValueError,
-        "out: expected rows apart from one another, got rows that overlap",
-    ),
-    "tasks in each other": (
-        lambda: np.lib.stride_tricks.as_strided(np.ones(40, F), (2, 5, 3), (12, 12, 4)),
-        ValueError,
-        "out: expected rows apart from one another, got rows that overlap",
-    ),
-}
-
-
-@pytest.mark.parametrize(("call", "error", "message"), PACKING.values(), ids=PACKING)
-def test_bad_deltas(call: Callable[[], Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"^{re.escape(message)}$"):
-        call()
-
-
-@pytest.mark.parametrize(("changes", "error", "message"), CALLS.values(), ids=CALLS)
-def test_bad_arguments(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    out = np.full((2, 5, 3), 7, F)
-    with pytest.raises(error, match=f"^{re.escape(message)}$"):
-        ops.delta_linear(**{"x": X, "base": BASE, "packed": PACKED, "out": out} | changes)
-    assert (out == 7).all()
-
-
-@pytest.mark.parametrize(("make", "error", "message"), OUTPUTS.values(), ids=OUTPUTS)
-def test_bad_outputs(make: Callable[[], Array], error: type[Exception], message: str) -> None:
-    out = make()
-    with pytest.raises(error, match=f"^{re.escape(message)}$"):
-        ops.delta_linear(X, BASE, PACKED, out=out)
-    assert (out == 1).all()
-
-
-def test_out_apart() -> None:
-    memory = np.ones((2, 5, 3), F)
-    with pytest.raises(ValueError, match="out: expected memory apart from base, got an array that overlaps it"):
-        ops.delta_linear(X, memory[1], PACKED, out=memory)
-    wide = np.ones((2, 5, 4), F)
-    with pytest.raises(ValueError, match="out: expected memory apart from x, got an array that overlaps it"):
-        ops.delta_linear(wide[0], BASE, PACKED, out=wide[:, :, :3])
-    assert (memory == 1).all() and (wide == 1).all()
-
-
 @pytest.mark.parametrize(
     ("module", "name"), [(ops, "prepack_deltas"), (ops, "delta_linear"), (sharing, "delta_linear")]
 )
@@ -535,25 +298,3 @@ def test_docstring_examples(module: Any, name: str) -> None:
     found.globs["delta_linear"] = sharing.delta_linear
     assert found.examples
     assert doctest.DocTestRunner().run(found).failed == 0
-
-
-def test_native_module_checks_what_it_is_given() -> None:
-    index, value = np.zeros(1, np.int32), np.ones(1, F)
-    for row, column, data in ((index + 2, index, value), (index, index - 1, value), (index, index, value.astype("f8"))):
-        with pytest.raises((TypeError, ValueError), match="expected"):
-            _core.pack_sparse(2, 3, row, column, data, None, "float32")
-    with pytest.raises(ValueError, match="expected entries in ascending order"):
-        _core.pack_sparse(2, 3, np.array([1, 0], np.int32), np.zeros(2, np.int32), np.ones(2, F), None, "float32")
-    with pytest.raises(ValueError, match="expected C order"):
-        _core.pack_dense(W.T, None, "float32")
-    with pytest.raises(ValueError, match="dtype: expected 'float32' or 'bfloat16'"):
-        _core.pack_dense(W, None, "float64")
-    delta, other = _core.pack_dense(W, None, "float32"), _core.pack_none(4, 4, None)
-    with pytest.raises(ValueError, match="deltas: expected tasks of one size"):
-        _core.delta_linear(X, None, [delta, other], None)
-    with pytest.raises(ValueError, match="deltas: expected at least one task"):
-        _core.delta_linear(X, None, [], None)
-    with pytest.raises(ValueError, match="x: expected rows whose elements follow one another"):
-        _core.delta_linear(np.ones((5, 8), F)[:, ::2], None, [delta], None)
-    with pytest.raises(ValueError, match="base: expected float32"):
-        _core.delta_linear(X, W, [delta], None)

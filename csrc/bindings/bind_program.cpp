@@ -65,7 +65,7 @@ void run(const ProgramCode& code, const py::array& x, const py::array& y) {
   check_array(x, "x", dtype, holds(x, code.lanes()), {-1, code.inputs(), lanes}, "(vectors, inputs, lanes)");
   check_array(y, "y", dtype, holds(y, code.lanes()), {x.shape(0), code.outputs(), lanes}, "(vectors, outputs, lanes)");
   check_writeable(y);
-  if (!(x.flags() & y.flags() & py::array::c_style)) throw py::value_error("x, y: expected C order");
+  if (!(x.flags() & y.flags() & py::array::c_style)) throw py::value_error("x, y: expected C order, got other strides");
   check_apart(y, x, "x");
   auto* out = const_cast<char*>(static_cast<const char*>(y.data()));
   without_gil([&] { code.run(static_cast<const char*>(x.data()), out, x.shape(0)); });

@@ -257,7 +257,8 @@ void bind_repetition(py::module_& m) {
         const CodebookArrays a(std::move(index), std::move(sign), std::move(kernels), std::move(levels),
                                std::move(scale), std::nullopt);
         const auto g = geometry(channels, groups, kernel, stride, padding, dilation);
-        if (!fits(a.weights, g)) throw py::value_error("kernels: expected (C, U, p * kH * kW)");
+        if (!fits(a.weights, g))
+          throw py::value_error("kernels: expected (C, U, p * kH * kW), got " + describe(a.kernels));
         return choice(
             repetition::choose_conv2d(a.weights, g, activations(input_dtype, 1, input_zero_point, input_bits)));
       },

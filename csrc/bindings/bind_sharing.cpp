@@ -26,7 +26,8 @@ std::string show_shape(const std::vector<int64_t>& shape) {
 template <class T>
 const T* check_vector(const py::array& a, const char* name, const char* dtype, const std::vector<int64_t>& shape) {
   check_array(a, name, dtype, holds<T>(a), shape, show_shape(shape));
-  if (!(a.flags() & py::array::c_style)) throw py::value_error(std::string(name) + ": expected C order");
+  if (!(a.flags() & py::array::c_style))
+    throw py::value_error(std::string(name) + ": expected C order, got other strides");
   return static_cast<const T*>(a.data());
 }
 

@@ -2,7 +2,6 @@
 #include <pybind11/stl.h>
 
 #include <cstdlib>
-#include <optional>
 
 #include "bindings/arrays.h"
 #include "bindings/device_array.h"

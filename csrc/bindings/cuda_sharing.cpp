@@ -9,6 +9,7 @@
 #include "bindings/arrays.h"
 #include "bindings/device_array.h"
 #include "core/cuda.h"
+#include "core/divide.h"
 #include "sharing/cuda.h"
 
 namespace pycodesign::bindings {
@@ -17,7 +18,7 @@ namespace {
 
 using sharing::Kind, sharing::Storage, sharing::cuda::Task;
 
-int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+using core::round_up;
 
 // A task's Delta on a device, and the memory that it lies in.
 struct DeviceDelta {

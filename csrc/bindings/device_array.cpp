@@ -63,6 +63,8 @@ DeviceArray view_device_array(const py::object& array, const char* name) {
   const auto typestr = interface["typestr"].cast<std::string>();
   a.dtype = parse_dtype(typestr, name);
   a.itemsize = std::atoi(typestr.c_str() + 2);
+  if (a.itemsize < 1)
+    throw py::type_error(std::string(name) + ": expected a typestr such as '<f4', got '" + typestr + "'");
   a.shape = interface["shape"].cast<std::vector<int64_t>>();
   const auto data = py::cast<py::tuple>(interface["data"]);
   a.is_writeable = !data[1].cast<bool>();

@@ -18,7 +18,7 @@ namespace pycodesign::bindings {
 
 inline void check_c_order(std::initializer_list<const py::array*> arrays, const std::string& names) {
   for (const py::array* a : arrays)
-    if (!(a->flags() & py::array::c_style)) throw py::value_error(names + ": expected C order");
+    if (!(a->flags() & py::array::c_style)) throw py::value_error(names + ": expected C order, got other strides");
 }
 
 // Weights as NumPy holds them, checked; `weights` borrows from the arrays.
@@ -35,9 +35,14 @@ struct WeightArrays {
     check_array(scale, "scale", "float32", holds<float>(scale), {O, -1}, "(O, G)");
     if (bias) check_array(*bias, "bias", "float32", holds<float>(*bias), {O}, "(" + std::to_string(O) + ",)");
     check_c_order({&codes, &levels, &scale}, "codes, levels, scale");
+    if (bias) check_c_order({&*bias}, "bias");
     const int64_t Q = levels.shape(1), G = scale.shape(1);
-    if (O == 0 || codes.shape(1) == 0 || Q == 0 || Q > 256 || G == 0 || codes.shape(1) % G)
-      throw py::value_error("codes: expected at least one output, input and level");
+    if (O == 0 || codes.shape(1) == 0)
+      throw py::value_error("codes: expected at least one output and input, got " + describe(codes));
+    if (Q == 0 || Q > 256) throw py::value_error("levels: expected (1 or O, 1 to 256), got " + describe(levels));
+    if (G == 0 || codes.shape(1) % G)
+      throw py::value_error("scale: expected (O, a divisor of the " + std::to_string(codes.shape(1)) +
+                            " inputs), got " + describe(scale));
     if (levels.shape(0) != 1 && levels.shape(0) != O)
       throw py::value_error("levels: expected (1 or O, Q), got " + describe(levels));
     const auto* c = static_cast<const uint8_t*>(codes.data());
@@ -80,6 +85,7 @@ struct CodebookArrays {
     check_array(scale, "scale", "float32", holds<float>(scale), {O, 1}, "(O, 1)");
     if (bias) check_array(*bias, "bias", "float32", holds<float>(*bias), {O}, "(" + std::to_string(O) + ",)");
     check_c_order({&index, &sign, &kernels, &levels, &scale}, "index, sign, kernels, levels, scale");
+    if (bias) check_c_order({&*bias}, "bias");
     const int64_t C = kernels.shape(0), U = kernels.shape(1), inputs = kernels.shape(2);
     if (O == 0 || J == 0 || C == 0 || U == 0 || U > 256 || inputs == 0 || J % C)
       throw py::value_error("kernels: expected (C, U, inputs) with at most 256 kernels and C a divisor of the " +
@@ -128,7 +134,8 @@ inline repetition::Geometry geometry(int64_t channels, int64_t groups, std::arra
       throw py::value_error("channels, groups, kernel, stride, dilation: expected positive sizes, got " +
                             std::to_string(v));
   if (std::min(padding[0], padding[1]) < 0 || std::max(padding[0], padding[1]) > (1 << 24))
-    throw py::value_error("padding: expected a non-negative size");
+    throw py::value_error("padding: expected sizes from 0 to 2^24, got (" + std::to_string(padding[0]) + ", " +
+                          std::to_string(padding[1]) + ")");
   return {channels, groups, kernel, stride, padding, dilation};
 }
 

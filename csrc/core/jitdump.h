@@ -9,7 +9,7 @@ namespace pycodesign::core {
 
 bool records_code();  // decided once
 
-// Throws std::runtime_error if the file cannot be written.
+// Throws std::invalid_argument if the file cannot be written.
 void record_code(std::span<const char> code, const std::string& name);
 
 }  // namespace pycodesign::core

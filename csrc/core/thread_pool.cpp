@@ -18,6 +18,7 @@
 
 #include "core/affinity.h"
 #include "core/cpu.h"
+#include "core/fork_guard.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -282,7 +283,7 @@ const OpenMp* find_runtime() {
   static std::atomic<const OpenMp*> runtime = nullptr;
   if (const OpenMp* found = runtime.load(std::memory_order_acquire); found && found->is_best) return found;
   if (count_loaded_libraries() != searched_at.load(std::memory_order_acquire)) {
-    const std::lock_guard lock(mutex);
+    const ForkGuard lock(mutex);
     const unsigned long long count = count_loaded_libraries();
     if (count != searched_at.load(std::memory_order_relaxed)) {
       std::unique_ptr<OpenMp> found = search_runtime();

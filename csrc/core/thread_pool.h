@@ -71,7 +71,7 @@ class CrewScope {
 
 // Threads within an operation: the crew's where the thread has one, else the last set_num_threads(), else
 // PYCODESIGN_NUM_THREADS, else available_cores().
-// Throws std::invalid_argument when PYCODESIGN_NUM_THREADS is not a positive number.
+// Throws std::invalid_argument when PYCODESIGN_NUM_THREADS is not a number from 1 to 4096.
 int num_threads();
 
 // Lets the processor know that a thread spins.

@@ -1,4 +1,4 @@
-// What threads do together: barriers, shuffles, asynchronous copies, products of matrix fragments. Everything here is
+// What threads do together: barriers, asynchronous copies, products of matrix fragments. Everything here is
 // called by all 32 lanes of a warp at once (barrier: by all threads of a block), but for the copies.
 //
 // Fragments are those of the PTX manual. Of lane l, with g = l / 4 and t = l % 4, a register holds n consecutive k (4
@@ -15,21 +15,11 @@
 namespace pycodesign::core::cuda {
 
 inline constexpr int warp_size = 32;
-inline constexpr unsigned all_lanes = 0xffffffff;
 
 #ifdef __CUDACC__
 
 __device__ __forceinline__ void barrier() { __syncthreads(); }
 __device__ __forceinline__ void warp_barrier() { __syncwarp(); }
-template <class T> __device__ __forceinline__ T shuffle(T value, int lane) {
-  return __shfl_sync(all_lanes, value, lane);
-}
-template <class T> __device__ __forceinline__ T shuffle_xor(T value, int mask) {
-  return __shfl_xor_sync(all_lanes, value, mask);
-}
-template <class T> __device__ __forceinline__ T shuffle_down(T value, int delta) {
-  return __shfl_down_sync(all_lanes, value, delta);
-}
 
 // 16 bytes from device to shared memory, zeros where not `valid`; both addresses are aligned to 16. Groups of copies
 // arrive in order: copy_wait<n> leaves the n youngest groups of this thread under way. A barrier shows them to others.
@@ -109,14 +99,6 @@ __device__ __forceinline__ void multiply_f16(float (&c)[4], const uint32_t (&a)[
 
 inline void barrier() { emulated::block_barrier(); }
 inline void warp_barrier() { emulated::gather("warp_barrier", 0); }
-template <class T> T shuffle(T value, int lane) { return emulated::gather("shuffle", value)[lane & 31]; }
-template <class T> T shuffle_xor(T value, int mask) {
-  return emulated::gather("shuffle_xor", value)[emulated::lane() ^ mask];
-}
-template <class T> T shuffle_down(T value, int delta) {
-  const T* values = emulated::gather("shuffle_down", value);
-  return emulated::lane() + delta < warp_size ? values[emulated::lane() + delta] : value;
-}
 inline void copy_async(void* to, const void* from, bool valid) { emulated::copy_async(to, from, valid); }
 inline void copy_commit() { emulated::copy_commit(); }
 template <int n> void copy_wait() { emulated::copy_wait(n); }
@@ -132,11 +114,5 @@ inline void multiply_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uin
 }
 
 #endif
-
-template <class T> __device__ __forceinline__ T sum_warp(T value) {
-#pragma unroll
-  for (int mask = warp_size / 2; mask; mask /= 2) value += shuffle_xor(value, mask);
-  return value;
-}
 
 }  // namespace pycodesign::core::cuda

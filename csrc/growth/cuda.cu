@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/divide.h"
 #include "core/half.cuh"
 #include "core/launch.cuh"
 
@@ -17,7 +18,7 @@ constexpr int chunk_bytes = 16, warp_threads = 32, block_threads = 256;
 constexpr int batch = 4;               // rows whose loads are under way before the first store
 constexpr int64_t many_blocks = 8192;  // from which a thread writes several batches
 
-// How an element is stored, and as what it is multiplied; without a Value it is copied.
+// How an element is stored, and as what it is multiplied, if it is.
 template <class T> struct Copied {
   using Stored = T;
   static constexpr bool is_scaled = false;
@@ -184,7 +185,7 @@ template <class E> __global__ void __launch_bounds__(block_threads, blocks_at_on
   }
 }
 
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+using core::divide_up;
 
 template <class E> void launch(Rows x, void* stream) {
   constexpr int width = Chunk<typename E::Stored>::width;

@@ -2,7 +2,6 @@
 // instructions.
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <vector>
 

@@ -1,9 +1,7 @@
 #include "repetition/codegen_x86.h"
 
 #include <algorithm>
-#include <array>
 #include <bit>
-#include <cmath>
 #include <limits>
 #include <map>
 #include <stdexcept>

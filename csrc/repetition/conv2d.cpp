@@ -148,7 +148,7 @@ void PackedConv2d::run(const ConvPlan& plan, const Tensor& x, const Tensor& out,
   const LiftPlan& largest = *std::max_element(plan.bands.begin(), plan.bands.end(), [](const auto& a, const auto& b) {
     return std::pair(a.row_band_bytes(), a.summed_bytes()) < std::pair(b.row_band_bytes(), b.summed_bytes());
   });
-  const int64_t stages = geometry_.groups * ceil_div(group_channels_, stage_channels_);
+  const int64_t stages = geometry_.groups * divide_up(group_channels_, stage_channels_);
   const int64_t band_bytes =
       rows_ ? largest.row_band_bytes() : (geometry_.groups * units_ + group_size_ + 1) * largest.summed_bytes();
   const int64_t spare_bytes = code ? max_touched_bytes : 0;
@@ -168,7 +168,7 @@ void PackedConv2d::run(const ConvPlan& plan, const Tensor& x, const Tensor& out,
   constexpr int64_t words_per_chunk = 8192;
   const auto phases = static_cast<int64_t>(largest.phases.size());
   const int64_t threads = core::num_threads(), wanted = stages * phases * largest.positions / words_per_chunk + 1;
-  const int64_t chunks = std::min(ceil_div(wanted, threads) * threads, stages);
+  const int64_t chunks = std::min(divide_up(wanted, threads) * threads, stages);
   core::parallel_for(bands * chunks, [&](int64_t item, int) {
     const int64_t b = item / chunks, c = item % chunks;
     for (int64_t i = stages * c / chunks; i < stages * (c + 1) / chunks; ++i)
@@ -184,7 +184,7 @@ void PackedConv2d::run(const ConvPlan& plan, const Tensor& x, const Tensor& out,
 // Share `index` of all channels, where `sum` looks for them.
 void PackedConv2d::stage(const Call& call, const LiftPlan& lift, int64_t index, char* staged) const {
   if (rows_) return stage_rows(call, lift, index, staged);
-  const int64_t per_group = ceil_div(group_channels_, stage_channels_), group = index / per_group,
+  const int64_t per_group = divide_up(group_channels_, stage_channels_), group = index / per_group,
                 channel = index % per_group * stage_channels_;
   stage_channels(call, lift, group, channel,
                  staged + (group * units_ + channel / stage_channels_ * stage_planes_) * lift.summed_bytes());
@@ -445,7 +445,7 @@ void PackedConv2d::sum_code(const Call& call, const LiftPlan& lift, const char* 
                   planes = staged ? units_ : shared.channel + shared.channels - from;
     const char* x = staged ? staged + first_group * units_ * channel_bytes : nullptr;
     if (!staged) {
-      const int64_t pieces = ceil_div(planes, stage_channels_), room = planes + stage_channels_;
+      const int64_t pieces = divide_up(planes, stage_channels_), room = planes + stage_channels_;
       char* const to = scratch(0, static_cast<size_t>((groups * planes + room) * channel_bytes + max_touched_bytes));
       for (int64_t i = 0; i < groups * pieces; ++i) {
         if (s == 0) prefetch(code, first, i, groups * pieces);
@@ -542,8 +542,8 @@ void PackedConv2d::sum_dense(const Call& call, const LiftPlan& lift, const char*
   const bool narrow = k.dense_narrow && !runs_.empty();
   const auto sum = narrow ? k.dense_narrow : activations_.dtype == DType::f32 ? k.dense_f32 : k.dense_i8;
   const int64_t vector_bytes = call.vector_bytes(), plane = (lift.segment | 1) * vector_bytes;
-  const int64_t tiles = ceil_div(lift.segment, narrow ? max_narrow_vectors : k.max_dense_vectors);
-  const int64_t steps = units_ * taps_, parts = ceil_div(steps, dense_part_steps);
+  const int64_t tiles = divide_up(lift.segment, narrow ? max_narrow_vectors : k.max_dense_vectors);
+  const int64_t steps = units_ * taps_, parts = divide_up(steps, dense_part_steps);
   const std::span<const int64_t> source = list_sources(lift, units_, 1);
   char* const sums = scratch(2, static_cast<size_t>(dense_outputs * plane));
   for (int64_t o = first; o < last; o += dense_outputs) {

@@ -1,8 +1,5 @@
 // Layers as matrix products: staging, the product of codes and pixels, and the sum of its parts. README.md beside this
 // file draws the tiles.
-#include <algorithm>
-#include <stdexcept>
-#include <string>
 
 #include "core/warp.cuh"
 #include "repetition/cuda_codes.cuh"

@@ -1,8 +1,8 @@
 // Factored sums on CUDA cores, as UCNN and Q-gym have them: the inputs of an output in patterns of a few; for each
 // pattern that occurs, up to sign, the partial sum of a pixel is computed once, into shared memory, and every output
 // adds one of them.
-#include <algorithm>
 #include <cstddef>
+#include <type_traits>
 
 #include "core/warp.cuh"
 #include "repetition/cuda_finish.cuh"

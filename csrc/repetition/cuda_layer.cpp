@@ -6,13 +6,14 @@
 #include <limits>
 #include <stdexcept>
 
+#include "core/divide.h"
 #include "core/half.h"
 #include "repetition/cuda.h"
 
 namespace pycodesign::repetition::cuda {
 namespace {
 
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+using core::divide_up;
 
 constexpr int64_t most_groups = 65535;  // blocks in the third direction, with the splits of each
 

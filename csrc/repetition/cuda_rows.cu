@@ -1,5 +1,4 @@
 // Products with few rows of x, read as they are: each code once, bound by the bytes of codes.
-#include <algorithm>
 #include <type_traits>
 
 #include "core/warp.cuh"

@@ -14,13 +14,12 @@ namespace pycodesign::repetition {
 
 namespace {
 
-int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 // Where a code of packed float32 begins in its word: three of 5 bits or four of 4 bits in each half.
 int64_t code_shift(int64_t code, int bits) {
   const int64_t half_codes = 16 / bits;
   return code / half_codes * 16 + code % half_codes * bits;
 }
-int64_t panel_count(int64_t outputs) { return (outputs + panel_outputs - 1) / panel_outputs; }
+int64_t panel_count(int64_t outputs) { return divide_up(outputs, panel_outputs); }
 
 }  // namespace
 
@@ -244,9 +243,9 @@ void PackedLinear::sum_panel(const Kernels& k, int64_t panel_group, LinearTile t
   const int64_t part_words = matrix       ? matrix_part_words
                              : t.position ? pixel_part_words
                                           : linear_part_words,
-                fields = word_fields(), words = group_words_ * fields, parts = ceil_div(words, part_words),
+                fields = word_fields(), words = group_words_ * fields, parts = divide_up(words, part_words),
                 together = t.rows == 1 && !t.position ? parts : 1;
-  const int64_t pieces = done ? ceil_div(t.rows, done_rows) : 1;
+  const int64_t pieces = done ? divide_up(t.rows, done_rows) : 1;
   char* const expanded = expands ? scratch(3, static_cast<size_t>(part_words * panel_outputs * 4)) : nullptr;
   const char* const x = t.x;
   const int64_t* const source = t.source;

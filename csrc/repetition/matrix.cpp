@@ -1,11 +1,9 @@
 // Dense sums of convolutions by a matrix unit: weights in blocks of 16 outputs x 16 words, kept as codes and expanded
 // block by block, times 16 words of 16 pixels. See README.md.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <limits>
 
-#include "repetition/costs.h"
 #include "repetition/plan.h"
 
 namespace pycodesign::repetition {
@@ -32,9 +30,9 @@ bool is_bf16(float value) {
 }  // namespace
 
 MatrixShape::MatrixShape(const Geometry& g, const Activations& a) {
-  const int64_t units = ceil_div(g.channels / g.groups, words_channels(a)), taps = g.kernel[0] * g.kernel[1];
+  const int64_t units = divide_up(g.channels / g.groups, words_channels(a)), taps = g.kernel[0] * g.kernel[1];
   gathered = units % block_words != 0;
-  steps = gathered ? ceil_div(units * taps, block_words) : units / block_words * taps;
+  steps = gathered ? divide_up(units * taps, block_words) : units / block_words * taps;
 }
 
 double matrix_cycles(const Weights& w, const Geometry& g, const Activations& a) {
@@ -42,7 +40,7 @@ double matrix_cycles(const Weights& w, const Geometry& g, const Activations& a) 
   if (!kernels().has_matrix_unit || w.level_count == 0 || !exact) return std::numeric_limits<double>::infinity();
   constexpr double product = 16 * 1.25, gathered_row = 7;  // cycles; some wait for the second-level cache
   const MatrixShape shape(g, a);
-  const auto blocks = static_cast<double>(ceil_div(w.outputs / g.groups, block_outputs)),
+  const auto blocks = static_cast<double>(divide_up(w.outputs / g.groups, block_outputs)),
              steps = static_cast<double>(g.groups * shape.steps * terms_of(a));
   return steps * (blocks * product + (shape.gathered ? block_words * gathered_row : 0));
 }
@@ -67,7 +65,7 @@ PackedConv2d::MatrixPlaces PackedConv2d::matrix_places() const {
   }
   for (int64_t o = 0; o < outputs_; ++o) {
     const int64_t in_group = o % group_outputs_, row = in_group % block_outputs, line = pairs ? row / 2 : row;
-    const int64_t block = o / group_outputs_ * ceil_div(group_outputs_, block_outputs) + in_group / block_outputs;
+    const int64_t block = o / group_outputs_ * divide_up(group_outputs_, block_outputs) + in_group / block_outputs;
     places.output.push_back(block * shape.steps * bytes + line / together * 64 + (pairs ? row % 2 * 8 : 0));
     places.shift.push_back(static_cast<int>(line % together) * code_bits_);
   }
@@ -80,8 +78,8 @@ void PackedConv2d::pack_matrix(const Weights& w) {
   unit_channels_ = words_channels(activations_);
   stage_channels_ = unit_channels_;
   stage_planes_ = terms_of(activations_);
-  units_ = ceil_div(group_channels_, unit_channels_) * stage_planes_;
-  blocks_ = geometry_.groups * ceil_div(group_outputs_, block_outputs);
+  units_ = divide_up(group_channels_, unit_channels_) * stage_planes_;
+  blocks_ = geometry_.groups * divide_up(group_outputs_, block_outputs);
   staging_ = is_float ? Staging::bf16_terms : Staging::bytes4;
   set_correction(w, activations_.dtype == DType::i8 ? -128 : 0);
   cycles_ = matrix_cycles(w, geometry_, activations_);
@@ -91,7 +89,7 @@ void PackedConv2d::pack_matrix(const Weights& w) {
   const int64_t count = level_count_ + needs_zero;
   code_bits_ = count <= 2 ? 1 : count <= 4 ? 2 : count <= max_codes ? 4 : 0;
   const MatrixShape shape(geometry_, activations_);
-  const int64_t blocks = geometry_.groups * ceil_div(group_outputs_, block_outputs) * shape.steps;
+  const int64_t blocks = geometry_.groups * divide_up(group_outputs_, block_outputs) * shape.steps;
   const int64_t bytes = block_bytes * (code_bits_ ? code_bits_ : 8) / 8 / (is_float && code_bits_ ? 2 : 1);
   weights_size_ = static_cast<size_t>(blocks * bytes);
   char* to = weights_.reserve(weights_size_);
@@ -158,7 +156,7 @@ int64_t PackedConv2d::matrix_together() const {
   constexpr int64_t expanded_bytes = 256 << 10;
   const MatrixShape shape(geometry_, activations_);
   if (!shape.gathered) return 1;
-  return std::clamp<int64_t>(expanded_bytes / (shape.steps * block_bytes), 1, ceil_div(group_outputs_, block_outputs));
+  return std::clamp<int64_t>(expanded_bytes / (shape.steps * block_bytes), 1, divide_up(group_outputs_, block_outputs));
 }
 
 // A few blocks of outputs after the other: their weights are expanded once and stay in the second-level cache. The
@@ -193,7 +191,7 @@ void PackedConv2d::sum_matrix(const Call& call, const LiftPlan& lift, const char
                 level_stride = level_rows_ == 1 ? 0
                                : is_float       ? 32
                                                 : 16;
-  const int64_t group_blocks = ceil_div(group_outputs_, block_outputs);
+  const int64_t group_blocks = divide_up(group_outputs_, block_outputs);
   for (int64_t o = first; o < last; o += together * block_outputs) {
     m.outputs = std::min(together * block_outputs, last - o);
     const char* const weights = weights_.data() + (group * group_blocks + o / block_outputs) * whole_bytes;

@@ -7,7 +7,6 @@
 #include <limits>
 #include <numeric>
 #include <set>
-#include <stdexcept>
 
 #include "core/cpu.h"
 #include "core/executable_memory.h"

@@ -4,12 +4,13 @@
 #include <span>
 #include <vector>
 
+#include "core/divide.h"
 #include "repetition/codegen_x86.h"
 #include "repetition/repetition.h"
 
 namespace pycodesign::repetition {
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+using core::divide_up, core::round_up;
 
 // Weights of so many steps stay in the first-level cache: of a block of outputs, and of a panel.
 inline constexpr int64_t dense_part_steps = 256, linear_part_words = 64;

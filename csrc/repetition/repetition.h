@@ -81,7 +81,7 @@ struct Geometry {
   int64_t channels, groups;
   std::array<int64_t, 2> kernel, stride, padding, dilation;
 
-  int64_t output_size(int axis, int64_t input) const {  // may be <= 0
+  int64_t output_size(int axis, int64_t input) const {  // 0 where the kernel does not fit
     const int64_t span = input + 2 * padding[axis] - dilation[axis] * (kernel[axis] - 1) - 1;
     return span < 0 ? 0 : span / stride[axis] + 1;
   }
@@ -117,7 +117,7 @@ class Layer {
  protected:
   struct Copy {};
   Layer(Copy, const Layer&, Algorithm);                 // the same weights in another form
-  void set_correction(const Weights&, int32_t offset);  // for sums of level * (x + offset - zero point)
+  void set_correction(const Weights&, int32_t center);  // for sums of level * (x - center)
   int64_t level_bytes() const {
     return static_cast<int64_t>((levels_.size() + multiplier_.size() + bias_.size() + correction_.size()) * 4);
   }
@@ -317,7 +317,7 @@ class PackedLinear final : public PackedLayer {
   int code_bits_ = 0, code_inputs_ = 0, codes_per_word_ = 0, entries_ = 0;
   bool has_triples_ = false;          // packed float: codes of two sums of three inputs
   std::array<uint32_t, 4> places_{};  // packed float: what each of the values counts in a code
-  std::vector<float> values_;         // packed: the levels by code, padded
+  std::vector<float> values_;         // packed: the levels by code
   std::array<int8_t, 64> level_bytes_{};
   Runs runs_;                              // of the words of `dense`, [panel][scale group][part]; or empty
   core::AlignedBuffer<float> digits_;      // packed float: [code_inputs][entries]

@@ -51,13 +51,13 @@ RowPlan::RowPlan(const LiftPlan& lift, const Geometry& g, int64_t units, int64_t
   std::sort(pixels.begin(), pixels.end());
   pixels.erase(std::unique(pixels.begin(), pixels.end()), pixels.end());
   // One word, or an odd number of lines: rows begin in cache sets far apart.
-  row_bytes = units == 1 ? 4 : (ceil_div(units, row_units) | 1) * row_units * 4;
+  row_bytes = units == 1 ? 4 : (divide_up(units, row_units) | 1) * row_units * 4;
   std::vector<int64_t> taps;  // rows
   for (int64_t r = 0, tap = 0; r < g.kernel[0]; ++r)
     for (int64_t s = 0; s < g.kernel[1]; ++s, ++tap)
       taps.push_back(r * g.dilation[0] / g.stride[0] * lift.row_pitch + s * g.dilation[1] / g.stride[1]);
   const int64_t used = pixels.back() + 1 + *std::max_element(taps.begin(), taps.end());
-  positions = ceil_div(used, row_units) * row_units;
+  positions = divide_up(used, row_units) * row_units;
   for (size_t tap = 0; tap < taps.size(); ++tap)
     for (int64_t word = 0; word < units; ++word)
       source.push_back((lift.taps[tap].phase * positions + taps[tap]) * row_bytes + word * 4);
@@ -68,12 +68,12 @@ bool serves_rows(const Weights& w, const Geometry& g, const Activations& a) {
   constexpr int64_t least_words = 16, least_channels = 16, outputs_together = 32;
   constexpr int64_t most_levels = 255;  // that zero can join
   const bool is_float = a.dtype == DType::f32, whole = is_float || g.channels % 4 == 0;
-  const int64_t words = ceil_div(g.channels, is_float ? 1 : 4) * g.kernel[0] * g.kernel[1];
+  const int64_t words = divide_up(g.channels, is_float ? 1 : 4) * g.kernel[0] * g.kernel[1];
   const Kernels& k = kernels();
   return k.lanes >= 8 && (is_float || !k.dense_narrow) && g.groups == 1 &&
          (g.channels >= least_channels || (!is_float && g.channels <= 4)) && (w.codes || w.codebook) &&
          (whole || w.level_count <= most_levels || have_zero(w)) && words >= least_words &&
-         4 * w.outputs >= 3 * ceil_div(w.outputs, outputs_together) * outputs_together;
+         4 * w.outputs >= 3 * divide_up(w.outputs, outputs_together) * outputs_together;
 }
 
 double row_share(int64_t outputs) {
@@ -87,7 +87,7 @@ void PackedConv2d::pack_rows(const Weights& w) {
   staging_ = is_float ? Staging::f32 : Staging::bytes4;
   set_correction(w, activations_.dtype == DType::i8 ? -128 : 0);
   stage_channels_ = row_units * unit_channels_;
-  blocks_ = ceil_div(outputs_, panel_outputs);
+  blocks_ = divide_up(outputs_, panel_outputs);
   Weights by_tap = w;
   // Words repeat the first channel where others are missing: the weights of those are zeros.
   row_channels_ = units_ * unit_channels_;
@@ -100,7 +100,7 @@ void PackedConv2d::pack_rows(const Weights& w) {
   }
   const std::vector<float> distinct = distinct_levels(by_tap);
   const double largest = std::max(std::abs(distinct.front()), std::abs(distinct.back()));
-  const int64_t inputs = ceil_div(row_channels_ * taps_, most_inputs) * most_inputs;
+  const int64_t inputs = divide_up(row_channels_ * taps_, most_inputs) * most_inputs;
   const bool few = !is_float && units_ > 1 && distinct.size() <= 4 &&
                    largest * static_cast<double>(256 * inputs) <= std::numeric_limits<int32_t>::max();
   std::vector<uint8_t> codes;
@@ -142,7 +142,7 @@ void PackedConv2d::stage_rows(const Call& call, const LiftPlan& lift, int64_t in
   }
   if (channels_last(call.x, activations_.dtype)) return copy_rows(call, lift, index, rows);
   const int64_t flat_bytes = lift.rows.positions * 4, first = index * stage_channels_,
-                count = std::min(stage_channels_, group_channels_ - first), units = ceil_div(count, unit_channels_);
+                count = std::min(stage_channels_, group_channels_ - first), units = divide_up(count, unit_channels_);
   char* const flat = scratch(1, static_cast<size_t>(row_units * flat_bytes));
   std::fill_n(flat + units * flat_bytes, (row_units - units) * flat_bytes, '\0');
   for (size_t p = 0; p < lift.phases.size(); ++p) {

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/divide.h"
 #include "core/half.cuh"
 #include "core/launch.cuh"
 #include "core/warp.cuh"
@@ -211,7 +212,7 @@ template <int T> __global__ void __launch_bounds__(threads, 4) add_deltas(const 
   }
 }
 
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+using core::divide_up;
 
 int64_t read_attribute(cudaDeviceAttr attribute) {
   int device = 0, value = 0;

@@ -3,6 +3,7 @@
 #include <array>
 
 #include "core/cpu.h"
+#include "core/divide.h"
 #include "core/thread_pool.h"
 #include "sharing/kernels.h"
 
@@ -35,8 +36,7 @@ constexpr int64_t line_floats = core::cache_line / sizeof(float);
 constexpr int64_t units_per_thread = 4;
 constexpr int64_t fewest_products = 1 << 15;  // less is not worth another thread
 
-int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+using core::divide_up, core::round_up;
 
 float* scratch(int which, int64_t size) {
   thread_local core::AlignedBuffer<float> buffers[3];

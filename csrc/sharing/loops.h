@@ -11,7 +11,6 @@
 //   load_transposed(p, step, v)  lane r of v[t] is p[r * step + t], for t < 4
 #pragma once
 
-#include <algorithm>
 #include <cstring>
 
 #include "sharing/kernels.h"

@@ -5,13 +5,14 @@
 #include <stdexcept>
 #include <string>
 
+#include "core/divide.h"
 #include "core/half.h"
 #include "sharing/sharing.h"
 
 namespace pycodesign::sharing {
 namespace {
 
-int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+using core::round_up;
 
 int64_t value_bytes(Storage storage) { return storage == Storage::f32 ? 4 : 2; }
 
@@ -43,7 +44,6 @@ std::shared_ptr<Delta> start(Kind kind, int64_t outputs, int64_t inputs, const f
 
 // Returns its bytes.
 int64_t fill_panels(Panels& panels, int64_t outputs, int64_t inputs, const float* w, Storage storage) {
-  panels.outputs = outputs;
   panels.inputs = inputs;
   const int64_t count = round_up(outputs, panel_width) * inputs, bytes = count * value_bytes(storage);
   std::fill_n(panels.value.reserve(static_cast<size_t>(bytes)), bytes, char{0});

@@ -34,7 +34,7 @@ struct SparseRows {
 
 // A matrix (outputs, inputs): element (o, i) at [o / 16][i][o % 16].
 struct Panels {
-  int64_t outputs = 0, inputs = 0;
+  int64_t inputs = 0;
   core::AlignedBuffer<char> value;
 };
 

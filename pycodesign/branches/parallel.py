@@ -33,7 +33,7 @@ def run_branches(
     branch. Branches beyond the number of cores begin when others have ended. All run on the caller, one after another,
     within another branch, within an `Executor`'s body of one thread, while another thread of this process has the team,
     and where torch has what no other thread can take over: a transform of `torch.func`, a mode such as
-    ``FlopCounterMode`` or ``FakeTensorMode``, hooks of saved tensors. An interrupt by the keyboard ends the
+    ``FlopCounterMode`` or ``FakeTensorMode``, hooks of saved tensors (as far as torch tells: 2.8 does). An interrupt by the keyboard ends the
     caller's own branch, and is raised once the others have returned; with a `timeout` it is raised at once.
 
     Parameters
@@ -184,7 +184,8 @@ class _Torch:
         self.has_grad, self.has_inference = torch.is_grad_enabled, torch.is_inference_mode_enabled
         self.has_autocast, self.count_functions = c._is_any_autocast_enabled, c._len_torch_function_stack
         self.count_dispatches, self.find_transform = c._len_torch_dispatch_stack, c._functorch.peek_interpreter_stack
-        self.find_hooks = c._autograd._top_saved_tensors_default_hooks
+        # torch before 2.8 does not tell
+        self.find_hooks = getattr(c._autograd, "_top_saved_tensors_default_hooks", lambda ignore_is_tracing: None)
 
 
 _torch: _Torch | None = None

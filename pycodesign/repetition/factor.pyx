@@ -152,6 +152,8 @@ cdef class Builder:
             place = self.emitted.insert(cpp_pair[uint64_t, int32_t](key, value))
             if not place.second:
                 return self.emitted[key]
+        if value >= 1 << 30:  # a term is twice its value, and a sign
+            raise ValueError(f"q: expected a layer of fewer than 2^30 inputs and operations, got {value}")
         self.op.push_back(op)
         self.left.push_back(left)
         self.right.push_back(right)

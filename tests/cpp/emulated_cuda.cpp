@@ -1,6 +1,5 @@
 #include "emulated_cuda.h"
 
-#include <bit>
 #include <cmath>
 #include <deque>
 #include <memory>

@@ -3,7 +3,6 @@
 // an allocation of its own.
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <functional>
 #include <limits>

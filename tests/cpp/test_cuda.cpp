@@ -3,7 +3,6 @@
 // the sanitizers.
 #include <cmath>
 #include <cstring>
-#include <limits>
 #include <memory>
 #include <random>
 #include <string>

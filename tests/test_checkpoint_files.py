@@ -21,7 +21,7 @@ from checkpoints import quiet as quiet
 from checkpoints import small as small
 
 from pycodesign import growth
-from pycodesign.growth import staging
+from pycodesign.growth import shards, staging
 
 
 def start(src: Path, dst: Path, code: str) -> subprocess.Popen[str]:
@@ -222,6 +222,24 @@ def test_a_full_disk(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(OSError, match=r"dst: expected room on the disk for [\d,]+ bytes, got [\d,]+ free"):
         growth.grow_checkpoint(small, tmp_path / "large", target_config=LARGER, max_shard_bytes=20_000)
     assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
+def test_an_index_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+    closed: list[int] = []
+    open_file, close = os.open, os.close
+
+    def record(*arguments: Any) -> int:
+        opened.append(open_file(*arguments))
+        return opened[-1]
+
+    monkeypatch.setattr(os, "open", record)
+    monkeypatch.setattr(os, "close", lambda descriptor: closed.append(descriptor) or close(descriptor))
+    (tmp_path / "model.safetensors.index.json").mkdir()
+    tensors = [shards.Tensor(name, tmp_path, "F32", (4,), 0) for name in "ab"]
+    with pytest.raises(IsADirectoryError):
+        shards.Writer(tmp_path, "model", tensors, {}, 16)
+    assert len(opened) == 2 and sorted(closed) == sorted(opened)
 
 
 def test_a_disk_without_room(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,3 +114,33 @@ def test_optimizer_files_that_do_not_fit(tmp_path: Path) -> None:
     file.unlink()
     (tmp_path / "optimizer.safetensors.index.json").write_text("{}")
     check("directory: expected an index with a weight_map, got a damaged one")
+
+
+def test_a_refused_state_leaves_the_optimizer(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    adam, other = (torch.optim.AdamW(model.parameters(), lr=lr) for lr in (0.5, 0.25))
+    for optimizer in (adam, other):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    growth.save_optimizer(model, adam, tmp_path)
+    group, state = other.param_groups[0], dict(other.state)
+
+    def check(kind: type[Exception], text: str) -> None:
+        with pytest.raises(kind, match=text):
+            growth.load_optimizer(model, other, tmp_path)
+        assert other.param_groups[0] is group and group["lr"] == 0.25
+        assert all(other.state[parameter] is own for parameter, own in state.items())
+
+    def refuse(*_: Any) -> None:
+        raise RuntimeError("no room")
+
+    for register in (other.register_load_state_dict_pre_hook, other.register_load_state_dict_post_hook):
+        hook = register(refuse)
+        check(RuntimeError, "no room")
+        hook.remove()
+    file = tmp_path / "optimizer.safetensors"
+    with safe_open(file, "np") as tensors:
+        kept = {name: tensors.get_tensor(name) for name in tensors.keys() if not name.endswith(".step")}
+        settings = tensors.metadata()
+    safetensors.numpy.save_file(kept, file, settings)
+    check(ValueError, "directory: expected a state of AdamW, got another: 'step'")

@@ -219,6 +219,24 @@ def test_checkpoints_of_another_optimizer():
         schedule.save(0, model, torch.optim.AdamW(other.parameters()))
 
 
+def test_a_refused_checkpoint_leaves_the_stage():
+    stages = [(0, lambda: build_mlp(16)), (1, lambda: build_mlp(24))]
+    model, schedule = build_mlp(8), growth.Schedule(stages)
+    model, optimizer = schedule.grow(1, model, torch.optim.AdamW(model.parameters()))
+    checkpoint = schedule.save(2, model, optimizer)
+    for fresh, kind, text in (
+        (growth.Schedule(stages), torch.optim.SGD, "build_optimizer: expected AdamW as was saved, got SGD"),
+        (growth.Schedule(stages[:1]), torch.optim.AdamW, "checkpoint: expected a stage of at most 1, got 2"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            fresh.load(checkpoint, lambda: build_mlp(8), kind)
+        assert fresh.stage == 0
+    fresh = growth.Schedule([(0, lambda: build_mlp(16)), (1, lambda: None)])
+    with pytest.raises(TypeError, match="expected a function that builds"):
+        fresh.build(2, lambda: build_mlp(8))
+    assert fresh.stage == 0
+
+
 def test_a_refused_stage_leaves_the_average():
     model = build_mlp(8)
     average = AveragedModel(model)

@@ -164,6 +164,10 @@ def test_damaged_adapters(backbone, tmp_path):
         ({key: None}, "expected lora_A and lora_B of encoder.layer.0.attention.self.query, got none"),
         ({key: torch.zeros(31, 3)}, r"0.query: up: expected float32 \(32, 3\), got float32 \(31, 3\)"),
         ({key: torch.full((32, 3), torch.inf)}, "0.query: up: expected finite values"),
+        (
+            {key.replace("_B", "_A"): torch.tensor(1.0)},
+            r"expected a matrix lora_A of encoder.*query, got one of shape \(\)",
+        ),
         ({"other": torch.zeros(1)}, "expected no other tensors, got other"),
     ):
         save_file({k: v for k, v in {**weights, **changed}.items() if v is not None}, file)

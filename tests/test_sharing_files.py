@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 from pycodesign import sharing
-from pycodesign.sharing.files import compute_digest
+from pycodesign.sharing.files import compute_digest, write_files
 
 backbone, texts = sharing_models.backbone, sharing_models.texts
 
@@ -139,6 +142,36 @@ def test_files_are_written_all_or_none(tmp_path):
     with pytest.raises(IsADirectoryError):
         sharing.export_adapter(tasks, "a", tmp_path / "adapter")
     assert [path.name for path in (tmp_path / "adapter").iterdir()] == ["adapter_config.json"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_files_that_were_replaced_come_back(tmp_path, monkeypatch, links):
+    paths = {name: tmp_path / name for name in ("new", "old", "fixed")}
+    for name in ("old", "fixed"):
+        paths[name].write_bytes(b"before")
+    paths["link"] = tmp_path / "link"
+    paths["link"].symlink_to("nowhere")
+    replace = os.replace
+
+    def refuse(source, target):
+        if Path(target) == paths["fixed"]:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        replace(source, target)
+
+    def refuse_link(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    if not links:
+        monkeypatch.setattr(os, "link", refuse_link)
+    with pytest.raises(PermissionError):
+        write_files({paths[name]: b"after" for name in ("new", "link", "old", "fixed")})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fixed", "link", "old"]
+    assert paths["old"].read_bytes() == paths["fixed"].read_bytes() == b"before"
+    assert os.readlink(paths["link"]) == "nowhere"
+    write_files({paths[name]: b"after" for name in ("new", "link", "old")})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fixed", "link", "new", "old"]
+    assert paths["old"].read_bytes() == paths["link"].read_bytes() == b"after"
 
 
 def test_a_bit_that_flipped(tmp_path):

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from sharing_models import make_bert
 
 from pycodesign import sharing
+from pycodesign.sharing.choices import ChoiceDelta
+from pycodesign.sharing.deltas import DenseDelta, LowRankDelta
 from pycodesign.sharing.encoders import PROJECTIONS
 
 KINDS = ("sparse", "low_rank", "dense")
@@ -161,3 +163,17 @@ def test_a_failed_search_leaves_the_task_as_it_was(backbone, texts, table):
     with pytest.raises(ValueError, match="loss: expected finite"):
         sharing.search(tasks, "tone", [(texts, labels)] * 2, fail, costs=table, target=0.5, epochs=4)
     assert task.spec is spec and torch.equal(tasks(texts)["tone"], before)
+
+
+def test_choices_are_drawn_on_any_device():
+    """With a generator on the CPU, so that a seed draws the same everywhere."""
+    costs, drawn = {"low_rank": 0.25, "dense": 0.5}, []
+    for device in ("cpu", "meta"):
+        choice = ChoiceDelta((4, 3), {"low_rank": LowRankDelta((4, 3), 1), "dense": DenseDelta((4, 3))}, costs)
+        before = choice.state_dict().keys()
+        choice.to(device).draw(1.0, torch.Generator().manual_seed(0))
+        drawn.append(choice.weights)
+        assert choice.costs.device.type == choice.weights.device.type == choice.compute_cost().device.type == device
+        assert "costs" not in before
+    expected = torch.empty(3).exponential_(generator=torch.Generator().manual_seed(0))
+    assert torch.equal(drawn[0], torch.softmax(-expected.log(), 0))

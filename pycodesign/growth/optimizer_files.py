@@ -137,7 +137,7 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, directory: str | os.P
             if state[key].shape != parameters[name].shape:
                 shapes = tuple(parameters[name].shape), tuple(state[key].shape)
                 raise ValueError(f"model: expected {key} of {name} of shape {shapes[0]}, got {shapes[1]}")
-    before = [*optimizer.param_groups]
+    groups, before = [*optimizer.param_groups], optimizer.state
     optimizer.param_groups[:] = [
         {**group, "params": [parameters[name] for name in group["params"]]} for group in saved["param_groups"]
     ]
@@ -150,9 +150,11 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, directory: str | os.P
                 ],
             }
         )
-    except (ValueError, KeyError) as error:
-        optimizer.param_groups[:] = before
-        raise ValueError(f"directory: expected a state of {kind}, got another: {error}") from error
+    except BaseException as error:
+        optimizer.param_groups[:], optimizer.state = groups, before
+        if isinstance(error, ValueError | KeyError):
+            raise ValueError(f"directory: expected a state of {kind}, got another: {error}") from error
+        raise
 
 
 def _to_plain(value: Any) -> Any:

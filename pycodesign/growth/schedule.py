@@ -185,10 +185,12 @@ class Schedule:
         first : callable
             Builds the model before the first growth.
         """
-        return self._build(sum(step < steps for step in self.steps), first)
+        stage = sum(step < steps for step in self.steps)
+        model = self._build(stage, first)
+        self.stage = stage
+        return model
 
     def _build(self, stage: int, first: Build) -> nn.Module:
-        self.stage = stage
         model = first()
         for number in range(stage):
             larger = self._build_stage(number)
@@ -243,9 +245,13 @@ class Schedule:
         Raises
         ------
         ValueError
-            If the optimizer is of another class than the one that was saved.
+            If the optimizer is of another class than the one that was saved, or the checkpoint of a stage that the
+            schedule does not have. The schedule stays at its stage then.
         """
-        model = self._build(checkpoint["stage"], first)
+        stage = checkpoint["stage"]
+        if stage > len(self.builds):
+            raise ValueError(f"checkpoint: expected a stage of at most {len(self.builds)}, got {stage}")
+        model = self._build(stage, first)
         for name, tensor in list_tensors(model).items():
             if name in checkpoint["model"]:
                 tensor.data = tensor.data.to(checkpoint["model"][name].dtype)
@@ -260,6 +266,7 @@ class Schedule:
         settings = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
         optimizer.param_groups[:] = [{**settings, "params": [tensors[n] for n in g]} for g in checkpoint["groups"]]
         optimizer.load_state_dict(checkpoint["optimizer"])
+        self.stage = stage
         return model, optimizer, checkpoint["steps"]
 
     def callback(self) -> Any:

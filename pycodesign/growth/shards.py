@@ -219,12 +219,12 @@ class Writer:
                 self._places |= {tensor.name: (descriptor, tensor) for tensor in layout}
                 weight_map |= dict.fromkeys((tensor.name for tensor in layout), file)
                 self.nbytes += nbytes
+            if len(shards) > 1:
+                index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
+                self.files.append(f"{stem}.safetensors.index.json")
+                (directory / self.files[-1]).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
             self._stack = stack.pop_all()
         self._descriptors = {descriptor for descriptor, _ in self._places.values()}
-        if len(shards) > 1:
-            index = {"metadata": {"total_size": self.nbytes}, "weight_map": weight_map}
-            self.files.append(f"{stem}.safetensors.index.json")
-            (directory / self.files[-1]).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
     def write(self, name: str, array: Array) -> int:
         """Write a tensor into its place, and return how many bytes that took."""

@@ -125,6 +125,9 @@ def import_adapter(tasks: MultiTask, path: str | os.PathLike[str], name: str) ->
         pair = [weights.pop(f"{PREFIX}{module}.lora_{part}.weight", None) for part in "AB"]
         if pair[0] is None or pair[1] is None:
             raise ValueError(f"{folder / WEIGHTS}: expected lora_A and lora_B of {module}, got none")
+        if pair[0].ndim != 2:
+            shape = tuple(pair[0].shape)
+            raise ValueError(f"{folder / WEIGHTS}: expected a matrix lora_A of {module}, got one of shape {shape}")
         rank = _find_number(config, "r", "rank_pattern", module)
         if len(pair[0]) != rank:
             raise ValueError(f"{folder / CONFIG}: expected r={len(pair[0])} of {module}, as its factors, got {rank:g}")

@@ -26,6 +26,7 @@ class ChoiceDelta(Delta):
     """A weighted sum of deltas, of which one, or none, is to be chosen."""
 
     kind = "choice"
+    costs: Tensor
 
     def __init__(self, shape: tuple[int, int], candidates: Mapping[str, Delta], costs: Mapping[str, float]) -> None:
         super().__init__()
@@ -33,14 +34,15 @@ class ChoiceDelta(Delta):
         self.names = [REUSE, *candidates]
         self.candidates = nn.ModuleList(candidates.values())
         self.logits = nn.Parameter(torch.zeros(len(self.names), dtype=torch.float32))
-        self.costs = torch.tensor([0.0, *(costs[name] for name in candidates)], dtype=torch.float32)
+        own = [0.0, *(costs[name] for name in candidates)]
+        self.register_buffer("costs", torch.tensor(own, dtype=torch.float32), persistent=False)
         self.weights = torch.softmax(self.logits.detach(), 0)
         self.bias = nn.Parameter(torch.zeros(shape[0], dtype=torch.float32))
 
     def draw(self, temperature: float, generator: torch.Generator) -> None:
-        """Draw the weights of candidates: a Gumbel softmax."""
-        noise = -torch.empty_like(self.logits).exponential_(generator=generator).log()
-        self.weights = torch.softmax((self.logits + noise) / temperature, 0)
+        """Draw the weights of candidates: a Gumbel softmax; the generator is the CPU's, wherever the logits are."""
+        noise = -torch.empty(len(self.names), dtype=torch.float32, device="cpu").exponential_(generator=generator).log()
+        self.weights = torch.softmax((self.logits + noise.to(self.logits)) / temperature, 0)
 
     def add_to(self, weight: Tensor) -> Tensor:
         total = weight

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -62,19 +63,38 @@ def list_tensors(name: str, task: Task) -> dict[str, Tensor]:
 
 
 def write_files(contents: Mapping[Path, bytes]) -> None:
-    """Write files, which appear whole, and all of them or none."""
+    """Write files, which appear whole, and all of them or, if one cannot be written, none."""
     for path in contents:
         if path.is_dir():
             raise IsADirectoryError(f"path: expected to write the file {path}, got a folder there")
     temporaries = {path: path.with_name(f".{path.name}.{uuid.uuid4().hex}") for path in contents}
+    olds = {path: Path(f"{temporaries[path]}.old") for path in contents if os.path.lexists(path)}
     try:
         for path, content in contents.items():
             temporaries[path].write_bytes(content)
-        for path, temporary in temporaries.items():
-            os.replace(temporary, path)
+        for path, old in olds.items():
+            _keep_file(path, old)
+        try:
+            for path, temporary in temporaries.items():
+                os.replace(temporary, path)
+        except BaseException:
+            for path in [path for path, temporary in temporaries.items() if not temporary.exists()]:
+                if path in olds:
+                    os.replace(olds[path], path)
+                else:
+                    path.unlink()
+            raise
     finally:
-        for temporary in temporaries.values():
+        for temporary in (*temporaries.values(), *olds.values()):
             temporary.unlink(missing_ok=True)
+
+
+def _keep_file(path: Path, copy: Path) -> None:
+    """Give a file a second name; a copy where the file system, or the file's owner, allows no link."""
+    try:
+        os.link(path, copy, follow_symlinks=False)
+    except OSError:
+        shutil.copyfile(path, copy, follow_symlinks=False)
 
 
 def describe(task: Task, backbone: str, tensors: Mapping[str, Tensor]) -> dict[str, str]:

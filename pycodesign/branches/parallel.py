@@ -33,8 +33,9 @@ def run_branches(
     branch. Branches beyond the number of cores begin when others have ended. All run on the caller, one after another,
     within another branch, within an `Executor`'s body of one thread, while another thread of this process has the team,
     and where torch has what no other thread can take over: a transform of `torch.func`, a mode such as
-    ``FlopCounterMode`` or ``FakeTensorMode``, hooks of saved tensors (as far as torch tells: 2.8 does). An interrupt by the keyboard ends the
-    caller's own branch, and is raised once the others have returned; with a `timeout` it is raised at once.
+    ``FlopCounterMode`` or ``FakeTensorMode``, hooks of saved tensors (as far as torch tells: 2.8 does). An interrupt by
+    the keyboard ends the caller's own branch, and is raised once the others have returned; with a `timeout` it is
+    raised at once.
 
     Parameters
     ----------

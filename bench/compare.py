@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pycodesign.bench.harness import read_result
+from pycodesign.bench.suites import COMPARABLE
 
 KEYS = ("layer", "weights", "batch", "threads", "state", "contender")
 
@@ -75,7 +76,7 @@ def print_comparison(matches: list[dict[str, Any]], console: Console) -> None:
 def main(old: Path, new: Path, contender: str, as_json: bool) -> None:
     """Compare the result files OLD and NEW."""
     try:
-        results = read_result(old), read_result(new)
+        results = read_result(old, COMPARABLE), read_result(new, COMPARABLE)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     clocks = [result["options"]["clock"] for result in results]

@@ -19,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pycodesign.bench.harness import read_result
+from pycodesign.bench.suites import COMPARABLE
 
 COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44")  # of Paul Tol's "bright" scheme: distinct to the color-blind too
 WEIGHTS = {"uniform2": "4 levels", "uniform3": "8 levels", "uniform4": "16 levels"}
@@ -51,7 +52,7 @@ def collect_ratios(result: dict[str, Any], weights: str | None, algorithm: str) 
     networks = result["suite"] == "models"
     for entry in result["rows"] if weights or networks else result["summary"]:
         wanted = ("cold", batch, algorithm, weights or entry["weights"])
-        if tuple(entry[k] for k in ("state", "batch", "algorithm", "weights")) == wanted and entry["speedup"]:
+        if tuple(entry.get(k) for k in ("state", "batch", "algorithm", "weights")) == wanted and entry["speedup"]:
             kind = WEIGHTS.get(entry["weights"], entry["weights"])
             label = entry["layer"] if weights else f"{entry['layer']}, {kind}" if networks else kind
             ratios.setdefault(entry["dtype"], {}).setdefault(entry["threads"], {})[label] = entry["speedup"]
@@ -118,7 +119,7 @@ def draw_result(result: dict[str, Any], weights: str | None, algorithm: str) -> 
 def main(result: Path, output: Path, weights: str | None, algorithm: str) -> None:
     """Draw the result file RESULT as OUTPUT: svg, png or pdf."""
     try:
-        draw_result(read_result(result), weights, algorithm).savefig(output, dpi=150)
+        draw_result(read_result(result, COMPARABLE), weights, algorithm).savefig(output, dpi=150)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     click.echo(f"wrote {output}")

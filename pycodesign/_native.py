@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import operator
 from typing import Any
 
@@ -110,9 +111,11 @@ def show_config() -> dict[str, Any]:
 
 def _cuda_state() -> str | dict[str, Any]:
     try:
-        from pycodesign import _cuda  # type: ignore[attr-defined, unused-ignore]
-    except ImportError:
+        _cuda: Any = importlib.import_module("pycodesign._cuda")
+    except ModuleNotFoundError:
         return "not built: no CUDA compiler was found when pycodesign was built"
+    except ImportError as error:
+        return f"cannot be loaded: {error}"
     state: dict[str, Any] = {**_cuda.build_info(), "devices": _cuda.device_count()}
     if absence := _cuda.absence():
         state["absence"] = absence

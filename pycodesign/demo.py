@@ -289,16 +289,19 @@ def time_layers(threads: int, quick: bool = False) -> dict[str, Any]:
     installed = [engine for engine in ENGINES if missing_package(engine) is None]
     if not installed:
         ENGINES[NumpyChain.engine] = (NumpyChain, ("numpy",))
-    result = run_suite(
-        "resnet18",
-        dtypes=["float32"] if quick or not installed else ["float32", "uint8"],
-        threads=[threads],
-        batches=[1],
-        algorithms=["auto"],
-        contenders=[*(installed or [NumpyChain.engine]), OURS],
-        layers=QUICK_LAYERS if quick else None,
-        rounds=3 if quick else 7,
-    )
+    try:
+        result = run_suite(
+            "resnet18",
+            dtypes=["float32"] if quick or not installed else ["float32", "uint8"],
+            threads=[threads],
+            batches=[1],
+            algorithms=["auto"],
+            contenders=[*(installed or [NumpyChain.engine]), OURS],
+            layers=QUICK_LAYERS if quick else None,
+            rounds=3 if quick else 7,
+        )
+    finally:
+        ENGINES.pop(NumpyChain.engine, None)  # it takes no part in other runs
     facts = result["facts"]
     rows = [row for row in result["rows"] if row["state"] == "cold"]
     ms = {(row["layer"], row["contender"]): row["ms"]["median"] for row in rows}

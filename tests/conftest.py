@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import product
@@ -77,6 +78,19 @@ def restore_settings() -> Iterator[None]:
     yield
     pycodesign.set_isa(isa)
     pycodesign.set_num_threads(threads)
+
+
+@pytest.fixture
+def three_threads(restore_settings: None) -> Iterator[None]:
+    """Counts of threads that no benchmark under test sets: the package's, and torch's where it is loaded."""
+    torch = sys.modules.get("torch")
+    before = torch.get_num_threads() if torch else 0
+    pycodesign.set_num_threads(3)
+    if torch:
+        torch.set_num_threads(3)
+    yield
+    if torch:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+import pycodesign
 from pycodesign import ops
 from pycodesign.bench.harness import CheckError
 from pycodesign.cli import main
@@ -49,6 +50,7 @@ def test_script_writes_a_result(tmp_path: Path) -> None:
     assert path.name.startswith("deltas_") and json.loads(path.read_text())["options"]["rounds"] == 1
 
 
+@pytest.mark.usefixtures("three_threads")
 def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = ops.delta_linear
 
@@ -60,6 +62,7 @@ def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deltas.ops, "delta_linear", wrong)
     with pytest.raises(CheckError, match=r"pycodesign, 1.4%: expected the definition's values"):
         deltas.run_delta_suite(quick=True, progress=False)
+    assert pycodesign.get_num_threads() == deltas.torch.get_num_threads() == 3
 
 
 def test_refuses_other_suites_options() -> None:

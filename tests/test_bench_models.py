@@ -180,6 +180,12 @@ def test_run_models_gives_what_it_documents(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.usefixtures("fake_engines", "three_threads")
+def test_run_models_restores_the_threads() -> None:
+    run_models(networks=["tiny"], quick=True, contenders=["exact"], rounds=1, progress=False)
+    assert torch.get_num_threads() == 3
+
+
 @pytest.mark.usefixtures("fake_engines")
 def test_nothing_is_dropped_silently(monkeypatch: pytest.MonkeyPatch) -> None:
     engines: dict[str, Any] = {"absent": (ExactNetwork, ("no_such_package",)), OurNetwork.engine: (OurNetwork, ())}

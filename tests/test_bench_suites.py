@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from rich.console import Console
 from tiny_chains import TINY, ExactChain
 
@@ -20,6 +21,8 @@ from pycodesign.bench.contenders import Chain
 from pycodesign.bench.harness import gather_facts, measure, read_result, write_result
 from pycodesign.bench.report import add_ratios, compare_choices, print_table, summarize, thread_scaling
 from pycodesign.bench.suites import linear_layers, other_layers, resnet18_layers, run_suite
+
+RESULTS = Path(__file__).parents[1] / "bench" / "results"
 
 # ---- runs
 
@@ -170,6 +173,16 @@ def test_run_suite_forces_and_restores_the_instruction_set(isa: str | None, monk
     assert pycodesign.show_config()["isa"] == before
 
 
+@pytest.mark.usefixtures("tiny_suite", "three_threads")
+def test_run_suite_restores_the_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def set_one(chain: Chain) -> None:
+        pycodesign.set_num_threads(1)
+
+    monkeypatch.setattr(ExactChain, "prepare", set_one)
+    run_suite("tiny", rounds=1, threads=[1], progress=False)
+    assert pycodesign.get_num_threads() == 3
+
+
 # ---- results
 
 
@@ -263,6 +276,23 @@ def test_compare_matches_timings() -> None:
     text = io.StringIO()
     compare_script.print_comparison(matches, Console(file=text, width=200))
     assert "2.00" in text.getvalue()
+
+
+@pytest.mark.parametrize(("script", "places"), [("compare", 2), ("plot", 1)])
+def test_scripts_say_which_results_they_take(script: str, places: int, tmp_path: Path) -> None:
+    if script == "plot":
+        pytest.importorskip("matplotlib")
+    main, output = _load_script(script).main, [str(tmp_path / "plot.svg")] * (script == "plot")
+    taken = set()
+    for path in RESULTS.glob("*.json"):
+        done = CliRunner().invoke(main, [str(path)] * places + output)
+        assert isinstance(done.exception, SystemExit | None), path
+        suite = json.loads(path.read_text()).get("suite")
+        taken |= {suite} if done.exit_code == 0 else set()
+        if suite == "branches":
+            wanted = "path: expected a result of resnet18, other, linear or models, got one of branches"
+            assert done.exit_code == 2 and wanted in " ".join(done.output.split())
+    assert taken == {"resnet18", "other", "linear", "models"}
 
 
 @pytest.mark.usefixtures("tiny_suite")

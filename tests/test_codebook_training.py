@@ -255,6 +255,8 @@ def test_bad_arguments_leave_the_model_as_it_was():
     model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 2, 3), nn.ReLU())
     with pytest.raises(ValueError, match=r"1: kernels: expected at most 32, the patterns of a codebook, got 64"):
         use_codebooks(model, kernels=64)
+    with pytest.raises(TypeError, match="0: kernels: expected an integer, got str"):
+        use_codebooks(model, kernels="64")
     with pytest.raises(ValueError, match="skip: expected names of convolutions, got '2'"):
         use_codebooks(model, skip=["2"])
     with pytest.raises(TypeError, match="skip: expected a collection of module names, got '0'"):

@@ -103,12 +103,35 @@ def test_from_quantized():
     assert Linear.from_quantized(quantize.binary(torch.randn(2, 3))).bias is None
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"input_dtype": "uint8", "input_scale": np.float32(0.1), "input_zero_point": np.uint8(3)},
+        {"stride": np.int64(2), "padding": (np.int32(1), np.int64(0)), "groups": np.int64(2)},
+        {"clamp": (np.float32(0.1), None), "out_dtype": "uint8", "out_scale": np.float64(0.1)},
+    ],
+)
+def test_options_may_be_numbers_of_numpy(options):
+    q = quantize.ternary(torch.randn(8, 4, 3, 3))
+    module = Conv2d.from_quantized(q, **options)
+    dtype = torch.uint8 if "input_dtype" in options else torch.float32
+    x = torch.randint(0, 9, (1, 4 * options.get("groups", 1), 7, 7)).to(dtype)
+    epilogue = {name: value for name, value in options.items() if name in ("clamp", "out_dtype", "out_scale")}
+    packing = {name: value for name, value in options.items() if name not in epilogue}
+    assert torch.equal(module(x), ops.conv2d(x, ops.prepack_conv2d(q, **packing), **epilogue))
+    assert "np." not in repr(module)
+
+
 def test_bad_modules():
     q = quantize.binary(torch.randn(8, 4))
     with pytest.raises(TypeError, match="q: expected QuantizedTensor or KernelCodebook, got Tensor"):
         Linear.from_quantized(torch.randn(8, 4))
     with pytest.raises(TypeError, match=r"stride: expected one of the options input_dtype, .* got another"):
         Linear.from_quantized(q, stride=2)
+    with pytest.raises(TypeError, match=r"input_scale: expected a number, .*, got ndarray"):
+        Linear.from_quantized(q, input_dtype="uint8", input_scale=np.ones(2, np.float32))
+    with pytest.raises(ValueError, match=r"stride: expected an integer or a pair, got \(2,\)"):
+        Conv2d.from_quantized(quantize.binary(torch.randn(4, 4, 3, 3)), stride=(2,))
     with pytest.raises(ValueError, match=r"bias: expected float32 \(8,\), got float32 \(4,\)"):
         Linear.from_quantized(q, torch.ones(4))
     with pytest.raises(

@@ -120,6 +120,20 @@ def test_sources_without_the_compiled_module_say_how_to_build_it(tmp_path):
     assert "`pip install .`" in python.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("source", "state"),
+    [("raise ImportError('libcudart.so.12: no such file')", "libcudart.so.12"), (None, "not built")],
+)
+def test_a_cuda_module_that_cannot_be_loaded_is_no_missing_one(source, state, tmp_path, monkeypatch):
+    if source:
+        (tmp_path / "_cuda.py").write_text(source)
+    monkeypatch.setattr(pycodesign, "__path__", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "pycodesign._cuda", raising=False)
+    monkeypatch.delattr(pycodesign, "_cuda", raising=False)
+    text = pycodesign.show_config()["cuda"]
+    assert state in text and ("not built" in text) == (source is None)
+
+
 def test_every_command_of_contributing_runs_in_ci():
     ci = (ROOT / ".ci/run").read_text()
     commands = re.findall(r"^\|.*\| `(.*)` \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)

@@ -30,7 +30,15 @@ from rich.table import Table
 import pycodesign
 from pycodesign import _core
 from pycodesign.bench import branch_latency
-from pycodesign.bench.harness import PAUSE_SECONDS, SCHEMA, CheckError, Spread, gather_facts, spread_ms
+from pycodesign.bench.harness import (
+    PAUSE_SECONDS,
+    SCHEMA,
+    CheckError,
+    Spread,
+    gather_facts,
+    keep_threads,
+    spread_ms,
+)
 from pycodesign.bench.suites import progress_bar
 from pycodesign.branches import Body, Executor, Graph, Placement, Slice, Value
 
@@ -89,8 +97,7 @@ def run_branch_suite(
     facts = gather_facts()
     rows: list[dict[str, Any]] = []
     counts = (5, 3) if quick else (300, 100)
-    before = pycodesign.get_num_threads()
-    with progress_bar(len(networks) + 2, progress) as update:
+    with keep_threads(), progress_bar(len(networks) + 2, progress) as update:
         update(description="forks and joins")
         latencies = _measure_pool(counts) + branch_latency.measure_latencies(*counts)
         update(advance=1, description="unbalanced branches")
@@ -100,7 +107,6 @@ def run_branch_suite(
             update(description=name)
             rows += _measure_network(name, engines, rounds)
             update(advance=1)
-    pycodesign.set_num_threads(before)
     options = {"networks": list(networks), "rounds": rounds, "runs": RUNS, "teams": TEAMS, "engines": engines}
     return {
         "schema": SCHEMA,
@@ -113,6 +119,7 @@ def run_branch_suite(
     }
 
 
+@keep_threads()
 def choose_placement(graph: Graph, x: Any, few: int = 6) -> Placement:
     """Place branches on two teams, all segments alike: the best of a few that measured bodies promise most of.
 
@@ -155,11 +162,11 @@ def _time_bodies(graph: Graph, x: Any) -> dict[str, float]:
 
         return run
 
-    watched, threads = graph.replace_runs(timed), pycodesign.get_num_threads()
-    pycodesign.set_num_threads(1)
-    for _ in range(30):
-        watched(x)
-    pycodesign.set_num_threads(threads)
+    watched = graph.replace_runs(timed)
+    with keep_threads():
+        pycodesign.set_num_threads(1)
+        for _ in range(30):
+            watched(x)
     return {name: float(np.median(values[5:])) for name, values in seconds.items()}
 
 

@@ -208,9 +208,9 @@ def run_delta_suite(
     rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
     facts = harness.gather_facts()
     facts["packages"]["scipy"] = harness.package_version("scipy")
-    before = pycodesign.get_num_threads(), torch.get_num_threads()
     rows: list[dict[str, Any]] = []
-    with warnings.catch_warnings(), progress_bar(len(threads) * len(settings), progress) as update:
+    steps = len(threads) * len(settings)
+    with harness.keep_threads(), warnings.catch_warnings(), progress_bar(steps, progress) as update:
         warnings.filterwarnings("ignore", message="Sparse (invariant|CSR)")
         for count in threads:
             pycodesign.set_num_threads(count)
@@ -219,8 +219,6 @@ def run_delta_suite(
                 update(description=f"{setting}, {setting.tokens} tokens")
                 rows += _measure_setting(setting, count, rounds)
                 update(advance=1)
-    pycodesign.set_num_threads(before[0])
-    torch.set_num_threads(before[1])
     options = {"threads": threads, "rounds": rounds, "shape": [OUTPUTS, INPUTS], "tasks": TASKS}
     return {"schema": harness.SCHEMA, "suite": "deltas", "options": options, "facts": facts, "rows": rows}
 

@@ -16,6 +16,7 @@ stayed disturbed is part of the result.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -25,8 +26,9 @@ import re
 import resource
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -35,6 +37,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 
 import pycodesign
+from pycodesign._arguments import join_names
 
 SCHEMA = 1
 EVICTED_BYTES = 96 << 20
@@ -253,6 +256,19 @@ def package_version(name: str) -> str | None:
         return None
 
 
+@contextlib.contextmanager
+def keep_threads() -> Iterator[None]:
+    """Restore, at the end, how many threads operations may use: this package's, and torch's where it is loaded."""
+    torch = sys.modules.get("torch")
+    before, torchs = pycodesign.get_num_threads(), torch.get_num_threads() if torch else 0
+    try:
+        yield
+    finally:
+        pycodesign.set_num_threads(before)
+        if torch:
+            torch.set_num_threads(torchs)
+
+
 def write_result(result: dict[str, Any], directory: Path | str) -> Path:
     """Write a result as JSON, named by suite, processor and time, and return where."""
     facts = result["facts"]
@@ -273,13 +289,13 @@ def format_result(result: dict[str, Any]) -> str:
     return "{\n" + ",\n".join(entries) + "\n}\n"
 
 
-def read_result(path: Path | str) -> dict[str, Any]:
+def read_result(path: Path | str, suites: Collection[str] = ()) -> dict[str, Any]:
     """Read what `write_result` wrote.
 
     Raises
     ------
     ValueError
-        If the file is no benchmark result of this schema.
+        If the file is no benchmark result of this schema, or of none of the suites, where some are given.
     """
     try:
         result = json.loads(Path(path).read_text())
@@ -287,6 +303,8 @@ def read_result(path: Path | str) -> dict[str, Any]:
         raise ValueError(f"path: expected a benchmark result, got {path} ({error})") from None
     if not isinstance(result, dict) or result.get("schema") != SCHEMA:
         raise ValueError(f"path: expected a benchmark result of schema {SCHEMA}, got {path}")
+    if suites and result["suite"] not in suites:
+        raise ValueError(f"path: expected a result of {join_names(suites)}, got one of {result['suite']}: {path}")
     return result
 
 

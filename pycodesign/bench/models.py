@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pycodesign.bench.cold_start import time_cold_starts
 from pycodesign.bench.contenders import OURS, PRECISIONS
-from pycodesign.bench.harness import SCHEMA, Evictor, gather_facts, measure, spread_ms
+from pycodesign.bench.harness import SCHEMA, Evictor, gather_facts, keep_threads, measure, spread_ms
 from pycodesign.bench.network_report import compare_memory, summarize
 from pycodesign.bench.operator_call import time_operator_call
 from pycodesign.bench.report import add_ratios
@@ -112,7 +112,8 @@ def run_models(
         if missing := next((package for package in packages if importlib.util.find_spec(package) is None), None):
             left_out.append({"contender": engine, "reason": f"not installed: {missing}"})
     facts = gather_facts()
-    rows, failed = _time_networks(options, [entry["contender"] for entry in left_out], progress)
+    with keep_threads():
+        rows, failed = _time_networks(options, [entry["contender"] for entry in left_out], progress)
     add_ratios(rows)
     cold_starts: list[Row] = []
     failed_starts: list[Row] = []

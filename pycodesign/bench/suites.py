@@ -28,7 +28,16 @@ from pycodesign.bench.contenders import (
     hold_engine,
     missing_package,
 )
-from pycodesign.bench.harness import SCHEMA, CheckError, Evictor, Spread, gather_facts, measure, spread_ms
+from pycodesign.bench.harness import (
+    SCHEMA,
+    CheckError,
+    Evictor,
+    Spread,
+    gather_facts,
+    keep_threads,
+    measure,
+    spread_ms,
+)
 from pycodesign.bench.report import add_ratios, compare_choices, summarize, thread_scaling
 
 DTYPES = ("float32", "uint8")
@@ -76,6 +85,7 @@ SUITES = {
     "other": Suite(other_layers, (1,), ops.CONV2D_ALGORITHMS),
     "linear": Suite(linear_layers, (1, 32), ops.LINEAR_ALGORITHMS),
 }
+COMPARABLE = (*SUITES, "models")  # whose results have a row for each layer, or network, and contender
 
 
 def run_suite(
@@ -171,7 +181,7 @@ def run_suite(
         if not any(part in layer.name for layer in chosen):
             raise ValueError(f"layers: expected part of a layer's name in suite {name}, got {part!r}")
     left_out: list[dict[str, Any]] = []
-    with _instruction_set(isa):
+    with _instruction_set(isa), keep_threads():
         for engine in options["contenders"]:
             if engine != OURS and (reason := _absence(engine, isa)):
                 left_out.append({"contender": engine, "reason": reason})

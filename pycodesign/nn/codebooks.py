@@ -197,8 +197,8 @@ def use_codebooks(
                 raise ValueError(f"{name}: expected a weight that is a parameter, got one that a hook computes")
             try:
                 made[name] = Codebook(conv.weight, kernels, values, **options)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from None
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}") from None
     for name, codebook in made.items():
         parametrize.register_parametrization(convs[name], "weight", codebook).train(convs[name].training)
     return [name for name, conv in convs.items() if _parametrization(conv)]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import numbers
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeAlias, TypeVar
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pycodesign import quantize
-from pycodesign._arguments import SHORT_FLOATS, Array, join_names, to_numpy, to_pair
+from pycodesign._arguments import SHORT_FLOATS, Array, join_names, to_number, to_numpy, to_pair
 from pycodesign._quantized import FewValued, from_arrays, to_arrays
 from pycodesign.nn import ops
 from pycodesign.nn.graph import to_plain
@@ -85,6 +87,7 @@ class Layer(PackedModule):
         defaults = ops.default_options(self.kind)
         for name in options.keys() - defaults.keys():
             raise TypeError(f"{name}: expected one of the options {join_names(defaults)}, got another")
+        options = {name: _to_plain(name, value) for name, value in options.items()}
         self.options = {k: v for k, v in options.items() if v not in (defaults[k], (defaults[k], defaults[k]))}
         self.options_json = json.dumps(self.options)
         outputs, inputs, *kernel = weight_shape(codes, levels)  # what follows has the names that torch's layers give it
@@ -132,8 +135,8 @@ class Layer(PackedModule):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:  # named as in torch's layers
         """Run the layer; `residual` is added before the clamp."""
-        operator = getattr(torch.ops.pycodesign, self.kind).default
-        y: Tensor = operator(input, self.codes, self.levels, self.scale, self.bias, residual, self.options_json)
+        run = getattr(torch.ops.pycodesign, self.kind).default
+        y: Tensor = run(input, self.codes, self.levels, self.scale, self.bias, residual, self.options_json)
         return y
 
     def packed(self, given: Packed | None = None) -> Packed:
@@ -302,6 +305,20 @@ class Segment(PackedModule):
     def extra_repr(self) -> str:
         steps = parse_program(self.program).steps
         return "\n".join(f"{step.op} {step.layer['name']}" if step.layer else step.op for step in steps)
+
+
+def _to_plain(name: str, value: Any) -> Any:
+    """Return an option as JSON takes it: with numbers of Python's, also within pairs, for those of NumPy."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, Sequence):
+        return tuple(_to_plain(name, v) for v in value)
+    try:
+        return operator.index(value)
+    except TypeError:
+        if isinstance(value, numbers.Real):
+            return to_number(name, value)
+    raise TypeError(f"{name}: expected a number, a pair, a name or None, got {type(value).__name__}")
 
 
 def check_size(x: Tensor, least: Sequence[int]) -> None:

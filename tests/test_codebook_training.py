@@ -255,7 +255,7 @@ def test_bad_arguments_leave_the_model_as_it_was():
     model = nn.Sequential(nn.Conv2d(16, 16, 3), nn.Conv2d(16, 2, 3), nn.ReLU())
     with pytest.raises(ValueError, match=r"1: kernels: expected at most 32, the patterns of a codebook, got 64"):
         use_codebooks(model, kernels=64)
-    with pytest.raises(TypeError, match="0: kernels: expected an integer, got str"):
+    with pytest.raises(TypeError, match="0: kernels: expected int, got str"):
         use_codebooks(model, kernels="64")
     with pytest.raises(ValueError, match="skip: expected names of convolutions, got '2'"):
         use_codebooks(model, skip=["2"])

@@ -5,6 +5,9 @@
 #include <cstdio>
 #include <sstream>
 #include <string>
+#include <vector>
+
+#include "core/cpu.h"
 
 namespace check {
 
@@ -22,6 +25,19 @@ void equal(const A& got, const B& expected, const char* expression, const char* 
   what << expression << ": expected " << expected << ", got " << got;
   fail(file, line, what.str());
 }
+
+// Instruction sets and thread counts to test. What the thread sanitizer looks for takes several threads, and is the
+// same for all vectors.
+#ifdef __SANITIZE_THREAD__
+inline constexpr bool only_threads = true;
+#else
+inline constexpr bool only_threads = false;
+#endif
+inline std::vector<pycodesign::core::Isa> isas() {
+  const std::vector<pycodesign::core::Isa> all = pycodesign::core::supported_isas();
+  return only_threads ? std::vector{all.front(), all.back()} : all;
+}
+inline std::vector<int> threads(std::vector<int> all) { return only_threads ? std::vector{all.back()} : all; }
 
 inline int report() {
   if (failures) std::fprintf(stderr, "%d checks failed\n", failures.load());

@@ -291,8 +291,8 @@ void test_every_kind() {
         for (const auto build : {build_blocks, build_rows}) {
           Network n(algorithm);
           build(n, dtype, size);
-          for (const core::Isa isa : core::supported_isas())
-            for (const int threads : {1, 2, 3, 5}) {
+          for (const core::Isa isa : check::isas())
+            for (const int threads : check::threads({1, 2, 5, 3})) {
               core::set_isa(core::isa_name(isa));
               core::set_num_threads(threads);
               const std::string what = std::string(core::isa_name(isa)) + " " + algorithm_name(algorithm) + " type " +

@@ -318,26 +318,17 @@ void test_dispatch() {
   }
 }
 
-// What the thread sanitizer looks for takes several threads, and is the same for all vectors.
-#ifdef __SANITIZE_THREAD__
-constexpr int thread_counts[] = {3};
-std::vector<core::Isa> list_isas() { return {core::supported_isas().front(), core::supported_isas().back()}; }
-#else
-constexpr int thread_counts[] = {1, 3};
-std::vector<core::Isa> list_isas() { return core::supported_isas(); }
-#endif
-
 // Each reference is computed once: it takes longer than the kernels.
 void test_every_algorithm() {
   constexpr std::pair<DType, DType> dtypes[] = {{DType::f32, DType::f32}, {DType::f32, DType::u8},
                                                 {DType::u8, DType::u8},   {DType::i8, DType::i8},
                                                 {DType::u8, DType::i32},  {DType::i8, DType::f32}};
   int count = 0;
-  const auto check = [&](const auto& reference, std::initializer_list<Algorithm> algorithms, const std::string& name) {
+  const auto test = [&](const auto& reference, std::initializer_list<Algorithm> algorithms, const std::string& name) {
     const std::string types = " types " + std::to_string(static_cast<int>(reference.input)) + " to " +
                               std::to_string(static_cast<int>(reference.output)) + ", ";
-    for (const core::Isa isa : list_isas())
-      for (const int threads : thread_counts)
+    for (const core::Isa isa : check::isas())
+      for (const int threads : check::threads({1, 3}))
         for (const Algorithm a : algorithms) {
           core::set_isa(core::isa_name(isa));
           core::set_num_threads(threads);
@@ -348,18 +339,18 @@ void test_every_algorithm() {
   };
   for (const auto& [input, output] : dtypes) {
     for (const Case& c : cases) {
-      check(ConvReference(c, false, input, output), {Algorithm::codegen, Algorithm::tables, Algorithm::dense}, c.name);
-      check(ConvReference(c, true, input, output), {Algorithm::codebook}, c.name);
+      test(ConvReference(c, false, input, output), {Algorithm::codegen, Algorithm::tables, Algorithm::dense}, c.name);
+      test(ConvReference(c, true, input, output), {Algorithm::codebook}, c.name);
     }
     for (const LinearCase& c : linear_cases) {
       const std::string name =
           std::to_string(c.rows) + " x " + std::to_string(c.inputs) + " -> " + std::to_string(c.outputs);
       const LinearReference reference(c, input, output);
-      check(reference, {Algorithm::dense}, name);
-      if (c.level_count <= 4) check(reference, {Algorithm::packed}, name);
+      test(reference, {Algorithm::dense}, name);
+      if (c.level_count <= 4) test(reference, {Algorithm::packed}, name);
     }
   }
-  std::printf("%d cases on %zu instruction sets\n", count, list_isas().size());
+  std::printf("%d cases on %zu instruction sets\n", count, check::isas().size());
 }
 
 // So many outputs call for large tables, and nearly fill them.

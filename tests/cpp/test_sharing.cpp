@@ -220,8 +220,8 @@ void test_every_isa() {
   for (const Storage storage : {Storage::f32, Storage::bf16})
     for (const Case& c : cases) {
       const Reference reference(c, storage, random);
-      for (const core::Isa isa : core::supported_isas())
-        for (const int threads : {1, 3}) {
+      for (const core::Isa isa : check::isas())
+        for (const int threads : check::threads({1, 3})) {
           core::set_isa(core::isa_name(isa));
           core::set_num_threads(threads);
           reference.check();
